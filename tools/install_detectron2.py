@@ -1,0 +1,297 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Install Detectron2, which is not on PyPI, from wherever it can be had.
+
+One that is already there is kept. Otherwise it is built from upstream's repository at a pinned
+commit, or, where that cannot be reached or built, taken from PyPI: the wheel of LabGym carries
+Detectron2's Python files unchanged but for their import prefix. Only these files (Apache-2.0) are
+taken; the rest of that wheel is GPL-3.0 and is neither installed nor imported. What is missing in
+that way is the compiled ``detectron2._C``: deformable convolution, rotated boxes and the fast COCO
+evaluation.
+
+Needs nothing but the standard library, pip and, for building, git, torch and a C++ compiler.
+"""
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+UPSTREAM_URL = "https://github.com/facebookresearch/detectron2.git"
+UPSTREAM_COMMIT = "02b5c4e2"
+REACH_TIMEOUT = 10  # seconds
+
+LABGYM_REQUIREMENT = "labgym==3.1.2"
+LABGYM_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
+LABGYM_FOLDER = "LabGym/detectron2/"
+
+VERSION = "0.6"
+WHEEL_NAME = f"detectron2-{VERSION}-py3-none-any.whl"
+DIST_INFO = f"detectron2-{VERSION}.dist-info"
+# detectron2.model_zoo imports pkg_resources, which setuptools 81 dropped.
+SETUPTOOLS = "setuptools<81"
+REQUIREMENTS = (
+    "iopath>=0.1.7,<0.1.10",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "fvcore>=0.1.5,<0.1.6",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "matplotlib",
+    "Pillow>=7.1",
+    "packaging",
+    "black",
+    SETUPTOOLS,
+)
+PROVENANCE = (
+    f"Detectron2's Python files as {LABGYM_REQUIREMENT} on PyPI carries them under "
+    f"{LABGYM_FOLDER.rstrip('/')}, the import prefix LabGym.detectron2 renamed back to detectron2, "
+    "which makes them upstream's files of January 2024 again; without the compiled detectron2._C. "
+    "Nothing else of LabGym is contained."
+)
+
+
+class InstallError(Exception):
+    """What went wrong and the way out, in one sentence."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        print(install(args.source, args.wheel_dir))
+    except InstallError as error:
+        print(f"install_detectron2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Install Detectron2: keep what is there, else upstream's pinned commit, else "
+        "the Python files that PyPI has."
+    )
+    parser.add_argument(
+        "--source",
+        choices=("auto", "git", "pypi"),
+        default="auto",
+        help="git: build upstream's pinned commit; pypi: Python files only, no compiler needed; "
+        "auto: git where it can be reached and built, else pypi (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--wheel-dir",
+        type=Path,
+        metavar="DIR",
+        help="write the wheel into DIR, for another machine, instead of installing it",
+    )
+    return parser.parse_args(argv)
+
+
+def install(source: str, wheel_dir: Path | None) -> str:
+    """Does what the command line asks and returns the sentence that says what happened."""
+    if wheel_dir is None and (found := find_detectron2()):
+        return f"Kept the Detectron2 that is already installed in {found}."
+    if importlib.util.find_spec("pip") is None:
+        raise InstallError(f"{sys.executable} has no pip: run '{sys.executable} -m ensurepip'.")
+    if source == "git":
+        if obstacle := git_obstacle():
+            raise InstallError(f"{obstacle}, or use --source pypi.")
+        return from_git(wheel_dir)
+    if source == "pypi":
+        return from_pypi(wheel_dir)
+    return from_either(wheel_dir)
+
+
+def from_either(wheel_dir: Path | None) -> str:
+    reason = git_obstacle()
+    if reason is None:
+        try:
+            return from_git(wheel_dir)
+        except InstallError as error:
+            reason = str(error)
+    return f"{from_pypi(wheel_dir)} (Not built from upstream: {reason.rstrip('.')}.)"
+
+
+def find_detectron2() -> str | None:
+    """The folder of the installed package; a mere folder of that name (no ``__init__``) is none."""
+    spec = importlib.util.find_spec("detectron2")
+    return str(Path(spec.origin).parent) if spec and spec.origin else None
+
+
+# Upstream's repository ---------------------------------------------------------------------------
+
+
+def git_obstacle() -> str | None:
+    """Why upstream cannot be built here, with what to do about it, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return "building Detectron2 needs torch: run 'pip install torch torchvision' first"
+    if shutil.which("git") is None:
+        return "git is not installed: install it"
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        return "no C++ compiler was found: install g++ (or set CXX)"
+    if not is_upstream_reachable():
+        return f"{UPSTREAM_URL} cannot be reached: check the network or proxy"
+    return None
+
+
+def is_upstream_reachable() -> bool:
+    try:
+        answer = subprocess.run(
+            ["git", "ls-remote", "--exit-code", UPSTREAM_URL, "HEAD"],
+            env=os.environ | {"GIT_TERMINAL_PROMPT": "0"},
+            capture_output=True,
+            timeout=REACH_TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0
+
+
+def from_git(wheel_dir: Path | None) -> str:
+    print(
+        f"Building Detectron2 from upstream's commit {UPSTREAM_COMMIT}, some two minutes ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    failure = "building upstream's Detectron2 failed; read pip's lines above, or use --source pypi."
+    source = f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}"
+    # Its setup.py imports torch, hence no build isolation, hence setuptools and wheel beforehand.
+    run_pip("install", SETUPTOOLS, "wheel", failure=failure)
+    if wheel_dir is None:
+        run_pip("install", "--no-build-isolation", source, failure=failure)
+        return f"Installed Detectron2 {VERSION} from upstream's commit {UPSTREAM_COMMIT}."
+    run_pip(
+        "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheel_dir), source, failure=failure
+    )
+    return f"Wrote the wheel of upstream's commit {UPSTREAM_COMMIT} into {wheel_dir}."
+
+
+# PyPI --------------------------------------------------------------------------------------------
+
+
+def from_pypi(wheel_dir: Path | None) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        labgym = download_labgym(Path(scratch))
+        wheel = build_wheel(labgym, wheel_dir or Path(scratch))
+        if wheel_dir is None:
+            run_pip(
+                "install",
+                str(wheel),
+                failure="pip could not install Detectron2's requirements; read its lines above.",
+            )
+    if wheel_dir is None:
+        return f"Installed Detectron2 {VERSION} from PyPI, without compiled operators."
+    return f"Wrote {wheel} from PyPI's files, without compiled operators."
+
+
+def download_labgym(folder: Path) -> Path:
+    """Downloads the wheel that carries Detectron2's files and verifies its checksum."""
+    run_pip(
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        f"--dest={folder}",
+        LABGYM_REQUIREMENT,
+        failure=f"{LABGYM_REQUIREMENT} could not be downloaded: check the network or pip's index, "
+        "or bring a wheel that --wheel-dir wrote elsewhere and pip install it.",
+    )
+    (wheel,) = folder.glob("*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != LABGYM_SHA256:
+        raise InstallError(
+            f"{wheel.name} has SHA-256 {digest} instead of {LABGYM_SHA256} and was not used: "
+            "the package index serves another file; try another index (pip's --index-url, "
+            "PIP_INDEX_URL) or --source git."
+        )
+    return wheel
+
+
+def build_wheel(labgym: Path, folder: Path) -> Path:
+    """Writes Detectron2's files out of LabGym's wheel as a wheel of their own; same bytes always.
+
+    Returns:
+        the path of the wheel, ``folder / WHEEL_NAME``; the folder is made if need be
+    """
+    with zipfile.ZipFile(labgym) as archive:
+        files = {
+            name.removeprefix("LabGym/"): archive.read(name).replace(
+                b"LabGym.detectron2", b"detectron2"
+            )
+            for name in sorted(archive.namelist())
+            if name.startswith(LABGYM_FOLDER) and not name.endswith("/")
+        }
+    license_file = Path(__file__).resolve().parents[1] / "LICENSE"
+    files[f"{DIST_INFO}/licenses/LICENSE"] = license_file.read_bytes()
+    files[f"{DIST_INFO}/METADATA"] = metadata().encode()
+    files[f"{DIST_INFO}/WHEEL"] = (
+        b"Wheel-Version: 1.0\n"
+        b"Generator: vovnet_d2 install_detectron2\n"
+        b"Root-Is-Purelib: true\n"
+        b"Tag: py3-none-any\n"
+    )
+    files[f"{DIST_INFO}/RECORD"] = record(files).encode()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / WHEEL_NAME
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zip_entry(name), content)
+    return wheel
+
+
+def metadata() -> str:
+    return "".join(
+        [
+            "Metadata-Version: 2.1\n",
+            "Name: detectron2\n",
+            f"Version: {VERSION}\n",
+            "Summary: Detectron2 (Python files only), a platform for object detection\n",
+            "Home-page: https://github.com/facebookresearch/detectron2\n",
+            "Author: Meta\n",
+            "License: Apache-2.0\n",
+            "License-File: LICENSE\n",
+            "Requires-Python: >=3.7\n",
+            *(f"Requires-Dist: {requirement}\n" for requirement in REQUIREMENTS),
+            f"\n{PROVENANCE}\n",
+        ]
+    )
+
+
+def record(files: dict[str, bytes]) -> str:
+    """The wheel's table of contents: name, hash and size of each file, none for itself."""
+    lines = []
+    for name, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(content)}\n")
+    return "".join(lines) + f"{DIST_INFO}/RECORD,,\n"
+
+
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """An entry that holds nothing of this machine or moment: fixed date, mode and system."""
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    entry.create_system = 3
+    return entry
+
+
+def run_pip(*args: str, failure: str) -> None:
+    """Runs pip quietly; its own complaints go to the terminal before ``failure`` is raised."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", args[0], "--quiet"]
+    if subprocess.run([*command, *args[1:]], stdin=subprocess.DEVNULL).returncode != 0:
+        raise InstallError(failure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
