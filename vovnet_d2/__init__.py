@@ -1,0 +1,27 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""VoVNet and VoVNetV2 as backbones for Detectron2. Importing the package registers them."""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "vovnet_d2 needs Detectron2, which is not on PyPI: run `python tools/install_detectron2.py`"
+        " from vovnet_d2's repository, with the Python that you use."
+    ) from error
+
+from .config import add_vovnet_config, get_config_file
+from .modeling.build import register_backbones
+from .modeling.specs import VOVNET_SPECS, VoVNetSpec
+from .modeling.vovnet import VoVNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VOVNET_SPECS",
+    "VoVNet",
+    "VoVNetSpec",
+    "add_vovnet_config",
+    "get_config_file",
+    "register_backbones",
+]
