@@ -66,6 +66,10 @@ PROVENANCE = (
 class InstallError(Exception):
     """What went wrong and the way out, in one sentence."""
 
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(f"{reason}: {way_out}.")
+        self.reason = reason
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
@@ -103,24 +107,15 @@ def install(source: str, wheel_dir: Path | None) -> str:
     if wheel_dir is None and (found := find_detectron2()):
         return f"Kept the Detectron2 that is already installed in {found}."
     if importlib.util.find_spec("pip") is None:
-        raise InstallError(f"{sys.executable} has no pip: run '{sys.executable} -m ensurepip'.")
+        raise InstallError(f"{sys.executable} has no pip", f"run '{sys.executable} -m ensurepip'")
     if source == "git":
-        if obstacle := git_obstacle():
-            raise InstallError(f"{obstacle}, or use --source pypi.")
         return from_git(wheel_dir)
     if source == "pypi":
         return from_pypi(wheel_dir)
-    return from_either(wheel_dir)
-
-
-def from_either(wheel_dir: Path | None) -> str:
-    reason = git_obstacle()
-    if reason is None:
-        try:
-            return from_git(wheel_dir)
-        except InstallError as error:
-            reason = str(error)
-    return f"{from_pypi(wheel_dir)} (Not built from upstream: {reason.rstrip('.')}.)"
+    try:
+        return from_git(wheel_dir)
+    except InstallError as error:
+        return f"{from_pypi(wheel_dir)} Upstream's repository was not used: {error.reason}."
 
 
 def find_detectron2() -> str | None:
@@ -132,17 +127,44 @@ def find_detectron2() -> str | None:
 # Upstream's repository ---------------------------------------------------------------------------
 
 
-def git_obstacle() -> str | None:
-    """Why upstream cannot be built here, with what to do about it, or None."""
+def from_git(wheel_dir: Path | None) -> str:
+    check_git_way()
+    print(
+        f"Building Detectron2 from upstream's commit {UPSTREAM_COMMIT}, some two minutes ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    failure = InstallError(
+        "building upstream's commit failed", "read pip's lines above, or use --source pypi"
+    )
+    source = f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}"
+    # Its setup.py imports torch, hence no build isolation, hence setuptools and wheel beforehand.
+    run_pip("install", SETUPTOOLS, "wheel", failure=failure)
+    if wheel_dir is None:
+        run_pip("install", "--no-build-isolation", source, failure=failure)
+        return f"Installed Detectron2 {VERSION} from upstream's commit {UPSTREAM_COMMIT}."
+    run_pip("wheel", "--no-deps", "--no-build-isolation", f"-w{wheel_dir}", source, failure=failure)
+    return f"Wrote the wheel of upstream's commit {UPSTREAM_COMMIT} into {wheel_dir}."
+
+
+def check_git_way() -> None:
+    """Raises InstallError where upstream cannot be built, before anything is downloaded."""
     if importlib.util.find_spec("torch") is None:
-        return "building Detectron2 needs torch: run 'pip install torch torchvision' first"
+        raise InstallError(
+            "building Detectron2 needs torch",
+            "run 'pip install torch torchvision' first, or use --source pypi",
+        )
     if shutil.which("git") is None:
-        return "git is not installed: install it"
+        raise InstallError("git is not installed", "install it, or use --source pypi")
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        return "no C++ compiler was found: install g++ (or set CXX)"
+        raise InstallError(
+            "no C++ compiler was found", "install g++ or set CXX, or use --source pypi"
+        )
     if not is_upstream_reachable():
-        return f"{UPSTREAM_URL} cannot be reached: check the network or proxy"
-    return None
+        raise InstallError(
+            f"{UPSTREAM_URL} cannot be reached",
+            "check the network or proxy, or use --source pypi",
+        )
 
 
 def is_upstream_reachable() -> bool:
@@ -150,31 +172,14 @@ def is_upstream_reachable() -> bool:
         answer = subprocess.run(
             ["git", "ls-remote", "--exit-code", UPSTREAM_URL, "HEAD"],
             env=os.environ | {"GIT_TERMINAL_PROMPT": "0"},
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             timeout=REACH_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         return False
     return answer.returncode == 0
-
-
-def from_git(wheel_dir: Path | None) -> str:
-    print(
-        f"Building Detectron2 from upstream's commit {UPSTREAM_COMMIT}, some two minutes ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    failure = "building upstream's Detectron2 failed; read pip's lines above, or use --source pypi."
-    source = f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}"
-    # Its setup.py imports torch, hence no build isolation, hence setuptools and wheel beforehand.
-    run_pip("install", SETUPTOOLS, "wheel", failure=failure)
-    if wheel_dir is None:
-        run_pip("install", "--no-build-isolation", source, failure=failure)
-        return f"Installed Detectron2 {VERSION} from upstream's commit {UPSTREAM_COMMIT}."
-    run_pip(
-        "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheel_dir), source, failure=failure
-    )
-    return f"Wrote the wheel of upstream's commit {UPSTREAM_COMMIT} into {wheel_dir}."
 
 
 # PyPI --------------------------------------------------------------------------------------------
@@ -188,10 +193,12 @@ def from_pypi(wheel_dir: Path | None) -> str:
             run_pip(
                 "install",
                 str(wheel),
-                failure="pip could not install Detectron2's requirements; read its lines above.",
+                failure=InstallError(
+                    "pip could not install Detectron2's requirements", "read its lines above"
+                ),
             )
     if wheel_dir is None:
-        return f"Installed Detectron2 {VERSION} from PyPI, without compiled operators."
+        return f"Installed Detectron2 {VERSION} from PyPI's files, without compiled operators."
     return f"Wrote {wheel} from PyPI's files, without compiled operators."
 
 
@@ -204,16 +211,18 @@ def download_labgym(folder: Path) -> Path:
         "--ignore-requires-python",
         f"--dest={folder}",
         LABGYM_REQUIREMENT,
-        failure=f"{LABGYM_REQUIREMENT} could not be downloaded: check the network or pip's index, "
-        "or bring a wheel that --wheel-dir wrote elsewhere and pip install it.",
+        failure=InstallError(
+            f"{LABGYM_REQUIREMENT} could not be downloaded",
+            "check the network or pip's index, or pip install a wheel that --wheel-dir wrote on "
+            "another machine",
+        ),
     )
     (wheel,) = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != LABGYM_SHA256:
         raise InstallError(
-            f"{wheel.name} has SHA-256 {digest} instead of {LABGYM_SHA256} and was not used: "
-            "the package index serves another file; try another index (pip's --index-url, "
-            "PIP_INDEX_URL) or --source git."
+            f"{wheel.name} was not used, as its SHA-256 is {digest} instead of {LABGYM_SHA256}",
+            "set PIP_INDEX_URL to an index that has the original file, or use --source git",
         )
     return wheel
 
@@ -286,11 +295,11 @@ def zip_entry(name: str) -> zipfile.ZipInfo:
     return entry
 
 
-def run_pip(*args: str, failure: str) -> None:
+def run_pip(*args: str, failure: InstallError) -> None:
     """Runs pip quietly; its own complaints go to the terminal before ``failure`` is raised."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", args[0], "--quiet"]
     if subprocess.run([*command, *args[1:]], stdin=subprocess.DEVNULL).returncode != 0:
-        raise InstallError(failure)
+        raise failure
 
 
 if __name__ == "__main__":
