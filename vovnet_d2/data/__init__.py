@@ -1,0 +1,7 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets beyond those that Detectron2 registers itself."""
+
+from .digits import build_digits, digit_split, register_digits
+
+__all__ = ["build_digits", "digit_split", "register_digits"]
