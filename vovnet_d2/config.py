@@ -1,0 +1,90 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The config keys that this package adds to Detectron2's, and the config files it ships."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from .modeling.build import require_own_builders
+from .modeling.specs import VoVNetSpec
+
+__all__ = ["add_vovnet_config", "get_config_file"]
+
+
+def add_vovnet_config(cfg: CfgNode) -> None:
+    """Add this package's keys, with their defaults, to a Detectron2 config.
+
+    Keys that are there already, from an earlier call or from another VoVNet project, keep their
+    values.
+
+    Raises:
+        KeyError: another package has registered the names of our backbones; see
+            :func:`vovnet_d2.register_backbones`.
+    """
+    require_own_builders()
+    cfg.MODEL.setdefault("VOVNET", CfgNode())
+    for key, value in _vovnet_defaults().items():
+        cfg.MODEL.VOVNET.setdefault(key, value)
+    cfg.MODEL.setdefault("FCOS", CfgNode())
+    # Levels above p5 that `build_fcos_vovnet_fpn_backbone` makes: 2 (p6, p7), 1 (p6) or 0.
+    cfg.MODEL.FCOS.setdefault("TOP_LEVELS", 2)
+
+
+def _vovnet_defaults() -> CfgNode:
+    node = CfgNode()
+    # The variant: a key of vovnet_d2.VOVNET_SPECS.
+    node.CONV_BODY = "V-39-eSE"
+    # Maps to return: any of "stem", "stage2" to "stage5". Later stages are not built.
+    node.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    # A norm that Detectron2 knows ("FrozenBN", "BN", "SyncBN", "GN", ...; "" is none).
+    node.NORM = "FrozenBN"
+    # Deformable 3x3 convolutions in stages 2 to 5; modulated ones (DCNv2) or not; their groups.
+    node.STAGE_WITH_DCN = (False, False, False, False)
+    node.WITH_MODULATED_DCN = False
+    node.DEFORMABLE_GROUPS = 1
+    # 2 keeps stage5 at stage4's resolution (output stride 16), as RES5_DILATION does for ResNet.
+    node.STAGE5_DILATION = 1
+    # What P6 and P7 of `build_retinanet_vovnet_fpn_backbone` are made from: "stage5" or "p5".
+    node.TOP_BLOCK_IN_FEATURE = "stage5"
+    # Written in the YAML files of other VoVNet projects, where nothing reads them either.
+    node.OUT_CHANNELS = 256
+    node.BACKBONE_OUT_CHANNELS = 256
+    # Every field of VoVNetSpec, in capitals (STEM, RESIDUAL, ESE, DEPTHWISE, BOTTLENECK and the
+    # widths); None leaves it as CONV_BODY has it.
+    for field in fields(VoVNetSpec):
+        node[field.name.upper()] = None
+    return node
+
+
+def get_config_file(name: str) -> str:
+    """
+    Args:
+        name: a config file of this package, relative to its ``configs`` folder, such as
+            ``"COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_3x.yaml"``.
+
+    Returns:
+        its path.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message names the closest ones.
+    """
+    package = Path(__file__).parent
+    # An installed wheel carries the folder inside; a checkout has it beside the package.
+    root = next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(
+            f"No configs folder in {package} or beside it: reinstall vovnet_d2 from its repository."
+        )
+    if (path := root / name).is_file():
+        return str(path)
+    files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
+    close = get_close_matches(name, files, n=3, cutoff=0.3) or files[:3]
+    raise FileNotFoundError(f"No config file {name!r} in {root}. Close to it: {', '.join(close)}.")
+
+
+_SUFFIXES = (".yaml", ".py")

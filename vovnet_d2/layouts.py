@@ -1,0 +1,153 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The names that VoVNet's parameters go by, and the maps between them.
+
+Three layouts name the same tensors:
+
+- ``native``: this package's own.
+- ``detectron2``: the published Detectron2 weights (VoVNetV2, CenterMask2, DD3D, PETR, ...), and,
+  with ``classifier``, the published v1 classification weights.
+- ``timm``: pytorch-image-models.
+
+Nothing is imported from the package: the model, when it loads a state dict, and the checkpoint
+tools, when they convert one, both read this table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+__all__ = ["LAYOUTS", "KeyMatch", "match_keys", "rename_keys"]
+
+LAYOUTS = ("native", "detectron2", "timm")
+
+# Module names as templates, one column for each of LAYOUTS. {s} is the stage (2 to 5), {i} the
+# convolution of the stem, from 1; {b} the block and {l} the layer, from 0. {b+1} is what stands in
+# the name where a layout counts otherwise.
+_OSA = "stage{s}.OSA{s}_{b+1}"
+_BLOCK = "stages.{s-2}.blocks.{b}"
+_ALWAYS_FULL = [
+    ("stem.conv1", "stem.stem_1/", "stem.0."),
+    (
+        "stage{s}.{b}.reduction",
+        f"{_OSA}.conv_reduction.OSA{{s}}_{{b+1}}_reduction_0/",
+        f"{_BLOCK}.conv_reduction.",
+    ),
+    (
+        "stage{s}.{b}.aggregation",
+        f"{_OSA}.concat.OSA{{s}}_{{b+1}}_concat/",
+        f"{_BLOCK}.conv_concat.",
+    ),
+]
+_FULL_OR_DEPTHWISE = [
+    ("stem.conv{i}", "stem.stem_{i}/", "stem.{i-1}."),
+    (
+        "stage{s}.{b}.layers.{l}",
+        f"{_OSA}.layers.{{l}}.OSA{{s}}_{{b+1}}_{{l}}/",
+        f"{_BLOCK}.conv_mid.{{l}}.",
+    ),
+]
+_FULL_PARTS = [("", "conv", "conv"), (".norm", "norm", "bn")]
+_DEPTHWISE_PARTS = [
+    (".depthwise", "dw_conv3x3", "conv_dw"),
+    (".pointwise", "pw_conv1x1", "conv_pw"),
+    (".pointwise.norm", "pw_norm", "bn"),
+]
+_OTHERS = [
+    ("stage{s}.{b}.ese.fc", f"{_OSA}.ese.fc", f"{_BLOCK}.attn.fc"),
+    ("linear", "classifier", "head.fc"),
+]
+
+_FIELD = re.compile(r"\{(\w)([+-]\d+)?\}")
+_TENSOR = r"\.(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)"
+
+
+class KeyMatch(NamedTuple):
+    """A key that names a tensor of VoVNet, and that tensor's name in each of :data:`LAYOUTS`."""
+
+    layout: str
+    names: dict[str, str]
+
+
+class _Template:
+    """A module name with numbered places; reads the numbers from a key, or writes them into one."""
+
+    def __init__(self, text: str):
+        self.text = text
+        literals = _FIELD.split(text)[::3]
+        pattern, self.offsets = re.escape(literals[0]), {}
+        for (field, offset), literal in zip(_FIELD.findall(text), literals[1:], strict=True):
+            pattern += f"(?P={field})" if field in self.offsets else rf"(?P<{field}>\d+)"
+            pattern += re.escape(literal)
+            self.offsets[field] = int(offset or 0)
+        self.pattern = re.compile(pattern + _TENSOR)
+
+    def parse(self, key: str) -> tuple[dict[str, int], str] | None:
+        if not (match := self.pattern.fullmatch(key)):
+            return None
+        numbers = {field: int(match[field]) - off for field, off in self.offsets.items()}
+        return numbers, match["tensor"]
+
+    def write(self, numbers: dict[str, int], tensor: str) -> str:
+        name = _FIELD.sub(lambda field: str(numbers[field[1]] + int(field[2] or 0)), self.text)
+        return f"{name}.{tensor}"
+
+
+@cache
+def _rows(depthwise: bool) -> list[dict[str, _Template]]:
+    # timm names the norm of a depthwise pair as it names a full convolution's, so that a key alone
+    # does not tell which it is; the first convolution of the stem is full in every variant.
+    parts = _DEPTHWISE_PARTS if depthwise else _FULL_PARTS
+    rows = [
+        tuple(name + part for name, part in zip(module, part, strict=True))
+        for modules, parts in ((_ALWAYS_FULL, _FULL_PARTS), (_FULL_OR_DEPTHWISE, parts))
+        for module in modules
+        for part in parts
+    ]
+    return [
+        {layout: _Template(text) for layout, text in zip(LAYOUTS, row, strict=True)}
+        for row in rows + _OTHERS
+    ]
+
+
+def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
+    """Recognise the keys of a state dict, without prefix, that name VoVNet's tensors.
+
+    Args:
+        keys: all keys of the state dict: whether convolutions are depthwise is seen from the whole.
+
+    Returns:
+        for each key that is recognised, what it is. Other keys are left out.
+    """
+    keys = list(keys)
+    names = {part for layout in _DEPTHWISE_PARTS[0] for part in [layout.strip(".")]}
+    depthwise = any(re.split(r"[./]", key)[-2:-1] == [name] for key in keys for name in names)
+    found = {}
+    for key in keys:
+        for row in _rows(depthwise):
+            for layout, template in row.items():
+                if (parsed := template.parse(key)) is not None and key not in found:
+                    found[key] = KeyMatch(layout, {k: t.write(*parsed) for k, t in row.items()})
+    return found
+
+
+def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
+    """
+    Args:
+        keys: all keys of a state dict, without prefix, in any of :data:`LAYOUTS`.
+        to: the layout wanted.
+
+    Returns:
+        old name to new name, for the keys that change.
+
+    Raises:
+        ValueError: ``to`` is no layout.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"Unknown layout {to!r}: choose from {', '.join(LAYOUTS)}.")
+    return {
+        key: match.names[to] for key, match in match_keys(keys).items() if match.names[to] != key
+    }

@@ -1,0 +1,153 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to arguments: the backbones as Detectron2 builds them by name.
+
+Nothing else in the package's modeling reads a config.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import nn
+
+from .fpn import attach_fpn, strided_top_block
+from .specs import VoVNetSpec, get_spec
+from .vovnet import VoVNet
+
+__all__ = [
+    "build_fcos_vovnet_fpn_backbone",
+    "build_retinanet_vovnet_fpn_backbone",
+    "build_vovnet_backbone",
+    "build_vovnet_fpn_backbone",
+    "register_backbones",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def build_vovnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VoVNet:
+    """VoVNet as ``MODEL.VOVNET`` describes it; ``MODEL.BACKBONE.FREEZE_AT`` stages are frozen.
+
+    Raises:
+        KeyError: the config has no ``MODEL.VOVNET``.
+        ValueError: a value that does not exist; the message names the choices.
+    """
+    if "VOVNET" not in cfg.MODEL:
+        raise KeyError(
+            "The config has no MODEL.VOVNET: call vovnet_d2.add_vovnet_config(cfg) right after "
+            "get_cfg()."
+        )
+    node = cfg.MODEL.VOVNET
+    overrides = {f.name: node.get(f.name.upper()) for f in fields(VoVNetSpec)}
+    return VoVNet(
+        get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None}),
+        in_channels=input_shape.channels,
+        norm=node.NORM,
+        out_features=node.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        stage5_dilation=node.STAGE5_DILATION,
+        stage_with_dcn=node.STAGE_WITH_DCN,
+        with_modulated_dcn=node.WITH_MODULATED_DCN,
+        deformable_groups=node.DEFORMABLE_GROUPS,
+    )
+
+
+def _build_fpn(
+    cfg: CfgNode, input_shape: ShapeSpec, make_top_block: Callable[[VoVNet], nn.Module | None]
+) -> FPN:
+    bottom_up = build_vovnet_backbone(cfg, input_shape)
+    return attach_fpn(
+        bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        top_block=make_top_block(bottom_up),
+    )
+
+
+def build_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """VoVNet with FPN, P6 by max-pooling of P5: for Faster, Mask, Keypoint and Cascade R-CNN."""
+    return _build_fpn(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
+
+
+def build_retinanet_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """VoVNet with FPN, P6 and P7 by strided convolutions from
+    ``MODEL.VOVNET.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
+    in_feature = cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE if "VOVNET" in cfg.MODEL else ""
+    return _build_fpn(
+        cfg,
+        input_shape,
+        lambda bottom_up: strided_top_block(bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, in_feature),
+    )
+
+
+def build_fcos_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """VoVNet with FPN and ``MODEL.FCOS.TOP_LEVELS`` levels made from P5: for FCOS."""
+    return _build_fpn(
+        cfg,
+        input_shape,
+        lambda bottom_up: strided_top_block(
+            bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, "p5", cfg.MODEL.FCOS.TOP_LEVELS
+        ),
+    )
+
+
+_BUILDERS: tuple[Callable[[CfgNode, ShapeSpec], Backbone], ...] = (
+    build_vovnet_backbone,
+    build_vovnet_fpn_backbone,
+    build_retinanet_vovnet_fpn_backbone,
+    build_fcos_vovnet_fpn_backbone,
+)
+
+
+def _foreign_builders() -> dict[str, str]:
+    """Our names that somebody else registered, each with the module that did."""
+    registered = dict(BACKBONE_REGISTRY)
+    return {
+        builder.__name__: getattr(registered[builder.__name__], "__module__", "unknown")
+        for builder in _BUILDERS
+        if registered.get(builder.__name__, builder) is not builder
+    }
+
+
+def register_backbones(*, override: bool = False) -> None:
+    """Register the builders in Detectron2's ``BACKBONE_REGISTRY``; importing the package does it.
+
+    Args:
+        override: take the names from another VoVNet package that registered them first. Without
+            it, theirs stay in force and :func:`vovnet_d2.add_vovnet_config` raises an error.
+    """
+    foreign = _foreign_builders()
+    for builder in _BUILDERS:
+        name = builder.__name__
+        if name in foreign and override:
+            # fvcore's Registry has no way to replace an entry.
+            BACKBONE_REGISTRY._obj_map.pop(name)
+            logger.info("Backbone %s of %s replaced by vovnet_d2's.", name, foreign[name])
+        if name not in BACKBONE_REGISTRY:
+            BACKBONE_REGISTRY.register(builder)
+
+
+def require_own_builders() -> None:
+    """
+    Raises:
+        KeyError: another package holds one of our names; says who, and how to choose.
+    """
+    if foreign := _foreign_builders():
+        owners = ", ".join(f"{name} (by {module})" for name, module in foreign.items())
+        raise KeyError(
+            f"Registered by another package before vovnet_d2 was imported: {owners}. To use "
+            "vovnet_d2's, call vovnet_d2.register_backbones(override=True) before "
+            "add_vovnet_config(cfg); to keep theirs, do not call add_vovnet_config."
+        )
+
+
+register_backbones()

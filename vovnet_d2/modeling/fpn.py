@@ -1,0 +1,90 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What stands on top of VoVNet: Detectron2's FPN and its top levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from torch import nn
+
+__all__ = ["LastLevelP6", "attach_fpn", "strided_top_block"]
+
+
+class LastLevelP6(nn.Module):
+    """P6 from one feature by a 3x3 convolution of stride 2 (:paper:`FCOS` with one top level)."""
+
+    num_levels = 1
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str):
+        super().__init__()
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        weight_init.c2_xavier_fill(self.p6)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.p6(x)]
+
+
+def strided_top_block(
+    bottom_up: Backbone, fpn_channels: int, in_feature: str, num_levels: int = 2
+) -> nn.Module | None:
+    """Top levels made by strided convolutions, for RetinaNet and FCOS.
+
+    Args:
+        bottom_up: the backbone under the FPN.
+        fpn_channels: width of the FPN's maps.
+        in_feature: what the levels are made from: a map of ``bottom_up`` ("stage5", as
+            :paper:`RetinaNet` has it) or the FPN's last ("p5").
+        num_levels: 2 for P6 and P7, 1 for P6, 0 for none.
+
+    Raises:
+        ValueError: another number of levels, or a feature that does not exist.
+    """
+    if num_levels not in (0, 1, 2):
+        raise ValueError(f"Number of top levels is {num_levels}: choose 0, 1 (P6) or 2 (P6, P7).")
+    if num_levels == 0:
+        return None
+    channels = {name: shape.channels for name, shape in bottom_up.output_shape().items()}
+    channels["p5"] = fpn_channels
+    if in_feature not in channels:
+        raise ValueError(
+            f"Top levels cannot be made from {in_feature!r}: choose from {', '.join(channels)}; "
+            "a stage must be among MODEL.VOVNET.OUT_FEATURES."
+        )
+    block = LastLevelP6P7 if num_levels == 2 else LastLevelP6
+    return block(channels[in_feature], fpn_channels, in_feature)
+
+
+def attach_fpn(
+    bottom_up: Backbone,
+    *,
+    in_features: Sequence[str],
+    out_channels: int,
+    norm: str = "",
+    fuse_type: str = "sum",
+    top_block: nn.Module | None,
+) -> FPN:
+    """Detectron2's :class:`FPN` over ``bottom_up``; see there for the arguments.
+
+    Raises:
+        ValueError: ``in_features`` names a map that ``bottom_up`` does not return.
+    """
+    available = bottom_up.output_shape()
+    if missing := [name for name in in_features if name not in available]:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing)}, but the backbone returns "
+            f"{', '.join(available)}: MODEL.VOVNET.OUT_FEATURES must contain them."
+        )
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=in_features,
+        out_channels=out_channels,
+        norm=norm,
+        top_block=top_block,
+        fuse_type=fuse_type,
+    )

@@ -1,0 +1,154 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The variants of VoVNet as data: what a network is, apart from how it is built.
+
+VoVNet (v1): :paper:`VoVNet` arXiv 1904.09730, Table 1. VoVNetV2 (eSE): :paper:`CenterMask`
+arXiv 1911.06667, section 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_type_hints
+
+__all__ = ["STAGE_NAMES", "VOVNET_SPECS", "VoVNetSpec", "get_spec"]
+
+STAGE_NAMES = ("stage2", "stage3", "stage4", "stage5")
+
+Stem = Literal["strided", "pooled"]
+ESEPlacement = Literal["all", "last", "none"]
+
+
+@dataclass(frozen=True)
+class VoVNetSpec:
+    """One architecture of the VoVNet family. Derive others with :func:`dataclasses.replace`.
+
+    Attributes:
+        stage_mid_channels: width of the 3x3 convolutions inside the OSA blocks of stages 2 to 5.
+        stage_out_channels: width of each stage's output, stages 2 to 5.
+        blocks_per_stage: number of OSA blocks in stages 2 to 5.
+        layers_per_block: number of 3x3 convolutions in an OSA block.
+        stem_channels: widths of the stem's three convolutions.
+        stem: ``"strided"``, convolutions of stride 2, 1, 2 as all published PyTorch weights have
+            it; or ``"pooled"``, strides 2, 1, 1 and a max-pooling at the start of stage2, as the
+            paper's Table 1 has it.
+        residual: whether a block whose input is as wide as its output (all but the first of a
+            stage) adds its input to the result.
+        ese: effective squeeze-excitation in every block, in each stage's last, or in none.
+        depthwise: whether 3x3 convolutions (the stem's first aside) are depthwise-separable.
+        bottleneck: whether a 1x1 convolution to half the stage's mid width precedes each 3x3
+            (the paper's Table 3).
+
+    Raises:
+        ValueError: a field with a value outside its choices or range.
+    """
+
+    stage_mid_channels: tuple[int, int, int, int]
+    stage_out_channels: tuple[int, int, int, int]
+    blocks_per_stage: tuple[int, int, int, int]
+    layers_per_block: int
+    stem_channels: tuple[int, int, int] = (64, 64, 128)
+    stem: Stem = "strided"
+    residual: bool = True
+    ese: ESEPlacement = "none"
+    depthwise: bool = False
+    bottleneck: bool = False
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if hint is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"VoVNetSpec.{name} is {value!r}: expected True or False.")
+            elif hint in (Stem, ESEPlacement):
+                if value not in get_args(hint):
+                    raise ValueError(
+                        f"VoVNetSpec.{name} is {value!r}: choose from {', '.join(get_args(hint))}."
+                    )
+            elif hint is int:
+                _check_positive(name, (value,), 1)
+            else:
+                # Lists come from YAML; a tuple keeps the spec hashable.
+                object.__setattr__(self, name, _check_positive(name, value, len(get_args(hint))))
+        if self.depthwise and self.bottleneck:
+            raise ValueError("VoVNetSpec: depthwise and bottleneck exclude each other; set one.")
+        if self.bottleneck and any(mid % 2 for mid in self.stage_mid_channels):
+            raise ValueError(
+                f"VoVNetSpec.stage_mid_channels is {self.stage_mid_channels}: a bottleneck halves "
+                "these widths, so they must be even."
+            )
+
+
+def _check_positive(name: str, values: Any, length: int) -> tuple[int, ...]:
+    if (
+        not isinstance(values, tuple | list)
+        or len(values) != length
+        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
+    ):
+        what = "a positive integer" if length == 1 else f"{length} positive integers"
+        raise ValueError(f"VoVNetSpec.{name} is {values!r}: expected {what}.")
+    return tuple(values)
+
+
+_SLIM_V1 = VoVNetSpec(
+    stage_mid_channels=(64, 80, 96, 112),
+    stage_out_channels=(128, 256, 384, 512),
+    blocks_per_stage=(1, 1, 1, 1),
+    layers_per_block=5,
+)
+_V39 = VoVNetSpec(
+    stage_mid_channels=(128, 160, 192, 224),
+    stage_out_channels=(256, 512, 768, 1024),
+    blocks_per_stage=(1, 1, 2, 2),
+    layers_per_block=5,
+)
+_V57 = replace(_V39, blocks_per_stage=(1, 1, 4, 3))
+_V99 = replace(_V39, blocks_per_stage=(1, 3, 9, 3))
+_V19_ESE = replace(_V39, blocks_per_stage=(1, 1, 1, 1), layers_per_block=3, ese="all")
+_V19_SLIM_ESE = replace(
+    _SLIM_V1, stage_out_channels=(112, 256, 384, 512), layers_per_block=3, ese="all"
+)
+_DEPTHWISE: dict[str, Any] = {"depthwise": True, "stem_channels": (64, 64, 64)}
+
+VOVNET_SPECS: dict[str, VoVNetSpec] = {
+    "V-27-slim": _SLIM_V1,
+    "V-39": _V39,
+    "V-57": _V57,
+    "V-75": replace(_V39, blocks_per_stage=(1, 2, 6, 3)),
+    "V-93": replace(_V39, blocks_per_stage=(1, 3, 8, 3)),
+    "V-99": _V99,
+    "V-19-slim-dw-eSE": replace(_V19_SLIM_ESE, **_DEPTHWISE),
+    "V-19-dw-eSE": replace(_V19_ESE, **_DEPTHWISE),
+    "V-19-slim-eSE": _V19_SLIM_ESE,
+    "V-19-eSE": _V19_ESE,
+    "V-39-eSE": replace(_V39, ese="all"),
+    "V-57-eSE": replace(_V57, ese="all"),
+    "V-99-eSE": replace(_V99, ese="all"),
+}
+"""Name of a variant to its spec: the only home of the widths (facts: papers' Table 1)."""
+
+
+def get_spec(spec: str | VoVNetSpec, **overrides: Any) -> VoVNetSpec:
+    """
+    Args:
+        spec: the name of a variant, a key of :data:`VOVNET_SPECS`; or a spec.
+        overrides: fields of :class:`VoVNetSpec` to set differently.
+
+    Raises:
+        ValueError: no variant of that name, no field of that name, or a value out of range.
+    """
+    if isinstance(spec, str):
+        if spec not in VOVNET_SPECS:
+            close = get_close_matches(spec, VOVNET_SPECS, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"Unknown VoVNet variant {spec!r}.{hint} Choose from: {', '.join(VOVNET_SPECS)}."
+            )
+        spec = VOVNET_SPECS[spec]
+    known = {field.name for field in fields(VoVNetSpec)}
+    if unknown := sorted(overrides.keys() - known):
+        raise ValueError(
+            f"VoVNetSpec has no field {', '.join(unknown)}. Its fields: {', '.join(sorted(known))}."
+        )
+    return replace(spec, **overrides)

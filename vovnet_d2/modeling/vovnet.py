@@ -1,0 +1,350 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""VoVNet and VoVNetV2: stem, one-shot aggregation (OSA) blocks, and the network of both.
+
+VoVNet: :paper:`VoVNet` arXiv 1904.09730, sections 3 and 4. VoVNetV2: :paper:`CenterMask` arXiv
+1911.06667, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+
+from vovnet_d2.layouts import rename_keys
+
+from .layers import (
+    DeformableConv2d,
+    DepthwiseSeparableConv2d,
+    EffectiveSE,
+    Norm,
+    bottleneck,
+    conv_norm_act,
+    downsample,
+)
+from .specs import STAGE_NAMES, VoVNetSpec, get_spec
+
+__all__ = ["OSABlock", "VoVNet", "VoVNetStem"]
+
+LayerFactory = Callable[..., nn.Module]
+
+
+class VoVNetStem(CNNBlockBase):
+    """Three 3x3 convolutions, the first of stride 2, the third of stride 2 or 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        *,
+        last_stride: int,
+        layer: LayerFactory,
+        norm: Norm,
+    ):
+        """
+        Args:
+            channels: widths of the three convolutions.
+            last_stride: stride of the third, 2 for the strided stem, 1 for the pooled one.
+            layer: makes the second and third convolution from their widths and stride.
+            norm: norm of the first; see :func:`conv_norm_act`.
+        """
+        super().__init__(in_channels, channels[2], 2 * last_stride)
+        # The first sees the image, of few channels: it is a full convolution in every variant.
+        self.conv1 = conv_norm_act(in_channels, channels[0], 3, norm=norm, stride=2)
+        self.conv2 = layer(channels[0], channels[1])
+        self.conv3 = layer(channels[1], channels[2], stride=last_stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+class OSABlock(CNNBlockBase):
+    """One-shot aggregation (VoVNet paper, section 3.2): a chain of convolutions whose outputs are
+    concatenated once, with the block's input, and brought to ``out_channels`` by a 1x1 convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        *,
+        num_layers: int,
+        layer: LayerFactory,
+        norm: Norm,
+        stride: int = 1,
+        reduction: bool = False,
+        residual: bool = False,
+        ese: bool = False,
+    ):
+        """
+        Args:
+            mid_channels: width of each convolution of the chain.
+            num_layers: length of the chain.
+            layer: makes a convolution of the chain from its widths.
+            norm: norm of the 1x1 convolutions; see :func:`conv_norm_act`.
+            stride: 2 to begin with a max-pooling, or 1.
+            reduction: whether a 1x1 convolution brings the input to ``mid_channels`` before the
+                chain (depthwise variants). The concatenation takes the input itself.
+            residual: whether the (pooled) input is added to the result; needs
+                ``in_channels == out_channels``.
+            ese: whether effective squeeze-excitation follows the aggregation.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        self.residual = residual
+        self.reduction = (
+            conv_norm_act(in_channels, mid_channels, 1, norm=norm) if reduction else nn.Identity()
+        )
+        widths = [mid_channels if reduction else in_channels] + [mid_channels] * num_layers
+        self.layers = nn.ModuleList(layer(i, o) for i, o in pairwise(widths))
+        aggregated = in_channels + num_layers * mid_channels
+        self.aggregation = conv_norm_act(aggregated, out_channels, 1, norm=norm)
+        self.ese = EffectiveSE(out_channels) if ese else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stride == 2:
+            x = downsample(x)
+        features = [x]
+        y = self.reduction(x)
+        for layer in self.layers:
+            y = layer(y)
+            features.append(y)
+        y = self.ese(self.aggregation(torch.cat(features, dim=1)))
+        return x + y if self.residual else y
+
+
+class VoVNet(Backbone):
+    """VoVNet and VoVNetV2, as a Detectron2 backbone or as a classifier."""
+
+    def __init__(
+        self,
+        spec: str | VoVNetSpec,
+        *,
+        in_channels: int = 3,
+        norm: Norm = "FrozenBN",
+        out_features: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        freeze_at: int = 0,
+        stage5_dilation: int = 1,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        with_modulated_dcn: bool = False,
+        deformable_groups: int = 1,
+    ):
+        """
+        Args:
+            spec: the name of a variant, a key of ``VOVNET_SPECS``; or a spec.
+            in_channels: number of channels of the input.
+            norm: a norm that Detectron2 knows by name ("FrozenBN", "BN", "SyncBN", "GN", ...; ""
+                is none), or a callable from a channel number to a module.
+            out_features: names of the maps to return: any of "stem", "stage2" to "stage5" and,
+                with ``num_classes``, "linear". By default the last there is. Stages beyond the
+                last one asked for are not built.
+            num_classes: if given, global average pooling and a fully-connected layer of this many
+                outputs follow stage5, and the network is a classifier.
+            freeze_at: number of stages to freeze; see :meth:`freeze`.
+            stage5_dilation: 1, or 2 to keep stage5 at stage4's resolution with dilated
+                convolutions (output stride 16).
+            stage_with_dcn: for each of the stages 2 to 5, whether its 3x3 convolutions are
+                deformable.
+            with_modulated_dcn: whether deformable convolutions are modulated (DCNv2).
+            deformable_groups: groups of channels that share the offsets of such a convolution.
+
+        Raises:
+            ValueError: an unknown variant, norm or feature, a number out of range, or a
+                combination that does not exist; the message names the choices.
+        """
+        super().__init__()
+        spec = get_spec(spec)
+        _check_arguments(
+            spec, in_channels, num_classes, stage5_dilation, stage_with_dcn, with_modulated_dcn
+        )
+        self.spec = spec
+        self.num_classes = num_classes
+        self._out_features = _check_out_features(out_features, num_classes)
+        num_stages = 4
+        if num_classes is None:
+            num_stages = max(
+                STAGE_NAMES.index(f) + 1 if f in STAGE_NAMES else 0 for f in self._out_features
+            )
+
+        layer = _layer_factory(spec, norm)
+        self.stem = VoVNetStem(
+            in_channels,
+            spec.stem_channels,
+            last_stride=2 if spec.stem == "strided" else 1,
+            # The bottleneck is a variant of the OSA block: the stem stays as it is.
+            layer=partial(conv_norm_act, kernel_size=3, norm=norm) if spec.bottleneck else layer,
+            norm=norm,
+        )
+        self._shapes = {"stem": ShapeSpec(channels=self.stem.out_channels, stride=self.stem.stride)}
+        self.stage_names = STAGE_NAMES[:num_stages]
+        channels, stride = self.stem.out_channels, self.stem.stride
+        for index, name in enumerate(self.stage_names):
+            dilation = stage5_dilation if name == "stage5" else 1
+            stage_layer = partial(layer, dilation=dilation)
+            if stage_with_dcn[index]:
+                stage_layer = partial(
+                    stage_layer,
+                    conv_class=DeformableConv2d,
+                    modulated=with_modulated_dcn,
+                    deformable_groups=deformable_groups,
+                )
+            pooled = (index > 0 or spec.stem == "pooled") and dilation == 1
+            stage = _make_stage(
+                spec, index, channels, stride=2 if pooled else 1, layer=stage_layer, norm=norm
+            )
+            self.add_module(name, stage)
+            channels, stride = stage[-1].out_channels, stride * stage[0].stride
+            self._shapes[name] = ShapeSpec(channels=channels, stride=stride)
+        if num_classes is not None:
+            self.linear = nn.Linear(channels, num_classes)
+            # Small initial logits, as Detectron2's ResNet and "Accurate, Large Minibatch SGD",
+            # section 5.1, have it.
+            nn.init.normal_(self.linear.weight, std=0.01)
+            nn.init.zeros_(self.linear.bias)
+        self.freeze(freeze_at)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            x: (N, C, H, W), H and W of any size from 32 up. Where the strides do not divide them,
+                a map has its size rounded up at each convolution and down at each pooling of an
+                odd size.
+
+        Returns:
+            the maps asked for in ``out_features``, each (N, channels, about H / stride, about
+            W / stride), and "linear" of shape (N, num_classes).
+        """
+        if x.dim() != 4:
+            raise ValueError(f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}.")
+        outputs = {}
+        for name in ("stem", *self.stage_names):
+            x = getattr(self, name)(x)
+            if name in self._out_features:
+                outputs[name] = x
+        if "linear" in self._out_features:
+            outputs["linear"] = self.linear(x.mean((2, 3)))
+        return outputs
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map that :meth:`forward` returns ("linear" has none)."""
+        return {name: self._shapes[name] for name in self._out_features if name != "linear"}
+
+    def freeze(self, freeze_at: int = 0) -> VoVNet:
+        """Freeze the first stages: their parameters take no gradient and their batch norms become
+        :class:`FrozenBatchNorm2d`. Nothing else is touched.
+
+        Args:
+            freeze_at: 0 or less freezes nothing, 1 the stem, 2 the stem and stage2, up to 5, the
+                whole network.
+
+        Returns:
+            the network itself.
+
+        Raises:
+            ValueError: ``freeze_at`` above 5.
+        """
+        if freeze_at > 5:
+            raise ValueError(
+                f"freeze_at is {freeze_at}: choose 0 (nothing), 1 (stem), 2 (stem and stage2), "
+                "3, 4 or 5 (up to stage5)."
+            )
+        if freeze_at >= 1:
+            self.stem.freeze()
+        for number, name in enumerate(self.stage_names, start=2):
+            if freeze_at >= number:
+                for block in getattr(self, name):
+                    block.freeze()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Published and timm names are understood here, where every loader of every project passes.
+        renamed = rename_keys([k[len(prefix) :] for k in state_dict if k.startswith(prefix)])
+        for old, new in renamed.items():
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
+        # A FrozenBN counts no batches, but the BatchNorm that its weights were trained as did.
+        for name, module in self.named_modules():
+            if isinstance(module, FrozenBatchNorm2d) and module.num_batches_tracked is None:
+                state_dict.pop(f"{prefix}{name}.num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _layer_factory(spec: VoVNetSpec, norm: Norm) -> LayerFactory:
+    """What makes a 3x3 layer of this architecture from its widths."""
+    if spec.depthwise:
+        return partial(DepthwiseSeparableConv2d, norm=norm)
+    if spec.bottleneck:
+        return partial(bottleneck, norm=norm)
+    return partial(conv_norm_act, kernel_size=3, norm=norm)
+
+
+def _make_stage(
+    spec: VoVNetSpec, index: int, in_channels: int, *, stride: int, layer: LayerFactory, norm: Norm
+) -> nn.Sequential:
+    """The OSA blocks of stage ``index + 2``; the first takes ``stride`` and a new width."""
+    mid, out = spec.stage_mid_channels[index], spec.stage_out_channels[index]
+    blocks = []
+    for number in range(spec.blocks_per_stage[index]):
+        first, last = number == 0, number == spec.blocks_per_stage[index] - 1
+        blocks.append(
+            OSABlock(
+                in_channels if first else out,
+                mid,
+                out,
+                num_layers=spec.layers_per_block,
+                layer=layer,
+                norm=norm,
+                stride=stride if first else 1,
+                reduction=spec.depthwise and (in_channels if first else out) != mid,
+                residual=spec.residual and not first,
+                ese=spec.ese == "all" or (spec.ese == "last" and last),
+            )
+        )
+    return nn.Sequential(*blocks)
+
+
+def _check_out_features(out_features: Sequence[str] | None, num_classes: int | None) -> list[str]:
+    choices = ["stem", *STAGE_NAMES] + (["linear"] if num_classes is not None else [])
+    if out_features is None:
+        return choices[-1:]
+    if isinstance(out_features, str) or not out_features:
+        raise ValueError(f"out_features is {out_features!r}: give a list of {', '.join(choices)}.")
+    for name in out_features:
+        if name not in choices:
+            hint = " Set num_classes to have 'linear'." if name == "linear" else ""
+            raise ValueError(
+                f"VoVNet has no feature {name!r}: choose from {', '.join(choices)}.{hint}"
+            )
+    return list(out_features)
+
+
+def _check_arguments(
+    spec: VoVNetSpec,
+    in_channels: int,
+    num_classes: int | None,
+    stage5_dilation: int,
+    stage_with_dcn: Sequence[bool],
+    with_modulated_dcn: bool,
+) -> None:
+    if in_channels < 1:
+        raise ValueError(f"in_channels is {in_channels}: an input has at least one channel.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}: give at least 1, or None for a backbone.")
+    if stage5_dilation not in (1, 2):
+        raise ValueError(f"stage5_dilation is {stage5_dilation}: choose 1 or 2.")
+    if len(stage_with_dcn) != len(STAGE_NAMES):
+        raise ValueError(
+            f"stage_with_dcn is {list(stage_with_dcn)}: give four booleans, for stages 2 to 5."
+        )
+    if any(stage_with_dcn) and (spec.depthwise or spec.bottleneck):
+        raise ValueError(
+            "stage_with_dcn: depthwise and bottleneck variants have no deformable convolutions; "
+            "choose a variant of full 3x3 convolutions or set it to False for every stage."
+        )
