@@ -1,0 +1,67 @@
+# Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo lint types test test-slow doctor clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+# Set-up: one stamp per step, so that a finished step is not repeated -------------------------------
+
+setup: $(VENV)/stamp-package ## create .venv with everything that the other targets need
+
+$(VENV)/stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "'$(PYTHON)' is no Python 3.11 or newer: name one that is," \
+			"as in 'make setup PYTHON=python3.12'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch before Detectron2, whose build imports it; the pair in one command. Gigabytes, so let pip
+# show its progress.
+$(VENV)/stamp-torch: $(VENV)/stamp-venv constraints.txt
+	$(PY) -m pip install setuptools wheel torch torchvision
+	@touch $@
+
+$(VENV)/stamp-detectron2: $(VENV)/stamp-torch tools/install_detectron2.py
+	$(PY) tools/install_detectron2.py
+	@touch $@
+
+$(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What it is for ----------------------------------------------------------------------------------
+
+demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
+	$(PY) tools/train_net.py --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml
+
+doctor: ## say what is installed, what is missing, and what mends it
+	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) tools/doctor.py
+
+# Checks ------------------------------------------------------------------------------------------
+
+lint: setup ## check style and formatting
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+types: setup ## check the types of the package
+	$(PY) -m mypy
+
+test: setup lint types ## lint, types and the fast tests
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the tests that take longer
+	$(PY) -m pytest -m "slow and not gpu"
+
+clean: ## remove caches and build products; .venv and results stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
