@@ -1,10 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-import random
-
-import numpy as np
 import pytest
 import torch
+from detectron2.utils.env import seed_all_rng
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,6 +16,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every test, whichever tests run before it."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_all_rng(0)
