@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
@@ -239,7 +239,7 @@ class VoVNet(Backbone):
 
     def freeze(self, freeze_at: int = 0) -> VoVNet:
         """Freeze the first stages: their parameters take no gradient and their batch norms become
-        :class:`FrozenBatchNorm2d`. Nothing else is touched.
+        :class:`detectron2.layers.FrozenBatchNorm2d`. Nothing else is touched.
 
         Args:
             freeze_at: 0 or less freezes nothing, 1 the stem, 2 the stem and stage2, up to 5, the
@@ -269,10 +269,15 @@ class VoVNet(Backbone):
         renamed = rename_keys([k[len(prefix) :] for k in state_dict if k.startswith(prefix)])
         for old, new in renamed.items():
             state_dict[prefix + new] = state_dict.pop(prefix + old)
-        # A FrozenBN counts no batches, but the BatchNorm that its weights were trained as did.
+        # A BatchNorm counts batches, a FrozenBN may not, and loads what was trained as either: the
+        # count, which only a BatchNorm without momentum would use, may be missing or left over.
         for name, module in self.named_modules():
-            if isinstance(module, FrozenBatchNorm2d) and module.num_batches_tracked is None:
-                state_dict.pop(f"{prefix}{name}.num_batches_tracked", None)
+            if hasattr(module, "num_batches_tracked"):
+                count = f"{prefix}{name}.num_batches_tracked"
+                if module.num_batches_tracked is None:
+                    state_dict.pop(count, None)
+                elif f"{prefix}{name}.running_mean" in state_dict:
+                    state_dict.setdefault(count, module.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
