@@ -156,19 +156,23 @@ class DeformableConv2d(Conv2d):
         offset, mask = self.offset(x), None
         if self.modulated:
             offset, mask = offset[:, : self.num_offsets], offset[:, self.num_offsets :].sigmoid()
+        # torchvision's kernels lack bfloat16, and on the CPU autocast, too.
+        dtype = torch.promote_types(x.dtype, torch.float32)
         x = deform_conv2d(
-            x,
-            offset,
-            self.weight,
-            self.bias,
+            x.to(dtype),
+            offset.to(dtype),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
-            mask=mask,
-        )
+            mask=None if mask is None else mask.to(dtype),
+        ).to(x.dtype)
         if self.norm is not None:
             x = self.norm(x)
-        return self.activation(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
 
 
 def bottleneck(
