@@ -5,6 +5,8 @@
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
+    if error.name != "detectron2":  # Detectron2 is there; something that it needs is not
+        raise
     raise ModuleNotFoundError(
         "vovnet_d2 needs Detectron2, which is not on PyPI: run `python tools/install_detectron2.py`"
         " from vovnet_d2's repository, with the Python that you use."
