@@ -36,13 +36,14 @@ def build_vovnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VoVNet:
     """VoVNet as ``MODEL.VOVNET`` describes it; ``MODEL.BACKBONE.FREEZE_AT`` stages are frozen.
 
     Raises:
-        KeyError: the config has no ``MODEL.VOVNET``.
+        KeyError: ``add_vovnet_config`` was not called.
         ValueError: a value that does not exist; the message names the choices.
     """
-    if "VOVNET" not in cfg.MODEL:
+    # Another project's MODEL.VOVNET lacks keys of ours until add_vovnet_config adds them.
+    if "STAGE5_DILATION" not in cfg.MODEL.get("VOVNET", {}):
         raise KeyError(
-            "The config has no MODEL.VOVNET: call vovnet_d2.add_vovnet_config(cfg) right after "
-            "get_cfg()."
+            "The config has no MODEL.VOVNET of vovnet_d2: call vovnet_d2.add_vovnet_config(cfg) "
+            "right after get_cfg()."
         )
     node = cfg.MODEL.VOVNET
     overrides = {f.name: node.get(f.name.upper()) for f in fields(VoVNetSpec)}
@@ -81,11 +82,12 @@ def build_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_retinanet_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """VoVNet with FPN, P6 and P7 by strided convolutions from
     ``MODEL.VOVNET.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
-    in_feature = cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE if "VOVNET" in cfg.MODEL else ""
     return _build_fpn(
         cfg,
         input_shape,
-        lambda bottom_up: strided_top_block(bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, in_feature),
+        lambda bottom_up: strided_top_block(
+            bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE
+        ),
     )
 
 
