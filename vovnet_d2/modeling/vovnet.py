@@ -18,8 +18,7 @@ from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
-from vovnet_d2.layouts import rename_keys
-
+from ..layouts import rename_keys
 from .layers import (
     DeformableConv2d,
     DepthwiseSeparableConv2d,
@@ -162,17 +161,12 @@ class VoVNet(Backbone):
         """
         super().__init__()
         spec = get_spec(spec)
-        _check_arguments(
-            spec, in_channels, num_classes, stage5_dilation, stage_with_dcn, with_modulated_dcn
-        )
+        _check_arguments(spec, in_channels, num_classes, stage5_dilation, stage_with_dcn)
         self.spec = spec
         self.num_classes = num_classes
         self._out_features = _check_out_features(out_features, num_classes)
-        num_stages = 4
-        if num_classes is None:
-            num_stages = max(
-                STAGE_NAMES.index(f) + 1 if f in STAGE_NAMES else 0 for f in self._out_features
-            )
+        order = ["stem", *STAGE_NAMES]
+        num_stages = max(4 if f == "linear" else order.index(f) for f in self._out_features)
 
         layer = _layer_factory(spec, norm)
         self.stem = VoVNetStem(
@@ -203,7 +197,7 @@ class VoVNet(Backbone):
             self.add_module(name, stage)
             channels, stride = stage[-1].out_channels, stride * stage[0].stride
             self._shapes[name] = ShapeSpec(channels=channels, stride=stride)
-        if num_classes is not None:
+        if num_classes is not None and "linear" in self._out_features:
             self.linear = nn.Linear(channels, num_classes)
             # Small initial logits, as Detectron2's ResNet and "Accurate, Large Minibatch SGD",
             # section 5.1, have it.
@@ -242,8 +236,8 @@ class VoVNet(Backbone):
         :class:`detectron2.layers.FrozenBatchNorm2d`. Nothing else is touched.
 
         Args:
-            freeze_at: 0 or less freezes nothing, 1 the stem, 2 the stem and stage2, up to 5, the
-                whole network.
+            freeze_at: 0 or less freezes nothing, 1 the stem, 2 the stem and stage2, up to 5, all
+                stages (a classifier's "linear" is never frozen).
 
         Returns:
             the network itself.
@@ -336,7 +330,6 @@ def _check_arguments(
     num_classes: int | None,
     stage5_dilation: int,
     stage_with_dcn: Sequence[bool],
-    with_modulated_dcn: bool,
 ) -> None:
     if in_channels < 1:
         raise ValueError(f"in_channels is {in_channels}: an input has at least one channel.")
