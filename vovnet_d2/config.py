@@ -15,6 +15,8 @@ from .modeling.specs import VoVNetSpec
 
 __all__ = ["add_vovnet_config", "get_config_file"]
 
+_SUFFIXES = (".yaml", ".py")
+
 
 def add_vovnet_config(cfg: CfgNode) -> None:
     """Add this package's keys, with their defaults, to a Detectron2 config.
@@ -85,6 +87,3 @@ def get_config_file(name: str) -> str:
     files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
     close = get_close_matches(name, files, n=3, cutoff=0.3) or files[:3]
     raise FileNotFoundError(f"No config file {name!r} in {root}. Close to it: {', '.join(close)}.")
-
-
-_SUFFIXES = (".yaml", ".py")

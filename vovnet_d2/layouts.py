@@ -78,7 +78,8 @@ class _Template:
     def __init__(self, text: str):
         self.text = text
         literals = _FIELD.split(text)[::3]
-        pattern, self.offsets = re.escape(literals[0]), {}
+        pattern = re.escape(literals[0])
+        self.offsets: dict[str, int] = {}
         for (field, offset), literal in zip(_FIELD.findall(text), literals[1:], strict=True):
             pattern += f"(?P={field})" if field in self.offsets else rf"(?P<{field}>\d+)"
             pattern += re.escape(literal)
@@ -123,8 +124,8 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
         for each key that is recognised, what it is. Other keys are left out.
     """
     keys = list(keys)
-    names = {part for layout in _DEPTHWISE_PARTS[0] for part in [layout.strip(".")]}
-    depthwise = any(re.split(r"[./]", key)[-2:-1] == [name] for key in keys for name in names)
+    names = {part.strip(".") for part in _DEPTHWISE_PARTS[0]}
+    depthwise = any(not names.isdisjoint(re.split(r"[./]", key)[-2:-1]) for key in keys)
     found = {}
     for key in keys:
         for row in _rows(depthwise):

@@ -149,8 +149,8 @@ class DeformableConv2d(Conv2d):
             padding=self.padding,
             dilation=self.dilation,
         )
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         offset, mask = self.offset(x), None

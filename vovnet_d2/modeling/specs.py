@@ -126,7 +126,7 @@ VOVNET_SPECS: dict[str, VoVNetSpec] = {
     "V-57-eSE": replace(_V57, ese="all"),
     "V-99-eSE": replace(_V99, ese="all"),
 }
-"""Name of a variant to its spec: the only home of the widths (facts: papers' Table 1)."""
+"""Name of a variant to its spec: the only home of the widths (the papers' Table 1)."""
 
 
 def get_spec(spec: str | VoVNetSpec, **overrides: Any) -> VoVNetSpec:
