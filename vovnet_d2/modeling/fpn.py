@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -72,13 +74,30 @@ def attach_fpn(
     """Detectron2's :class:`FPN` over ``bottom_up``; see there for the arguments.
 
     Raises:
-        ValueError: ``in_features`` names a map that ``bottom_up`` does not return.
+        ValueError: ``in_features`` is empty, names a map that ``bottom_up`` does not return, or
+            maps whose strides do not double from one to the next; or ``top_block`` needs a level
+            that they do not give.
     """
     available = bottom_up.output_shape()
-    if missing := [name for name in in_features if name not in available]:
+    missing = [name for name in in_features if name not in available]
+    if missing or not in_features:
         raise ValueError(
-            f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing)}, but the backbone returns "
-            f"{', '.join(available)}: MODEL.VOVNET.OUT_FEATURES must contain them."
+            f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing) or 'nothing'}, but the backbone "
+            f"returns {', '.join(available)}: choose from these, or add to "
+            "MODEL.VOVNET.OUT_FEATURES."
+        )
+    strides = [available[name].stride for name in in_features]
+    if any(following != 2 * stride for stride, following in pairwise(strides)):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is {', '.join(in_features)}, of strides {strides}: FPN needs "
+            "maps of doubling stride (with STAGE5_DILATION 2, stage5 has stage4's)."
+        )
+    levels = [f"p{int(math.log2(stride))}" for stride in strides]
+    if top_block is not None and top_block.in_feature not in (*available, *levels):
+        raise ValueError(
+            f"The top levels are made from {top_block.in_feature!r}, but the FPN over "
+            f"{', '.join(in_features)} has {', '.join(levels)}: add the stage that is missing to "
+            "MODEL.FPN.IN_FEATURES."
         )
     return FPN(
         bottom_up=bottom_up,
