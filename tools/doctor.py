@@ -238,10 +238,9 @@ def installed_version(name: str) -> str | None:
 
 
 def is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    """Whether a module can be found; a mere folder of that name, a namespace, does not count."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def last_line(error: BaseException) -> str:
