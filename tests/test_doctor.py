@@ -364,14 +364,16 @@ def test_data_sets_lie_where_detectron2_looks(name: str, registered: tuple[str, 
 def test_voc_lies_where_detectron2_looks(name: str, tmp_path: Path) -> None:
     annotations, image_sets, images = (tmp_path / path for path in doctor.DATA_SETS[name].paths)
     annotations.mkdir(parents=True)
-    (annotations / "1.xml").write_text(
-        "<annotation><size><width>4</width><height>3</height></size></annotation>"
-    )
+    for image in ("1", "2"):
+        (annotations / f"{image}.xml").write_text(
+            "<annotation><size><width>4</width><height>3</height></size></annotation>"
+        )
     (image_sets / "Main").mkdir(parents=True)
-    (image_sets / "Main" / "val.txt").write_text("1\n")
+    (image_sets / "Main" / "val.txt").write_text("1\n2\n")
     registered = MetadataCatalog.get(f"voc_{name[-4:]}_val").dirname
-    (record,) = load_voc_instances(str(tmp_path / Path(registered).name), "val", ())
-    assert Path(record["file_name"]) == images / "1.jpg"
+    records = load_voc_instances(str(tmp_path / Path(registered).name), "val", ())
+    files = [Path(record["file_name"]) for record in records]
+    assert files == [images / "1.jpg", images / "2.jpg"]
 
 
 def test_data_sets_are_told_apart(environment: Environment) -> None:
