@@ -1,0 +1,10 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluation on top of Detectron2's trainer, hooks and evaluators."""
+
+from .config import argument_parser, load_config
+from .evaluation import build_evaluator
+from .launch import main
+from .trainer import Trainer
+
+__all__ = ["Trainer", "argument_parser", "build_evaluator", "load_config", "main"]
