@@ -135,7 +135,8 @@ def from_git(wheel_dir: Path | None) -> str:
         flush=True,
     )
     failure = InstallError(
-        "building upstream's commit failed", "read pip's lines above, or use --source pypi"
+        f"building upstream's commit {UPSTREAM_COMMIT} failed",
+        "read pip's lines above, or use --source pypi",
     )
     source = f"git+{UPSTREAM_URL}@{UPSTREAM_COMMIT}"
     # Its setup.py imports torch, hence no build isolation, hence setuptools and wheel beforehand.
