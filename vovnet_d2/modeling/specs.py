@@ -67,10 +67,22 @@ class VoVNetSpec:
                         f"VoVNetSpec.{name} is {value!r}: choose from {', '.join(get_args(hint))}."
                     )
             elif hint is int:
-                _check_positive(name, (value,), 1)
+                if not _is_positive_int(value):
+                    raise ValueError(
+                        f"VoVNetSpec.{name} is {value!r}: expected a positive integer."
+                    )
             else:
+                count = len(get_args(hint))
+                if (
+                    not isinstance(value, tuple | list)
+                    or len(value) != count
+                    or not all(map(_is_positive_int, value))
+                ):
+                    raise ValueError(
+                        f"VoVNetSpec.{name} is {value!r}: expected {count} positive integers."
+                    )
                 # Lists come from YAML; a tuple keeps the spec hashable.
-                object.__setattr__(self, name, _check_positive(name, value, len(get_args(hint))))
+                object.__setattr__(self, name, tuple(value))
         if self.depthwise and self.bottleneck:
             raise ValueError("VoVNetSpec: depthwise and bottleneck exclude each other; set one.")
         if self.bottleneck and any(mid % 2 for mid in self.stage_mid_channels):
@@ -80,15 +92,8 @@ class VoVNetSpec:
             )
 
 
-def _check_positive(name: str, values: Any, length: int) -> tuple[int, ...]:
-    if (
-        not isinstance(values, tuple | list)
-        or len(values) != length
-        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
-    ):
-        what = "a positive integer" if length == 1 else f"{length} positive integers"
-        raise ValueError(f"VoVNetSpec.{name} is {values!r}: expected {what}.")
-    return tuple(values)
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 _SLIM_V1 = VoVNetSpec(
