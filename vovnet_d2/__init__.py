@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
         " from vovnet_d2's repository, with the Python that you use."
     ) from error
 
+from .checkpoint import VoVNetCheckpointer
 from .config import add_vovnet_config, get_config_file
 from .modeling.build import register_backbones
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VOVNET_SPECS",
     "VoVNet",
+    "VoVNetCheckpointer",
     "VoVNetSpec",
     "add_vovnet_config",
     "get_config_file",

@@ -1,0 +1,189 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Detectron2's checkpointer, for VoVNet's weights in every layout."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from vovnet_d2.modeling.vovnet import VoVNet
+
+from .matching import Match, contradictions, find_vovnets, match_model, misfits
+from .metadata import InputConvention, Metadata
+from .reading import METADATA_KEY, read_checkpoint
+from .recognition import Description, describe_state_dict, find_prefix
+from .sources import locate
+from .zoo import metadata_of_layout
+
+__all__ = ["VoVNetCheckpointer"]
+
+# Below Detectron2's own logger: seen wherever its messages are.
+logger = logging.getLogger("detectron2.vovnet_d2.checkpoint")
+
+_HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
+
+
+class VoVNetCheckpointer(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` that takes VoVNet's weights in any layout, and reports.
+
+    - ``path`` may also be a name of the zoo (``timm://...``) or a .safetensors file.
+    - The file's layout and prefix are recognised. If it is another network than the model's, or
+      does not have all of it, loading it is an error that names the config lines that fit.
+    - Nothing in the file is executed. Nothing is changed if loading fails.
+    - A file with a whole detector loads whole. Of a backbone's, or another detector's, what is not
+      there is left at its initialisation; not so where a training is resumed.
+
+    A model without a VoVNet is loaded as :class:`DetectionCheckpointer` does, as safely.
+
+    Attributes:
+        input_convention: what the weights loaded last expect of their input, or None if that is
+            not known; see :func:`check_input_convention`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        allow_partial: bool = False,
+        allow_pickle: bool = False,
+        **checkpointables: Any,
+    ):
+        """
+        Args:
+            model: see :class:`DetectionCheckpointer`; as are ``save_dir``, ``save_to_disk`` and
+                ``checkpointables``.
+            allow_partial: load what fits of a file that does not fit the network, with a warning.
+            allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.allow_partial = allow_partial
+        self.allow_pickle = allow_pickle
+        self.input_convention: InputConvention | None = None
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """
+        Args:
+            path: a file, a URL or a name of the zoo. If it is empty, nothing is loaded.
+            checkpointables: names of the objects to load beside the model; all by default.
+
+        Returns:
+            what the file holds beside the model and these objects.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, unsafe, or does not fit; nothing has changed then.
+        """
+        if not path:
+            return super().load(path)
+        logger.info("Loading from %s ...", path)
+        local, entry = locate(path.removesuffix(_HEURISTICS))
+        checkpoint = read_checkpoint(local, allow_pickle=self.allow_pickle)
+        if path.endswith(_HEURISTICS):
+            checkpoint["matching_heuristics"] = True
+        known = entry.metadata if entry else None
+        if (saved := checkpoint.pop(METADATA_KEY, None)) is not None:
+            known = Metadata.from_dict(saved)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}
+
+        with _unchanged_on_error(self.model, present.values()):
+            if find_vovnets(self.model):
+                try:
+                    self._load_vovnets(checkpoint.pop("model"), known, resuming=bool(present))
+                except ValueError as error:
+                    raise ValueError(f"{path} was not loaded. {error}") from error
+            else:
+                self._log_incompatible_keys(self._load_model(checkpoint))
+            for key, target in present.items():
+                logger.info("Loading %s from %s ...", key, path)
+                try:
+                    target.load_state_dict(checkpoint.pop(key))
+                except Exception as error:
+                    raise ValueError(
+                        f"{path} was not loaded: its {key} is not this run's ({error}). To start "
+                        "from its weights alone, name it in MODEL.WEIGHTS and do not resume."
+                    ) from error
+        return checkpoint
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save as :class:`Checkpointer` does, with what the tensors alone do not tell: see
+        :class:`Metadata`."""
+        if len(nets := list(find_vovnets(self.model).values())) == 1:
+            convention = InputConvention.of_model(self.model)
+            kwargs.setdefault(METADATA_KEY, Metadata.of_spec(nets[0].spec, convention).to_dict())
+        super().save(name, **kwargs)
+
+    def _load_vovnets(
+        self, state_dict: dict[str, torch.Tensor], known: Metadata | None, *, resuming: bool
+    ) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        missing: Counter[str] = Counter()
+        problems: list[str] = []
+        nets = find_vovnets(self.model)
+        for backbone, net in nets.items():
+            found = describe_state_dict(state_dict, find_prefix(state_dict, preferred=backbone))
+            match = match_model(self.model, backbone, state_dict, found)
+            problems += misfits(net, match, found) + contradictions(net, known or Metadata())
+            self._report(net, match, found, known)
+            tensors |= match.tensors
+            missing.update(match.missing + list(match.wrong_shape))
+        absent = [name for name, count in missing.items() if count == len(nets)]
+        if resuming and absent and not problems:
+            problems = [
+                f"To resume, all of the model must be in it; {len(absent)} tensors are missing or "
+                f"of another shape, such as {absent[0]}."
+            ]
+        if problems and not self.allow_partial:
+            raise ValueError(
+                " ".join(problems) + " To load what fits nevertheless, add --allow-partial "
+                "(in code: allow_partial=True)."
+            )
+        for problem in problems:
+            logger.warning("Loading in part. %s", problem)
+        self.model.load_state_dict(tensors, strict=False)
+
+    def _report(
+        self, net: VoVNet, match: Match, found: Description, known: Metadata | None
+    ) -> None:
+        """Log what the file is, what of it is loaded, and what could not be told."""
+        logger.info("The file holds %s.\n%s", found, match.table())
+        for name, (file, model) in match.wrong_shape.items():
+            logger.warning("%s has shape %s in the file and %s in the model.", name, file, model)
+        by_layout = metadata_of_layout(found)
+        self.input_convention = known.input if known else by_layout.input
+        if known is None:
+            # Only a convention, so no error: somebody may have trained another network since.
+            for sentence in contradictions(net, by_layout):
+                logger.warning(sentence)
+        told = known or by_layout
+        untold = [n for n in ("stem", "residual", "input") if getattr(told, n) is None]
+        if untold:
+            logger.info(
+                "The file does not tell its %s: taken to be the model's.", " and ".join(untold)
+            )
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module, others: Iterable[Any]) -> Iterator[None]:
+    """Give the model and the other objects the state back that they had, if something fails."""
+    tensors = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+    states = [(other, copy.deepcopy(other.state_dict())) for other in others]
+    try:
+        yield
+    except BaseException:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensors[name])
+        for other, state in states:
+            other.load_state_dict(state)
+        raise

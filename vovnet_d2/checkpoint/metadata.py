@@ -1,0 +1,184 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a file of weights cannot say by its tensors: the input that it expects, and the parts of
+the architecture that have no parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from vovnet_d2.modeling.specs import Stem, VoVNetSpec
+
+__all__ = ["BGR_255", "RGB_IMAGENET", "InputConvention", "Metadata", "check_input_convention"]
+
+
+@dataclass(frozen=True)
+class InputConvention:
+    """What a network expects of its input, in Detectron2's terms.
+
+    Attributes:
+        format: order of the channels, "BGR" or "RGB"; "" where there are not three, or not known.
+        pixel_mean: what is subtracted from each channel, in ``format``'s order, of values from 0
+            to 255.
+        pixel_std: what the difference is then divided by.
+
+    Raises:
+        ValueError: another format, or means and deviations that do not go together.
+    """
+
+    format: str
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.format not in ("", "BGR", "RGB"):
+            raise ValueError(f"Input format {self.format!r}: choose BGR or RGB.")
+        for name in ("pixel_mean", "pixel_std"):
+            # Lists come from files.
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        if len(self.pixel_mean) != len(self.pixel_std) or not all(s > 0 for s in self.pixel_std):
+            raise ValueError(
+                f"Input with mean {self.pixel_mean} and standard deviation {self.pixel_std}: one "
+                "of each is needed for a channel, and no deviation is 0."
+            )
+
+    @classmethod
+    def of_config(cls, cfg: CfgNode) -> InputConvention:
+        """What a config feeds to its model."""
+        channels = cfg.INPUT.FORMAT if cfg.INPUT.FORMAT in ("BGR", "RGB") else ""
+        return cls(channels, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD))
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> InputConvention | None:
+        """What one of Detectron2's detectors feeds to its backbone; None for other models."""
+        mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
+        if not isinstance(mean, torch.Tensor) or not isinstance(std, torch.Tensor):
+            return None
+        channels = getattr(model, "input_format", None)
+        return cls(
+            channels if channels in ("BGR", "RGB") else "",
+            tuple(round(v, 4) for v in mean.flatten().tolist()),
+            tuple(round(v, 4) for v in std.flatten().tolist()),
+        )
+
+    def config_lines(self) -> list[str]:
+        """The three lines of a config that feed a model so."""
+        numbers = [
+            f"[{', '.join(f'{round(v, 4):g}' for v in values)}]"
+            for values in (self.pixel_mean, self.pixel_std)
+        ]
+        return [
+            f'INPUT.FORMAT: "{self.format}"',
+            f"MODEL.PIXEL_MEAN: {numbers[0]}",
+            f"MODEL.PIXEL_STD: {numbers[1]}",
+        ]
+
+    def agrees_with(self, other: InputConvention) -> bool:
+        """Whether the two feed the same to a network, to a percent of the deviation."""
+        if self.format and other.format and self.format != other.format:
+            return False
+        if len(self.pixel_mean) != len(other.pixel_mean):
+            return False
+        channels = zip(
+            self.pixel_mean, other.pixel_mean, self.pixel_std, other.pixel_std, strict=True
+        )
+        # Deviations of 1 stand for weights that have absorbed the true ones, of about 57.
+        return all(
+            abs(m1 - m2) <= 0.01 * max(s1, 57.0) and abs(s1 - s2) <= 0.01 * s1
+            for m1, m2, s1, s2 in channels
+        )
+
+
+BGR_255 = InputConvention("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+"""Detectron2's default, which the published Detectron2 weights were trained with."""
+
+RGB_IMAGENET = InputConvention("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""The customary normalisation of ImageNet, which most of timm's weights were trained with."""
+
+
+def check_input_convention(cfg: CfgNode, convention: InputConvention | None) -> str | None:
+    """Compare what a config feeds to the network with what the network's weights expect.
+
+    Args:
+        convention: what the weights expect, such as
+            :attr:`VoVNetCheckpointer.input_convention` after loading; None if it is not known.
+
+    Returns:
+        a warning that names the three lines to change, or None if there is nothing to warn of.
+    """
+    if convention is None:
+        return None
+    config = InputConvention.of_config(cfg)
+    if convention.agrees_with(config):
+        return None
+    return (
+        "The weights expect another input than the config gives. Weights: "
+        f"{', '.join(convention.config_lines())}; config: {', '.join(config.config_lines())}. "
+        "Set the weights' three lines in the config, or turn the weights into the config's "
+        "convention by tools/convert_weights.py."
+    )
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is known of weights apart from their tensors; None or empty is "not known".
+
+    Attributes:
+        stem: see :class:`VoVNetSpec`.
+        residual: see :class:`VoVNetSpec`.
+        input: what the network expects.
+        source: where the weights come from, in words.
+    """
+
+    stem: Stem | None = None
+    residual: bool | None = None
+    input: InputConvention | None = None
+    source: str = field(default="", compare=False)
+
+    @classmethod
+    def of_spec(
+        cls, spec: VoVNetSpec, convention: InputConvention | None, source: str = ""
+    ) -> Metadata:
+        return cls(spec.stem, spec.residual, convention, source)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Metadata:
+        """
+        Args:
+            data: what :meth:`to_dict` gave, from a file.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        try:
+            convention = data.get("input")
+            stem, residual = data.get("stem"), data.get("residual")
+            if stem not in (None, *get_args(Stem)) or not isinstance(residual, bool | None):
+                raise TypeError(f"stem {stem!r}, residual {residual!r}")
+            return cls(
+                stem,
+                residual,
+                InputConvention(**convention) if convention is not None else None,
+                str(data.get("source", "")),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"The file's entry 'vovnet_d2' is damaged ({error}).") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        convention = self.input and {
+            "format": self.input.format,
+            "pixel_mean": list(self.input.pixel_mean),
+            "pixel_std": list(self.input.pixel_std),
+        }
+        return {
+            "stem": self.stem,
+            "residual": self.residual,
+            "input": convention,
+            "source": self.source,
+        }

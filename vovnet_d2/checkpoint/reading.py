@@ -1,0 +1,287 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a file of weights without running anything that is in it.
+
+What a file is, is seen from its first bytes: names lie (an HTML page saved as .pth is the usual
+one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+__all__ = ["METADATA_KEY", "find_state_dict", "read_checkpoint"]
+
+METADATA_KEY = "vovnet_d2"
+"""Where our own files say what the keys cannot: see :mod:`vovnet_d2.checkpoint.metadata`."""
+
+# Under which key the tensors are, in order of preference: Detectron2, mmcv and Lightning, PyTorch's
+# tutorials, pycls, BasicSR and Paddle, others; then averaged weights.
+_WRAPPERS = (
+    *("model", "state_dict", "model_state_dict", "model_state", "params", "net", "module"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_state", "ema", "params_ema"),
+)
+
+# What Detectron2's trainer and hooks put beside the tensors: plain values, which weights_only
+# admits, and NumPy's scalars; in timm's training checkpoints, the arguments.
+_numpy_scalar = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    _numpy_scalar,
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+    argparse.Namespace,
+]
+
+_HTML = re.compile(rb"\s*(<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
+_TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
+_SENTENCES = {
+    "empty": "is empty: download it again.",
+    "html": "is an HTML page, not weights: the link that it was saved from is dead or asks for a "
+    "log-in. Delete it and take the file from elsewhere.",
+    "lfs": "is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it lies.",
+    "archive": "is a compressed archive: unpack it and give the file of weights inside.",
+    "text": "is a text file, not weights (.pth, .bin, .safetensors).",
+}
+
+
+def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read a .pth, .bin, .pt, .safetensors or Detectron2 model-zoo .pkl file to the CPU.
+
+    Only tensors and plain values are read; nothing in the file is executed, whatever it is.
+
+    Args:
+        path: a local file.
+        allow_pickle: also read the Python pickles of NumPy arrays that Detectron2's model zoo
+            consists of. From them, too, nothing but arrays is taken.
+
+    Returns:
+        what the file holds, with its tensors by name under ``"model"`` and everything else that
+        stood beside them (``"optimizer"``, ``"iteration"``, ...) under its own name.
+
+    Raises:
+        ValueError: the file is damaged, is no checkpoint, or would run code; says which.
+    """
+    with open(path, "rb") as file:
+        head = file.read(512)
+    size = Path(path).stat().st_size
+    kind = _kind(head)
+    if kind in _SENTENCES:
+        raise ValueError(f"{path} {_SENTENCES[kind]}")
+    if kind == "safetensors":
+        content = _read_safetensors(path, size)
+    elif kind == "zip" or _is_legacy_torch(head):
+        content = _read_torch(path)
+    elif kind == "pickle":
+        content = _read_array_pickle(path, allow_pickle)
+    else:
+        raise ValueError(
+            f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
+            "Detectron2's model zoo), or its beginning is damaged."
+        )
+    return _with_model(content, path)
+
+
+def _kind(head: bytes) -> str:
+    if not head:
+        return "empty"
+    if _HTML.match(head):
+        return "html"
+    if head.startswith(b"version https://git-lfs"):
+        return "lfs"
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        return "archive"
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= pickle.HIGHEST_PROTOCOL:
+        return "pickle"
+    # A pickle of protocol 0 is text as well; what its opcodes begin with, prose hardly does.
+    if head.rstrip().endswith(b".") and re.match(rb"[(c\]}]", head):
+        return "pickle"
+    return "text" if _TEXT.fullmatch(head) else "unknown"
+
+
+def _is_legacy_torch(head: bytes) -> bool:
+    """Whether a pickle begins with the number by which ``torch.save`` before 1.6 marked its own."""
+    return head[2:14] == b"\x8a\n" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+
+
+def _read_torch(path: str) -> Any:
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} {_why_torch_failed(path, error)}") from error
+
+
+def _why_torch_failed(path: str, error: Exception) -> str:
+    if found := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+) was not an allowed", str(error)):
+        name = found[1] or found[2]
+        return (
+            f"is refused: reading it would import {name}, which is no tensor and may run code. If "
+            "you trust it, save its state_dict() alone where it was made, and load that."
+        )
+    if "TorchScript" in str(error):
+        return "is a TorchScript program: save the state_dict() of the model that it was made from."
+    if isinstance(error, pickle.UnpicklingError):
+        return "is refused: its pickle holds what a file of weights does not need."
+    if zipfile.is_zipfile(path) and "data.pkl" not in str(zipfile.ZipFile(path).namelist()):
+        return "is a zip archive without PyTorch's weights in it: unpack it first."
+    return "is damaged or truncated: download or copy it again."
+
+
+def _read_safetensors(path: str, size: int) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} is a safetensors file: `pip install safetensors` to read it."
+        ) from error
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > size - 8:
+        raise ValueError(f"{path} is damaged or truncated: download or copy it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            content: dict[str, Any] = {
+                "model": {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            }
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or truncated ({error}): download or copy it again."
+        ) from error
+    if metadata is not None:
+        try:
+            content[METADATA_KEY] = json.loads(metadata)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged: its entry {METADATA_KEY!r} is no JSON."
+            ) from error
+    return content
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """The one use of ``_codecs.encode`` in pickles of Python 3: bytes, in old protocols."""
+    return text.encode("latin1")
+
+
+# What NumPy's arrays and scalars are rebuilt by. NumPy 2 calls numpy.core numpy._core.
+_ARRAY_GLOBALS: dict[str, Any] = {
+    "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _latin1,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits NumPy arrays and plain values, nothing else."""
+
+    def __init__(self, file: IO[bytes]):
+        # Detectron's own files were written by Python 2.
+        super().__init__(file, encoding="latin1")
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full not in _ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(full)
+        return _ARRAY_GLOBALS[full]
+
+
+def _read_array_pickle(path: str, allow_pickle: bool) -> Any:
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is a Python pickle, as Detectron2's old model zoo has them, and is not read "
+            "unless you say so: add --allow-pickle (in code: allow_pickle=True). Arrays alone are "
+            "then taken from it."
+        )
+    try:
+        with open(path, "rb") as file:
+            data = _ArrayUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        if re.fullmatch(r"[\w.]+", str(error)):
+            raise ValueError(
+                f"{path} is refused even so: reading it would import {error}, which is no array "
+                "and may run code."
+            ) from error
+        raise ValueError(f"{path} is damaged or truncated ({error}).") from error
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}).") from error
+    if not isinstance(data, dict) or ("model" in data and "__author__" in data):
+        return data
+    # Caffe2's: detectors have "blobs", ImageNet models are bare.
+    blobs = data.get("blobs", data)
+    if not isinstance(blobs, dict):
+        return data
+    weights = {name: v for name, v in blobs.items() if not str(name).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def find_state_dict(content: Any) -> tuple[str, dict[Any, Any]] | None:
+    """
+    Returns:
+        the key under which ``content`` has its tensors ("" if it is the state dict itself, "a.b"
+        if they are nested) and the dict of them; None if there are none.
+    """
+    if not isinstance(content, dict):
+        return None
+    for key in _WRAPPERS:
+        if (inner := find_state_dict(content.get(key))) is not None:
+            return ".".join(filter(None, (key, inner[0]))), inner[1]
+    # Last, since some files have a single tensor (a random state, say) beside the wrapped ones.
+    if any(isinstance(value, torch.Tensor | np.ndarray) for value in content.values()):
+        return "", content
+    return None
+
+
+def _with_model(content: Any, path: str) -> dict[str, Any]:
+    """What was read, with the state dict under "model" wherever it stood."""
+    found = find_state_dict(content)
+    if found is None:
+        what = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            what = f"a dict of {', '.join(map(repr, list(content)[:5]))}" if content else "nothing"
+        raise ValueError(f"{path} holds no tensors by name, but {what}.")
+    wrapper, state_dict = found
+    for name, value in state_dict.items():
+        # In place: modules find the versions of their layout in an attribute of the dict.
+        state_dict[name] = _as_tensor(name, value, path)
+    if not wrapper:
+        return {"model": state_dict}
+    rest = {str(key): v for key, v in content.items() if key != wrapper.partition(".")[0]}
+    if wrapper == "model_state":  # pycls, whose names Detectron2 matches by heuristics
+        rest["matching_heuristics"] = True
+    return {**rest, "model": state_dict}
+
+
+def _as_tensor(name: Any, value: Any, path: str) -> torch.Tensor:
+    if not isinstance(name, str):
+        raise ValueError(f"{path} is no state dict: one of its names is {name!r}, not a string.")
+    if isinstance(value, np.ndarray):
+        try:
+            value = torch.from_numpy(value)
+        except TypeError as error:
+            raise ValueError(f"{path}: {name} is an array of {value.dtype}.") from error
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor.")
+    if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+        raise ValueError(
+            f"{path}: {name} is no plain tensor ({value.layout}, {value.dtype}, {value.device})."
+        )
+    return value

@@ -1,0 +1,72 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a value of ``MODEL.WEIGHTS`` to a file on this machine."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from urllib.parse import urlparse
+
+from detectron2.utils.file_io import PathManager
+
+from .zoo import ZOO, ZooEntry, download, file_sha256, get_entry
+
+__all__ = ["locate"]
+
+# Names such as resnet50-0676ba61.pth carry the beginning of the SHA-256, a custom of torch.hub.
+_HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")
+
+
+def locate(weights: str) -> tuple[str, ZooEntry | None]:
+    """Find the file that ``MODEL.WEIGHTS`` names, and download it where it must be.
+
+    Args:
+        weights: a path (relative to the working directory), ``timm://`` and a name of the zoo, or
+            a URL that Detectron2 knows (``https://``, ``detectron2://``, ...).
+
+    Returns:
+        its path on this machine, and the zoo's entry if it is the zoo's.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it could not be downloaded.
+        ValueError: no such name in the zoo, or the file is not the one that was meant.
+    """
+    if weights.startswith("timm://"):
+        entry = get_entry(weights)
+        return download(entry), entry
+    url = urlparse(weights)
+    if url.scheme in ("", "file") or Path(weights).exists():
+        return _existing(weights.removeprefix("file://")), None
+    if url.hostname and url.hostname.endswith("dropbox.com") and "vovnet" in weights.lower():
+        raise FileNotFoundError(
+            f"{weights}: the VoVNet weights published on Dropbox are gone (the links answer 403 "
+            f"since 2026). What lives: {', '.join(ZOO)}. A copy that you have is given by its path."
+        )
+    try:
+        path = PathManager.get_local_path(weights)
+    except Exception as error:
+        raise FileNotFoundError(f"{weights} could not be downloaded: {error}.") from error
+    if (found := _HASH_IN_NAME.search(url.path)) and not file_sha256(path).startswith(found[1]):
+        raise ValueError(
+            f"{path}, from {weights}, has another checksum than its name says: delete it and "
+            "download it again."
+        )
+    return path, None
+
+
+def _existing(path: str) -> str:
+    if Path(path).is_file():
+        return path
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name the file of weights in it.")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No file of weights {path}: there is no folder {folder} either.")
+    names = [p.name for p in folder.iterdir() if p.is_file()]
+    close = get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
+    hint = f" Close to it: {', '.join(str(folder / name) for name in close)}." if close else ""
+    raise FileNotFoundError(
+        f"No file of weights {path} (relative paths start in {Path.cwd()}).{hint}"
+    )
