@@ -14,7 +14,8 @@ WIDTH_FIELDS = ("stage_mid_channels", "stage_out_channels", "blocks_per_stage", 
 
 
 def test_variants_are_those_of_the_papers():
-    assert VOVNET_SPECS == {name: VoVNetSpec(**vars(net)) for name, net in TABLE.items()}
+    expected = {name: VoVNetSpec(**vars(net)) for name, net in TABLE.items()}
+    assert expected == VOVNET_SPECS
 
 
 def test_specs_are_values():
@@ -37,7 +38,7 @@ def test_structures_are_reached_by_overrides(net):
     [("V-39-ese", "V-39-eSE"), ("V-19-slim-dw", "V-19-slim-dw-eSE"), ("V57-eSE", "V-57-eSE")],
 )
 def test_unknown_variant(name, meant):
-    with pytest.raises(ValueError, match=f"variant '{name}'. Did you mean '{meant}'?") as error:
+    with pytest.raises(ValueError, match=rf"'{name}'\. Did you mean '{meant}'\?") as error:
         get_spec(name)
     assert all(variant in str(error.value) for variant in VOVNET_SPECS)
 
@@ -48,7 +49,7 @@ def test_unknown_variant_like_no_other():
 
 
 def test_unknown_field():
-    with pytest.raises(ValueError, match="no field stem_width. Its fields: blocks_per_stage, bott"):
+    with pytest.raises(ValueError, match=r"no field stem_width\. Its fields: blocks_per_stage, b"):
         get_spec("V-39", stem_width=64)
 
 
