@@ -1,0 +1,139 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import install_detectron2
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+CONSTRAINTS = {
+    canonicalize_name(constraint.name): constraint
+    for constraint in map(
+        Requirement,
+        re.findall(r"^[^#\s].*", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE),
+    )
+}
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [
+    requirement
+    for requirement in map(
+        Requirement,
+        # All that `make setup` installs, hence without the extra "export".
+        [
+            *PROJECT["dependencies"],
+            *(text for extra in ("demo", "weights", "bench", "dev") for text in EXTRAS[extra]),
+            *install_detectron2.REQUIREMENTS,
+        ],
+    )
+    if requirement.name != PROJECT["name"]
+]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_constraints_fit_the_requirements(requirement: Requirement) -> None:
+    constraint = CONSTRAINTS.get(canonicalize_name(requirement.name))
+    if constraint is None:
+        # Only what nobody puts bounds on may go unpinned.
+        assert not requirement.specifier
+        return
+    (pin,) = constraint.specifier
+    assert pin.operator == "=="
+    assert requirement.specifier.contains(pin.version)
+
+
+def test_constraints_are_about_requirements_only() -> None:
+    assert set(CONSTRAINTS) <= {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file.relative_to(ROOT)
+        for folder in ("vovnet_d2", "configs", "tools", "tests")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ],
+    ids=str,
+)
+def test_files_begin_with_copyright_and_licence(file: Path) -> None:
+    text = re.sub(r"\A#!.*\n", "", (ROOT / file).read_text())
+    assert text.startswith(
+        "# Copyright (c) the vovnet_d2 authors.\n# SPDX-License-Identifier: Apache-2.0\n"
+    )
+
+
+def test_import_without_detectron2_names_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", "import vovnet_d2"],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: vovnet_d2 needs Detectron2")
+    assert "python tools/install_detectron2.py" in last
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from a copy, since building leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "copy"
+    for package in ("vovnet_d2", "configs"):
+        shutil.copytree(
+            ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, copy)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}"]
+    subprocess.run([sys.executable, "-m", "pip", *build, str(copy)], check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_holds_package_configs_and_licence(wheel: Path) -> None:
+    expected = {
+        file.relative_to(ROOT)
+        for suffix in ("*.py", "py.typed")
+        for file in (ROOT / "vovnet_d2").rglob(suffix)
+    }
+    expected |= {
+        Path("vovnet_d2") / file.relative_to(ROOT)
+        for suffix in ("*.yaml", "*.py")
+        for file in (ROOT / "configs").rglob(suffix)
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(map(Path, archive.namelist()))
+    metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
+    assert names - metadata == expected
+    assert Path("vovnet_d2/py.typed") in expected
+    assert any(name.name == "LICENSE" for name in metadata)
+
+
+@pytest.mark.slow
+def test_installed_wheel_finds_its_configs(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = ["install", "--quiet", "--no-deps", f"--target={site}", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    (config, *_) = sorted((ROOT / "configs").rglob("*_*.yaml"))
+    name = str(config.relative_to(ROOT / "configs"))
+    found = subprocess.run(
+        [sys.executable, "-c", f"import vovnet_d2; print(vovnet_d2.get_config_file({name!r}))"],
+        env={"PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == str(site / "vovnet_d2" / "configs" / name), found.stderr
