@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         " from vovnet_d2's repository, with the Python that you use."
     ) from error
 
-from .checkpoint import VoVNetCheckpointer
+from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
 from .modeling.build import register_backbones
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
@@ -26,6 +26,7 @@ __all__ = [
     "VoVNetCheckpointer",
     "VoVNetSpec",
     "add_vovnet_config",
+    "convert_state_dict",
     "get_config_file",
     "register_backbones",
 ]

@@ -3,6 +3,7 @@
 """Weights: recognised, loaded and converted, from every layout that VoVNet's come in."""
 
 from .checkpointer import VoVNetCheckpointer
+from .conversion import convert_state_dict
 from .metadata import InputConvention, check_input_convention
 from .recognition import describe_state_dict
 
@@ -10,5 +11,6 @@ __all__ = [
     "InputConvention",
     "VoVNetCheckpointer",
     "check_input_convention",
+    "convert_state_dict",
     "describe_state_dict",
 ]

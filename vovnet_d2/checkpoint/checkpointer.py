@@ -19,17 +19,15 @@ from vovnet_d2.modeling.vovnet import VoVNet
 
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
-from .reading import METADATA_KEY, read_checkpoint
+from .reading import METADATA_KEY
 from .recognition import Description, describe_state_dict, find_prefix
-from .sources import locate
+from .sources import read_weights
 from .zoo import metadata_of_layout
 
 __all__ = ["VoVNetCheckpointer"]
 
 # Below Detectron2's own logger: seen wherever its messages are.
 logger = logging.getLogger("detectron2.vovnet_d2.checkpoint")
-
-_HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
 
 
 class VoVNetCheckpointer(DetectionCheckpointer):
@@ -87,13 +85,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         if not path:
             return super().load(path)
         logger.info("Loading from %s ...", path)
-        local, entry = locate(path.removesuffix(_HEURISTICS))
-        checkpoint = read_checkpoint(local, allow_pickle=self.allow_pickle)
-        if path.endswith(_HEURISTICS):
-            checkpoint["matching_heuristics"] = True
-        known = entry.metadata if entry else None
-        if (saved := checkpoint.pop(METADATA_KEY, None)) is not None:
-            known = Metadata.from_dict(saved)
+        checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
         wanted = self.checkpointables if checkpointables is None else checkpointables
         present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}
 

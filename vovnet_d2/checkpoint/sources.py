@@ -1,22 +1,51 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a value of ``MODEL.WEIGHTS`` to a file on this machine."""
+"""From a value of ``MODEL.WEIGHTS`` to a file on this machine, and to what is in it."""
 
 from __future__ import annotations
 
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from detectron2.utils.file_io import PathManager
 
+from .metadata import Metadata
+from .reading import METADATA_KEY, read_checkpoint
 from .zoo import ZOO, ZooEntry, download, file_sha256, get_entry
 
-__all__ = ["locate"]
+__all__ = ["locate", "read_weights"]
+
+_HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
 
 # Names such as resnet50-0676ba61.pth carry the beginning of the SHA-256, a custom of torch.hub.
 _HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")
+
+
+def read_weights(
+    weights: str, *, allow_pickle: bool = False
+) -> tuple[dict[str, Any], Metadata | None]:
+    """
+    Args:
+        weights: see :func:`locate`.
+        allow_pickle: see :func:`read_checkpoint`.
+
+    Returns:
+        what the file holds, as :func:`read_checkpoint` gives it, and what the file itself, or the
+        zoo, says of it; None if they say nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: see these two functions.
+    """
+    path, entry = locate(weights.removesuffix(_HEURISTICS))
+    checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
+    if weights.endswith(_HEURISTICS):
+        checkpoint["matching_heuristics"] = True
+    if (own := checkpoint.pop(METADATA_KEY, None)) is not None:
+        return checkpoint, Metadata.from_dict(own)
+    return checkpoint, entry.metadata if entry else None
 
 
 def locate(weights: str) -> tuple[str, ZooEntry | None]:

@@ -120,11 +120,15 @@ def download(entry: ZooEntry) -> str:
     try:
         path = hf_hub_download(entry.repo, _FILENAME, revision=entry.revision)
     except Exception as error:
-        raise FileNotFoundError(
-            f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
-            f"({type(error).__name__}). Where the hub is out of reach (or HF_HUB_OFFLINE is set), "
-            f"download {entry.url} elsewhere and set MODEL.WEIGHTS to the file."
-        ) from error
+        try:
+            # Without the network: what timm, say, has put into the cache, of whichever revision.
+            path = hf_hub_download(entry.repo, _FILENAME, local_files_only=True)
+        except Exception:
+            raise FileNotFoundError(
+                f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
+                f"({type(error).__name__}). Where the hub is out of reach (or HF_HUB_OFFLINE is "
+                f"set), download {entry.url} elsewhere and set MODEL.WEIGHTS to the file."
+            ) from error
     # The cache names a file by the SHA-256 that the hub gave for it.
     blob = Path(path).resolve().name
     expected = entry.sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
