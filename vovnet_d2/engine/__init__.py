@@ -4,7 +4,7 @@
 
 from .config import argument_parser, load_config
 from .evaluation import build_evaluator
-from .launch import main
+from .launch import main, run
 from .trainer import Trainer
 
-__all__ = ["Trainer", "argument_parser", "build_evaluator", "load_config", "main"]
+__all__ = ["Trainer", "argument_parser", "build_evaluator", "load_config", "main", "run"]

@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
@@ -16,28 +15,58 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_vovnet_config, get_config_file
 
-__all__ = ["argument_parser", "load_config"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["argument_parser", "find_config", "load_config"]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's usual arguments and this package's, which stand before the config options."""
+    """Detectron2's usual arguments and this package's, all of which precede the config options."""
     parser = default_argument_parser()
-    parser.add_argument(
+    group = parser.add_argument_group("added by vovnet_d2")
+    group.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="fit learning rate, schedule, warm-up and periods to the batch of this run: the "
+        "config file's hold for its own SOLVER.IMS_PER_BATCH. Options given on the command line "
+        "stay as they are",
+    )
+    group.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="load what fits of weights that do not fit the network, instead of refusing them",
+    )
+    group.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="load weights stored as Python pickles (.pkl), which can run any code: only for "
+        "files whose origin you trust",
+    )
+    group.add_argument(
         "--allow-unsafe-yaml",
         action="store_true",
-        help="load config files with Python tags (!!python/...), which can run any code: "
-        "only for files that you have read",
+        help="load config files with Python tags (!!python/...), which can run any code: only for "
+        "files that you have read",
     )
     return parser
 
 
-def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config that ``args`` (of :func:`argument_parser`) describe, not yet frozen.
+def find_config(name: str) -> str:
+    """The path of a config file: ``name`` itself, or of this package's file of that name.
 
-    ``args.config_file`` may be a path or a name that :func:`vovnet_d2.get_config_file` knows; it
-    is replaced by the path.
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    return name if PathManager.isfile(name) else get_config_file(name)
+
+
+def load_config(
+    config_file: str = "", options: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
+) -> CfgNode:
+    """Detectron2's defaults and this package's, overwritten by a file, then by options.
+
+    Args:
+        config_file: path of a YAML file, or its name among this package's; empty for none.
+        options: ``[KEY, VALUE, ...]``.
+        allow_unsafe_yaml: accept tags that make Python objects, and so can run any code.
 
     Raises:
         FileNotFoundError: there is no such file, or not the one that it inherits from.
@@ -46,16 +75,10 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     """
     cfg = get_cfg()
     add_vovnet_config(cfg)
-    if args.config_file:
-        args.config_file = _find(args.config_file)
-        _merge_file(cfg, args.config_file, args.allow_unsafe_yaml)
-    _merge_options(cfg, args.opts)
-    _choose_device(cfg)
+    if config_file:
+        _merge_file(cfg, find_config(config_file), allow_unsafe_yaml)
+    _merge_options(cfg, options)
     return cfg
-
-
-def _find(name: str) -> str:
-    return name if PathManager.isfile(name) else get_config_file(name)
 
 
 def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
@@ -67,52 +90,52 @@ def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
         ) from error
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"Config file {path} needs tags that plain YAML does not have ({error.problem}); if "
-            "you have read it and trust it, add --allow-unsafe-yaml."
+            f"Config file {path} is refused, as plain YAML has no such tag ({error.problem}). If "
+            "you have read the file and those that it inherits from, add --allow-unsafe-yaml."
         ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"Config file {path} is not valid YAML: {error}") from error
+        raise ValueError(f"Config file {path} is not valid YAML: {_one_line(error)}.") from error
     except KeyError as error:
         raise KeyError(f"Config file {path}: {_explain_key(cfg, error.args[0])}") from error
-    except (AssertionError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"Config file {path} does not fit Detectron2's config: {error}") from error
-
-
-def _explain_key(cfg: CfgNode, message: str) -> str:
-    """yacs's message, and the keys that the user may have meant."""
-    key = message.rsplit(" ", 1)[-1]
-    close = get_close_matches(key, list(_flat_keys(cfg)), n=3)
-    return f"{message}." + (f" Close to it: {', '.join(close)}." if close else "")
-
-
-def _flat_keys(node: CfgNode, prefix: str = ""):
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-
-
-def _merge_options(cfg: CfgNode, options: list[str]) -> None:
-    flags = [option for option in options if option.startswith("--")]
-    if flags:
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        # Of yacs and fvcore, about contents: no mapping at the top, a value of another type, ...
         raise ValueError(
-            f"{flags[0]} stands after the config options: put it before the first of them."
+            f"Config file {path} does not fit Detectron2's config: {_one_line(error)}."
+        ) from error
+
+
+def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
+    if flags := [option for option in options if option.startswith("--")]:
+        raise ValueError(
+            f"{flags[0]} stands among the config options: put it before the first of them."
         )
     if len(options) % 2:
         raise ValueError(
-            f"Config options come in pairs of KEY VALUE, not {len(options)} words: "
+            f"Config options are pairs of KEY and VALUE, but there are {len(options)} words: "
             f"{' '.join(options)}"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in _keys(cfg):
+            raise KeyError(_explain_key(cfg, f"Non-existent config key: {key}"))
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
-            raise KeyError(_explain_key(cfg, f"Non-existent config key: {key}")) from error
-        except ValueError as error:
-            raise ValueError(f"Config option {key} {value}: {error}") from error
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"Config option {key} {value}: {_one_line(error)}.") from error
 
 
-def _choose_device(cfg: CfgNode) -> None:
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("No GPU that torch can use: MODEL.DEVICE is set to cpu, which is slow.")
-        cfg.MODEL.DEVICE = "cpu"
+def _explain_key(cfg: CfgNode, message: str) -> str:
+    """A message that ends with a key, and the keys that may have been meant."""
+    close = get_close_matches(message.rsplit(" ", 1)[-1], list(_keys(cfg)), n=3)
+    return f"{message}." + (f" Close to it: {', '.join(close)}." if close else "")
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).removesuffix(".")

@@ -1,21 +1,160 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluator for a data set, chosen by its metadata."""
+"""The evaluator of a data set, chosen by its metadata, and the metric that sums it up."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "check_evaluators", "main_metric"]
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = {
+    "lvis": "pip install lvis",
+    "cityscapesscripts": "pip install cityscapesscripts",
+    "panopticapi": "pip install git+https://github.com/cocodataset/panopticapi.git",
+}
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if evaluator_type == "coco":
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
-    raise ValueError(f"Data set {dataset_name!r} is of the unknown kind {evaluator_type!r}.")
+def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> DatasetEvaluator:
+    """The evaluator for the ``evaluator_type`` in the metadata of a data set.
+
+    Its files go to ``OUTPUT_DIR/inference``, or a folder for each data set below it where
+    ``DATASETS.TEST`` names several.
+
+    Args:
+        suffix: of the folder's name.
+
+    Raises:
+        ValueError: the type is unknown, or needs a package that is not installed.
+    """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference" + suffix)
+    if len(cfg.DATASETS.TEST) > 1:
+        folder = os.path.join(folder, dataset_name)
+    return _find_builder(dataset_name)(dataset_name, folder)
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: a data set of ``DATASETS.TEST`` cannot be evaluated here.
+    """
+    for name in cfg.DATASETS.TEST:
+        _find_builder(name)
+
+
+def main_metric(cfg: CfgNode) -> str | None:
+    """The metric that tells how good a network is, as Detectron2 flattens the names of results:
+    for example ``"segm/AP"``. Of several data sets the first counts; without any there is none."""
+    if not cfg.DATASETS.TEST:
+        return None
+    name = cfg.DATASETS.TEST[0]
+    metric = {
+        "pascal_voc": "bbox/AP50",
+        "sem_seg": "sem_seg/mIoU",
+        "cityscapes_sem_seg": "sem_seg/IoU",
+        "cityscapes_instance": "segm/AP",
+    }.get(_evaluator_type(name))
+    if metric is None and _evaluator_type(name) == "coco_panoptic_seg" and _has("panopticapi"):
+        metric = "panoptic_seg/PQ"
+    if metric is None:
+        metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+        metric = "keypoints/AP" if cfg.MODEL.KEYPOINT_ON else metric
+    return metric if len(cfg.DATASETS.TEST) == 1 else f"{name}/{metric}"
+
+
+def _find_builder(dataset_name: str) -> Callable[[str, str], DatasetEvaluator]:
+    kind = _evaluator_type(dataset_name)
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"Data set {dataset_name} has evaluator_type {kind!r} in its metadata, which must be "
+            f"one of {', '.join(_BUILDERS)}."
+        )
+    package, builder = _BUILDERS[kind]
+    if package and not _has(package):
+        raise ValueError(f"The evaluation of {dataset_name} needs {package}: {_INSTALL[package]}")
+    return builder
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type", "")
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _coco(name: str, folder: str) -> DatasetEvaluator:
+    return COCOEvaluator(name, output_dir=folder)
+
+
+def _sem_seg(name: str, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(name, output_dir=folder, sem_seg_loading_fn=_read_labels)
+
+
+def _read_labels(file_name: str, dtype: Any = None) -> np.ndarray:
+    # Detectron2's own function asks NumPy for no copy, which NumPy 2 takes for an order.
+    with PathManager.open(file_name, "rb") as file:
+        return np.array(Image.open(file), dtype=dtype)
+
+
+def _panoptic(name: str, folder: str) -> DatasetEvaluator:
+    evaluators = [_coco(name, folder), _sem_seg(name, folder)]
+    if _has("panopticapi"):
+        evaluators.append(COCOPanopticEvaluator(name, folder))
+    else:
+        logger.warning(
+            "No panoptic quality (PQ) for %s without panopticapi (%s): boxes, masks and semantics "
+            "are evaluated.",
+            name,
+            _INSTALL["panopticapi"],
+        )
+    return DatasetEvaluators(evaluators)
+
+
+class _LVISEvaluator(LVISEvaluator):
+    def evaluate(self) -> dict[str, Any] | None:
+        # lvis 0.5.3, the newest, reads np.float, which NumPy has not had since 1.24.
+        with mock.patch.object(np, "float", float, create=True):
+            return super().evaluate()
+
+
+# evaluator_type to the package that it needs and what builds it.
+_BUILDERS: dict[str, tuple[str, Callable[[str, str], DatasetEvaluator]]] = {
+    "coco": ("", _coco),
+    "coco_panoptic_seg": ("", _panoptic),
+    "sem_seg": ("", _sem_seg),
+    "pascal_voc": ("", lambda name, folder: PascalVOCDetectionEvaluator(name)),
+    "lvis": ("lvis", lambda name, folder: _LVISEvaluator(name, output_dir=folder)),
+    "cityscapes_instance": (
+        "cityscapesscripts",
+        lambda name, folder: CityscapesInstanceEvaluator(name),
+    ),
+    "cityscapes_sem_seg": (
+        "cityscapesscripts",
+        lambda name, folder: CityscapesSemSegEvaluator(name),
+    ),
+}

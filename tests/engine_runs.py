@@ -1,0 +1,51 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the launcher inside the test's process, on the miniature COCO."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from vovnet_d2.engine import argument_parser, load_config, run
+
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml"
+FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
+RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
+
+# What makes the shipped configs train for three iterations on the miniature, from nothing.
+SHORT = [
+    *["MODEL.VOVNET.NORM", "BN", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"],
+    *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
+    *["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.002", "SOLVER.WARMUP_ITERS", "0"],
+    *["SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", "0"],
+]
+# A network thin enough that a run takes two seconds, and that finds something from the start.
+TINY = [
+    *SHORT,
+    *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.FPN.OUT_CHANNELS", "16"],
+    *["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8, 8, 8, 8)"],
+    *["MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
+    *["MODEL.RPN.PRE_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"],
+    *["MODEL.RPN.PRE_NMS_TOPK_TEST", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"],
+    *["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"],
+    *["MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"],
+    *["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.NUM_CONVS", "1"],
+    *["TEST.DETECTIONS_PER_IMAGE", "10", "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "50"],
+]
+
+
+def tiny_config(config: str, output_dir: Path, *options: str) -> CfgNode:
+    options = (*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *options)
+    return load_config(config, options)
+
+
+def launch(config: str, output_dir: Path, *words: str, options: list[str] = TINY) -> dict:
+    """Run the launcher; ``words`` are arguments, then options that come after ``options``."""
+    flags = [word for word in words if word.startswith("--")]
+    more = [word for word in words if not word.startswith("--")]
+    options = [*options, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *more]
+    return run(argument_parser().parse_args(["--config-file", config, *flags, *options]))
+
+
+def read_log(output_dir: Path) -> str:
+    return (output_dir / "log.txt").read_text()

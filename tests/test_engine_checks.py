@@ -1,0 +1,201 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Each mistake that the launcher can know of before it trains, and what it says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from coco_tree import THINGS
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.builtin import register_all_coco, register_all_pascal_voc
+from engine_runs import FASTER_RCNN, RETINANET
+
+from vovnet_d2.checkpoint.zoo import ZOO
+from vovnet_d2.data import register_digits
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.checks import check_config, check_data, check_initialisation
+
+pytest_plugins = ["engine_fixtures"]
+
+SCRATCH = ["MODEL.VOVNET.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+
+
+def config(*options: str, file: str = FASTER_RCNN) -> CfgNode:
+    return load_config(file, ["MODEL.DEVICE", "cpu", *options])
+
+
+# Data
+
+
+def test_the_miniature_passes(coco: Path) -> None:
+    check_data(config(), training=True)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_unknown_data_set(coco: Path, key: str) -> None:
+    cfg = config(f"DATASETS.{key}", "('coco_2017_vall',)")
+    with pytest.raises(KeyError, match=rf"'coco_2017_vall' of DATASETS.{key} .*coco_2017_val"):
+        check_data(cfg, training=True)
+
+
+def test_no_data_set(coco: Path) -> None:
+    with pytest.raises(ValueError, match=r"DATASETS.TRAIN is empty: give --config-file"):
+        check_data(config("DATASETS.TRAIN", "()"), training=True)
+    with pytest.raises(ValueError, match=r"DATASETS.TEST is empty"):
+        check_data(config("DATASETS.TEST", "()"), training=False)
+    check_data(config("DATASETS.TEST", "()"), training=True)
+    check_data(config("DATASETS.TRAIN", "()"), training=False)
+
+
+@pytest.mark.parametrize("gone", ["annotations/instances_val2017.json", "val2017", "train2017"])
+def test_missing_files(
+    catalogs: None, coco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    shutil.copytree(coco_root / "coco", tmp_path / "coco")
+    path = tmp_path / "coco" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    register_all_coco(str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    message = rf"missing: {path}\. .*DETECTRON2_DATASETS \(which is {tmp_path}\)"
+    with pytest.raises(FileNotFoundError, match=message):
+        check_data(config(), training=True)
+
+
+def test_missing_voc_folder(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_all_pascal_voc(str(tmp_path))
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    cfg = config("DATASETS.TEST", "('voc_2007_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "20")
+    with pytest.raises(FileNotFoundError, match=r"VOC2007\. .*unset, so .*datasets"):
+        check_data(cfg, training=False)
+
+
+def test_a_data_set_that_builds_itself_is_not_missing(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    register_digits()
+    for name in ("digits_train", "digits_val"):
+        metadata = MetadataCatalog.get(name)
+        folder = tmp_path / name
+        del metadata.json_file, metadata.image_root
+        metadata.set(json_file=str(folder / "x.json"), image_root=str(folder))
+
+        def build(folder: Path = folder) -> list:
+            folder.mkdir()
+            (folder / "x.json").touch()
+            built.append(folder)
+            return []
+
+        monkeypatch.setitem(DatasetCatalog.data, name, build)
+    options = ["DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "('digits_val',)"]
+    check_data(config(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "10"), training=True)
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [(FASTER_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES"), (RETINANET, "MODEL.RETINANET.NUM_CLASSES")],
+)
+def test_number_of_categories(coco: Path, file: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"80 categories and the network 7: set {key} 80"):
+        check_data(config(key, "7", file=file), training=True)
+
+
+def test_number_of_semantic_categories(catalogs: None) -> None:
+    MetadataCatalog.get("stuff").set(stuff_classes=["sky", "sea"], evaluator_type="sem_seg")
+    DatasetCatalog.register("stuff", list)
+    cfg = config("DATASETS.TRAIN", "('stuff',)", "DATASETS.TEST", "()")
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    with pytest.raises(ValueError, match=r"2 categories .* set MODEL.SEM_SEG_HEAD.NUM_CLASSES 2"):
+        check_data(cfg, training=True)
+
+
+def test_validation_categories_unlike_the_training_ones(coco: Path, tmp_path: Path) -> None:
+    annotations = (coco / "coco" / "annotations" / "instances_val2017.json").read_text()
+    second, third = THINGS[1]["name"], THINGS[2]["name"]
+    swapped = annotations.replace(f'"{second}"', '"?"').replace(f'"{third}"', f'"{second}"')
+    path = tmp_path / "swapped.json"
+    path.write_text(swapped.replace('"?"', f'"{third}"'))
+    register_coco_instances("mine", {}, str(path), str(coco / "coco" / "val2017"))
+    message = rf"coco_2017_train and mine .* number 1 is '{second}' in one and '{third}' in the"
+    with pytest.raises(ValueError, match=message):
+        check_data(config("DATASETS.TEST", "('mine',)"), training=True)
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["MODEL.VOVNET.NORM", "FrozenBN"], "MODEL.VOVNET.NORM BN"),
+        (["MODEL.VOVNET.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT 0"),
+        (["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"], "MODEL.RESNETS.NORM BN"),
+    ],
+)
+def test_training_frozen_layers_without_weights(options: list[str], named: str) -> None:
+    if "build_resnet_fpn_backbone" in options:
+        levels = "('res2', 'res3', 'res4', 'res5')"
+        options = [*options, "MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels]
+    cfg = config(*options)
+    with pytest.raises(ValueError, match=rf"MODEL.WEIGHTS is empty .*{named}"):
+        check_initialisation(cfg, training=True, resuming=False)
+    check_initialisation(cfg, training=True, resuming=True)
+    cfg.MODEL.WEIGHTS = "some.pth"
+    check_initialisation(cfg, training=True, resuming=False)
+
+
+def test_training_from_scratch_is_allowed() -> None:
+    check_initialisation(config(*SCRATCH), training=True, resuming=False)
+
+
+@pytest.mark.parametrize(("name", "variant"), [(n, e.variant) for n, e in ZOO.items()])
+def test_weights_that_can_be_had_are_named(name: str, variant: str) -> None:
+    with pytest.raises(ValueError, match=rf"MODEL.WEIGHTS {name}"):
+        check_initialisation(
+            config("MODEL.VOVNET.CONV_BODY", variant), training=True, resuming=False
+        )
+
+
+def test_evaluating_nothing() -> None:
+    with pytest.raises(ValueError, match=r"no weights to evaluate: set MODEL.WEIGHTS .*--resume"):
+        check_initialisation(config(), training=False, resuming=False)
+
+
+# The rest of the config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "RetinaNett"], "'RetinaNett' is not registered.*RetinaNet"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_vovnet_fpn"],
+            r"BACKBONE.NAME 'build_vovnet_fpn' .*build_vovnet_fpn_backbone",
+        ),
+        (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0: it must be a multiple .* is 1"),
+        (
+            ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float8"],
+            "'float8' is none of 'auto'",
+        ),
+        (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
+        (["TEST.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
+        (
+            ["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"],
+            "TEST.AUG.ENABLED False for RetinaNet",
+        ),
+    ],
+)
+def test_what_does_not_go_together(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(config(*options), training=True)
+
+
+def test_evaluation_does_not_ask_for_what_training_needs() -> None:
+    options = ["SOLVER.IMS_PER_BATCH", "0", "SOLVER.AMP.ENABLED", "True"]
+    check_config(config(*options, "SOLVER.AMP.DTYPE", "float16"), training=False)

@@ -1,0 +1,83 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import logging
+
+import pytest
+from detectron2.config import CfgNode
+
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.scaling import scale_to_batch, warn_of_unscaled_batch
+
+# Of the 3x schedule for 16 images per step, by hand.
+WRITTEN = {"BASE_LR": 0.02, "MAX_ITER": 270000, "STEPS": (210000, 250000), "WARMUP_ITERS": 1000}
+FOR_2 = {"BASE_LR": 0.0025, "MAX_ITER": 2160000, "STEPS": (1680000, 2000000), "WARMUP_ITERS": 8000}
+FOR_64 = {"BASE_LR": 0.08, "MAX_ITER": 67500, "STEPS": (52500, 62500), "WARMUP_ITERS": 250}
+
+
+@pytest.fixture
+def written() -> CfgNode:
+    cfg = load_config("COCO-Detection/faster_rcnn_V_39_FPN_3x.yaml", ["TEST.EVAL_PERIOD", "5000"])
+    assert {key: cfg.SOLVER[key] for key in WRITTEN} == WRITTEN
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+    return cfg
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(2, FOR_2), (16, WRITTEN), (64, FOR_64)])
+def test_all_scale_together(written: CfgNode, batch: int, expected: dict) -> None:
+    scaled = scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", str(batch)])
+    assert {key: scaled.SOLVER[key] for key in expected} == expected
+    assert scaled.SOLVER["IMS_PER_BATCH"] == batch
+    assert 5000 * 16 / batch == scaled.SOLVER.CHECKPOINT_PERIOD == scaled.TEST.EVAL_PERIOD
+    assert written.SOLVER.BASE_LR == 0.02  # a copy was scaled
+
+
+def test_options_given_stay(written: CfgNode) -> None:
+    options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100", "SOLVER.GAMMA", "0.5"]
+    scaled = scale_to_batch(written, options)
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.GAMMA) == (100, 0.5)
+    assert scaled.SOLVER["BASE_LR"] == 0.0025
+
+
+def test_the_number_of_processes_sets_the_batch(written: CfgNode) -> None:
+    scaled = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
+    assert scaled.SOLVER.IMS_PER_BATCH == 2
+    assert {key: scaled.SOLVER[key] for key in FOR_2} == FOR_2
+    # Detectron2 scales by this number too, and must find nothing left to do.
+    assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 1
+
+
+def test_a_period_never_becomes_off(written: CfgNode) -> None:
+    scaled = scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", str(16 * 20000)])
+    assert scaled.TEST.EVAL_PERIOD == scaled.SOLVER.CHECKPOINT_PERIOD == 1
+    written.TEST.EVAL_PERIOD = 0
+    assert scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"]).TEST.EVAL_PERIOD == 0
+
+
+def test_the_effective_values_are_logged(
+    written: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="vovnet_d2"):
+        scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"])
+    for value in ("0.0025", "2160000", "(1680000, 2000000)", "8000"):
+        assert value in caplog.text
+
+
+def test_an_unknown_batch_is_refused(written: CfgNode) -> None:
+    with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH .*is 16.*REFERENCE_WORLD_SIZE"):
+        scale_to_batch(written, [])
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "0"])
+
+
+def test_a_batch_without_its_rate_is_warned_of(
+    written: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = written.clone()
+    small.SOLVER.IMS_PER_BATCH = 2
+    warn_of_unscaled_batch(written, small)
+    assert "--auto-scale-lr would set it to 0.0025" in caplog.text
+    caplog.clear()
+    small.SOLVER.BASE_LR = 0.0025
+    warn_of_unscaled_batch(written, small)
+    warn_of_unscaled_batch(written, written)
+    assert not caplog.text

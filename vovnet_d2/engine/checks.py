@@ -1,0 +1,201 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known to fail, found before the hours of training and not after them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import zip_longest
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.utils import comm
+from fvcore.common.registry import Registry
+
+from ..checkpoint.zoo import ZOO
+from .precision import autocast_dtype
+
+__all__ = ["check_config", "check_data", "check_initialisation"]
+
+# Meta-architecture to the keys that hold its numbers of classes, by the metadata that lists them.
+_NUM_CLASSES = {
+    "GeneralizedRCNN": {"thing_classes": "ROI_HEADS"},
+    "RetinaNet": {"thing_classes": "RETINANET"},
+    "SemanticSegmentor": {"stuff_classes": "SEM_SEG_HEAD"},
+    "PanopticFPN": {"thing_classes": "ROI_HEADS", "stuff_classes": "SEM_SEG_HEAD"},
+}
+
+
+def check_config(cfg: CfgNode, *, training: bool) -> None:
+    """
+    Raises:
+        ValueError: the network or its backbone is not registered, the processes cannot share the
+            batch, the device lacks the precision, or test-time augmentation is asked for where
+            Detectron2 has none.
+    """
+    meta_architecture = cfg.MODEL.META_ARCHITECTURE
+    _check_registered("MODEL.META_ARCHITECTURE", meta_architecture, META_ARCH_REGISTRY)
+    _check_registered("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if training and (batch < 1 or batch % processes):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch}: it must be a multiple of the number of processes, "
+            f"which is {processes}."
+        )
+    if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
+        autocast_dtype(cfg)
+    if cfg.TEST.AUG.ENABLED and meta_architecture != "GeneralizedRCNN":
+        raise ValueError(
+            "Detectron2 has test-time augmentation for GeneralizedRCNN only: set TEST.AUG.ENABLED "
+            f"False for {meta_architecture}."
+        )
+
+
+def _check_registered(key: str, name: str, registry: Registry) -> None:
+    if name not in registry:
+        names = [known for known, _ in registry]
+        close = get_close_matches(name, names, n=3) or names
+        raise ValueError(f"{key} {name!r} is not registered. There are: {', '.join(close)}.")
+
+
+# Data
+
+
+def check_data(cfg: CfgNode, *, training: bool) -> None:
+    """Look for the data sets of a run, and compare their categories with the network's.
+
+    Raises:
+        FileNotFoundError: files of a data set are missing.
+        KeyError: a data set is not registered.
+        ValueError: no data set, or categories that do not fit.
+    """
+    names = {"DATASETS.TEST": cfg.DATASETS.TEST}
+    if training:
+        names = {"DATASETS.TRAIN": cfg.DATASETS.TRAIN, **names}
+    for key, values in names.items():
+        _check_names(key, values, required=key == "DATASETS.TRAIN" or not training)
+    checked: list[tuple[str, Metadata]] = []
+    for key, values in names.items():
+        for name in values:
+            metadata = _load_metadata(name)
+            _check_num_classes(cfg, key, name, metadata)
+            for other, others_metadata in checked:
+                _check_same_categories(name, metadata, other, others_metadata)
+            checked.append((name, metadata))
+
+
+def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
+    if required and not names:
+        raise ValueError(f"{key} is empty: give --config-file, or {key} \"('name',)\".")
+    if isinstance(names, str):
+        raise ValueError(f"{key} must be a list of names: write {key} \"('{names}',)\".")
+    for name in names:
+        if name not in DatasetCatalog:
+            close = get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.4)
+            hint = f" Close to it: {', '.join(close)}." if close else ""
+            raise KeyError(
+                f"Data set {name!r} of {key} is not registered.{hint} Data of one's own is "
+                "registered with detectron2.data.datasets.register_coco_instances."
+            )
+
+
+def _load_metadata(name: str) -> Metadata:
+    """Metadata with the categories in it, which some data sets have only once they are loaded."""
+    metadata = MetadataCatalog.get(name)
+    present = all(map(os.path.exists, _paths(metadata)))
+    known = metadata.get("thing_classes") or metadata.get("stuff_classes")
+    if not (present and known):
+        try:
+            DatasetCatalog.get(name)  # some are built by this
+        except (AssertionError, FileNotFoundError) as error:
+            _raise_missing(name, metadata, error)
+    if not all(map(os.path.exists, _paths(metadata))):
+        _raise_missing(name, metadata, None)
+    return metadata
+
+
+def _paths(metadata: Metadata) -> list[str]:
+    keys = ("json_file", "image_root", "image_dir", "gt_dir", "dirname", "sem_seg_root")
+    return [metadata.get(key) for key in keys if metadata.get(key)]
+
+
+def _raise_missing(name: str, metadata: Metadata, error: Exception | None) -> None:
+    missing = [path for path in _paths(metadata) if not os.path.exists(path)]
+    what = ", ".join(map(os.path.abspath, missing)) or str(error)
+    root = os.environ.get("DETECTRON2_DATASETS")
+    where = f"which is {root}" if root else f"unset, so {os.path.abspath('datasets')}"
+    raise FileNotFoundError(
+        f"Data set {name} is not complete; missing: {what}. Detectron2's own data sets are looked "
+        f"for in DETECTRON2_DATASETS ({where}): `export DETECTRON2_DATASETS=FOLDER`, the folder "
+        "that holds coco/, VOC2007/ and so on."
+    ) from error
+
+
+def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:
+    for kind, node in _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
+        classes = metadata.get(kind)
+        if classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
+            raise ValueError(
+                f"Data set {name} of {key} has {len(classes)} categories and the network "
+                f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
+            )
+
+
+def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:
+    mine, theirs = metadata.get("thing_classes"), others.get("thing_classes")
+    if not mine or not theirs:
+        return
+    pairs = enumerate(zip_longest(theirs, mine, fillvalue="missing"))
+    if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
+        raise ValueError(
+            "Data sets {} and {} differ in their categories: number {} is {!r} in one and {!r} in "
+            "the other. All data sets of a run must have the same, in the same order.".format(
+                other, name, *unequal
+            )
+        )
+
+
+# Weights
+
+
+def check_initialisation(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
+    """Refuse to train what cannot learn without weights, and to evaluate what has none.
+
+    Raises:
+        ValueError: there are no weights, and the run needs some.
+    """
+    if cfg.MODEL.WEIGHTS or resuming:
+        return
+    if not training:
+        raise ValueError(
+            "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
+            "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
+        )
+    with torch.device("meta"):
+        backbone = build_backbone(cfg)
+    frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"MODEL.WEIGHTS is empty and parts of the backbone are frozen, {frozen[0]} for one: "
+            "they would keep their random values, and the loss would diverge. Either give weights"
+            f"{_suggest_weights(cfg)}, or train from scratch with {_norm_key(cfg)} BN (or GN) and "
+            "MODEL.BACKBONE.FREEZE_AT 0."
+        )
+
+
+def _suggest_weights(cfg: CfgNode) -> str:
+    names = [n for n, entry in ZOO.items() if entry.variant == cfg.MODEL.VOVNET.CONV_BODY]
+    if "vovnet" not in cfg.MODEL.BACKBONE.NAME or not names:
+        return " in MODEL.WEIGHTS"
+    return f" (MODEL.WEIGHTS {names[0]}; see the config files of {cfg.MODEL.VOVNET.CONV_BODY})"
+
+
+def _norm_key(cfg: CfgNode) -> str:
+    return "MODEL.RESNETS.NORM" if "resnet" in cfg.MODEL.BACKBONE.NAME else "MODEL.VOVNET.NORM"

@@ -1,0 +1,164 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a run: its curves, and its predictions beside the ground truth."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation import inference_context
+from torch import nn
+
+from .precision import autocast
+
+__all__ = ["draw_curves", "draw_predictions", "read_metrics"]
+
+logger = logging.getLogger(__name__)
+
+_NUM_IMAGES = 6
+_SHORT_SIDE = 480  # pixels that an image has at least in the picture, so that labels are legible
+_MIN_SCORE = 0.5
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+def read_metrics(path: str) -> Series:
+    """Detectron2's ``metrics.json`` as ``{name: [(iteration, value), ...]}``.
+
+    Runs append to the file. A run that starts anew or resumes takes the place of what an earlier
+    one wrote for the same iterations.
+    """
+    series: Series = {}
+    last = -1
+    with open(path, encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            iteration = row.pop("iteration")
+            if "total_loss" in row:  # rows of evaluations are not in order
+                if iteration <= last:
+                    series = {
+                        name: [point for point in points if point[0] < iteration]
+                        for name, points in series.items()
+                    }
+                last = iteration
+            for name, value in row.items():
+                series.setdefault(name, []).append((iteration, value))
+    return {name: points for name, points in series.items() if points}
+
+
+def draw_curves(folder: str) -> str | None:
+    """Draw the losses in ``folder/metrics.json``, and AP where it was evaluated.
+
+    Returns:
+        the path of the picture, or None if nothing was trained.
+    """
+    metrics = os.path.join(folder, "metrics.json")
+    if not os.path.isfile(metrics):
+        return None
+    series = read_metrics(metrics)
+    losses = {name: points for name, points in series.items() if "loss" in name}
+    scores = {name: points for name, points in series.items() if name.endswith(_SCORES)}
+    if not losses:
+        return None
+    from matplotlib.figure import Figure  # draws without a display, unlike pyplot
+
+    figure = Figure(figsize=(9, 8 if scores else 5), layout="constrained")
+    panels = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
+    _draw_panel(panels[0], losses, "loss (median of 20 iterations)")
+    panels[0].set_ylim(bottom=0)
+    if scores:
+        _draw_panel(panels[1], scores, "on the validation data (%)")
+    panels[-1].set_xlabel("iteration")
+    path = os.path.join(folder, "loss_curve.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+_SCORES = ("/AP", "/mIoU", "/IoU", "/PQ")
+
+
+def _draw_panel(panel: Any, series: Series, label: str) -> None:
+    for name, points in sorted(series.items(), key=lambda item: item[0] != "total_loss"):
+        panel.plot(
+            *zip(*points, strict=True),
+            label=name,
+            linewidth=2.5 if name == "total_loss" else 1.2,
+            color="black" if name == "total_loss" else None,
+            marker="o" if len(points) < 20 else None,
+            markersize=4,
+        )
+    panel.set_ylabel(label)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=9)
+
+
+def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
+    """Draw predictions on some images of the first data set in ``DATASETS.TEST``, beside what is
+    annotated there.
+
+    Returns:
+        the path of the picture, or None if there is no such data set or no OpenCV.
+    """
+    if not cfg.DATASETS.TEST:
+        return None
+    try:
+        from detectron2.utils import visualizer  # noqa: F401
+    except ImportError as error:
+        logger.warning("No picture of predictions (%s): pip install 'vovnet_d2[demo]'.", error)
+        return None
+    from matplotlib.figure import Figure
+
+    name = cfg.DATASETS.TEST[0]
+    metadata = MetadataCatalog.get(name)
+    records = DatasetCatalog.get(name)
+    records = [record for record in records if record.get("annotations")] or records
+    chosen = [records[i * len(records) // _NUM_IMAGES] for i in range(_NUM_IMAGES)]
+    chosen = list({record["file_name"]: record for record in chosen}.values())
+    pairs = [_draw_pair(cfg, model, record, metadata) for record in chosen]
+
+    rows = (len(pairs) + 1) // 2
+    figure = Figure(figsize=(16, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for panel, image, title in zip(
+        panels.flat,
+        [image for pair in pairs for image in pair],
+        ["ground truth", f"predictions (score ≥ {_MIN_SCORE:.0%})"] * len(pairs),
+        strict=False,
+    ):
+        panel.imshow(image)
+        panel.set_title(title, fontsize=11)
+    path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _draw_pair(
+    cfg: CfgNode, model: nn.Module, record: dict[str, Any], metadata: Metadata
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (H, W, 3) of the annotations and of the predictions for one image."""
+    from detectron2.utils.visualizer import Visualizer
+
+    image = detection_utils.read_image(record["file_name"], format="RGB")
+    scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))
+    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
+
+    with inference_context(model), torch.no_grad(), autocast(cfg, enabled=cfg.TEST.AMP.ENABLED):
+        output = model([DatasetMapper(cfg, is_train=False)(record)])[0]
+    canvas = Visualizer(image, metadata, scale=scale)
+    if "instances" in output:
+        instances = output["instances"].to("cpu")
+        drawn = canvas.draw_instance_predictions(instances[instances.scores >= _MIN_SCORE])
+    elif "sem_seg" in output:
+        drawn = canvas.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
+    else:
+        drawn = canvas.get_output()
+    return truth.get_image(), drawn.get_image()

@@ -1,0 +1,138 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves in its folder: results.md, results.json, and two pictures."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import math
+import os
+import platform
+from typing import Any
+
+import detectron2
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from tabulate import tabulate
+from torch import nn
+
+from .pictures import draw_curves, draw_predictions
+
+__all__ = ["format_results", "write_report"]
+
+logger = logging.getLogger(__name__)
+
+_SCORE_THRESHOLDS = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+}
+
+
+def write_report(
+    cfg: CfgNode,
+    model: nn.Module,
+    results: dict[str, Any],
+    *,
+    args: argparse.Namespace,
+    seconds: float,
+) -> None:
+    """Log the results as a table, and write the report to ``OUTPUT_DIR``.
+
+    Args:
+        cfg: the config of the run.
+        model: as it is at the end of the run.
+        results: of :meth:`Trainer.test`.
+        args: command-line arguments; their ``command``, if there is one, goes into the report.
+        seconds: wall time of the run.
+    """
+    table = format_results(cfg, results)
+    logger.info("Results:\n%s", table)
+    facts = _describe_run(cfg, args, seconds)
+    curves = draw_curves(cfg.OUTPUT_DIR)
+    predictions = draw_predictions(cfg, model)
+    pictures = [f"![]({os.path.basename(path)})" for path in (curves, predictions) if path]
+    rows = tabulate(facts.items(), headers=["run", ""], tablefmt="pipe", disable_numparse=True)
+    _write(cfg, "results.md", "\n\n".join(["# Results", table, rows, *pictures]) + "\n")
+    content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
+    _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
+    logger.info("The report is in %s.", os.path.abspath(cfg.OUTPUT_DIR))
+
+
+def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:
+    """Results as Markdown tables: a row for each task, a table for each set of metrics.
+
+    Metrics of single categories, such as ``AP-dog``, are left out. A metric that could not be
+    computed is shown as "–", and if that is all of a task, a sentence says why.
+    """
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    notes = []
+    for dataset, tasks in _by_dataset(cfg, results).items():
+        if not tasks:
+            notes.append(f"{dataset} has no annotations to compare the predictions with.")
+        for task, metrics in tasks.items():
+            metrics = {name: value for name, value in metrics.items() if "-" not in name}
+            cells = [f"{v:.2f}" if math.isfinite(v) else "–" for v in metrics.values()]
+            tables.setdefault(tuple(metrics), []).append([dataset, task, *cells])
+            if metrics and not any(map(math.isfinite, metrics.values())):
+                notes.append(f"{task}: {_explain_missing(cfg, dataset)}")
+    parts = [
+        tabulate(rows, headers=["data", "task", *names], tablefmt="pipe", disable_numparse=True)
+        for names, rows in tables.items()
+    ]
+    return "\n\n".join(parts + list(dict.fromkeys(notes))) or "Nothing was evaluated."
+
+
+def _explain_missing(cfg: CfgNode, dataset: str) -> str:
+    if not any(record.get("annotations") for record in DatasetCatalog.get(dataset)):
+        return f"{dataset} has no annotated objects, so there is nothing to compare with."
+    node = _SCORE_THRESHOLDS.get(cfg.MODEL.META_ARCHITECTURE)
+    threshold = (
+        f"MODEL.{node}.SCORE_THRESH_TEST {cfg.MODEL[node].SCORE_THRESH_TEST}" if node else ""
+    )
+    return (
+        f"no predictions above the score threshold ({threshold}) on {dataset}. The network has "
+        "learned too little yet, or its weights were not loaded."
+    )
+
+
+def _by_dataset(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
+    """Detectron2 leaves out the name of the data set where there is one only."""
+    return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+
+
+def _describe_run(cfg: CfgNode, args: argparse.Namespace, seconds: float) -> dict[str, str]:
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    facts = {
+        "config": args.config_file or "none",
+        "weights": cfg.MODEL.WEIGHTS or "none",
+        "command": getattr(args, "command", ""),
+        "kind": "evaluation" if args.eval_only else f"training, {cfg.SOLVER.MAX_ITER} iterations",
+        "device": name,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, detectron2 {detectron2.__version__}",
+        "wall time": str(datetime.timedelta(seconds=round(seconds))),
+        "date": datetime.date.today().isoformat(),
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; None stands for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return float(value) if math.isfinite(value) else None
+
+
+def _write(cfg: CfgNode, name: str, text: str) -> None:
+    with open(os.path.join(cfg.OUTPUT_DIR, name), "w", encoding="utf-8") as file:
+        file.write(text)

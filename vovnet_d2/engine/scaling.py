@@ -1,0 +1,102 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate and the schedule for another batch than the config was written for."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from tabulate import tabulate
+
+__all__ = ["scale_to_batch", "warn_of_unscaled_batch"]
+
+logger = logging.getLogger(__name__)
+
+_SCALED = (
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
+
+
+def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
+    """Fit a config to the batch that its run has, by the linear scaling rule (arXiv 1706.02677).
+
+    The learning rate grows with the batch; iterations, steps, warm-up and the periods of
+    checkpoints and evaluation shrink with it, so that the number of images stays.
+
+    Args:
+        written: the config as its file has it, for a batch of its ``SOLVER.IMS_PER_BATCH``.
+        options: command-line options, ``[KEY, VALUE, ...]``. They hold as they are, whatever the
+            scaling gives. The batch is theirs, or follows from the number of processes where
+            ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many the config was written.
+
+    Returns:
+        the config with the options merged.
+
+    Raises:
+        ValueError: neither tells the batch.
+    """
+    asked = written.clone()
+    asked.merge_from_list(options)
+    batch = asked.SOLVER.IMS_PER_BATCH
+    reference = written.SOLVER.IMS_PER_BATCH
+    processes = comm.get_world_size()
+    if "SOLVER.IMS_PER_BATCH" not in options[::2]:
+        if asked.SOLVER.REFERENCE_WORLD_SIZE < 1:
+            raise ValueError(
+                "--auto-scale-lr does not know the batch: give SOLVER.IMS_PER_BATCH (the config's "
+                f"is {reference}), or SOLVER.REFERENCE_WORLD_SIZE, the number of GPUs that the "
+                "config was written for (8 in Detectron2's own)."
+            )
+        batch = max(1, round(reference * processes / asked.SOLVER.REFERENCE_WORLD_SIZE))
+    if batch < 1:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH must be at least 1, not {batch}.")
+    scaled = _scale(written, batch)
+    scaled.merge_from_list(options)
+    scaled.SOLVER.IMS_PER_BATCH = batch
+    scaled.SOLVER.REFERENCE_WORLD_SIZE = processes  # so that Detectron2 does not scale once more
+    rows = [(key, _get(written, key), _get(scaled, key)) for key in _SCALED]
+    table = tabulate(rows, headers=["key", "config file", "this run"], tablefmt="pipe")
+    logger.info("--auto-scale-lr, for a batch of %d instead of %d:\n%s", batch, reference, table)
+    return scaled
+
+
+def _scale(cfg: CfgNode, batch: int) -> CfgNode:
+    # Detectron2 scales by the number of workers; with one image for each, that is the batch.
+    cfg = cfg.clone()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.IMS_PER_BATCH
+    scaled = DefaultTrainer.auto_scale_workers(cfg, batch)
+    # A period that rounds to 0 would switch off what it paces.
+    scaled.SOLVER.MAX_ITER = max(1, scaled.SOLVER.MAX_ITER)
+    scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
+    if cfg.TEST.EVAL_PERIOD > 0:
+        scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
+    return scaled
+
+
+def warn_of_unscaled_batch(written: CfgNode, cfg: CfgNode) -> None:
+    """Say so where the batch is not the config file's and the learning rate is."""
+    reference, batch = written.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    if batch != reference and cfg.SOLVER.BASE_LR == written.SOLVER.BASE_LR:
+        logger.warning(
+            "SOLVER.BASE_LR %g was written for a batch of %d and this run has %d: such training "
+            "often diverges or lags. --auto-scale-lr would set it to %g and fit the schedule.",
+            cfg.SOLVER.BASE_LR,
+            reference,
+            batch,
+            cfg.SOLVER.BASE_LR * batch / reference,
+        )
+
+
+def _get(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
