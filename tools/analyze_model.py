@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a network costs, stage by stage: parameters, multiply-adds, activations, memory access and
+its lower bound, arithmetic intensity, receptive field, peak memory. It needs neither weights nor a
+GPU, nor memory for the network.
+
+    python tools/analyze_model.py --backbone V-99-eSE --image-size 800 1344
+    python tools/analyze_model.py --backbone DenseNet-40 --image-size 32 32
+    python tools/analyze_model.py --config-file COCO-Detection/faster_rcnn_V_39_eSE_FPN_3x.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from detectron2 import model_zoo
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from vovnet_d2 import VOVNET_SPECS, VoVNet
+from vovnet_d2.analysis import analyze
+from vovnet_d2.analysis.report import format_table, write_report
+from vovnet_d2.benchmark.protocol import describe_environment
+from vovnet_d2.engine.config import find_config, load_config
+from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument(
+        "--config-file", help="a YAML file: a path, or a name in this package or Detectron2's zoo"
+    )
+    network.add_argument(
+        "--backbone",
+        choices=[*VOVNET_SPECS, *CIFAR_SPECS],
+        metavar="NAME",
+        help="a variant of VoVNet, or a CIFAR classifier: %(choices)s",
+    )
+    parser.add_argument(
+        "--image-size", nargs=2, type=int, default=(800, 1344), metavar=("HEIGHT", "WIDTH")
+    )
+    parser.add_argument("--output", type=Path, help="folder for complexity.csv, .json and .png")
+    parser.add_argument(
+        "--allow-unsafe-yaml",
+        action="store_true",
+        help="accept Python tags in the file, which can run any code",
+    )
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.opts and args.backbone:
+        raise ValueError(f"Config options, {args.opts[0]} here, go with --config-file.")
+    with torch.device("meta"):
+        if args.backbone:
+            model, channels = build_backbone(args.backbone), 3
+        else:
+            model, channels = build_detector(args)
+    complexity = analyze(model, tuple(args.image_size), in_channels=channels)
+    name = args.backbone or args.config_file
+    print(f"{name}, image of {' x '.join(map(str, complexity.image_size))}\n")
+    print(format_table(complexity))
+    if args.output:
+        environment = describe_environment("cpu")
+        header = {"network": name} | {key: environment[key] for key in ("command", "torch")}
+        for path in write_report(complexity, args.output, header):
+            print(f"Wrote {path}.")
+
+
+def build_backbone(name: str) -> nn.Module:
+    if name in CIFAR_SPECS:
+        return CifarClassifier(name)
+    # As under an FPN, whose maps have to be kept.
+    return VoVNet(name, out_features=["stage2", "stage3", "stage4", "stage5"])
+
+
+def build_detector(args: argparse.Namespace) -> tuple[nn.Module, int]:
+    path, trusted = args.config_file, args.allow_unsafe_yaml
+    try:
+        path = find_config(path)
+    except FileNotFoundError:
+        try:
+            path = model_zoo.get_config_file(path)
+        except RuntimeError:
+            pass  # in neither; the first error names the closest of ours
+        else:
+            trusted = True  # as much as Detectron2's code, beside which it lies
+    cfg = load_config(path, args.opts, allow_unsafe_yaml=trusted)
+    cfg.MODEL.DEVICE = "meta"
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    return model, len(cfg.MODEL.PIXEL_MEAN)
+
+
+if __name__ == "__main__":
+    try:
+        main(argument_parser().parse_args())
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        sys.exit(f"error: {error}")

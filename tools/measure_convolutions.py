@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Time against memory access at equal multiply-adds: convolutions of different shapes, and one
+convolution against the same work in several. Writes convolutions_DEVICE.csv and .png.
+
+    python tools/measure_convolutions.py --output output/convolutions
+    python tools/measure_convolutions.py --device cuda --dtype float16 --batch 16 --output output/x
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tabulate import tabulate
+
+from vovnet_d2.analysis.convolution_study import make_cases, measure, plot
+from vovnet_d2.benchmark.protocol import describe_environment, write_csv
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument("--size", type=int, default=56, help="height and width of the maps")
+    parser.add_argument("--channels", type=int, default=272, help="of the references")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not timed")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use.")
+    protocol = describe_environment(args.device) | {
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "maps": f"{args.size}x{args.size}",
+        "warm-up": f"{args.warmup} rounds",
+        "repeats": f"{args.repeats} rounds, cases in turn within each; medians",
+    }
+    rows = measure(
+        make_cases(args.channels),
+        size=args.size,
+        batch=args.batch,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        warmup=args.warmup,
+        repeats=args.repeats,
+    )
+    print(*(f"{name}: {value}" for name, value in protocol.items()), "", sep="\n")
+    print(tabulate(rows, headers="keys", tablefmt="github"))
+    args.output.mkdir(parents=True, exist_ok=True)
+    csv, png = (args.output / f"convolutions_{args.device.type}.{kind}" for kind in ("csv", "png"))
+    write_csv(csv, rows, protocol)
+    described = ("device", "threads", "torch", "dtype", "batch", "maps", "repeats", "date")
+    figure = plot(
+        rows, "\n".join(_lines([f"{k} {protocol[k]}" for k in described if k in protocol]))
+    )
+    figure.savefig(png)
+    plt.close(figure)
+    print(f"\nWrote {csv} and {png}.")
+
+
+def _lines(words: list[str]) -> list[str]:
+    half = (len(words) + 1) // 2
+    return [", ".join(words[:half]), ", ".join(words[half:])]
+
+
+if __name__ == "__main__":
+    try:
+        main(argument_parser().parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How strongly each layer uses the features of those before it, from the weights of a network with
+one-shot aggregation or dense blocks: a figure like Figure 2 of the VoVNet paper, and its numbers.
+
+    python tools/plot_connectivity.py output/DenseNet-40/model_final.pth --output output/DenseNet-40
+    python tools/plot_connectivity.py timm://ese_vovnet39b.ra_in1k --output output/vovnet39
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from tabulate import tabulate
+
+from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectivity
+from vovnet_d2.benchmark.protocol import describe_environment, write_csv
+from vovnet_d2.checkpoint.sources import read_weights
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", help="what MODEL.WEIGHTS takes: a file, a URL or timm://...")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for connectivity.csv, .json and .png"
+    )
+    parser.add_argument("--title", help="title of the figure; by default the name of the weights")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read a .pkl of Detectron2's model zoo"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    checkpoint, _ = read_weights(args.weights, allow_pickle=args.allow_pickle)
+    blocks = measure_connectivity(checkpoint["model"])
+    print("Mean strength of the connections (the strongest of each block is 1)\n")
+    summaries = [block.summary() for block in blocks]
+    print(tabulate(summaries, headers="keys", tablefmt="github", floatfmt=".3f"))
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    csv, json_path, png = (args.output / f"connectivity.{kind}" for kind in ("csv", "json", "png"))
+    header = {"weights": args.weights, "command": describe_environment("cpu")["command"]}
+    write_csv(csv, [row for block in blocks for row in block.rows()], header)
+    content = {**header, "blocks": [block.as_dict() for block in blocks]}
+    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    figure = plot_connectivity(blocks, args.title or args.weights)
+    figure.savefig(png)
+    plt.close(figure)
+    print(f"\nWrote {csv}, {json_path} and {png}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(argument_parser().parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,186 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Time against memory access, measured (VoVNet paper, section 2).
+
+Two comparisons at equal multiply-adds, for 1x1 and 3x3 convolutions:
+
+- **shape**: c_in : c_out from 1:1 to 1:12. Equation 1 says that memory access grows with the
+  difference; is time lost with it?
+- **split**: one convolution against 2, 4 and 8 narrower ones in sequence. Is the same work done in
+  more steps slower?
+
+Channels are multiples of 8, since other widths are slow on GPUs for a reason of their own; that
+leaves the work equal to within 1%, and times are compared per multiply-add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from ..benchmark.protocol import median_ratio, time_interleaved
+from .memory_access import LayerCost, convolution_cost
+
+__all__ = ["Case", "make_cases", "measure", "plot"]
+
+SHAPE_RATIOS = (1, 2, 4, 6, 8, 12)
+SPLITS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Convolutions in sequence, each from ``in_channels`` to ``out_channels``.
+
+    Attributes:
+        comparison: "shape" or "split".
+        label: the ratio of the channels asked for, or the number of convolutions.
+    """
+
+    comparison: str
+    label: str
+    kernel_size: int
+    in_channels: int
+    out_channels: int
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel_size}x{self.kernel_size} {self.comparison} {self.label}"
+
+    def cost(self, size: int) -> LayerCost:
+        """For one image of ``size`` x ``size``, summed over the sequence."""
+        one = convolution_cost(size, size, self.in_channels, self.out_channels, self.kernel_size)
+        n = self.count
+        return LayerCost(n * one.read, n * one.written, n * one.weights, n * one.multiply_adds)
+
+    def build(self) -> nn.Sequential:
+        k = self.kernel_size
+        return nn.Sequential(
+            *(
+                nn.Conv2d(self.in_channels, self.out_channels, k, padding=k // 2, bias=False)
+                for _ in range(self.count)
+            )
+        )
+
+
+def make_cases(channels: int) -> list[Case]:
+    """The cases of both comparisons; each begins with its reference.
+
+    Args:
+        channels: width of the references, which have as many inputs as outputs.
+    """
+    cases = []
+    for kernel_size in (1, 3):
+        for ratio in SHAPE_RATIOS:
+            fewer = _multiple_of_8(channels / math.sqrt(ratio))
+            more = _multiple_of_8(channels**2 / fewer)
+            cases.append(Case("shape", f"1:{ratio}", kernel_size, fewer, more))
+        for count in SPLITS:
+            width = _multiple_of_8(channels / math.sqrt(count))
+            cases.append(Case("split", str(count), kernel_size, width, width, count))
+    return cases
+
+
+def _multiple_of_8(number: float) -> int:
+    return max(8, round(number / 8) * 8)
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    size: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    warmup: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Time ``cases`` in turn.
+
+    Returns:
+        one line per case: its channels, costs for one image, median and quartiles of its time for
+        the batch in milliseconds, and, relative to the first case of its comparison and kernel,
+        memory access, and time per multiply-add: the median over the rounds.
+    """
+    functions = {case.name: _function(case, size, batch, device, dtype) for case in cases}
+    with torch.inference_mode():
+        times = time_interleaved(functions, device=device, warmup=warmup, repeats=repeats)
+    references = {(c.comparison, c.kernel_size): c for c in reversed(cases)}
+    rows = []
+    for case in cases:
+        cost = case.cost(size)
+        reference = references[case.comparison, case.kernel_size]
+        work = cost.multiply_adds / reference.cost(size).multiply_adds
+        low, _, high = quantiles(times[case.name], n=4)
+        rows.append(
+            {
+                "comparison": case.comparison,
+                "kernel_size": case.kernel_size,
+                "label": case.label,
+                "in_channels": case.in_channels,
+                "out_channels": case.out_channels,
+                "convolutions": case.count,
+                "multiply_adds": cost.multiply_adds,
+                "memory_access": cost.memory_access,
+                "time_ms": round(1e3 * median(times[case.name]), 4),
+                "quartile1_ms": round(1e3 * low, 4),
+                "quartile3_ms": round(1e3 * high, 4),
+                "relative_memory_access": round(
+                    cost.memory_access / reference.cost(size).memory_access / work, 3
+                ),
+                "relative_time": round(
+                    median_ratio(times[case.name], times[reference.name]) / work, 3
+                ),
+            }
+        )
+    return rows
+
+
+def _function(
+    case: Case, size: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    network = case.build().to(device, dtype)
+    x = torch.rand(batch, case.in_channels, size, size, device=device, dtype=dtype)
+    return lambda: network(x)
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Relative time (solid) and memory access (dashed) of the two comparisons, side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained", sharey=True)
+    panels = {
+        "shape": ("one convolution of another shape", "input channels : output channels"),
+        "split": ("the same work in a sequence", "convolutions in sequence"),
+    }
+    for axis, (comparison, (heading, xlabel)) in zip(axes, panels.items(), strict=True):
+        for kernel_size, colour in ((1, "#4c72b0"), (3, "#c44e52")):
+            chosen = [
+                row
+                for row in rows
+                if row["comparison"] == comparison and row["kernel_size"] == kernel_size
+            ]
+            places = range(len(chosen))
+            for quantity, style in (("time", "o-"), ("memory_access", "s--")):
+                axis.plot(
+                    places,
+                    [row[f"relative_{quantity}"] for row in chosen],
+                    style,
+                    color=colour,
+                    alpha=1 if quantity == "time" else 0.55,
+                    label=f"{kernel_size}×{kernel_size}, {quantity.replace('_', ' ')}",
+                )
+            axis.set_xticks(places, [row["label"] for row in chosen])
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel(xlabel)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("relative to the first, at equal multiply-adds")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure

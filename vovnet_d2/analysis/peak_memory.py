@@ -1,0 +1,72 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The most memory that tensors take at any one time in a forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .observe import PartTracker
+
+__all__ = ["PeakMemory"]
+
+
+class PeakMemory:
+    """Bytes of the tensors alive after each operator of an eager forward pass without autograd.
+
+    A tensor counts from the operator that made it until nothing refers to its storage, so that
+    maps that a later part needs, a concatenation beside what it copies, and pooling's indices are
+    all in. Not in are the parameters, what kernels use inside (workspace), and what an allocator
+    adds by rounding and fragmentation.
+
+    Attributes:
+        live: bytes now.
+        peak: the most there were while each part ran, and ``""``: outside all parts.
+    """
+
+    def __init__(self, tracker: PartTracker, *inputs: Tensor):
+        """
+        Args:
+            inputs: tensors that are there from the start and count.
+        """
+        self.tracker = tracker
+        self.live = 0
+        self.peak: Counter[str] = Counter()
+        self._storages: dict[int, weakref.ref] = {}
+        for tensor in inputs:
+            self._add(tensor)
+
+    def observe(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        # A view or an in-place operator returns a storage that came in: if it is not known yet, it
+        # is a parameter's.
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        for tensor in tree_leaves(out):
+            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in given:
+                self._add(tensor)
+        part = self.tracker.current
+        self.peak[part] = max(self.peak[part], self.live)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+
+        def forget(_: Any) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, forget)
+        self.live += size
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

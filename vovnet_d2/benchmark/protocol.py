@@ -1,0 +1,129 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every measurement here has in common: interleaved timing, and where and how it was taken.
+
+Cases that are to be compared are timed in turn, round after round, so that a machine that slows
+down or speeds up meets them all alike; a ratio of two cases is then taken within each round.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torchvision
+
+__all__ = ["describe_environment", "median_ratio", "time_interleaved", "write_csv"]
+
+
+def describe_environment(device: torch.device | str) -> dict[str, str]:
+    """Date, command, hardware, versions and settings that a time on ``device`` depends on.
+
+    To be completed by the caller with what it alone knows: dtype, sizes, warm-up, repeats.
+    """
+    device = torch.device(device)
+    described = {
+        "date": datetime.date.today().isoformat(),
+        "command": _command(),
+        "device": _device_name(device),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    if device.type == "cuda":
+        described["cuda"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        described["float32 convolutions"] = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
+        described["cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
+    else:
+        described["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return described
+
+
+def _command() -> str:
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def time_interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str,
+    warmup: int,
+    repeats: int,
+    calls: int = 1,
+) -> dict[str, list[float]]:
+    """Time several functions in turn.
+
+    Args:
+        cases: name to function. A function may queue its work on ``device``: it is waited for.
+        warmup: rounds that are not timed.
+        repeats: rounds that are.
+        calls: calls in a row that make one time, for functions of microseconds.
+
+    Returns:
+        for each case, one time per round, in seconds per call.
+    """
+    device = torch.device(device)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(warmup):
+        for case in cases.values():
+            case()
+    # torch.utils.benchmark.Timer warms up anew at every measurement, which triples short rounds.
+    for _ in range(repeats):
+        for name, case in cases.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                case()
+            _synchronize(device)
+            times[name].append((time.perf_counter() - start) / calls)
+    return times
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of one case's time divided by another's in the same round."""
+    return median(t / r for t, r in zip(times, reference, strict=True))
+
+
+def write_csv(
+    path: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    protocol: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a table; ``protocol`` goes above it, one line ``# name: value`` each.
+
+    Args:
+        rows: the lines of the table; the first one's keys are the columns.
+    """
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in (protocol or {}).items())
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

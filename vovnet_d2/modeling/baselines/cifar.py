@@ -1,0 +1,136 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DenseNet-40 and one-shot aggregation in its place, for images of about 32x32 (VoVNet paper,
+section 3.2; :paper:`DenseNet` arXiv 1608.06993).
+
+Three blocks of 3x3 convolutions, with 1x1 convolutions of full width and average pooling between
+them. All else being equal, the blocks differ in their connections alone: in a dense block every
+layer reads the input and all layers before it; in one-shot aggregation (OSA) it reads the layer
+before it, and everything is concatenated once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["CIFAR_SPECS", "CifarClassifier", "CifarSpec"]
+
+
+@dataclass(frozen=True)
+class CifarSpec:
+    """
+    Attributes:
+        connections: "dense", or "osa" for one-shot aggregation.
+        layers: 3x3 convolutions in each of the three blocks.
+        width: output channels of each of them (DenseNet's growth rate).
+    """
+
+    connections: Literal["dense", "osa"]
+    layers: int
+    width: int
+
+
+CIFAR_SPECS: dict[str, CifarSpec] = {
+    "DenseNet-40": CifarSpec("dense", layers=12, width=12),
+    "OSA-12x20": CifarSpec("osa", layers=12, width=20),
+    "OSA-5x43": CifarSpec("osa", layers=5, width=43),
+}
+
+_STEM_CHANNELS = 16
+_NUM_BLOCKS = 3
+
+
+def _norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """DenseNet's order; OSA keeps it here, so that nothing but the connections differs."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    weight_init.c2_msra_fill(conv)
+    return nn.Sequential(
+        OrderedDict(norm=nn.BatchNorm2d(in_channels), relu=nn.ReLU(inplace=True), conv=conv)
+    )
+
+
+class CifarBlock(nn.Module):
+    """3x3 convolutions that are densely connected or in a chain, and all features concatenated."""
+
+    def __init__(self, in_channels: int, spec: CifarSpec):
+        super().__init__()
+        self.dense = spec.connections == "dense"
+        layers, channels = [], in_channels
+        for _ in range(spec.layers):
+            layers.append(_norm_relu_conv(channels, spec.width, 3))
+            channels = channels + spec.width if self.dense else spec.width
+        self.layers = nn.ModuleList(layers)
+        self.out_channels = in_channels + spec.layers * spec.width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, dim=1) if self.dense else features[-1]))
+        return torch.cat(features, dim=1)
+
+
+class CifarClassifier(nn.Module):
+    """A 3x3 convolution, three blocks, and a fully-connected layer on the average of the last."""
+
+    def __init__(
+        self,
+        spec: str | CifarSpec,
+        *,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        last_transition: bool = False,
+    ):
+        """
+        Args:
+            spec: a key of :data:`CIFAR_SPECS`, or a spec.
+            in_channels: number of channels of the input.
+            last_transition: whether a 1x1 convolution of full width follows the third block, too:
+                OSA's aggregation there. DenseNet has two of them.
+
+        Raises:
+            ValueError: no network of that name.
+        """
+        super().__init__()
+        if isinstance(spec, str):
+            if spec not in CIFAR_SPECS:
+                raise ValueError(
+                    f"Unknown CIFAR network {spec!r}: choose from {', '.join(CIFAR_SPECS)}."
+                )
+            spec = CIFAR_SPECS[spec]
+        self.stem = nn.Conv2d(in_channels, _STEM_CHANNELS, 3, padding=1, bias=False)
+        weight_init.c2_msra_fill(self.stem)
+        channels = _STEM_CHANNELS
+        for number in range(1, _NUM_BLOCKS + 1):
+            block = CifarBlock(channels, spec)
+            self.add_module(f"block{number}", block)
+            channels = block.out_channels
+            if number < _NUM_BLOCKS or last_transition:
+                self.add_module(f"transition{number}", _norm_relu_conv(channels, channels, 1))
+        self.norm = nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, num_classes)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            x: (N, C, H, W), H and W at least 4.
+
+        Returns:
+            "linear", (N, num_classes), as of a VoVNet that classifies.
+        """
+        x = self.stem(x)
+        for number in range(1, _NUM_BLOCKS + 1):
+            x = getattr(self, f"block{number}")(x)
+            if (transition := getattr(self, f"transition{number}", None)) is not None:
+                x = transition(x)
+            if number < _NUM_BLOCKS:
+                x = F.avg_pool2d(x, 2)
+        x = F.relu_(self.norm(x))
+        return {"linear": self.linear(x.mean((2, 3)))}
