@@ -167,7 +167,9 @@ class Metadata:
                 str(data.get("source", "")),
             )
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"The file's entry 'vovnet_d2' is damaged ({error}).") from error
+            raise ValueError(
+                f"its entry 'vovnet_d2' is not what it should be ({error})."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""

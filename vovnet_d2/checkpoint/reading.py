@@ -43,7 +43,10 @@ _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
 ]
 
+_DAMAGED = "is damaged or truncated: download or copy it again."
 _HTML = re.compile(rb"\s*(<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
+# Protocols 0 and 1 have no mark: a dict, a list, or an imported name, by their first opcodes.
+_OLD_PICKLE = re.compile(rb"\([dl]p\d|[}\]]q|c[\w.]+\n[\w.]+\n")
 _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
 _SENTENCES = {
     "empty": "is empty: download it again.",
@@ -81,7 +84,7 @@ def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     if kind == "safetensors":
         content = _read_safetensors(path, size)
     elif kind == "zip" or _is_legacy_torch(head):
-        content = _read_torch(path)
+        content = _read_torch(path, is_zip=kind == "zip")
     elif kind == "pickle":
         content = _read_array_pickle(path, allow_pickle)
     else:
@@ -107,8 +110,7 @@ def _kind(head: bytes) -> str:
         return "safetensors"
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= pickle.HIGHEST_PROTOCOL:
         return "pickle"
-    # A pickle of protocol 0 is text as well; what its opcodes begin with, prose hardly does.
-    if head.rstrip().endswith(b".") and re.match(rb"[(c\]}]", head):
+    if _OLD_PICKLE.match(head):
         return "pickle"
     return "text" if _TEXT.fullmatch(head) else "unknown"
 
@@ -118,28 +120,50 @@ def _is_legacy_torch(head: bytes) -> bool:
     return head[2:14] == b"\x8a\n" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 
-def _read_torch(path: str) -> Any:
+def _read_torch(path: str, is_zip: bool) -> Any:
+    if is_zip:
+        _check_archive(path)
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Not by its path, since torch.load takes a .safetensors for what it is called.
+        with open(path, "rb") as file, torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} {_why_torch_failed(path, error)}") from error
+        raise ValueError(f"{path} {_why_torch_failed(error)}") from error
 
 
-def _why_torch_failed(path: str, error: Exception) -> str:
+def _check_archive(path: str) -> None:
+    """Compare the archive's records with their checksums, which ``torch.load`` does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+            if "constants.pkl" in names:
+                raise ValueError(
+                    f"{path} is a TorchScript program: save the state_dict() of the model that it "
+                    "was made from."
+                )
+            if "data.pkl" not in names:
+                raise ValueError(
+                    f"{path} is a zip archive without PyTorch's weights in it: unpack it first."
+                )
+            for record in archive.infolist():
+                if record.CRC:  # torch.save can be told to write none
+                    with archive.open(record) as file:
+                        while file.read(2**20):
+                            pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} {_DAMAGED}") from error
+
+
+def _why_torch_failed(error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+) was not an allowed", str(error)):
         name = found[1] or found[2]
         return (
             f"is refused: reading it would import {name}, which is no tensor and may run code. If "
             "you trust it, save its state_dict() alone where it was made, and load that."
         )
-    if "TorchScript" in str(error):
-        return "is a TorchScript program: save the state_dict() of the model that it was made from."
     if isinstance(error, pickle.UnpicklingError):
         return "is refused: its pickle holds what a file of weights does not need."
-    if zipfile.is_zipfile(path) and "data.pkl" not in str(zipfile.ZipFile(path).namelist()):
-        return "is a zip archive without PyTorch's weights in it: unpack it first."
-    return "is damaged or truncated: download or copy it again."
+    return _DAMAGED
 
 
 def _read_safetensors(path: str, size: int) -> dict[str, Any]:
@@ -152,7 +176,7 @@ def _read_safetensors(path: str, size: int) -> dict[str, Any]:
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
     if header_size > size - 8:
-        raise ValueError(f"{path} is damaged or truncated: download or copy it again.")
+        raise ValueError(f"{path} {_DAMAGED}")
     try:
         with safe_open(path, framework="pt") as file:
             content: dict[str, Any] = {
@@ -160,9 +184,7 @@ def _read_safetensors(path: str, size: int) -> dict[str, Any]:
             }
             metadata = (file.metadata() or {}).get(METADATA_KEY)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or truncated ({error}): download or copy it again."
-        ) from error
+        raise ValueError(f"{path} {_DAMAGED}") from error
     if metadata is not None:
         try:
             content[METADATA_KEY] = json.loads(metadata)
@@ -220,9 +242,9 @@ def _read_array_pickle(path: str, allow_pickle: bool) -> Any:
                 f"{path} is refused even so: reading it would import {error}, which is no array "
                 "and may run code."
             ) from error
-        raise ValueError(f"{path} is damaged or truncated ({error}).") from error
+        raise ValueError(f"{path} {_DAMAGED}") from error
     except Exception as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}).") from error
+        raise ValueError(f"{path} {_DAMAGED}") from error
     if not isinstance(data, dict) or ("model" in data and "__author__" in data):
         return data
     # Caffe2's: detectors have "blobs", ImageNet models are bare.

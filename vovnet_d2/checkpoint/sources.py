@@ -44,7 +44,10 @@ def read_weights(
     if weights.endswith(_HEURISTICS):
         checkpoint["matching_heuristics"] = True
     if (own := checkpoint.pop(METADATA_KEY, None)) is not None:
-        return checkpoint, Metadata.from_dict(own)
+        try:
+            return checkpoint, Metadata.from_dict(own)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
     return checkpoint, entry.metadata if entry else None
 
 
