@@ -1,0 +1,145 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What importing the package does, beside other packages and without Detectron2."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vovnet_d2
+
+PACKAGE = Path(vovnet_d2.__file__).parent
+PUBLIC = {"VOVNET_SPECS", "VoVNet", "VoVNetSpec", "add_vovnet_config", "get_config_file"}
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """In a Python of its own that finds the modules of ``folder`` first, then the package."""
+    path = os.pathsep.join([str(folder), str(PACKAGE.parent)])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_public_names():
+    assert set(vovnet_d2.__all__) >= PUBLIC
+    assert all(hasattr(vovnet_d2, name) for name in vovnet_d2.__all__)
+
+
+def test_without_detectron2(tmp_path):
+    result = run("import sys; sys.modules['detectron2'] = None; import vovnet_d2", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ModuleNotFoundError: vovnet_d2 needs Detectron2, which is not on PyPI: run "
+        "`python tools/install_detectron2.py` from vovnet_d2's repository, with the Python that "
+        "you use."
+    )
+
+
+def test_detectron2_lacks_what_it_needs(tmp_path):
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2" / "__init__.py").write_text("import fvcore_is_missing")
+    result = run("import vovnet_d2", tmp_path)
+    assert result.returncode == 1
+    assert "install_detectron2" not in result.stderr
+    assert "No module named 'fvcore_is_missing'" in result.stderr.splitlines()[-1]
+
+
+OTHER_PACKAGE = """
+from detectron2.modeling import BACKBONE_REGISTRY
+
+@BACKBONE_REGISTRY.register()
+def build_vovnet_backbone(cfg, input_shape): ...
+
+@BACKBONE_REGISTRY.register()
+def build_vovnet_fpn_backbone(cfg, input_shape): ...
+"""
+
+AFTER_ANOTHER_PACKAGE = """
+import other_package
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY
+import vovnet_d2
+
+def owners():
+    return [BACKBONE_REGISTRY.get(f"build_{name}_backbone").__module__.split(".")[0]
+            for name in ("vovnet", "vovnet_fpn", "retinanet_vovnet_fpn", "fcos_vovnet_fpn")]
+
+print(owners())
+try:
+    vovnet_d2.add_vovnet_config(get_cfg())
+except KeyError as error:
+    print(error.args[0])
+vovnet_d2.register_backbones()
+print(owners())
+vovnet_d2.register_backbones(override=True)
+print(owners())
+cfg = get_cfg()
+vovnet_d2.add_vovnet_config(cfg)
+print(cfg.MODEL.VOVNET.CONV_BODY)
+"""
+
+
+def test_another_package_has_the_names(tmp_path):
+    (tmp_path / "other_package.py").write_text(OTHER_PACKAGE)
+    result = run(AFTER_ANOTHER_PACKAGE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, message, unchanged, overridden, variant = result.stdout.splitlines()
+    assert first == unchanged == str(["other_package"] * 2 + ["vovnet_d2"] * 2)
+    assert message == (
+        "Registered by another package before vovnet_d2 was imported: build_vovnet_backbone (by "
+        "other_package), build_vovnet_fpn_backbone (by other_package). To use vovnet_d2's, call "
+        "vovnet_d2.register_backbones(override=True) before add_vovnet_config(cfg); to keep "
+        "theirs, do not call add_vovnet_config."
+    )
+    assert overridden == str(["vovnet_d2"] * 4)
+    assert variant == "V-39-eSE"
+
+
+# Rules of the structure
+
+
+def imported_by(file: Path) -> set[str]:
+    """Absolute names of what a file of the package imports, at any depth in it."""
+    package = (PACKAGE.name, *file.relative_to(PACKAGE).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+MODELING = sorted((PACKAGE / "modeling").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", MODELING, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_modeling_knows_nothing_of_its_users(file):
+    users = ("checkpoint", "data", "engine", "analysis", "benchmark", "export")
+    above = {f"vovnet_d2.{user}" for user in users}
+    assert not {name for name in imported_by(file) if ".".join(name.split(".")[:2]) in above}
+
+
+@pytest.mark.parametrize("file", MODELING, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_config_is_read_in_the_builders_alone(file):
+    arguments = {
+        node.arg for node in ast.walk(ast.parse(file.read_text())) if type(node) is ast.arg
+    }
+    assert ("cfg" in arguments) == (file.name == "build.py")
+
+
+def test_layouts_are_read_without_the_package():
+    assert {name.split(".")[0] for name in imported_by(PACKAGE / "layouts.py")} <= {
+        *sys.stdlib_module_names
+    }
