@@ -1,0 +1,396 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every config file that is shipped, and those of other VoVNet projects."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from vovnet_d2 import VOVNET_SPECS, add_vovnet_config, get_config_file
+from vovnet_d2.checkpoint.zoo import ZOO
+from vovnet_d2.modeling.layers import DeformableConv2d
+
+ROOT = Path(get_config_file("Base-RCNN-VoVNet-FPN.yaml")).parent
+ALL_FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml"))
+MODEL_FILES = [name for name in ALL_FILES if not Path(name).name.startswith("Base-")]
+
+VARIANTS = {name.replace("-", "_"): name for name in VOVNET_SPECS}
+VARIANT = "|".join(sorted(VARIANTS, key=len, reverse=True))
+COCO_NAME = re.compile(
+    rf"(?P<folder>COCO-Detection|COCO-InstanceSegmentation|quick_schedules)/(?P<scratch>scratch_)?"
+    rf"(?P<kind>mask_rcnn|faster_rcnn|retinanet)_(?P<variant>{VARIANT})_(?P<neck>FPN|FPNLite)_"
+    rf"(?P<schedule>1x|3x|3x_gn|instant_test|training_acc_test)\.yaml"
+)
+COCO_FILES = [name for name in MODEL_FILES if COCO_NAME.fullmatch(name)]
+FOLDERS = {
+    "mask_rcnn": "COCO-InstanceSegmentation",
+    "faster_rcnn": "COCO-Detection",
+    "retinanet": "COCO-Detection",
+}
+
+
+def load(path: str | Path) -> CfgNode:
+    cfg = get_cfg()
+    add_vovnet_config(cfg)
+    cfg.merge_from_file(str(path), allow_unsafe=False)
+    return cfg
+
+
+@cache
+def build_on_meta(path: Path) -> nn.Module:
+    """The model of a file, with every shape and no memory."""
+    cfg = load(path)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in node.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+# The files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_its_detectors(variant: str, kind: str) -> None:
+    schedules = ["3x"] + (["1x"] if variant.removesuffix("_eSE") in ("V_39", "V_57") else [])
+    expected = [f"{FOLDERS[kind]}/{kind}_{variant}_FPN_{schedule}.yaml" for schedule in schedules]
+    if kind == "faster_rcnn" and variant.startswith("V_19"):
+        expected.append(f"{FOLDERS[kind]}/{kind}_{variant}_FPNLite_3x.yaml")
+    pattern = re.compile(rf".*/{kind}_{variant}_FPN(Lite)?_\dx\.yaml")
+    assert [name for name in COCO_FILES if pattern.fullmatch(name)] == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_file(name: str) -> None:
+    text = Path(get_config_file(name)).read_text()
+    assert text.startswith("# Weights: ")
+    assert "!!" not in text  # a Python tag, which only the unsafe loader reads
+    assert not re.search(r"https?:|www\.", text)
+    if name in MODEL_FILES:
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+        assert len(lines) <= 12, "a config is a small diff over its base"
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_comment_names_the_weights(name: str) -> None:
+    path = ROOT / name
+    weights = load(path).MODEL.WEIGHTS
+    comment = path.read_text().splitlines()[0]
+    assert weights in comment if weights else comment.startswith("# Weights: none")
+
+
+# What they describe -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_builds_the_variant_of_its_name(name: str) -> None:
+    cfg = load(ROOT / name)
+    backbone = build_on_meta(ROOT / name).backbone
+    match = re.search(rf"_({VARIANT})_", name)
+    assert bool(match) == ("vovnet" in cfg.MODEL.BACKBONE.NAME)
+    if match:
+        spec = VOVNET_SPECS[VARIANTS[match[1]]]
+        if cfg.MODEL.WEIGHTS.startswith("timm://"):
+            spec = replace(spec, ese="last")
+        assert VARIANTS[match[1]] == cfg.MODEL.VOVNET.CONV_BODY
+        assert getattr(backbone, "bottom_up", backbone).spec == spec
+        assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+
+
+@pytest.mark.parametrize("name", COCO_FILES)
+def test_coco_classes(name: str) -> None:
+    cfg, model = load(ROOT / name), build_on_meta(ROOT / name)
+    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    numbers = {len(MetadataCatalog.get(dataset).thing_classes) for dataset in datasets}
+    kind = COCO_NAME.fullmatch(name)["kind"]
+    if kind == "retinanet":
+        assert numbers == {model.num_classes}
+        assert model.head.cls_score.out_channels == 9 * model.num_classes  # 9 anchors per place
+    else:
+        assert numbers == {model.roi_heads.num_classes}
+        assert model.roi_heads.mask_on == (kind == "mask_rcnn")
+
+
+def detectron2_peer(match: re.Match[str]) -> CfgNode:
+    """Detectron2's own config for the same kind of detector and schedule, with ResNet-50."""
+    cfg = get_cfg()
+    kind, schedule = match["kind"], match["schedule"]
+    if match["scratch"]:
+        name = f"Misc/scratch_{kind}_R_50_FPN_{schedule}.yaml"
+    else:
+        own = schedule if schedule in ("1x", "3x") else "3x"
+        name = f"{FOLDERS[kind]}/{kind}_R_50_FPN_{own}.yaml"
+    # Detectron2's RetinaNet has its anchor sizes behind a Python tag.
+    cfg.merge_from_file(model_zoo.get_config_file(name), allow_unsafe=True)
+    if match["folder"] == "quick_schedules":
+        # Detectron2 has no quick schedule for some kinds: its Mask R-CNN's stands for all.
+        name = f"quick_schedules/mask_rcnn_R_50_FPN_{schedule}.yaml"
+        diff = yaml.safe_load(Path(model_zoo.get_config_file(name)).read_text())
+        del diff["_BASE_"], diff["MODEL"]["MASK_ON"]
+        diff.pop("TEST", None)  # results expected of ResNet-50
+        cfg.merge_from_other_cfg(CfgNode(diff))
+    return cfg
+
+
+@pytest.mark.parametrize("name", COCO_FILES)
+def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
+    match = COCO_NAME.fullmatch(name)
+    cfg = load(ROOT / name)
+    ours, peers = flatten(cfg), flatten(detectron2_peer(match))
+    expected = {"MODEL.BACKBONE.NAME", "MODEL.FPN.IN_FEATURES"}
+    optional = {"MODEL.BACKBONE.FREEZE_AT", "MODEL.WEIGHTS"}
+    if match["kind"] == "retinanet":
+        expected |= {"SOLVER.CLIP_GRADIENTS.ENABLED", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"}
+        expected |= {"SOLVER.WARMUP_ITERS"}
+        optional |= {"SOLVER.WARMUP_FACTOR"}
+        assert ours["SOLVER.WARMUP_ITERS"] >= 1000 >= peers["SOLVER.WARMUP_ITERS"]
+        assert ours["SOLVER.WARMUP_FACTOR"] <= peers["SOLVER.WARMUP_FACTOR"]
+    if match["neck"] == "FPNLite":
+        expected |= {"MODEL.FPN.OUT_CHANNELS"}
+        assert ours["MODEL.FPN.OUT_CHANNELS"] == 128
+    if cfg.MODEL.WEIGHTS.startswith("timm://"):
+        expected |= {"MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"}
+    different = {
+        key for key in peers if ours[key] != peers[key] and not key.startswith("MODEL.RESNETS.")
+    }
+    assert expected <= different <= expected | optional
+
+
+@pytest.mark.parametrize("name", [n for n in COCO_FILES if n.startswith("COCO")])
+def test_norm_of_the_backbone(name: str) -> None:
+    """FrozenBN without weights is for the launcher to refuse, which names the ways out."""
+    norm = "GN" if COCO_NAME.fullmatch(name)["scratch"] else "FrozenBN"
+    assert norm == load(ROOT / name).MODEL.VOVNET.NORM
+
+
+def without_norm(model: nn.Module) -> set[str]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert not any(isinstance(m, FrozenBatchNorm2d | nn.BatchNorm2d) for m in model.modules())
+    return {n for n, m in layers.items() if not isinstance(getattr(m, "norm", None), nn.GroupNorm)}
+
+
+@pytest.mark.parametrize("name", [n for n in COCO_FILES if "/scratch_" in n])
+def test_scratch_has_gn_where_detectron2_has_it(name: str) -> None:
+    model = build_on_meta(ROOT / name)
+    cfg = detectron2_peer(COCO_NAME.fullmatch(name))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        peer = build_model(cfg)
+    assert load(ROOT / name).MODEL.WEIGHTS == ""
+    assert without_norm(model) == without_norm(peer)
+    assert repr(model.roi_heads) == repr(peer.roi_heads)
+
+
+TIMM_FILES = [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS.startswith("timm://")]
+
+
+def test_weights_of_the_zoo_are_used() -> None:
+    """A variant with living weights has them in every detector of its own."""
+    expected = {entry.variant: name for name, entry in ZOO.items()}
+    for name in COCO_FILES:
+        match = COCO_NAME.fullmatch(name)
+        if not match["scratch"] and match["schedule"] != "instant_test":
+            weights = expected.get(VARIANTS[match["variant"]], "")
+            assert weights == load(ROOT / name).MODEL.WEIGHTS, name
+
+
+@pytest.mark.parametrize("name", TIMM_FILES)
+def test_agrees_with_timm(name: str) -> None:
+    """timm's own record of the weights says the input, its network every name and shape."""
+    cfg = load(ROOT / name)
+    entry = cfg.MODEL.WEIGHTS.removeprefix("timm://")
+    record = timm.get_pretrained_cfg(entry)
+    assert cfg.INPUT.FORMAT == "RGB"
+    for ours, peers in ((cfg.MODEL.PIXEL_MEAN, record.mean), (cfg.MODEL.PIXEL_STD, record.std)):
+        assert ours == pytest.approx([255 * value for value in peers])
+
+    with torch.device("meta"):
+        peer = timm.create_model(entry, pretrained=False)
+    bottom_up = build_on_meta(ROOT / name).backbone.bottom_up
+    # A wrong shape raises: tensors without data suffice for that.
+    keys = bottom_up.load_state_dict(peer.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert {key.split(".")[0] for key in keys.unexpected_keys} <= {"head", "linear"}
+
+
+# At work ------------------------------------------------------------------------------------------
+
+RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+LOSSES = {
+    "mask_rcnn": RCNN_LOSSES | {"loss_mask"},
+    "faster_rcnn": RCNN_LOSSES,
+    "retinanet": {"loss_cls", "loss_box_reg"},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in COCO_FILES if n.endswith("instant_test.yaml")]
+    + ["COCO-Detection/faster_rcnn_V_19_slim_dw_eSE_FPNLite_3x.yaml"],
+)
+def test_trains_and_predicts(name: str) -> None:
+    cfg = load(ROOT / name)
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.VOVNET.NORM = "BN"  # as the comment of a file without weights says
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    height, width = 96, 128
+    targets = Instances((height, width))
+    targets.gt_boxes = Boxes([[8.0, 16.0, 72.0, 80.0], [40.0, 8.0, 120.0, 90.0]])
+    targets.gt_classes = torch.tensor([3, 79])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, 16:80, 8:72] = masks[1, 8:90, 40:120] = True
+    targets.gt_masks = BitMasks(masks)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    sample = {"image": image, "height": 2 * height, "width": 2 * width, "instances": targets}
+
+    with EventStorage():
+        losses = model([sample])
+    assert losses.keys() == LOSSES[COCO_NAME.fullmatch(name)["kind"]]
+    assert all(0 < loss < 100 for loss in losses.values())  # nor non-finite
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+    with torch.no_grad():
+        predicted = model.eval()([sample])[0]["instances"]
+    assert predicted.image_size == (2 * height, 2 * width)
+    assert ((predicted.scores >= 0) & (predicted.scores <= 1)).all()
+    assert predicted.has("pred_masks") == cfg.MODEL.MASK_ON
+
+
+# Files of other VoVNet projects -------------------------------------------------------------------
+
+FOREIGN_BASE = """
+MODEL:
+  META_ARCHITECTURE: "GeneralizedRCNN"
+  BACKBONE:
+    NAME: "build_vovnet_fpn_backbone"
+    FREEZE_AT: 0
+  VOVNET:
+    OUT_FEATURES: ["stage2", "stage3", "stage4", "stage5"]
+  FPN:
+    IN_FEATURES: ["stage2", "stage3", "stage4", "stage5"]
+  ANCHOR_GENERATOR:
+    SIZES: [[32], [64], [128], [256], [512]]
+  RPN:
+    IN_FEATURES: ["p2", "p3", "p4", "p5", "p6"]
+  ROI_HEADS:
+    NAME: "StandardROIHeads"
+    IN_FEATURES: ["p2", "p3", "p4", "p5"]
+  ROI_BOX_HEAD:
+    NAME: "FastRCNNConvFCHead"
+    NUM_FC: 2
+    POOLER_RESOLUTION: 7
+  ROI_MASK_HEAD:
+    NAME: "MaskRCNNConvUpsampleHead"
+    NUM_CONV: 4
+    POOLER_RESOLUTION: 14
+VERSION: 2
+"""
+FOREIGN_MODEL = """
+_BASE_: "{base}"
+MODEL:
+  WEIGHTS: "https://www.dropbox.com/s/0/vovnet_ese_detectron2.pth?dl=1"
+  MASK_ON: True
+  VOVNET:
+    CONV_BODY: "{variant}"
+    NORM: "FrozenBN"
+    OUT_CHANNELS: 256
+    BACKBONE_OUT_CHANNELS: 256
+SOLVER:
+  STEPS: (210000, 250000)
+  MAX_ITER: 270000
+"""
+
+
+@pytest.mark.parametrize("base", ["foreign", "ours"])
+@pytest.mark.parametrize("variant", VOVNET_SPECS)
+def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None:
+    """With its own base, and put beside ours, whose base has the same name."""
+    base_path = tmp_path / "Base-RCNN-VoVNet-FPN.yaml"
+    base_path.write_text(FOREIGN_BASE)
+    if base == "ours":
+        base_path = ROOT / base_path.name
+    path = tmp_path / "mask_rcnn.yaml"
+    path.write_text(FOREIGN_MODEL.format(variant=variant, base=base_path))
+    cfg = load(path)
+    model = build_on_meta(path)
+    assert model.backbone.bottom_up.spec == VOVNET_SPECS[variant]
+    assert {k: s.stride for k, s in model.backbone.output_shape().items()} == {
+        "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
+    }  # fmt: skip
+    assert model.roi_heads.mask_on
+    assert cfg.SOLVER.MAX_ITER == 270000
+
+
+CENTERMASK_STYLE = """
+MODEL:
+  BACKBONE:
+    NAME: "build_fcos_vovnet_fpn_backbone"
+    FREEZE_AT: 0
+  VOVNET:
+    CONV_BODY: "V-39-eSE"
+    OUT_FEATURES: ["stage3", "stage4", "stage5"]
+    NORM: "FrozenBN"
+    OUT_CHANNELS: 256
+    BACKBONE_OUT_CHANNELS: 256
+    STAGE_WITH_DCN: (False, False, True, True)
+    WITH_MODULATED_DCN: {modulated}
+    DEFORMABLE_GROUPS: 2
+  FPN:
+    IN_FEATURES: ["stage3", "stage4", "stage5"]
+  FCOS:
+    TOP_LEVELS: 1
+VERSION: 2
+"""
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_centermask_node(modulated: bool, tmp_path: Path) -> None:
+    path = tmp_path / "fcos.yaml"
+    path.write_text(CENTERMASK_STYLE.format(modulated=modulated))
+    cfg = load(path)
+    with torch.device("meta"):
+        backbone = build_backbone(cfg)
+    assert list(backbone.output_shape()) == ["p3", "p4", "p5", "p6"]
+    assert not hasattr(backbone.bottom_up, "stage6")
+    deformable = [m for m in backbone.modules() if isinstance(m, DeformableConv2d)]
+    # Stages 4 and 5 have two blocks each, of five 3x3 convolutions.
+    assert len(deformable) == 2 * 2 * 5
+    # For each group of channels and each of the 9 taps, two offsets and, if modulated, a mask.
+    assert {m.offset.out_channels for m in deformable} == {2 * 9 * (3 if modulated else 2)}
+
+
+def test_node_of_another_project_keeps_its_values() -> None:
+    cfg = get_cfg()
+    cfg.MODEL.VOVNET = CfgNode({"CONV_BODY": "V-19-slim-eSE", "NORM": "GN", "OUT_CHANNELS": 128})
+    cfg.MODEL.FCOS = CfgNode({"TOP_LEVELS": 1, "NUM_CLASSES": 80})
+    add_vovnet_config(cfg)
+    assert (cfg.MODEL.VOVNET.CONV_BODY, cfg.MODEL.VOVNET.NORM) == ("V-19-slim-eSE", "GN")
+    assert cfg.MODEL.FCOS == {"TOP_LEVELS": 1, "NUM_CLASSES": 80}
+    assert cfg.MODEL.VOVNET.OUT_CHANNELS == 128
