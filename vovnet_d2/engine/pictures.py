@@ -24,7 +24,7 @@ __all__ = ["draw_curves", "draw_predictions", "read_metrics"]
 logger = logging.getLogger(__name__)
 
 _NUM_IMAGES = 6
-_SHORT_SIDE = 480  # pixels that an image has at least in the picture, so that labels are legible
+_SHORT_SIDE = 300  # pixels to enlarge small images to; the labels stay the same
 _MIN_SCORE = 0.5
 
 Series = dict[str, list[tuple[int, float]]]
@@ -72,10 +72,10 @@ def draw_curves(folder: str) -> str | None:
     figure = Figure(figsize=(9, 8 if scores else 5), layout="constrained")
     panels = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
     _draw_panel(panels[0], losses, "loss (median of 20 iterations)")
-    panels[0].set_ylim(bottom=0)
     if scores:
         _draw_panel(panels[1], scores, "on the validation data (%)")
     panels[-1].set_xlabel("iteration")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     path = os.path.join(folder, "loss_curve.png")
     figure.savefig(path, dpi=120)
     return path
@@ -95,6 +95,7 @@ def _draw_panel(panel: Any, series: Series, label: str) -> None:
             markersize=4,
         )
     panel.set_ylabel(label)
+    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=9)
 

@@ -190,6 +190,7 @@ class Trainer(DefaultTrainer):
     def _explain_divergence(self, error: FloatingPointError) -> str:
         solver = self.cfg.SOLVER
         rate = self.optimizer.param_groups[0]["lr"]
+        losses = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
         causes = [
             f"a learning rate too high for the batch (now {rate:.3g} for {solver.IMS_PER_BATCH} "
             "images; --auto-scale-lr fits the config's)",
@@ -200,8 +201,12 @@ class Trainer(DefaultTrainer):
         if solver.AMP.ENABLED and autocast_dtype(self.cfg) == torch.float16:
             causes.append("the range of float16 (SOLVER.AMP.DTYPE bfloat16)")
         causes.append("FrozenBN without weights that belong to the network")
-        last = self.checkpointer.get_checkpoint_file() or "none was saved"
-        return f"{error}\nLikely causes: {'; '.join(causes)}. Last checkpoint: {last}."
+        return (
+            f"Training diverged at iteration {self.iter}. {error}\n"
+            f"Losses of the iteration before: {losses or 'there was none'}.\n"
+            f"Likely causes: {'; '.join(causes)}.\n"
+            f"Last checkpoint: {self.checkpointer.get_checkpoint_file() or 'none was saved'}."
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

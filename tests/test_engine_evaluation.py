@@ -1,0 +1,249 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of data set has its evaluator: given the truth as predictions, it says 100 %."""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated, register_pascal_voc
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+)
+from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
+from PIL import Image
+
+from vovnet_d2.engine import build_evaluator, load_config
+from vovnet_d2.engine.evaluation import _BUILDERS, check_evaluators, main_metric
+
+pytest_plugins = ["engine_fixtures"]
+
+
+def config(tmp_path: Path, *names: str, **model: bool) -> CfgNode:
+    cfg = load_config("", ["OUTPUT_DIR", str(tmp_path / "out"), "DATASETS.TEST", str(names)])
+    cfg.MODEL.merge_from_list([word for item in model.items() for word in item])
+    return cfg
+
+
+def perfect_instances(record: dict) -> Instances:
+    annotations = [a for a in record["annotations"] if not a.get("iscrowd")]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    size = (record["height"], record["width"])
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.long)
+    instances.scores = torch.ones(len(annotations))
+    if all("segmentation" in a for a in annotations):
+        masks = [polygons_to_bitmask(a["segmentation"], *size) for a in annotations]
+        instances.pred_masks = torch.as_tensor(np.array(masks).reshape(-1, *size))
+    return instances
+
+
+def perfect_semantics(record: dict, num_classes: int) -> torch.Tensor:
+    labels = torch.as_tensor(np.array(Image.open(record["sem_seg_file_name"]), dtype=np.int64))
+    return torch.nn.functional.one_hot(labels, num_classes).permute(2, 0, 1).float()
+
+
+def evaluate_perfection(cfg: CfgNode, name: str) -> dict:
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        output = {}
+        if "annotations" in record:
+            output["instances"] = perfect_instances(record)
+        if "sem_seg_file_name" in record:
+            count = len(MetadataCatalog.get(name).stuff_classes)
+            output["sem_seg"] = perfect_semantics(record, count)
+        evaluator.process([record], [output])
+    return evaluator.evaluate()
+
+
+def test_coco(coco: Path, tmp_path: Path) -> None:
+    results = evaluate_perfection(config(tmp_path, "coco_2017_val"), "coco_2017_val")
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert (tmp_path / "out" / "inference" / "coco_instances_results.json").is_file()
+
+
+def test_several_data_sets_have_a_folder_each(coco: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path, "coco_2017_val", "coco_2017_train")
+    for name in cfg.DATASETS.TEST:
+        evaluate_perfection(cfg, name)
+        assert (tmp_path / "out" / "inference" / name / "coco_instances_results.json").is_file()
+
+
+def test_voc(catalogs: None, tmp_path: Path) -> None:
+    root = tmp_path / "VOC2007"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "test.txt").write_text("000001\n000002\n")
+    box = "<xmin>11</xmin><ymin>21</ymin><xmax>40</xmax><ymax>50</ymax>"
+    size = "<size><width>80</width><height>60</height></size>"
+    cat = (
+        "<object><name>cat</name><pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
+        f"<bndbox>{box}</bndbox></object>"
+    )
+    for name, objects in (("000001", cat), ("000002", "")):
+        Image.new("RGB", (80, 60)).save(root / "JPEGImages" / f"{name}.jpg")
+        xml = f"<annotation>{size}{objects}</annotation>"
+        (root / "Annotations" / f"{name}.xml").write_text(xml)
+    register_pascal_voc("voc", str(root), "test", 2007, class_names=("cat",))
+    MetadataCatalog.get("voc").evaluator_type = "pascal_voc"
+    results = evaluate_perfection(config(tmp_path, "voc"), "voc")
+    assert results["bbox"] == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+def write_semantics(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        labels = np.random.default_rng(0).integers(0, 3, (64, 80)).astype(np.uint8)
+        Image.fromarray(labels).save(folder / f"{Path(name).stem}.png")
+
+
+def test_semantic_segmentation(catalogs: None, tmp_path: Path) -> None:
+    write_semantics(tmp_path / "labels", ["a.jpg"])
+    record = {"file_name": "a.jpg", "sem_seg_file_name": str(tmp_path / "labels" / "a.png")}
+    DatasetCatalog.register("semantic", lambda: [record])
+    MetadataCatalog.get("semantic").set(
+        stuff_classes=["sky", "sea", "sand"], evaluator_type="sem_seg", ignore_label=255
+    )
+    results = evaluate_perfection(config(tmp_path, "semantic"), "semantic")
+    assert results["sem_seg"]["mIoU"] == pytest.approx(100)
+
+
+@pytest.fixture
+def panoptic(coco: Path, tmp_path: Path) -> str:
+    folder = coco / "coco"
+    instances = folder / "annotations" / "instances_val2017.json"
+    images = json.loads(instances.read_text())["images"]
+    write_semantics(tmp_path / "stuff", [image["file_name"] for image in images])
+    (tmp_path / "panoptic.json").write_text(json.dumps({"annotations": []}))
+    stuff = {"stuff_classes": ["things", "sky", "sea"], "stuff_colors": [[0, 0, 0]] * 3}
+    stuff["stuff_dataset_id_to_contiguous_id"] = {0: 0, 92: 1, 93: 2}
+    register_coco_panoptic_separated(
+        "pan",
+        stuff,
+        str(folder / "val2017"),
+        str(tmp_path),
+        str(tmp_path / "panoptic.json"),
+        str(tmp_path / "stuff"),
+        str(instances),
+    )
+    return "pan_separated"
+
+
+def test_panoptic_without_panopticapi(
+    panoptic: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(tmp_path, panoptic)
+    results = evaluate_perfection(cfg, panoptic)
+    assert set(results) == {"bbox", "segm", "sem_seg"}
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert results["sem_seg"]["mIoU"] == pytest.approx(100)
+    assert "No panoptic quality (PQ) for pan_separated without panopticapi" in caplog.text
+    assert "cocodataset/panopticapi" in caplog.text
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
+    """Put an empty package where an optional one would be."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_panoptic_with_panopticapi(
+    panoptic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "panopticapi")
+    cfg = config(tmp_path, panoptic)
+    evaluator = build_evaluator(cfg, panoptic)
+    assert isinstance(evaluator, DatasetEvaluators)
+    assert isinstance(evaluator._evaluators[-1], COCOPanopticEvaluator)
+    assert main_metric(cfg) == "panoptic_seg/PQ"
+
+
+class StubLVIS:
+    def __init__(self, path: str):
+        pass
+
+    def get_ann_ids(self) -> list[int]:
+        return [1]
+
+
+def test_lvis(catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "lvis", LVIS=StubLVIS)
+    MetadataCatalog.get("mine").set(evaluator_type="lvis", json_file="x.json")
+    evaluator = build_evaluator(config(tmp_path, "mine"), "mine")
+    assert isinstance(evaluator, LVISEvaluator)
+    # Its package reads np.float, which NumPy has no more.
+    monkeypatch.setattr(LVISEvaluator, "evaluate", lambda self: {"type": vars(np)["float"]})
+    assert evaluator.evaluate() == {"type": float}
+    assert not hasattr(np, "float")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cityscapes_instance", CityscapesInstanceEvaluator),
+        ("cityscapes_sem_seg", CityscapesSemSegEvaluator),
+    ],
+)
+def test_cityscapes(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: type
+) -> None:
+    install(monkeypatch, "cityscapesscripts")
+    MetadataCatalog.get("city").set(evaluator_type=kind, gt_dir=str(tmp_path))
+    assert isinstance(build_evaluator(config(tmp_path, "city"), "city"), expected)
+
+
+@pytest.mark.parametrize("kind", [k for k, (package, _) in _BUILDERS.items() if package])
+def test_a_missing_package_is_named_with_its_command(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    package = _BUILDERS[kind][0]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    MetadataCatalog.get("mine").set(evaluator_type=kind)
+    with pytest.raises(ValueError, match=rf"mine needs {package}: pip install {package}"):
+        check_evaluators(config(tmp_path, "mine"))
+
+
+@pytest.mark.parametrize("metadata", [{"evaluator_type": "kitti"}, {}])
+def test_an_unknown_kind_is_refused(catalogs: None, tmp_path: Path, metadata: dict) -> None:
+    MetadataCatalog.get("mine").set(**metadata)
+    with pytest.raises(ValueError, match=r"evaluator_type '(kitti)?' .*coco, .*cityscapes_sem_seg"):
+        check_evaluators(config(tmp_path, "mine"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "metric"),
+    [
+        ("coco", {}, "bbox/AP"),
+        ("coco", {"MASK_ON": True}, "segm/AP"),
+        ("coco", {"KEYPOINT_ON": True}, "keypoints/AP"),
+        ("lvis", {"MASK_ON": True}, "segm/AP"),
+        ("pascal_voc", {}, "bbox/AP50"),
+        ("sem_seg", {}, "sem_seg/mIoU"),
+        ("cityscapes_sem_seg", {}, "sem_seg/IoU"),
+        ("cityscapes_instance", {"MASK_ON": True}, "segm/AP"),
+        ("coco_panoptic_seg", {"MASK_ON": True}, "segm/AP"),
+    ],
+)
+def test_main_metric(
+    catalogs: None, tmp_path: Path, kind: str, model: dict[str, bool], metric: str
+) -> None:
+    MetadataCatalog.get("mine").set(evaluator_type=kind)
+    assert main_metric(config(tmp_path, "mine", **model)) == metric
+    assert main_metric(config(tmp_path, "mine", "other", **model)) == f"mine/{metric}"
+    assert main_metric(config(tmp_path, **model)) is None

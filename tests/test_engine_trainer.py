@@ -1,0 +1,268 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training: precision, interruption and resume, the best weights, divergence."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log, tiny_config
+from torch import nn
+
+from vovnet_d2.engine import Trainer
+from vovnet_d2.engine.trainer import MixedPrecisionTrainer
+
+pytest_plugins = ["engine_fixtures"]
+
+
+def read_losses(out: Path) -> dict[int, float]:
+    """The losses that the log prints, where each iteration is printed."""
+    rows = map(json.loads, (out / "metrics.json").read_text().splitlines())
+    return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
+
+
+@pytest.fixture
+def every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the metrics of each iteration, unsmoothed."""
+    from detectron2.engine import hooks
+    from detectron2.utils.events import JSONWriter
+
+    def build(self: Trainer) -> list:
+        return [JSONWriter(str(Path(self.cfg.OUTPUT_DIR) / "metrics.json"), window_size=1)]
+
+    monkeypatch.setattr(Trainer, "build_writers", build)
+    init = hooks.PeriodicWriter.__init__
+    monkeypatch.setattr(
+        hooks.PeriodicWriter, "__init__", lambda self, writers, period: init(self, writers, 1)
+    )
+
+
+class Interruption(Exception):
+    pass
+
+
+def launch_and_interrupt(
+    monkeypatch: pytest.MonkeyPatch, iteration: int, out: Path, *options: str
+) -> None:
+    """Fail before ``iteration``, as a machine that goes down does."""
+    step = Trainer.run_step
+
+    def run_step(self: Trainer) -> None:
+        if self.iter == iteration:
+            raise Interruption
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_step", run_step)
+        with pytest.raises(Interruption):
+            launch(FASTER_RCNN, out, *options)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("config", [MASK_RCNN, FASTER_RCNN, RETINANET])
+def test_bfloat16_agrees_with_float32(coco: Path, tmp_path: Path, config: str) -> None:
+    losses, results = [], []
+    for enabled in ("False", "True"):
+        options = ["SOLVER.AMP.ENABLED", enabled, "TEST.AMP.ENABLED", enabled]
+        cfg = tiny_config(config, tmp_path, *options)
+        seed_all_rng(0)
+        trainer = Trainer(cfg)
+        assert isinstance(trainer._trainer, MixedPrecisionTrainer) == (enabled == "True")
+        with EventStorage() as storage:
+            trainer.iter = 0
+            trainer.run_step()
+            losses.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        results.append(Trainer.test(cfg, trainer.model))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.02)
+    assert losses[1] != losses[0]
+    assert results[0].keys() == results[1].keys()
+
+
+def test_mixed_precision_of_panoptic_fpn(coco: Path) -> None:
+    options = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"]
+    model = build_model(tiny_config(MASK_RCNN, Path("out"), *options))
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 40.0]]))
+    instances.gt_masks = PolygonMasks([[np.array([4.0, 4, 40, 4, 40, 40, 4, 40])]])
+    instances.gt_classes = torch.tensor([3])
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    data = {"image": image, "instances": instances, "sem_seg": torch.ones(64, 64).long()}
+    with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+        losses = model([data])
+        sum(losses.values()).backward()
+        model.eval()
+        with torch.no_grad():
+            output = model([{"image": image}])[0]
+    assert all(map(math.isfinite, losses.values()))
+    assert output["sem_seg"].shape == (54, 64, 64)
+
+
+class Quadratic(nn.Module):
+    """A network with the interface of a detector, whose gradients are tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 0.5)
+
+    def forward(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": 1e-6 * self.layer(data).float().square().mean()}
+
+
+def test_float16_losses_are_scaled_and_the_clipping_sees_true_gradients() -> None:
+    cfg = tiny_config(FASTER_RCNN, Path("out"), "SOLVER.BASE_LR", "1000.0")
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_VALUE", 1e-6])
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+    data = [torch.full((2, 4), 0.1)] * 3
+    models = []
+    for dtype in (torch.float16, torch.bfloat16):
+        model = Quadratic()
+        optimizer = build_optimizer(cfg, model)
+        trainer = MixedPrecisionTrainer(
+            model, data, optimizer, device=torch.device("cpu"), dtype=dtype
+        )
+        assert trainer.grad_scaler.is_enabled() == (dtype == torch.float16)
+        with EventStorage():
+            trainer.run_step()
+        models.append((trainer, model.layer.weight.detach()))
+    # The gradient of 1e-6 (4 * 0.1 * 0.5)^2 by one weight is 4e-8: below half of float16's least.
+    expected = torch.full((1, 4), 0.5 - 1000 * 4e-8)
+    torch.testing.assert_close(models[0][1], expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(models[1][1], expected, atol=2e-6, rtol=0)
+    state = models[0][0].state_dict()
+    assert state["grad_scaler"]["scale"] == models[0][0].grad_scaler.get_scale()
+    models[0][0].load_state_dict(state)
+    models[0][0].load_state_dict(models[1][0].state_dict() | {"iteration": 1})
+
+
+# Seeds, interruption, resume
+
+
+def test_a_seed_fixes_the_training(coco: Path, tmp_path: Path, every_iteration: None) -> None:
+    for name in ("a", "b"):
+        launch(FASTER_RCNN, tmp_path / name, "DATASETS.TEST", "()")
+    launch(FASTER_RCNN, tmp_path / "c", "DATASETS.TEST", "()", "SEED", "2")
+    losses = [read_losses(tmp_path / name) for name in "abc"]
+    assert list(losses[0]) == [0, 1, 2]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_resume_goes_on_where_the_checkpoint_is(
+    coco: Path, tmp_path: Path, every_iteration: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    launch_and_interrupt(monkeypatch, 5, tmp_path, *options)
+    before = read_losses(tmp_path)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    saved = torch.load(tmp_path / "model_0000003.pth", weights_only=False)
+
+    loaded = {}
+    train = Trainer.train
+
+    def remember_and_train(self: Trainer) -> dict:
+        loaded.update({k: v.clone() for k, v in self.model.state_dict().items()})
+        loaded["momentum"] = self.optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
+        return train(self)
+
+    monkeypatch.setattr(Trainer, "train", remember_and_train)
+    launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    log = read_log(tmp_path)
+    assert f"Resumed from {tmp_path}/model_0000003.pth." in log
+    assert "4 of 6 iterations are done." in log
+    for name, tensor in saved["model"].items():
+        assert torch.equal(loaded[name], tensor), name
+    momentum = saved["trainer"]["_trainer"]["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(loaded["momentum"], momentum)
+    rows = (tmp_path / "metrics.json").read_text().splitlines()
+    iterations = [json.loads(row)["iteration"] for row in rows]
+    assert iterations == [0, 1, 2, 3, 4, 4, 5]
+    assert all(map(math.isfinite, read_losses(tmp_path).values()))
+    assert read_losses(tmp_path)[3] == before[3]
+
+    # Once more: nothing is left to do, and that is said.
+    launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    assert "6 of 6 iterations are done: nothing is left to train." in read_log(tmp_path)
+
+
+def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path) -> None:
+    launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
+    assert f"Nothing to resume in {tmp_path}: started from random weights." in read_log(tmp_path)
+    assert "starts anew" not in read_log(tmp_path)
+    launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
+    assert "holds a run, up to model_final.pth: this one starts anew" in read_log(tmp_path)
+
+
+# The best weights
+
+
+def test_the_best_weights_are_kept_over_a_resume(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([10.0, 30.0, 20.0, math.nan, 25.0])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(scores)}})
+    options = ["TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "5"]
+
+    launch_and_interrupt(monkeypatch, 2, tmp_path, *options)
+    best = torch.load(tmp_path / "model_best.pth")
+    assert (best["value"], best["metric"], best["iteration"]) == (30.0, "bbox/AP", 1)
+    # To be resumed is the newest, which has the optimizer.
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert "trainer" not in best
+
+    launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    assert torch.load(tmp_path / "model_best.pth")["value"] == 30.0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert "No bbox/AP in this evaluation" in read_log(tmp_path)
+    second = torch.load(tmp_path / "model_0000001.pth", weights_only=False)["model"]
+    for name, tensor in best["model"].items():
+        assert torch.equal(tensor, second[name]), name
+
+
+# Divergence
+
+
+def test_divergence_tells_its_causes_and_keeps_the_checkpoint(coco: Path, tmp_path: Path) -> None:
+    options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "9", "SOLVER.BASE_LR", "1e15"]
+    with pytest.raises(FloatingPointError) as caught:
+        launch(FASTER_RCNN, tmp_path, *options, "SOLVER.AMP.ENABLED", "True")
+    message = str(caught.value)
+    last = (tmp_path / "last_checkpoint").read_text()
+    iteration = int(last.removeprefix("model_").removesuffix(".pth"))
+    assert message.startswith(f"Training diverged at iteration {iteration + 1}. ")
+    for part in ("'loss_rpn_cls': ", "1e+15 for 2 images", "--auto-scale-lr", "WARMUP_ITERS 0"):
+        assert part in message
+    assert "CLIP_GRADIENTS.ENABLED True" in message
+    assert "float16" not in message
+    assert f"Last checkpoint: {tmp_path}/{last}." in message
+    assert torch.load(tmp_path / last, weights_only=False)["iteration"] == iteration
+    assert "Traceback" not in read_log(tmp_path)
+
+
+# Detectron2's keys for evaluation
+
+
+def test_precise_bn_and_test_time_augmentation(coco: Path, tmp_path: Path) -> None:
+    options = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    options += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 80)"]
+    results = launch(MASK_RCNN, tmp_path, *options)
+    assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert "Running precise-BN for 2 iterations" in read_log(tmp_path)
+    assert "bbox_TTA" in (tmp_path / "results.md").read_text()
+    plain, augmented = (
+        json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
+        for folder in ("inference", "inference_TTA")
+    )
+    assert np.shape(plain) != np.shape(augmented) or plain != augmented
+    again = launch(MASK_RCNN, tmp_path, "--eval-only", "--resume", *options)
+    assert str(again) == str(results)  # as text, where NaN equals itself
