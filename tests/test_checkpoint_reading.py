@@ -15,8 +15,9 @@ import pytest
 import timm
 import torch
 from detectron2.modeling.backbone import build_resnet_backbone
-from reference import STRUCTURES, Net, random_state, thin
+from reference import STRUCTURES, Net, thin
 from safetensors.torch import save_file
+from state_dicts import equal, random_state, snapshot
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec
@@ -28,10 +29,6 @@ GOOD = random_state(NET, counted=True)
 
 def model_of(net: Net, **args) -> VoVNet:
     return VoVNet(VoVNetSpec(**vars(net)), **{"norm": "BN", **args})
-
-
-def equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
 
 
 # What runs code when it is unpickled: opening a file for writing leaves a trace.
@@ -373,7 +370,7 @@ def model() -> VoVNet:
 def test_malformed_files(tmp_path, model, content, message):
     path = tmp_path / "weights.pth"
     path.write_bytes(content(path))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     with pytest.raises(ValueError, match=message) as caught:
         VoVNetCheckpointer(model).load(str(path))
     text = str(caught.value)

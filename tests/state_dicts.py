@@ -1,0 +1,28 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""State dicts for the tests of weights: made, copied and compared."""
+
+import reference
+import torch
+from torch import nn
+
+
+def random_state(net: reference.Net, **options) -> dict[str, torch.Tensor]:
+    """As in reference.py, in float32, which files of weights are in."""
+    state = reference.random_state(net, **options)
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def features(
+    net: reference.Net, state: dict[str, torch.Tensor], x: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """As in reference.py, in float64, so that comparisons can be close."""
+    return reference.features(net, {name: t.double() for name, t in state.items()}, x.double())
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
