@@ -1,0 +1,142 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from engine_runs import FASTER_RCNN, RETINANET, tiny_config
+from PIL import Image
+from torch import nn
+
+from vovnet_d2.engine.pictures import draw_curves, draw_predictions, read_metrics
+from vovnet_d2.engine.report import format_results
+
+pytest_plugins = ["engine_fixtures"]
+
+BOX = {"AP": 12.345, "AP50": 50.0, "AP75": 1.0, "APs": math.nan, "APm": 2.0, "APl": 3.0}
+
+
+def read_cells(table: str) -> list[list[str]]:
+    rows = [line for line in table.splitlines() if line.startswith("|") and "--" not in line]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_one_row_for_each_task(tmp_path: Path) -> None:
+    results = {"bbox": {**BOX, "AP-dog": 7.0}, "segm": BOX, "sem_seg": {"mIoU": 33.3}}
+    assert read_cells(format_results(tiny_config(FASTER_RCNN, tmp_path), results)) == [
+        ["data", "task", "AP", "AP50", "AP75", "APs", "APm", "APl"],
+        ["coco_2017_val", "bbox", "12.35", "50.00", "1.00", "–", "2.00", "3.00"],
+        ["coco_2017_val", "segm", "12.35", "50.00", "1.00", "–", "2.00", "3.00"],
+        ["data", "task", "mIoU"],
+        ["coco_2017_val", "sem_seg", "33.30"],
+    ]
+
+
+def test_several_data_sets(tmp_path: Path) -> None:
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('a', 'b')")
+    cells = read_cells(format_results(cfg, {"a": {"bbox": BOX}, "b": {"bbox": BOX}}))
+    assert [row[:2] for row in cells] == [["data", "task"], ["a", "bbox"], ["b", "bbox"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "threshold"),
+    [
+        (FASTER_RCNN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.05"),
+        (RETINANET, "MODEL.RETINANET.SCORE_THRESH_TEST 0.05"),
+    ],
+)
+def test_no_predictions_are_explained(
+    coco: Path, tmp_path: Path, config: str, threshold: str
+) -> None:
+    options = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05"]
+    options += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.05"]
+    text = format_results(
+        tiny_config(config, tmp_path, *options), {"bbox": dict.fromkeys(BOX, math.nan)}
+    )
+    assert f"no predictions above the score threshold ({threshold}) on coco_2017_val" in text
+    assert "nan" not in text
+
+
+def test_data_without_annotations_is_explained(catalogs: None, tmp_path: Path) -> None:
+    DatasetCatalog.register("empty", lambda: [{"annotations": []}])
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('empty',)")
+    text = format_results(cfg, {"bbox": dict.fromkeys(BOX, math.nan)})
+    assert "empty has no annotated objects" in text
+    assert "empty has no annotations to compare" in format_results(cfg, {})
+
+
+def test_nothing_evaluated(tmp_path: Path) -> None:
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
+    assert format_results(cfg, {}) == "Nothing was evaluated."
+
+
+def write_metrics(folder: Path, rows: list[dict]) -> str:
+    path = folder / "metrics.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "total_loss": float(i), "lr": 0.1} for i in (19, 39, 59)]
+    # Evaluated after 30 iterations, written after the losses of 39.
+    rows.insert(2, {"iteration": 29, "bbox/AP": 5.0})
+    resumed = [{"iteration": 39, "total_loss": 100.0}, {"iteration": 60, "bbox/AP": 6.0}]
+    series = read_metrics(write_metrics(tmp_path, rows + resumed))
+    assert series["total_loss"] == [(19, 19.0), (39, 100.0)]
+    assert series["bbox/AP"] == [(29, 5.0), (60, 6.0)]
+    assert series["lr"] == [(19, 0.1)]
+
+
+def test_curves_are_drawn_where_there_are_losses(tmp_path: Path) -> None:
+    assert draw_curves(str(tmp_path)) is None
+    write_metrics(tmp_path, [{"iteration": 9, "bbox/AP": 5.0}])
+    assert draw_curves(str(tmp_path)) is None
+    rows = [{"iteration": i, "total_loss": 2.0, "loss_cls": 1.0} for i in range(5)]
+    write_metrics(tmp_path, rows)
+    with_losses = Image.open(draw_curves(str(tmp_path))).size
+    write_metrics(tmp_path, [*rows, {"iteration": 5, "bbox/AP": 5.0, "bbox/APs": 1.0}])
+    with_scores = Image.open(draw_curves(str(tmp_path))).size
+    assert with_scores[0] == with_losses[0]
+    assert with_scores[1] > with_losses[1]  # one panel more
+
+
+class Oracle(nn.Module):
+    """Finds one green object, sure or not."""
+
+    def __init__(self, score: float):
+        super().__init__()
+        self.score = score
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        assert not self.training
+        instances = Instances((64, 80))
+        instances.pred_boxes = Boxes(torch.tensor([[10.0, 10.0, 50.0, 50.0]]))
+        instances.scores = torch.tensor([self.score])
+        instances.pred_classes = torch.tensor([1])
+        return [{"instances": instances}]
+
+
+def test_predictions_are_drawn_beside_the_truth(catalogs: None, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 64), (128, 128, 128)).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "height": 64, "width": 80, "annotations": []}
+    DatasetCatalog.register("mine", lambda: [record])
+    MetadataCatalog.get("mine").set(thing_classes=["a", "b"])
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('mine',)")
+
+    pictures = {}
+    for score in (0.9, 0.1):
+        model = Oracle(score)
+        pictures[score] = np.array(Image.open(draw_predictions(cfg, model)).convert("L"))
+        assert model.training
+    different = pictures[0.9] != pictures[0.1]
+    columns = np.flatnonzero(different.any(axis=0)) / different.shape[1]
+    # The first of four panels is the truth, the second shows predictions.
+    assert 0.25 < columns.min() < columns.max() < 0.5
+    assert (
+        draw_predictions(tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()"), model) is None
+    )

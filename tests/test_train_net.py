@@ -1,0 +1,202 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher from its command line to its report, on a miniature COCO."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from coco_tree import COLORS, THINGS
+from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, SHORT, TINY, launch, read_log
+from PIL import Image
+
+from vovnet_d2.engine import Trainer, main
+
+pytest_plugins = ["engine_fixtures"]
+
+TOOL = Path(__file__).parents[1] / "tools" / "train_net.py"
+KEEP_ALL = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+
+
+def read_predictions(out: Path) -> list[dict]:
+    return json.loads((out / "inference" / "coco_instances_results.json").read_text())
+
+
+def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
+    """Two iterations, one more after a resume, then the evaluation alone: the same results."""
+    first = ["SOLVER.MAX_ITER", "2"]
+    launch(config, out, *first, options=options)
+    trained = launch(config, out, "--resume", options=options)
+    predictions = read_predictions(out)
+    assert f"Resumed from {out}/model_final.pth." in read_log(out)
+    assert "2 of 3 iterations are done." in read_log(out)
+    assert {p["category_id"] for p in predictions} <= {c["id"] for c in THINGS}
+    assert len({p["category_id"] for p in predictions}) > 1
+
+    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    evaluated = launch(config, out, "--eval-only", *weights, options=options)
+    assert str(evaluated) == str(trained)  # as text, where NaN equals itself
+    assert read_predictions(out) == predictions
+    report = json.loads((out / "results.json").read_text())
+    assert report["run"]["kind"] == "evaluation"
+    assert report["results"]["coco_2017_val"]["bbox"]["AP"] == evaluated["bbox"]["AP"]
+    for name in ("loss_curve.png", "predictions.png"):
+        Image.open(out / name).verify()
+
+
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
+def test_thin_networks(coco: Path, tmp_path: Path, config: str) -> None:
+    train_resume_evaluate(config, tmp_path, TINY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
+def test_shipped_configs(coco: Path, tmp_path: Path, config: str) -> None:
+    """Unchanged but for size, iterations and norm, and the score that a prediction needs: after
+    three iterations none has reached it."""
+    train_resume_evaluate(config, tmp_path, [*SHORT, *KEEP_ALL])
+
+
+def test_no_predictions(coco: Path, tmp_path: Path) -> None:
+    launch(MASK_RCNN, tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.99")
+    sentence = "no predictions above the score threshold (MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.99)"
+    assert sentence in (tmp_path / "results.md").read_text()
+    assert sentence in read_log(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["coco_2017_val"]
+
+
+def test_a_missing_gpu_is_warned_of(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()", "MODEL.DEVICE", "cuda")
+    assert "torch finds no GPU: MODEL.DEVICE is set to cpu" in read_log(tmp_path)
+    assert "DEVICE: cpu" in (tmp_path / "config.yaml").read_text()
+
+
+def test_auto_scaling(coco: Path, tmp_path: Path) -> None:
+    options = [word for word in TINY if word not in ("SOLVER.BASE_LR", "0.002")]
+    options += ["DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
+    launch(FASTER_RCNN, tmp_path, "--auto-scale-lr", options=options)
+    log = read_log(tmp_path)
+    assert "--auto-scale-lr, for a batch of 2 instead of 16" in log
+    assert "BASE_LR: 0.0025" in (tmp_path / "config.yaml").read_text()
+
+
+def test_weights_of_another_variant_are_refused(coco: Path, tmp_path: Path) -> None:
+    launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
+    wider = ["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8, 8, 8, 16)"]
+    with pytest.raises(ValueError, match="--allow-partial"):
+        launch(FASTER_RCNN, tmp_path / "b", *weights, *wider)
+    launch(FASTER_RCNN, tmp_path / "c", "--allow-partial", *weights, *wider, "DATASETS.TEST", "()")
+
+
+# The command line
+
+
+def call(*words: str) -> None:
+    main(["--config-file", FASTER_RCNN, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SOLVER.BASE_LRR", "1"], "Non-existent config key: SOLVER.BASE_LRR"),
+        (["MODEL.VOVNET.CONV_BODY", "V-39-ese"], "Did you mean 'V-39-eSE'?"),
+        (["MODEL.VOVNET.NORM", "BM"], "BM"),
+        (["MODEL.VOVNET.OUT_FEATURES", "['stage6']"], "stage6"),
+        ([], "MODEL.WEIGHTS is empty and parts of the backbone are frozen"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "set MODEL.ROI_HEADS.NUM_CLASSES 80"),
+        (["DATASETS.TRAIN", "('coco',)"], "Data set 'coco' of DATASETS.TRAIN is not registered"),
+        (["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    options = TINY if words else [w for w in TINY if w not in ("MODEL.VOVNET.NORM", "BN")]
+    with pytest.raises(SystemExit) as caught:
+        call(*options, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), *words)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_bug_keeps_its_traceback(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Trainer) -> None:
+        int("no number")
+
+    monkeypatch.setattr(Trainer, "run_step", fail)
+    with pytest.raises(ValueError, match="invalid literal"):
+        call(*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path))
+
+
+def test_divergence_is_status_1(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, "SOLVER.BASE_LR", "1e15", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit) as caught:
+        call(*options, "OUTPUT_DIR", str(tmp_path))
+    assert caught.value.code == 1
+    assert "error: Training diverged at iteration 1. " in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="2"):
+        call("--num-gpus", "8")
+    assert "--num-gpus is 8, but torch finds 1" in capsys.readouterr().err
+
+
+def run_tool(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOL), "--config-file", FASTER_RCNN, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
+    done = run_tool(coco_root, *TINY, "OUTPUT_DIR", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "| coco_2017_val | bbox" in done.stdout
+    report = (tmp_path / "results.md").read_text()
+    assert f"python {TOOL} --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
+
+
+@pytest.mark.slow
+def test_two_processes_without_gpus(coco_root: Path, tmp_path: Path) -> None:
+    words = ["--num-gpus", "2", "--dist-url", "auto", *TINY, "OUTPUT_DIR", str(tmp_path)]
+    done = run_tool(coco_root, *words)
+    assert done.returncode == 0, done.stderr
+    assert "World size: 2" in done.stdout
+    assert "| coco_2017_val | bbox" in done.stdout
+    failed = run_tool(coco_root, *words, "SOLVER.IMS_PER_BATCH", "3")
+    assert failed.returncode == 2
+    assert "error: SOLVER.IMS_PER_BATCH is 3: it must be a multiple" in failed.stderr
+
+
+@pytest.mark.slow
+def test_it_learns(coco: Path, tmp_path: Path) -> None:
+    """Three kinds of coloured rectangles are told apart, under COCO's ids."""
+    options = [*SHORT, "SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "(100,)"]
+    options += ["SOLVER.BASE_LR", "0.01", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    results = launch(
+        FASTER_RCNN, tmp_path, "DATASETS.TEST", "('coco_2017_train',)", options=options
+    )
+    assert results["bbox"]["AP50"] > 60
+    sure = {p["category_id"] for p in read_predictions(tmp_path) if p["score"] > 0.5}
+    assert sure == set(COLORS)
