@@ -1,0 +1,141 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Data to train classifiers on: folders of images, CIFAR-10 from a folder, the embedded digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import find_classes
+
+from .digit_images import load_sources
+from .digits import CLASS_NAMES, digit_split
+
+__all__ = ["SPLITS", "build_classification_dataset", "class_names", "enlarge_digit"]
+
+SPLITS = ("train", "val")
+
+Transform = Callable[[Image.Image], Any]
+
+
+def class_names(data: str, split: str) -> list[str]:
+    """Names of the classes, in the order of their numbers.
+
+    Args:
+        data: see :func:`build_classification_dataset`; as is ``split``.
+
+    Raises:
+        FileNotFoundError: the folder or what it should hold is missing.
+        ValueError: there is no such split.
+    """
+    if _kind(data, split) == "folders":
+        return find_classes(_split_folder(data, split))[0]
+    return list(build_classification_dataset(data, split).classes)  # type: ignore[attr-defined]
+
+
+def build_classification_dataset(
+    data: str, split: str, transform: Transform | None = None, *, image_size: int = 64
+) -> Dataset:
+    """
+    Args:
+        data: "digits"; or a folder, either with a folder for each split in which there is one of
+            images for each class (ImageNet's layout), or with ``cifar-10-batches-py``.
+        split: "train" or "val"; of folders in ImageNet's layout, the name of one.
+        transform: what is done to an image, an RGB one of Pillow.
+        image_size: side of the digits' images in pixels.
+
+    Returns:
+        pairs of an image and the number of its class; ``classes`` are their names.
+
+    Raises:
+        FileNotFoundError: the folder or what it should hold is missing.
+        ValueError: there is no such split.
+    """
+    kind = _kind(data, split)
+    if kind == "digits":
+        return _Digits(split, transform, image_size)
+    if kind == "cifar10":
+        try:
+            return CIFAR10(data, train=split == "train", transform=transform)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"{data}/{CIFAR10.base_folder} is not complete or damaged: unpack "
+                f"{CIFAR10.filename} there once more."
+            ) from error
+    folder = _split_folder(data, split)
+    try:
+        return ImageFolder(folder, transform, loader=_read_image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: {error}") from error
+
+
+def _kind(data: str, split: str) -> str:
+    if data != "digits" and not (Path(data) / CIFAR10.base_folder).is_dir():
+        return "folders"
+    if split not in SPLITS:
+        raise ValueError(f"{data} has no split {split!r}: choose from {', '.join(SPLITS)}.")
+    return "digits" if data == "digits" else "cifar10"
+
+
+def _split_folder(data: str, split: str) -> Path:
+    folder = Path(data) / split
+    if not Path(data).is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {Path(data).absolute()} to take images from (nor is it 'digits', "
+            "the embedded data)."
+        )
+    if not folder.is_dir():
+        inside = sorted(path.name for path in Path(data).iterdir())
+        raise FileNotFoundError(
+            f"{data} has no folder {split!r}, but {', '.join(inside[:5]) or 'nothing'}. It should "
+            "hold train and val with a folder of images for each class, as ImageNet's does, or "
+            f"{CIFAR10.base_folder}, which CIFAR-10's archive unpacks to."
+        )
+    if not any(path.is_dir() for path in folder.iterdir()):
+        raise FileNotFoundError(
+            f"{folder} has no folders: its images must lie in one for each class, as those of "
+            "train do."
+        )
+    return folder
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): delete it.") from error
+
+
+class _Digits(Dataset):
+    """scikit-learn's digits, enlarged, of the detection data set's split."""
+
+    classes = CLASS_NAMES
+
+    def __init__(self, split: str, transform: Transform | None, image_size: int):
+        sources = load_sources()
+        indices = digit_split()[SPLITS.index(split)]
+        self.images = [enlarge_digit(scan, image_size) for scan in sources.scans[indices]]
+        self.targets = [int(label) for label in sources.labels[indices]]
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def enlarge_digit(scan: NDArray[np.float64], image_size: int) -> Image.Image:
+    """A scan (8, 8) in [0, 1] as a square image, bright on black, with an empty cell around it."""
+    cells = np.rint(255 * np.pad(scan, 1)).astype(np.uint8)
+    image = Image.fromarray(cells).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return image.convert("RGB")
