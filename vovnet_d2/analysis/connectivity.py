@@ -81,7 +81,7 @@ class Connectivity:
         all others, and of the connections of the last reader."""
         layers = self.strength[:, :-1]
         # Reader i follows source i: the first layer (or reduction) reads the input.
-        neighbours = np.eye(*layers.shape, dtype=bool)
+        neighbours = np.eye(*layers.shape) == 1
         others = layers[~neighbours & ~np.isnan(layers)]
         return {
             "block": self.block,
@@ -265,9 +265,10 @@ def plot_connectivity(blocks: Sequence[Connectivity], title: str) -> Figure:
         layout="constrained",
         squeeze=False,
     )
-    for axis in axes.flat[len(blocks) :]:
+    used, unused = axes.flat[: len(blocks)], axes.flat[len(blocks) :]
+    for axis in unused:
         axis.remove()
-    for axis, block in zip(axes.flat, blocks, strict=False):
+    for axis, block in zip(used, blocks, strict=True):
         axis.set_facecolor("0.85")
         image = axis.imshow(block.strength, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_title(block.block, fontsize=10)
@@ -277,7 +278,7 @@ def plot_connectivity(blocks: Sequence[Connectivity], title: str) -> Figure:
     figure.supxlabel("reader")
     figure.supylabel("source")
     figure.suptitle(title)
-    figure.colorbar(image, ax=axes, label="mean absolute weight, relative to the largest")
+    figure.colorbar(image, ax=list(used), label="mean |weight|, relative to the largest")
     return figure
 
 

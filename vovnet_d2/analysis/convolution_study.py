@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..benchmark.protocol import median_ratio, time_interleaved
+from ..benchmark.protocol import ratios, time_interleaved
 from .memory_access import LayerCost, convolution_cost
 
 __all__ = ["Case", "make_cases", "measure", "plot"]
@@ -106,9 +106,9 @@ def measure(
     """Time ``cases`` in turn.
 
     Returns:
-        one line per case: its channels, costs for one image, median and quartiles of its time for
-        the batch in milliseconds, and, relative to the first case of its comparison and kernel,
-        memory access, and time per multiply-add: the median over the rounds.
+        one line per case: its channels, costs for one image, median of its time for the batch in
+        milliseconds, and, per multiply-add and relative to the first case of its comparison and
+        kernel, memory access and time: the latter's median and quartiles over the rounds.
     """
     functions = {case.name: _function(case, size, batch, device, dtype) for case in cases}
     with torch.inference_mode():
@@ -116,10 +116,11 @@ def measure(
     references = {(c.comparison, c.kernel_size): c for c in reversed(cases)}
     rows = []
     for case in cases:
-        cost = case.cost(size)
         reference = references[case.comparison, case.kernel_size]
-        work = cost.multiply_adds / reference.cost(size).multiply_adds
-        low, _, high = quantiles(times[case.name], n=4)
+        cost, base = case.cost(size), reference.cost(size)
+        work = cost.multiply_adds / base.multiply_adds
+        relative = [r / work for r in ratios(times[case.name], times[reference.name])]
+        low, middle, high = quantiles(relative, n=4)
         rows.append(
             {
                 "comparison": case.comparison,
@@ -131,14 +132,10 @@ def measure(
                 "multiply_adds": cost.multiply_adds,
                 "memory_access": cost.memory_access,
                 "time_ms": round(1e3 * median(times[case.name]), 4),
-                "quartile1_ms": round(1e3 * low, 4),
-                "quartile3_ms": round(1e3 * high, 4),
-                "relative_memory_access": round(
-                    cost.memory_access / reference.cost(size).memory_access / work, 3
-                ),
-                "relative_time": round(
-                    median_ratio(times[case.name], times[reference.name]) / work, 3
-                ),
+                "relative_memory_access": round(cost.memory_access / base.memory_access / work, 3),
+                "relative_time": round(middle, 3),
+                "quartile1": round(low, 3),
+                "quartile3": round(high, 3),
             }
         )
     return rows
@@ -153,7 +150,11 @@ def _function(
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Relative time (solid) and memory access (dashed) of the two comparisons, side by side."""
+    """Relative time (solid) and memory access (dashed) of the two comparisons, side by side.
+
+    Args:
+        rows: of :func:`measure`.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained", sharey=True)
     panels = {
         "shape": ("one convolution of another shape", "input channels : output channels"),
@@ -167,15 +168,16 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
                 if row["comparison"] == comparison and row["kernel_size"] == kernel_size
             ]
             places = range(len(chosen))
-            for quantity, style in (("time", "o-"), ("memory_access", "s--")):
-                axis.plot(
-                    places,
-                    [row[f"relative_{quantity}"] for row in chosen],
-                    style,
-                    color=colour,
-                    alpha=1 if quantity == "time" else 0.55,
-                    label=f"{kernel_size}×{kernel_size}, {quantity.replace('_', ' ')}",
-                )
+            times = [row["relative_time"] for row in chosen]
+            below = [row["relative_time"] - row["quartile1"] for row in chosen]
+            above = [row["quartile3"] - row["relative_time"] for row in chosen]
+            label = f"{kernel_size}×{kernel_size}, time (median, quartiles)"
+            axis.errorbar(
+                places, times, (below, above), fmt="o-", color=colour, capsize=3, label=label
+            )
+            access = [row["relative_memory_access"] for row in chosen]
+            label = f"{kernel_size}×{kernel_size}, memory access"
+            axis.plot(places, access, "s--", color=colour, alpha=0.5, label=label)
             axis.set_xticks(places, [row["label"] for row in chosen])
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel(xlabel)

@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torchvision
 
-__all__ = ["describe_environment", "median_ratio", "time_interleaved", "write_csv"]
+__all__ = ["describe_environment", "ratios", "time_interleaved", "write_csv"]
 
 
 def describe_environment(device: torch.device | str) -> dict[str, str]:
@@ -107,9 +106,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the rounds of one case's time divided by another's in the same round."""
-    return median(t / r for t, r in zip(times, reference, strict=True))
+def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """One case's time divided by another's, round by round."""
+    return [t / r for t, r in zip(times, reference, strict=True)]
 
 
 def write_csv(
