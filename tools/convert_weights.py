@@ -57,7 +57,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="let the first convolution do the input's normalisation. std: MODEL.PIXEL_STD becomes "
         "1; exact. mean-std: PIXEL_MEAN becomes 0, too; NOT exact at padded borders, where zeros "
         "meant the mean colour and now mean black: there the first convolution's output is off by "
-        "as much as its own size (8%% of the stem's output for 224x224, 1%% of stage5's)",
+        "as much as its own size (8%% of the stem's output for 224x224, 1 to 2%% of stage5's)",
     )
     given = parser.add_argument_group(
         "input convention", "for files that do not tell what they expect"

@@ -1,0 +1,161 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import re
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from reference import STRUCTURES, thin
+from state_dicts import random_state
+from torch import nn
+
+from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec, convert_state_dict
+from vovnet_d2.checkpoint import InputConvention, check_input_convention
+from vovnet_d2.checkpoint.metadata import BGR_255, RGB_IMAGENET, Metadata
+
+NET = thin(STRUCTURES["eSE in last"])
+
+
+def config(convention: InputConvention):
+    """Detectron2's, with the three lines of a convention, as a user writes them."""
+    cfg = get_cfg()
+    for line in convention.config_lines():
+        key, value = line.split(": ")
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+def test_detectron2s_default_is_the_published_weights():
+    assert InputConvention.of_config(get_cfg()) == BGR_255
+
+
+def test_the_customary_normalisation():
+    assert RGB_IMAGENET.pixel_mean == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
+    assert RGB_IMAGENET.pixel_std == pytest.approx([255 * v for v in (0.229, 0.224, 0.225)])
+
+
+CONVENTIONS = {
+    "published": BGR_255,
+    "DD3D": InputConvention("BGR", BGR_255.pixel_mean, (57.375, 57.12, 58.395)),
+    "RGB, unscaled": InputConvention("RGB", RGB_IMAGENET.pixel_mean, (1, 1, 1)),
+    "timm": RGB_IMAGENET,
+    "timm, 0.5": InputConvention("RGB", (127.5,) * 3, (127.5,) * 3),
+    "folded": InputConvention("BGR", (0, 0, 0), (1, 1, 1)),
+    "grey": InputConvention("", (127.5,), (57.0,)),
+}
+
+
+@pytest.mark.parametrize("weights", CONVENTIONS)
+@pytest.mark.parametrize("given", CONVENTIONS)
+def test_a_config_that_disagrees_is_warned_of(weights, given):
+    expected, actual = CONVENTIONS[weights], CONVENTIONS[given]
+    cfg = config(actual) if actual.format else get_cfg()
+    if not actual.format:
+        cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "L", [127.5], [57.0]
+    warning = check_input_convention(cfg, expected)
+    assert (warning is None) == (weights == given)
+    if warning:
+        assert all(line in warning for line in expected.config_lines())
+        assert [re.match(r"[\w.]+", line)[0] for line in expected.config_lines()] == [
+            "INPUT.FORMAT",
+            "MODEL.PIXEL_MEAN",
+            "MODEL.PIXEL_STD",
+        ]
+
+
+def test_an_unknown_convention_is_no_warning():
+    assert check_input_convention(get_cfg(), None) is None
+
+
+def test_rounding_is_no_difference():
+    cfg = config(InputConvention("RGB", (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
+    assert check_input_convention(cfg, RGB_IMAGENET) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("YUV", (0,) * 3, (1,) * 3), "Input format 'YUV': choose BGR or RGB"),
+        (("BGR", (0,) * 3, (1,)), "one of each is needed"),
+        (("BGR", (0,), (0,)), "no deviation is 0"),
+    ],
+)
+def test_conventions_that_do_not_exist(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        InputConvention(*arguments)
+
+
+# In files
+
+
+class Detector(GeneralizedRCNN):
+    """Detectron2's, as far as its input and its backbone go."""
+
+    def __init__(self, backbone: nn.Module, convention: InputConvention):
+        super().__init__(
+            backbone=backbone,
+            proposal_generator=nn.Identity(),
+            roi_heads=nn.Identity(),
+            pixel_mean=convention.pixel_mean,
+            pixel_std=convention.pixel_std,
+            input_format=convention.format,
+        )
+
+
+def vovnet(**changes) -> VoVNet:
+    return VoVNet(VoVNetSpec(**{**vars(NET), **changes}))
+
+
+@pytest.mark.parametrize("convention", [c for c in CONVENTIONS.values() if c.format], ids=str)
+def test_a_training_writes_what_it_feeds(tmp_path, convention):
+    VoVNetCheckpointer(Detector(vovnet(), convention), str(tmp_path)).save("a")
+    checkpointer = VoVNetCheckpointer(vovnet())
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.input_convention == convention
+
+
+def test_a_backbone_alone_does_not_know(tmp_path):
+    VoVNetCheckpointer(vovnet(), str(tmp_path)).save("a")
+    checkpointer = VoVNetCheckpointer(vovnet())
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.input_convention is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix", "classes", "expected"),
+    [
+        ("detectron2", "", None, BGR_255),
+        ("detectron2", "backbone.bottom_up.", None, BGR_255),
+        ("detectron2", "", 10, None),  # v1 classification weights
+        ("detectron2", "img_backbone.", None, None),
+        ("timm", "", 10, RGB_IMAGENET),
+        ("native", "", None, None),
+    ],
+)
+def test_what_the_layout_tells(tmp_path, layout, prefix, classes, expected):
+    state = convert_state_dict(random_state(NET, num_classes=classes), layout)
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "a.pth")
+    checkpointer = VoVNetCheckpointer(vovnet())
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.input_convention == expected
+
+
+def test_what_is_written_is_read():
+    for stem in ("strided", "pooled"):
+        for residual in (True, False):
+            for convention in (None, *CONVENTIONS.values()):
+                spec = VoVNetSpec(**{**vars(NET), "stem": stem, "residual": residual})
+                metadata = Metadata.of_spec(spec, convention, "here")
+                assert Metadata.from_dict(metadata.to_dict()) == metadata
+                assert Metadata.from_dict(metadata.to_dict()).source == "here"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [None, [], {"stem": 3}, {"residual": "no"}, {"input": {"format": "RGB"}}, {"input": [1]}],
+    ids=str,
+)
+def test_damaged_metadata(damaged):
+    with pytest.raises(ValueError, match="entry 'vovnet_d2' is not what it should be"):
+        Metadata.from_dict(damaged)

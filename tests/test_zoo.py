@@ -1,0 +1,210 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from reference import thin
+from safetensors.torch import save_file
+from state_dicts import snapshot
+
+from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, convert_state_dict
+from vovnet_d2.checkpoint import zoo, zoo_page
+from vovnet_d2.checkpoint.zoo import ZOO, get_entry
+
+ROOT = Path(__file__).parent.parent
+SMALLEST = "timm://ese_vovnet19b_dw.ra_in1k"
+
+each_entry = pytest.mark.parametrize("name", ZOO)
+
+
+# The table
+
+
+def test_every_trained_vovnet_of_timm_is_in_the_zoo():
+    trained = timm.list_pretrained("*vovnet*")
+    assert {f"timm://{name}" for name in trained} == ZOO.keys()
+
+
+@each_entry
+def test_entries_agree_with_timms_record(name):
+    """timm says in its own table what a model expects, and under which licence it is."""
+    entry, record = ZOO[name], timm.get_pretrained_cfg(name.removeprefix("timm://"))
+    assert entry.repo == record.hf_hub_id
+    assert entry.license.lower() == record.license
+    assert entry.input.format == "RGB"
+    assert entry.input.pixel_mean == pytest.approx([255 * v for v in record.mean])
+    assert entry.input.pixel_std == pytest.approx([255 * v for v in record.std])
+    sizes = {record.input_size[1], record.test_input_size[1]}
+    assert set(entry.top1) <= sizes
+
+
+@each_entry
+def test_specs_are_timms_networks(name):
+    with torch.device("meta"):
+        peer = timm.create_model(name.removeprefix("timm://"), pretrained=False)
+        model = VoVNet(ZOO[name].spec, norm="BN", num_classes=1000)
+    model.load_state_dict(peer.state_dict(), assign=True)
+    assert ZOO[name].spec == replace(VOVNET_SPECS[ZOO[name].variant], ese="last")
+    residual = [b.residual for stage in peer.stages for b in stage.blocks]
+    ours = [b.residual for s in model.stage_names for b in getattr(model, s)]
+    assert residual == ours
+
+
+@each_entry
+def test_urls(name):
+    entry = ZOO[name]
+    revision = entry.revision or "main"
+    assert entry.url == f"https://huggingface.co/{entry.repo}/resolve/{revision}/model.safetensors"
+    assert revision == "main" or len(revision) == 40
+    assert entry.sha256 is None or len(entry.sha256) == 64
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"Did you mean timm://ese_vovnet39b\.ra_in1k\? There are"):
+        get_entry("timm://ese_vovnet39b")
+    with pytest.raises(ValueError, match="Other VoVNets of timm have no trained weights"):
+        VoVNetCheckpointer(VoVNet("V-27-slim")).load("timm://ese_vovnet99b")
+
+
+# The page
+
+
+def test_the_page_is_the_zoos():
+    """Otherwise: python -m vovnet_d2.checkpoint.zoo_page > MODEL_ZOO.md"""
+    assert (ROOT / "MODEL_ZOO.md").read_text() == zoo_page.render() + "\n"
+
+
+@each_entry
+def test_the_page_names_everything(name):
+    page, entry = zoo_page.render(), ZOO[name]
+    for part in (name, entry.variant, entry.url, entry.license, *entry.input.config_lines()):
+        assert part in page
+    assert all(variant in page for variant in VOVNET_SPECS)
+
+
+# Getting files, from a cache laid out as the hub's
+
+
+def fill_cache(root: Path, name: str, state, revision: str | None, content=None) -> Path:
+    """Put weights into a cache as huggingface_hub lays it out; returns the file of the content."""
+    entry = ZOO[name]
+    repo = root / f"models--{entry.repo.replace('/', '--')}"
+    commit = revision or 40 * "1"
+    snapshots, blobs = repo / "snapshots" / commit, repo / "blobs"
+    for folder in (snapshots, blobs, repo / "refs"):
+        folder.mkdir(parents=True)
+    save_file(state, root / "file")
+    digest = hashlib.sha256((root / "file").read_bytes()).hexdigest()
+    if content is not None:
+        (root / "file").write_bytes(content)
+    (root / "file").rename(blobs / digest)
+    (snapshots / "model.safetensors").symlink_to(Path("../../blobs") / digest)
+    (repo / "refs" / "main").write_text(commit)
+    return blobs / digest
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and a network that is not there."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    name = SMALLEST.removeprefix("timm://")
+    return timm.create_model(name, pretrained=False, num_classes=3).state_dict()
+
+
+@pytest.fixture(scope="module")
+def model() -> VoVNet:
+    return VoVNet(ZOO[SMALLEST].spec)
+
+
+@pytest.mark.parametrize("revision", [ZOO[SMALLEST].revision, None], ids=["pinned", "another"])
+def test_cached_weights_load_offline(cache, state, model, revision):
+    fill_cache(cache, SMALLEST, state, revision)
+    torch.nn.init.zeros_(model.stem.conv1.weight)
+    checkpointer = VoVNetCheckpointer(model)
+    checkpointer.load(SMALLEST)
+    assert torch.equal(model.stem.conv1.weight, state["stem.0.conv.weight"])
+    assert checkpointer.input_convention == ZOO[SMALLEST].input
+
+
+def test_nothing_in_the_cache(cache, model):
+    with pytest.raises(FileNotFoundError, match="not in the cache") as caught:
+        VoVNetCheckpointer(model).load(SMALLEST)
+    assert ZOO[SMALLEST].url in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_a_damaged_file_in_the_cache(cache, state, model):
+    blob = fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 0xFF  # a wrong byte in a tensor, which safetensors does not notice
+    blob.write_bytes(content)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="is not the file that timm/ese_vovnet19b_dw"):
+        VoVNetCheckpointer(model).load(SMALLEST)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_pinned_checksum(cache, state, model, monkeypatch):
+    fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
+    monkeypatch.setitem(zoo.ZOO, SMALLEST, replace(ZOO[SMALLEST], sha256="0" * 64))
+    with pytest.raises(ValueError, match=r"SHA-256 0{64}\): delete it"):
+        VoVNetCheckpointer(model).load(SMALLEST)
+
+
+def test_weights_of_another_variant_are_refused(cache, state):
+    fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
+    with pytest.raises(ValueError, match=r'MODEL\.VOVNET\.CONV_BODY: "V-19-dw-eSE"'):
+        VoVNetCheckpointer(VoVNet("V-19-slim-eSE")).load(SMALLEST)
+
+
+def test_the_zoo_tells_the_residual(cache, monkeypatch):
+    name = "timm://ese_vovnet39b.ra_in1k"
+    monkeypatch.setitem(zoo.ZOO, name, replace(ZOO[name], spec=thin(ZOO[name].spec)))
+    state = convert_state_dict(VoVNet(ZOO[name].spec).state_dict(), "timm")
+    fill_cache(cache, name, state, ZOO[name].revision)
+    spec = replace(ZOO[name].spec, residual=False)
+    with pytest.raises(
+        ValueError, match=r"residual is True \(timm/ese_vovnet39b.ra_in1k\).*: True"
+    ):
+        VoVNetCheckpointer(VoVNet(spec)).load(name)
+
+
+def test_without_huggingface_hub(monkeypatch, model):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub safetensors"):
+        VoVNetCheckpointer(model).load(SMALLEST)
+
+
+@pytest.mark.slow
+def test_offline_mode_by_the_environment(tmp_path, state):
+    """As a user does it, in a process of its own."""
+    fill_cache(tmp_path, SMALLEST, state, ZOO[SMALLEST].revision)
+    program = (
+        "from vovnet_d2.checkpoint.sources import read_weights;"
+        f"print(len(read_weights({SMALLEST!r})[0]['model']))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == str(len(state)), run.stderr
