@@ -18,17 +18,18 @@ help: ## list the targets
 
 setup: $(VENV)/stamp-package ## create .venv with everything that the other targets need
 
-$(VENV)/stamp-venv:
+$(VENV)/stamp-venv: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "'$(PYTHON)' is no Python 3.11 or newer: name one that is," \
 			"as in 'make setup PYTHON=python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet setuptools wheel
 	@touch $@
 
 # torch before Detectron2, whose build imports it; the pair in one command. Gigabytes, so let pip
 # show its progress.
-$(VENV)/stamp-torch: $(VENV)/stamp-venv constraints.txt
-	$(PY) -m pip install setuptools wheel torch torchvision
+$(VENV)/stamp-torch: $(VENV)/stamp-venv
+	$(PY) -m pip install torch torchvision
 	@touch $@
 
 $(VENV)/stamp-detectron2: $(VENV)/stamp-torch tools/install_detectron2.py
