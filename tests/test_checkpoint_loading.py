@@ -261,6 +261,33 @@ def test_the_table(tmp_path, detector, messages):
     assert any("does not tell its input" in message for message in messages)
 
 
+def test_what_the_network_expects_is_said(tmp_path, detector, messages):
+    VoVNetCheckpointer(detector, str(tmp_path)).save("a")
+    VoVNetCheckpointer(detector).load(str(tmp_path / "a.pth"))
+    assert messages[-1] == (
+        'INFO: It expects INPUT.FORMAT: "BGR", MODEL.PIXEL_MEAN: [103.53, 116.28, 123.675], '
+        "MODEL.PIXEL_STD: [1, 1, 1] (as it says itself)."
+    )
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_network_on_a_gpu(tmp_path):
+    """Files are read to the CPU; a failure gives the GPU's tensors back."""
+    torch.save(GOOD, tmp_path / "a.pth")
+    torch.save({**GOOD, "stem.stem_1/conv.weight": torch.ones(3)}, tmp_path / "b.pth")
+    model = vovnet().cuda()
+    VoVNetCheckpointer(model, str(tmp_path)).load(str(tmp_path / "a.pth"))
+    assert all(tensor.is_cuda for tensor in model.state_dict().values())
+    x = torch.randn(1, 3, 64, 64)
+    maps = {name: map.cpu() for name, map in model.double()(x.double().cuda()).items()}
+    assert_same_maps(maps, features(NET, GOOD, x))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="damaged"):
+        VoVNetCheckpointer(model).load(str(tmp_path / "b.pth"))
+    assert equal(snapshot(model), before)
+
+
 def test_another_variant_is_refused_with_the_lines_that_fit(tmp_path, detector):
     """V-57 has all tensors of V-39, of the same shapes: coverage alone would not tell."""
     more = replace(NET, blocks_per_stage=(2, 1, 4, 1), ese="last")
@@ -468,6 +495,23 @@ def test_a_resume_that_fails_late_changes_nothing(tmp_path, key):
     assert same(other.state(), before)
 
 
+def test_a_failure_in_the_middle_changes_nothing(tmp_path, monkeypatch):
+    """Whatever the checks before have overlooked."""
+    torch.save(GOOD, tmp_path / "a.pth")
+    model = vovnet()
+    before, seen = snapshot(model), []
+
+    def fail(*args):
+        seen.append(not torch.equal(model.stem.conv1.weight, before["stem.conv1.weight"]))
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.stage5, "_load_from_state_dict", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
+    assert seen == [True]
+    assert equal(snapshot(model), before)
+
+
 # Models without a VoVNet: as Detectron2 does
 
 
@@ -537,6 +581,12 @@ def test_a_missing_file_names_those_that_are_close(tmp_path, monkeypatch):
         load("output/model_final.pth")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["timm:/ese_vovnet39b", "s3://a/b"])
+def test_schemes_that_do_not_exist(name):
+    with pytest.raises(FileNotFoundError, match=r"is no scheme that is known here: use timm://"):
+        VoVNetCheckpointer(vovnet()).load(name)
 
 
 @pytest.mark.parametrize(

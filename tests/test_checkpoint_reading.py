@@ -354,6 +354,10 @@ MALFORMED = {
         lambda p: saved({**GOOD, STEM: torch.ones(8, 6, 3, 3)}),
         "takes 6 input channels and the model 3",
     ),
+    "whole numbers": (
+        lambda p: saved({**GOOD, LAYER: GOOD[LAYER].to(torch.int8)}),
+        r"is of torch\.int8",
+    ),
     "not a number": (
         lambda p: saved({**GOOD, LAYER: GOOD[LAYER] * float("nan")}),
         "not finite",

@@ -159,6 +159,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             for sentence in contradictions(net, by_layout):
                 logger.warning(sentence)
         told = known or by_layout
+        if told.input:
+            lines = ", ".join(told.input.config_lines())
+            logger.info("It expects %s (%s).", lines, told.source or "as it says itself")
         untold = [n for n in ("stem", "residual", "input") if getattr(told, n) is None]
         if untold:
             logger.info(

@@ -195,7 +195,10 @@ def _incomplete(match: Match) -> list[str]:
         sentences.append(f"Its {name} has shape {file}, where the model has {model}.")
     for name in match.in_backbone(match.tensors):
         tensor = match.tensors[name]
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
+            sentences.append(f"Its {name} is of {tensor.dtype}, not of floating point.")
+            break
+        if not tensor.isfinite().all():
             sentences.append(f"Its {name} has values that are not finite: the training diverged.")
             break
     return sentences

@@ -80,6 +80,11 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
         path = PathManager.get_local_path(weights)
     except Exception as error:
         raise FileNotFoundError(f"{weights} could not be downloaded: {error}.") from error
+    if not Path(path).is_file():  # Detectron2 takes a scheme that it does not know for a path
+        raise FileNotFoundError(
+            f"{weights} is no file, and {url.scheme}: is no scheme that is known here: use "
+            "timm://, detectron2:// or https://."
+        )
     if (found := _HASH_IN_NAME.search(url.path)) and not file_sha256(path).startswith(found[1]):
         raise ValueError(
             f"{path}, from {weights}, has another checksum than its name says: delete it and "
