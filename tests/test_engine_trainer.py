@@ -108,6 +108,24 @@ def test_mixed_precision_of_panoptic_fpn(coco: Path) -> None:
     assert output["sem_seg"].shape == (54, 64, 64)
 
 
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
+def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str) -> None:
+    outputs = []
+    for enabled in ("True", "False"):
+        torch.manual_seed(0)
+        cfg = tiny_config(config, Path("out"), "MODEL.CHANNELS_LAST", enabled)
+        model = Trainer.build_model(cfg).eval()
+        weight = next(p for p in model.parameters() if p.dim() == 4 and p.shape[2] == 3)
+        in_order = weight.is_contiguous(memory_format=torch.channels_last)
+        assert in_order == (enabled == "True")
+        image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            outputs.append(model([{"image": image}])[0]["instances"])
+    boxes, scores = zip(*[(o.pred_boxes.tensor, o.scores) for o in outputs], strict=True)
+    torch.testing.assert_close(*boxes, atol=1e-3, rtol=0)  # pixels
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+
+
 class Quadratic(nn.Module):
     """A network with the interface of a detector, whose gradients are tiny."""
 
