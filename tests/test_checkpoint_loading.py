@@ -335,20 +335,25 @@ def test_a_shorter_backbone_takes_a_longer_file(tmp_path):
 class Pair(nn.Module):
     """Two VoVNets in a model: one for colour, say, and one for depth."""
 
-    def __init__(self):
+    def __init__(self, second: Net = NET):
         super().__init__()
-        self.first, self.second, self.head = vovnet(), vovnet(), nn.Linear(2, 2)
+        self.first, self.second, self.head = vovnet(), vovnet(second), nn.Linear(2, 2)
 
 
-def test_two_networks_in_a_model(tmp_path):
+def test_one_file_for_two_networks(tmp_path):
     model = Pair()
-    torch.save(GOOD, tmp_path / "one.pth")
-    VoVNetCheckpointer(model).load(str(tmp_path / "one.pth"))
+    torch.save(GOOD, tmp_path / "a.pth")
+    VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
     assert equal(model.first.state_dict(), model.second.state_dict())
-    nn.init.ones_(model.second.stem.conv1.weight)
-    VoVNetCheckpointer(model, str(tmp_path)).save("both")
-    other = Pair()
-    VoVNetCheckpointer(other).load(str(tmp_path / "both.pth"))
+    assert torch.equal(model.first.stem.conv1.weight, GOOD["stem.stem_1/conv.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("second", [NET, replace(NET, blocks_per_stage=(1, 1, 1, 1))])
+def test_two_networks_in_a_file(tmp_path, second, prefix):
+    model, other = Pair(second), Pair(second)
+    torch.save({prefix + name: t for name, t in model.state_dict().items()}, tmp_path / "a.pth")
+    VoVNetCheckpointer(other).load(str(tmp_path / "a.pth"))
     assert equal(other.state_dict(), model.state_dict())
 
 

@@ -247,6 +247,12 @@ def without(part: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in GOOD.items() if part not in name}
 
 
+def itself() -> dict[str, object]:
+    content: dict[str, object] = {}
+    content["model"] = content
+    return content
+
+
 def eca_state() -> dict[str, torch.Tensor]:
     widths = {"stem_chs": [8] * 3, "stage_conv_chs": [8] * 4, "stage_out_chs": [16] * 4}
     return timm.create_model("eca_vovnet39b", **widths).state_dict()
@@ -306,6 +312,7 @@ MALFORMED = {
     "a list of tensors": (lambda p: saved([torch.ones(3)]), "but a list"),
     "an empty dict": (lambda p: saved({}), "but nothing"),
     "a dict without tensors": (lambda p: saved({"model": {}, "epoch": 3}), "'model', 'epoch'"),
+    "a dict that holds itself": (lambda p: saved(itself()), "'model'"),
     "numbers as names": (lambda p: saved({0: torch.ones(1)}), "is 0, not a string"),
     "a string among tensors": (lambda p: saved({**GOOD, "epoch": "1"}), "epoch is a str"),
     "a sparse tensor": (lambda p: saved({**GOOD, STEM: GOOD[STEM].to_sparse()}), "no plain tensor"),

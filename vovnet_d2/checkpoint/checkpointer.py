@@ -85,6 +85,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         if not path:
             return super().load(path)
         logger.info("Loading from %s ...", path)
+        self.input_convention = None
         checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
         wanted = self.checkpointables if checkpointables is None else checkpointables
         present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}

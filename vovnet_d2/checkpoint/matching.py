@@ -198,7 +198,7 @@ def _incomplete(match: Match) -> list[str]:
         if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
             sentences.append(f"Its {name} is of {tensor.dtype}, not of floating point.")
             break
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             sentences.append(f"Its {name} has values that are not finite: the training diverged.")
             break
     return sentences

@@ -106,7 +106,7 @@ def _kind(head: bytes) -> str:
         return "zip"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
         return "archive"
-    if head[8:9] == b"{":
+    if head[5:9] == b"\x00\x00\x00{":  # the head's size in 8 bytes, then JSON
         return "safetensors"
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= pickle.HIGHEST_PROTOCOL:
         return "pickle"
@@ -255,16 +255,19 @@ def _read_array_pickle(path: str, allow_pickle: bool) -> Any:
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def find_state_dict(content: Any) -> tuple[str, dict[Any, Any]] | None:
+def find_state_dict(content: Any, depth: int = 2) -> tuple[str, dict[Any, Any]] | None:
     """
+    Args:
+        depth: how many dicts may be around it; a file may hold one that holds itself.
+
     Returns:
         the key under which ``content`` has its tensors ("" if it is the state dict itself, "a.b"
         if they are nested) and the dict of them; None if there are none.
     """
     if not isinstance(content, dict):
         return None
-    for key in _WRAPPERS:
-        if (inner := find_state_dict(content.get(key))) is not None:
+    for key in _WRAPPERS if depth else ():
+        if (inner := find_state_dict(content.get(key), depth - 1)) is not None:
             return ".".join(filter(None, (key, inner[0]))), inner[1]
     # Last, since some files have a single tensor (a random state, say) beside the wrapped ones.
     if any(isinstance(value, torch.Tensor | np.ndarray) for value in content.values()):

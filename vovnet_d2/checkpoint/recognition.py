@@ -70,10 +70,8 @@ class Description:
         """Name of the variant that is nearest, a key of ``VOVNET_SPECS``."""
 
         def distance(name: str) -> tuple[int, bool]:
-            spec = VOVNET_SPECS[name]
-            return len(self.differences(spec)), (spec.ese == "none") != (
-                self.fields["ese"] == "none"
-            )
+            differences = self.differences(VOVNET_SPECS[name])
+            return len(differences), "none" in differences.get("ese", ())
 
         return min(VOVNET_SPECS, key=distance)
 
@@ -128,7 +126,8 @@ def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
     """What stands before VoVNet's names in a state dict, such as "module.backbone.bottom_up.".
 
     Args:
-        preferred: the one to take if there are several VoVNets and it is one of theirs.
+        preferred: the one to take if there are several VoVNets and it, or one that ends with it,
+            is one of theirs.
 
     Raises:
         ValueError: no VoVNet is there, or several are; the message says what is.
@@ -147,11 +146,12 @@ def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
     )
     if not counts:
         raise ValueError(_no_vovnet(names))
-    (best, most), *others = counts.most_common()
-    twins = [prefix for prefix, number in others if number == most]
-    if preferred in twins:
+    if preferred is not None and preferred in counts:
         return preferred
-    if twins and best != preferred:
+    if preferred and len(inside := [p for p in counts if p.endswith(preferred)]) == 1:
+        return inside[0]
+    (best, most), *others = counts.most_common()
+    if twins := [prefix for prefix, number in others if number == most]:
         places = ", ".join(map(repr, [best, *twins]))
         raise ValueError(
             f"There are {len(twins) + 1} VoVNets in it, below {places}: take one out by "

@@ -73,8 +73,9 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
         return _existing(weights.removeprefix("file://")), None
     if url.hostname and url.hostname.endswith("dropbox.com") and "vovnet" in weights.lower():
         raise FileNotFoundError(
-            f"{weights}: the VoVNet weights published on Dropbox are gone (the links answer 403 "
-            f"since 2026). What lives: {', '.join(ZOO)}. A copy that you have is given by its path."
+            f"{weights}: the VoVNet weights published on Dropbox are gone (the links have "
+            f"answered 403 since 2026). What lives: {', '.join(ZOO)}. A copy that you have is "
+            "given by its path."
         )
     try:
         path = PathManager.get_local_path(weights)
