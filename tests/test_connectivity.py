@@ -219,6 +219,15 @@ def test_densenet_slices_are_of_their_sources() -> None:
     assert_reads_what_it_says(found[0], given, taken)
 
 
+@pytest.mark.parametrize("name", CIFAR_SPECS)
+def test_prefix_of_a_cifar_network(name: str) -> None:
+    tensors = CifarClassifier(name, last_transition=True).state_dict()
+    below = {f"network.{k}": v for k, v in tensors.items()} | {"pixel_mean": torch.zeros(3)}
+    found = measure_connectivity(below)
+    assert_same(found, measure_connectivity(tensors))
+    assert [block.readers[-1] for block in found] == ["transition1", "transition2", "transition3"]
+
+
 def test_old_densenet_names() -> None:
     tensors = torchvision_densenet().state_dict()
     old = {
@@ -263,3 +272,14 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = [line for line in lines if not line.startswith("#")]
     assert len(table) == 1 + 3 * (5 + 6)
     assert (tmp_path / "out/connectivity.png").stat().st_size > 10_000
+
+
+def test_tool_without_weights(tmp_path: Path) -> None:
+    """Initialisation treats all sources of a layer alike."""
+    arguments = ["OSA-5x43", "--output", str(tmp_path)]
+    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(arguments))
+    content = json.loads((tmp_path / "connectivity.json").read_text())
+    assert content["weights"] == "OSA-5x43, untrained"
+    for block in content["blocks"]:
+        last = np.array(block["strength"], float)[:, -1]
+        assert last.std() < 0.05 * last.mean()

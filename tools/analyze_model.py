@@ -102,5 +102,5 @@ def build_detector(args: argparse.Namespace) -> tuple[nn.Module, int]:
 if __name__ == "__main__":
     try:
         main(argument_parser().parse_args())
-    except (ValueError, FileNotFoundError, KeyError) as error:
+    except (ValueError, FileNotFoundError, ImportError, KeyError) as error:
         sys.exit(f"error: {error}")

@@ -6,6 +6,10 @@ one-shot aggregation or dense blocks: a figure like Figure 2 of the VoVNet paper
 
     python tools/plot_connectivity.py output/DenseNet-40/model_final.pth --output output/DenseNet-40
     python tools/plot_connectivity.py timm://ese_vovnet39b.ra_in1k --output output/vovnet39
+    python tools/plot_connectivity.py DenseNet-40 --output output/untrained
+
+With the name of a network for the weights it shows what initialisation alone gives: what to hold
+trained weights against.
 """
 
 from __future__ import annotations
@@ -16,18 +20,25 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 from tabulate import tabulate
 
+from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectivity
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
 from vovnet_d2.checkpoint.sources import read_weights
+from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("weights", help="what MODEL.WEIGHTS takes: a file, a URL or timm://...")
+    parser.add_argument(
+        "weights",
+        help="what MODEL.WEIGHTS takes, a file, a URL or timm://...; or, for untrained weights, "
+        f"one of {', '.join([*VOVNET_SPECS, *CIFAR_SPECS])}",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for connectivity.csv, .json and .png"
     )
@@ -39,22 +50,35 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    checkpoint, _ = read_weights(args.weights, allow_pickle=args.allow_pickle)
-    blocks = measure_connectivity(checkpoint["model"])
+    blocks = measure_connectivity(read_state_dict(args))
     print("Mean strength of the connections (the strongest of each block is 1)\n")
     summaries = [block.summary() for block in blocks]
     print(tabulate(summaries, headers="keys", tablefmt="github", floatfmt=".3f"))
 
     args.output.mkdir(parents=True, exist_ok=True)
     csv, json_path, png = (args.output / f"connectivity.{kind}" for kind in ("csv", "json", "png"))
-    header = {"weights": args.weights, "command": describe_environment("cpu")["command"]}
+    weights = f"{args.weights}, untrained" if is_network(args.weights) else args.weights
+    header = {"weights": weights, "command": describe_environment("cpu")["command"]}
     write_csv(csv, [row for block in blocks for row in block.rows()], header)
     content = {**header, "blocks": [block.as_dict() for block in blocks]}
     json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    figure = plot_connectivity(blocks, args.title or args.weights)
+    figure = plot_connectivity(blocks, args.title or weights)
     figure.savefig(png)
     plt.close(figure)
     print(f"\nWrote {csv}, {json_path} and {png}.")
+
+
+def is_network(weights: str) -> bool:
+    return weights in VOVNET_SPECS or weights in CIFAR_SPECS
+
+
+def read_state_dict(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    if is_network(args.weights):
+        torch.manual_seed(0)
+        network = CifarClassifier if args.weights in CIFAR_SPECS else VoVNet
+        return network(args.weights).state_dict()
+    checkpoint, _ = read_weights(args.weights, allow_pickle=args.allow_pickle)
+    return checkpoint["model"]
 
 
 if __name__ == "__main__":

@@ -176,13 +176,23 @@ def _layer_width(tensors: Mapping[str, torch.Tensor], layer: str) -> int:
 # DenseNet-40 and its OSA twins -------------------------------------------------------------------
 
 
+_CIFAR_BEGINNING = re.compile(r"(.*\.)?block1\.layers\.0\.conv\.weight")
+
+
 def _cifar_blocks(tensors: Mapping[str, torch.Tensor]) -> list[Connectivity]:
+    if (found := next(filter(None, map(_CIFAR_BEGINNING.fullmatch, tensors)), None)) is None:
+        return []
+    prefix = found[1] or ""
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
     blocks = []
     for number in range(1, 1 + _count(tensors, "block{}.layers.", start=1)):
-        prefix = f"block{number}.layers."
-        kernels = [
-            tensors[f"{prefix}{i}.conv.weight"] for i in range(_count(tensors, prefix + "{}."))
-        ]
+        layers = f"block{number}.layers."
+        count = _count(tensors, layers + "{}.")
+        kernels = [tensors[f"{layers}{index}.conv.weight"] for index in range(count)]
         after = f"transition{number}"
         final = tensors.get(f"{after}.conv.weight")
         last = ("linear", tensors["linear.weight"]) if final is None else (after, final)

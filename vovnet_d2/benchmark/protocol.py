@@ -3,7 +3,8 @@
 """What every measurement here has in common: interleaved timing, and where and how it was taken.
 
 Cases that are to be compared are timed in turn, round after round, so that a machine that slows
-down or speeds up meets them all alike; a ratio of two cases is then taken within each round.
+down or speeds up meets them all alike, and in another order each round, so that none always follows
+the one that leaves the caches full. A ratio of two cases is then taken within each round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import csv
 import datetime
 import os
 import platform
+import random
 import shlex
 import sys
 import time
@@ -73,7 +75,7 @@ def time_interleaved(
     repeats: int,
     calls: int = 1,
 ) -> dict[str, list[float]]:
-    """Time several functions in turn.
+    """Time several functions in turn, in an order that is drawn anew each round, always alike.
 
     Args:
         cases: name to function. A function may queue its work on ``device``: it is waited for.
@@ -90,8 +92,10 @@ def time_interleaved(
         for case in cases.values():
             case()
     # torch.utils.benchmark.Timer warms up anew at every measurement, which triples short rounds.
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, case in cases.items():
+        for name in order.sample(list(cases), len(cases)):
+            case = cases[name]
             _synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):

@@ -1,0 +1,130 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The measurement protocol and the convolution study: what is timed, in which order, what is
+written."""
+
+import csv
+from pathlib import Path
+
+import measure_convolutions
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+
+from vovnet_d2.analysis import convolution_study
+from vovnet_d2.analysis.convolution_study import Case, make_cases, measure
+from vovnet_d2.benchmark import protocol
+
+
+def test_cases_take_turns() -> None:
+    calls: list[str] = []
+    cases = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = protocol.time_interleaved(cases, device="cpu", warmup=2, repeats=8, calls=2)
+    assert calls[:6] == [*"abcabc"]
+    rounds = ["".join(calls[i : i + 6]) for i in range(6, len(calls), 6)]
+    assert {"".join(sorted(r)) for r in rounds} == {"aabbcc"}
+    assert all(r[0] == r[1] and r[2] == r[3] for r in rounds)
+    assert len(set(rounds)) > 2
+    assert [len(t) for t in times.values()] == [8, 8, 8]
+
+
+def test_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that only the cases move."""
+    now = 0.0
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now)
+    cases = {"short": lambda: work(0.25), "long": lambda: work(1.0)}
+    times = protocol.time_interleaved(cases, device="cpu", warmup=1, repeats=2, calls=4)
+    assert times == {"short": [0.25, 0.25], "long": [1.0, 1.0]}
+    assert protocol.ratios(times["long"], times["short"]) == [4.0, 4.0]
+
+
+@pytest.mark.gpu
+def test_gpu_work_is_waited_for() -> None:
+    x = torch.rand(8192, 8192, device="cuda")
+    cases = {"one": lambda: x @ x, "four": lambda: [x @ x for _ in range(4)]}
+    times = protocol.time_interleaved(cases, device="cuda", warmup=2, repeats=5)
+    assert sorted(protocol.ratios(times["four"], times["one"]))[2] == pytest.approx(4, rel=0.25)
+
+
+def test_environment_names_what_a_time_depends_on() -> None:
+    described = protocol.describe_environment("cpu")
+    assert described["torch"] == torch.__version__
+    assert described["threads"].startswith(f"{torch.get_num_threads()} of ")
+    assert described.keys() >= {"date", "command", "device", "system"}
+
+
+def test_csv_has_the_protocol_above_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    rows = [{"a": 1, "b": "x, y"}, {"a": None, "b": "z"}]
+    protocol.write_csv(path, rows, {"device": "some, with a comma", "repeats": 3})
+    lines = path.read_text().splitlines()
+    assert lines[:2] == ["# device: some, with a comma", "# repeats: 3"]
+    assert list(csv.DictReader(lines[2:])) == [{"a": "1", "b": "x, y"}, {"a": "", "b": "z"}]
+
+
+@pytest.mark.parametrize(("channels", "tolerance"), [(448, 0.021), (256, 0.2)])
+def test_work_of_a_comparison_is_equal(channels: int, tolerance: float) -> None:
+    for case in make_cases(channels):
+        work = case.cost(56).multiply_adds / (case.kernel_size**2 * 56**2)
+        assert work == pytest.approx(channels**2, rel=tolerance), case
+        assert case.in_channels % 32 == case.out_channels % 32 == 0
+
+
+def test_the_default_cases() -> None:
+    cases = make_cases(448)
+    assert len({case.name for case in cases}) == len(cases) == 2 * (6 + 4)
+    for kernel_size in (1, 3):
+        shapes = [c for c in cases if (c.comparison, c.kernel_size) == ("shape", kernel_size)]
+        assert [case.label for case in shapes] == ["1:1", "1:2", "1:4", "1:5.5", "1:7.8", "1:12.2"]
+        access = [case.cost(56).memory_access for case in shapes]
+        assert access == sorted(access)
+        splits = [c for c in cases if (c.comparison, c.kernel_size) == ("split", kernel_size)]
+        assert [case.count for case in splits] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("case", [Case("shape", "", 3, 16, 24), Case("split", "", 1, 8, 8, 4)])
+def test_cost_of_a_case_is_of_what_is_timed(case: Case) -> None:
+    flops = FlopCountAnalysis(case.build(), torch.rand(1, case.in_channels, 10, 10))
+    assert case.cost(10).multiply_adds == flops.total()
+
+
+def test_times_are_relative_to_the_first_at_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        Case("shape", "1:1", 1, 16, 16),
+        Case("shape", "1:4", 1, 8, 40),  # 1.25 times the work
+        Case("split", "1", 1, 16, 16),
+    ]
+    measured = ([2.0, 4.0], [5.0, 10.0], [1.0, 1.0])
+    seconds = {case.name: times for case, times in zip(cases, measured, strict=True)}
+    monkeypatch.setattr(convolution_study, "time_interleaved", lambda *a, **k: seconds)
+    arguments = {"size": 4, "batch": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    first, second, third = measure(cases, **arguments, warmup=0, repeats=2)
+    assert (first["relative_time"], third["relative_time"]) == (1, 1)
+    assert second["relative_time"] == 2
+    assert second["time_ms"] == 7500
+    relative = (16 * (8 + 40) + 320) / (16 * 32 + 256) / 1.25
+    assert second["relative_memory_access"] == pytest.approx(relative, abs=0.001)
+
+
+def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--channels", "128", "--size", "8", "--repeats", "2", "--output", str(tmp_path)]
+    measure_convolutions.main(measure_convolutions.argument_parser().parse_args(arguments))
+    assert "dtype: float32" in capsys.readouterr().out
+    lines = (tmp_path / "convolutions_cpu.csv").read_text().splitlines()
+    header = {line.split(": ")[0].removeprefix("# ") for line in lines if line.startswith("#")}
+    needed = {"command", "device", "torch", "dtype", "batch", "maps", "warm-up", "repeats"}
+    assert header >= needed
+    assert len(lines) - len(header) == 1 + len(make_cases(128))
+    assert (tmp_path / "convolutions_cpu.png").stat().st_size > 10_000
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["--device", "cuda", "--output", "nowhere"]
+    with pytest.raises(ValueError, match=r"--device cuda: there is no GPU"):
+        measure_convolutions.main(measure_convolutions.argument_parser().parse_args(arguments))

@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Make the figures of the pages in docs/, by the commands that the pages name beside them.
+
+What needs a GPU is left as it is where there is none. Run it from the repository's root, on a
+machine that does nothing else: some of the figures are of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+DOCS = Path("docs")
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page that write figures."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return [
+        line.strip()
+        for line in lines
+        if line.strip().startswith("python tools/") and f"--output {DOCS}/figures" in line
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="run the commands that contain this text")
+    args = parser.parse_args()
+    failed = []
+    for page in sorted(DOCS.glob("*.md")):
+        for command in commands(page):
+            if args.only not in command:
+                continue
+            print(f"\n{command}", flush=True)
+            if "cuda" in command and not torch.cuda.is_available():
+                print("Left as it is: there is no GPU.")
+            elif subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode:
+                failed.append(command)
+    if failed:
+        print("\nFailed:", *failed, sep="\n  ", file=sys.stderr)
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
