@@ -103,4 +103,4 @@ if __name__ == "__main__":
     try:
         main(argument_parser().parse_args())
     except (ValueError, FileNotFoundError, ImportError, KeyError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
