@@ -18,6 +18,7 @@ from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     COCOPanopticEvaluator,
+    DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
 )
@@ -26,6 +27,7 @@ from PIL import Image
 
 from vovnet_d2.engine import build_evaluator, load_config
 from vovnet_d2.engine.evaluation import _BUILDERS, check_evaluators, main_metric
+from vovnet_d2.engine.old_numpy import old_numpy
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -174,6 +176,14 @@ def test_panoptic_with_panopticapi(
     assert main_metric(cfg) == "panoptic_seg/PQ"
 
 
+def evaluate_with_numpy(
+    monkeypatch: pytest.MonkeyPatch, evaluator: DatasetEvaluator, base: type
+) -> object:
+    """What ``np.float`` is while Detectron2's evaluator evaluates."""
+    monkeypatch.setattr(base, "evaluate", lambda self: vars(np).get("float"))
+    return evaluator.evaluate()
+
+
 class StubLVIS:
     def __init__(self, path: str):
         pass
@@ -187,9 +197,18 @@ def test_lvis(catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     MetadataCatalog.get("mine").set(evaluator_type="lvis", json_file="x.json")
     evaluator = build_evaluator(config(tmp_path, "mine"), "mine")
     assert isinstance(evaluator, LVISEvaluator)
-    # Its package reads np.float, which NumPy has no more.
-    monkeypatch.setattr(LVISEvaluator, "evaluate", lambda self: {"type": vars(np)["float"]})
-    assert evaluator.evaluate() == {"type": float}
+    assert evaluate_with_numpy(monkeypatch, evaluator, LVISEvaluator) is float
+
+
+def test_packages_of_old_find_their_numpy() -> None:
+    assert not hasattr(np, "float")
+    with old_numpy():
+        assert vars(np)["float"] is float
+        in1d = vars(np)["in1d"]
+        assert in1d(np.array([[1, 2], [3, 1]]), [1]).tolist() == [True, False, False, True]
+        assert in1d(np.array([1, 2]), [1], invert=True).tolist() == [False, True]
+        assert json.dumps(np.count_nonzero(np.eye(2))) == "2"
+        assert np.count_nonzero(np.eye(2), axis=0).tolist() == [1, 1]
     assert not hasattr(np, "float")
 
 
@@ -205,7 +224,9 @@ def test_cityscapes(
 ) -> None:
     install(monkeypatch, "cityscapesscripts")
     MetadataCatalog.get("city").set(evaluator_type=kind, gt_dir=str(tmp_path))
-    assert isinstance(build_evaluator(config(tmp_path, "city"), "city"), expected)
+    evaluator = build_evaluator(config(tmp_path, "city"), "city")
+    assert isinstance(evaluator, expected)
+    assert evaluate_with_numpy(monkeypatch, evaluator, expected) is float
 
 
 @pytest.mark.parametrize("kind", [k for k, (package, _) in _BUILDERS.items() if package])

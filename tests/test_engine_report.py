@@ -27,11 +27,12 @@ def read_cells(table: str) -> list[list[str]]:
 
 
 def test_one_row_for_each_task(tmp_path: Path) -> None:
-    results = {"bbox": {**BOX, "AP-dog": 7.0}, "segm": BOX, "sem_seg": {"mIoU": 33.3}}
+    without_75 = {**BOX, "AP75": -100.0}  # as LVIS has it
+    results = {"bbox": {**BOX, "AP-dog": 7.0}, "segm": without_75, "sem_seg": {"mIoU": 33.3}}
     assert read_cells(format_results(tiny_config(FASTER_RCNN, tmp_path), results)) == [
         ["data", "task", "AP", "AP50", "AP75", "APs", "APm", "APl"],
         ["coco_2017_val", "bbox", "12.35", "50.00", "1.00", "–", "2.00", "3.00"],
-        ["coco_2017_val", "segm", "12.35", "50.00", "1.00", "–", "2.00", "3.00"],
+        ["coco_2017_val", "segm", "12.35", "50.00", "–", "–", "2.00", "3.00"],
         ["data", "task", "mIoU"],
         ["coco_2017_val", "sem_seg", "33.30"],
     ]

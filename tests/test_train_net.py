@@ -192,8 +192,11 @@ def test_two_processes_without_gpus(coco_root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_learns(coco: Path, tmp_path: Path) -> None:
     """Three kinds of coloured rectangles are told apart, under COCO's ids."""
-    options = [*SHORT, "SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "(100,)"]
-    options += ["SOLVER.BASE_LR", "0.01", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    options = [*TINY, "SOLVER.MAX_ITER", "300", "SOLVER.STEPS", "(250,)"]
+    options += ["SOLVER.BASE_LR", "0.02", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    options += ["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(32, 32, 32, 32)", "MODEL.FPN.NORM", "BN"]
+    options += ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "64"]
+    options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"]
     results = launch(
         FASTER_RCNN, tmp_path, "DATASETS.TEST", "('coco_2017_train',)", options=options
     )

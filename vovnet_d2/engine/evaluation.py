@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -27,6 +26,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from .old_numpy import old_numpy
 
 __all__ = ["build_evaluator", "check_evaluators", "main_metric"]
 
@@ -135,11 +136,22 @@ def _panoptic(name: str, folder: str) -> DatasetEvaluator:
     return DatasetEvaluators(evaluators)
 
 
-class _LVISEvaluator(LVISEvaluator):
+class _WithOldNumPy(DatasetEvaluator):
     def evaluate(self) -> dict[str, Any] | None:
-        # lvis 0.5.3, the newest, reads np.float, which NumPy has not had since 1.24.
-        with mock.patch.object(np, "float", float, create=True):
+        with old_numpy():
             return super().evaluate()
+
+
+class _LVISEvaluator(_WithOldNumPy, LVISEvaluator):
+    pass
+
+
+class _CityscapesInstanceEvaluator(_WithOldNumPy, CityscapesInstanceEvaluator):
+    pass
+
+
+class _CityscapesSemSegEvaluator(_WithOldNumPy, CityscapesSemSegEvaluator):
+    pass
 
 
 # evaluator_type to the package that it needs and what builds it.
@@ -151,10 +163,10 @@ _BUILDERS: dict[str, tuple[str, Callable[[str, str], DatasetEvaluator]]] = {
     "lvis": ("lvis", lambda name, folder: _LVISEvaluator(name, output_dir=folder)),
     "cityscapes_instance": (
         "cityscapesscripts",
-        lambda name, folder: CityscapesInstanceEvaluator(name),
+        lambda name, folder: _CityscapesInstanceEvaluator(name),
     ),
     "cityscapes_sem_seg": (
         "cityscapesscripts",
-        lambda name, folder: CityscapesSemSegEvaluator(name),
+        lambda name, folder: _CityscapesSemSegEvaluator(name),
     ),
 }

@@ -77,15 +77,20 @@ def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:
             notes.append(f"{dataset} has no annotations to compare the predictions with.")
         for task, metrics in tasks.items():
             metrics = {name: value for name, value in metrics.items() if "-" not in name}
-            cells = [f"{v:.2f}" if math.isfinite(v) else "–" for v in metrics.values()]
+            cells = [f"{v:.2f}" if _is_known(v) else "–" for v in metrics.values()]
             tables.setdefault(tuple(metrics), []).append([dataset, task, *cells])
-            if metrics and not any(map(math.isfinite, metrics.values())):
+            if metrics and not any(map(_is_known, metrics.values())):
                 notes.append(f"{task}: {_explain_missing(cfg, dataset)}")
     parts = [
         tabulate(rows, headers=["data", "task", *names], tablefmt="pipe", disable_numparse=True)
         for names, rows in tables.items()
     ]
     return "\n\n".join(parts + list(dict.fromkeys(notes))) or "Nothing was evaluated."
+
+
+def _is_known(value: float) -> bool:
+    """COCO's metrics are NaN, and LVIS's negative, where there is nothing to compute them from."""
+    return math.isfinite(value) and value >= 0
 
 
 def _explain_missing(cfg: CfgNode, dataset: str) -> str:

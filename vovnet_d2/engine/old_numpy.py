@@ -1,0 +1,32 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy as the packages of LVIS and Cityscapes know it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+__all__ = ["old_numpy"]
+
+_count_nonzero = np.count_nonzero
+
+
+def old_numpy() -> AbstractContextManager[Any]:
+    """A context in which NumPy has what lvis 0.5.3 and cityscapesscripts 2.3.0, the newest, take
+    from it: ``np.float`` (gone since 1.24), ``np.in1d`` (since 2.4), and a ``np.count_nonzero``
+    whose result JSON can hold (since 2.4 it is a NumPy scalar)."""
+    return mock.patch.multiple(
+        np,
+        create=True,
+        float=float,
+        in1d=lambda values, tested, **options: np.isin(np.ravel(values), tested, **options),
+        count_nonzero=lambda *args, **options: _as_python(_count_nonzero(*args, **options)),
+    )
+
+
+def _as_python(count: Any) -> Any:
+    return int(count) if np.ndim(count) == 0 else count
