@@ -38,6 +38,21 @@ COCO_NAME = re.compile(
     rf"(?P<schedule>1x|3x|3x_gn|instant_test|training_acc_test)\.yaml"
 )
 COCO_FILES = [name for name in MODEL_FILES if COCO_NAME.fullmatch(name)]
+THIN = replace(
+    VOVNET_SPECS["V-39"],
+    stage_mid_channels=VOVNET_SPECS["V-27-slim"].stage_mid_channels,
+    stage_out_channels=VOVNET_SPECS["V-27-slim"].stage_out_channels,
+)
+ABLATIONS = {
+    f"Digits/ablation/mask_rcnn_V_39_thin_FPN{name}.yaml": spec
+    for name, spec in {
+        "": THIN,
+        "_no_residual": replace(THIN, residual=False),
+        "_bottleneck": replace(THIN, bottleneck=True),
+        "_eSE": replace(THIN, ese="all"),
+        "_eSE_last": replace(THIN, ese="last"),
+    }.items()
+}
 FOLDERS = {
     "mask_rcnn": "COCO-InstanceSegmentation",
     "faster_rcnn": "COCO-Detection",
@@ -113,12 +128,16 @@ def test_builds_the_variant_of_its_name(name: str) -> None:
     match = re.search(rf"_({VARIANT})_", name)
     assert bool(match) == ("vovnet" in cfg.MODEL.BACKBONE.NAME)
     if match:
-        spec = VOVNET_SPECS[VARIANTS[match[1]]]
+        spec = ABLATIONS.get(name, VOVNET_SPECS[VARIANTS[match[1]]])
         if cfg.MODEL.WEIGHTS.startswith("timm://"):
             spec = replace(spec, ese="last")
         assert VARIANTS[match[1]] == cfg.MODEL.VOVNET.CONV_BODY
         assert getattr(backbone, "bottom_up", backbone).spec == spec
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+
+
+def test_every_ablation_has_its_file() -> None:
+    assert set(ABLATIONS) == {name for name in MODEL_FILES if "ablation/" in name}
 
 
 @pytest.mark.parametrize("name", COCO_FILES)
