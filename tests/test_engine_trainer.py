@@ -104,7 +104,7 @@ def test_mixed_precision_of_panoptic_fpn(coco: Path) -> None:
         model.eval()
         with torch.no_grad():
             output = model([{"image": image}])[0]
-    assert all(map(math.isfinite, losses.values()))
+    assert all(loss.isfinite() for loss in losses.values())
     assert output["sem_seg"].shape == (54, 64, 64)
 
 
@@ -162,6 +162,17 @@ def test_float16_losses_are_scaled_and_the_clipping_sees_true_gradients() -> Non
     assert state["grad_scaler"]["scale"] == models[0][0].grad_scaler.get_scale()
     models[0][0].load_state_dict(state)
     models[0][0].load_state_dict(models[1][0].state_dict() | {"iteration": 1})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision_on_a_gpu(coco: Path, tmp_path: Path, dtype: str) -> None:
+    options = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype]
+    options += ["TEST.AMP.ENABLED", "True"]
+    results = launch(MASK_RCNN, tmp_path, *options)
+    assert set(results) == {"bbox", "segm"}
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)["trainer"]["_trainer"]
+    assert ("grad_scaler" in state) == (dtype == "float16")
 
 
 # Seeds, interruption, resume

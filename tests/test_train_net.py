@@ -43,6 +43,7 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     assert read_predictions(out) == predictions
     report = json.loads((out / "results.json").read_text())
     assert report["run"]["kind"] == "evaluation"
+    assert report["run"]["config"] == config
     assert report["results"]["coco_2017_val"]["bbox"]["AP"] == evaluated["bbox"]["AP"]
     for name in ("loss_curve.png", "predictions.png"):
         Image.open(out / name).verify()
@@ -114,6 +115,7 @@ def call(*words: str) -> None:
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "set MODEL.ROI_HEADS.NUM_CLASSES 80"),
         (["DATASETS.TRAIN", "('coco',)"], "Data set 'coco' of DATASETS.TRAIN is not registered"),
         (["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device of torch: use cuda or cpu."),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(

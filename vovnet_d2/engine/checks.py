@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -113,10 +112,10 @@ def _load_metadata(name: str) -> Metadata:
     if not (present and known):
         try:
             DatasetCatalog.get(name)  # some are built by this
-        except (AssertionError, FileNotFoundError) as error:
-            _raise_missing(name, metadata, error)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(_describe_missing(name, metadata, error)) from error
     if not all(map(os.path.exists, _paths(metadata))):
-        _raise_missing(name, metadata, None)
+        raise FileNotFoundError(_describe_missing(name, metadata))
     return metadata
 
 
@@ -125,16 +124,16 @@ def _paths(metadata: Metadata) -> list[str]:
     return [metadata.get(key) for key in keys if metadata.get(key)]
 
 
-def _raise_missing(name: str, metadata: Metadata, error: Exception | None) -> None:
+def _describe_missing(name: str, metadata: Metadata, error: Exception | None = None) -> str:
     missing = [path for path in _paths(metadata) if not os.path.exists(path)]
     what = ", ".join(map(os.path.abspath, missing)) or str(error)
     root = os.environ.get("DETECTRON2_DATASETS")
     where = f"which is {root}" if root else f"unset, so {os.path.abspath('datasets')}"
-    raise FileNotFoundError(
+    return (
         f"Data set {name} is not complete; missing: {what}. Detectron2's own data sets are looked "
         f"for in DETECTRON2_DATASETS ({where}): `export DETECTRON2_DATASETS=FOLDER`, the folder "
         "that holds coco/, VOC2007/ and so on."
-    ) from error
+    )
 
 
 def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:
@@ -177,8 +176,7 @@ def check_initialisation(cfg: CfgNode, *, training: bool, resuming: bool) -> Non
             "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
         )
-    with torch.device("meta"):
-        backbone = build_backbone(cfg)
+    backbone = build_backbone(cfg)
     frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
     if frozen:

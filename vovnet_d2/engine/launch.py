@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         trainer = Trainer(cfg, allow_partial=args.allow_partial, allow_pickle=args.allow_pickle)
         trainer.resume_or_load(resume=args.resume)
-        model, results = trainer.model, trainer.train()
+        results = trainer.train()
+        model = trainer.checkpointer.model  # without DistributedDataParallel around it
     if comm.is_main_process():
         seconds = time.perf_counter() - start
         write_report(cfg, model, results, args=args, seconds=seconds)
@@ -128,19 +129,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_up(args: argparse.Namespace) -> CfgNode:
     """The config of this run, checked and frozen; logging and seeds."""
-    if args.config_file:
-        args.config_file = find_config(args.config_file)  # Detectron2 logs the file
-    load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml}
-    written = load_config(args.config_file, **load_args)
-    cfg = load_config(args.config_file, args.opts, **load_args)
+    path = find_config(args.config_file) if args.config_file else ""
+    written = load_config(path, allow_unsafe_yaml=args.allow_unsafe_yaml)
+    cfg = load_config(path, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
     _start_logging(cfg.OUTPUT_DIR)
     if args.auto_scale_lr:
         cfg = scale_to_batch(written, args.opts)
     elif not args.eval_only:
         warn_of_unscaled_batch(written, cfg)
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
-        cfg.MODEL.DEVICE = "cpu"
+    _choose_device(cfg)
 
     training = not args.eval_only
     last = _find_last_checkpoint(cfg.OUTPUT_DIR)
@@ -156,8 +153,20 @@ def _set_up(args: argparse.Namespace) -> CfgNode:
     check_evaluators(cfg)
     check_data(cfg, training=training)
     cfg.freeze()
-    default_setup(cfg, args)
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
     return cfg
+
+
+def _choose_device(cfg: CfgNode) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device of torch: use cuda or cpu."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def _start_logging(output_dir: str) -> None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from detectron2.config import CfgNode
 
@@ -33,9 +35,8 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype:
     return _DTYPES[name]
 
 
-def autocast(cfg: CfgNode, *, enabled: bool) -> torch.autocast:
+def autocast(cfg: CfgNode, *, enabled: bool) -> AbstractContextManager[None]:
     """A context of mixed precision on ``MODEL.DEVICE``; without effect unless ``enabled``."""
-    device = torch.device(cfg.MODEL.DEVICE).type
     if not enabled:
-        return torch.autocast(device, enabled=False)
-    return torch.autocast(device, dtype=autocast_dtype(cfg))
+        return nullcontext()
+    return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, autocast_dtype(cfg))

@@ -54,13 +54,13 @@ def write_report(
     table = format_results(cfg, results)
     logger.info("Results:\n%s", table)
     facts = _describe_run(cfg, args, seconds)
+    content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
+    _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
     curves = draw_curves(cfg.OUTPUT_DIR)
     predictions = draw_predictions(cfg, model)
     pictures = [f"![]({os.path.basename(path)})" for path in (curves, predictions) if path]
     rows = tabulate(facts.items(), headers=["run", ""], tablefmt="pipe", disable_numparse=True)
     _write(cfg, "results.md", "\n\n".join(["# Results", table, rows, *pictures]) + "\n")
-    content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
-    _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
     logger.info("The report is in %s.", os.path.abspath(cfg.OUTPUT_DIR))
 
 
