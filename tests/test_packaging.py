@@ -1,5 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
+import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -39,6 +41,13 @@ REQUIREMENTS = [
 ]
 
 
+PYTHON_FILES = [
+    file.relative_to(ROOT)
+    for folder in ("vovnet_d2", "configs", "tools", "tests")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_constraints_fit_the_requirements(requirement: Requirement) -> None:
     constraint = CONSTRAINTS.get(canonicalize_name(requirement.name))
@@ -55,20 +64,39 @@ def test_constraints_are_about_requirements_only() -> None:
     assert set(CONSTRAINTS) <= {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        file.relative_to(ROOT)
-        for folder in ("vovnet_d2", "configs", "tools", "tests")
-        for file in sorted((ROOT / folder).rglob("*.py"))
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("file", PYTHON_FILES, ids=str)
 def test_files_begin_with_copyright_and_licence(file: Path) -> None:
     text = re.sub(r"\A#!.*\n", "", (ROOT / file).read_text())
     assert text.startswith(
         "# Copyright (c) the vovnet_d2 authors.\n# SPDX-License-Identifier: Apache-2.0\n"
     )
+
+
+def test_all_that_is_imported_is_declared() -> None:
+    ours = {"vovnet_d2", "detectron2", *(file.stem for file in PYTHON_FILES)}
+    extras = [text for listed in EXTRAS.values() for text in listed]
+    declared = {
+        canonicalize_name(Requirement(text).name)
+        for text in [*PROJECT["dependencies"], *extras, *install_detectron2.REQUIREMENTS]
+    }
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = {
+        (str(file), module)
+        for file in PYTHON_FILES
+        for module in imported_modules(ROOT / file) - ours - sys.stdlib_module_names
+        if declared.isdisjoint(map(canonicalize_name, distributions.get(module, [module])))
+    }
+    assert undeclared == set()
+
+
+def imported_modules(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module))
+    return {name.partition(".")[0] for name in names}
 
 
 def test_import_without_detectron2_names_the_command() -> None:

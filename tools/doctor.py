@@ -165,13 +165,13 @@ def check_packages(report: Report) -> None:
             missing.setdefault(askers, []).append(name + bounds)
         elif not satisfies(version, bounds):
             report.note(
-                f"{name} {version} is not {bounds}, as {askers} wants it{reason(name)}.",
+                f"{name} {version} is not {bounds}, as needed by {askers}{reason(name)}.",
                 f"{PIP} install {shlex.quote(name + bounds)}",
             )
     for askers, listed in missing.items():
         names = [split_requirement(requirement)[0] for requirement in listed]
         report.note(
-            f"{askers} wants {', '.join(names)}, missing here{''.join(map(reason, names))}.",
+            f"Missing for {askers}: {', '.join(names)}{''.join(map(reason, names))}.",
             f"{PIP} install {' '.join(map(shlex.quote, listed))}",
         )
 
