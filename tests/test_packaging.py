@@ -30,10 +30,9 @@ REQUIREMENTS = [
     requirement
     for requirement in map(
         Requirement,
-        # All that `make setup` installs, hence without the extra "export".
         [
             *PROJECT["dependencies"],
-            *(text for extra in ("demo", "weights", "bench", "dev") for text in EXTRAS[extra]),
+            *(text for listed in EXTRAS.values() for text in listed),
             *install_detectron2.REQUIREMENTS,
         ],
     )
@@ -74,11 +73,7 @@ def test_files_begin_with_copyright_and_licence(file: Path) -> None:
 
 def test_all_that_is_imported_is_declared() -> None:
     ours = {"vovnet_d2", "detectron2", *(file.stem for file in PYTHON_FILES)}
-    extras = [text for listed in EXTRAS.values() for text in listed]
-    declared = {
-        canonicalize_name(Requirement(text).name)
-        for text in [*PROJECT["dependencies"], *extras, *install_detectron2.REQUIREMENTS]
-    }
+    declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     distributions = importlib.metadata.packages_distributions()
     undeclared = {
         (str(file), module)
