@@ -196,6 +196,15 @@ def test_what_does_not_go_together(options: list[str], message: str) -> None:
         check_config(config(*options), training=True)
 
 
+def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    options = ["SOLVER.WARMUP_ITERS", "100", "SOLVER.MAX_ITER"]
+    check_config(config(*options, "101"), training=True)
+    check_config(config(*options, "100"), training=False)
+    assert not caplog.text
+    check_config(config(*options, "100"), training=True)
+    assert "SOLVER.WARMUP_ITERS 100 is not below SOLVER.MAX_ITER 100" in caplog.text
+
+
 def test_evaluation_does_not_ask_for_what_training_needs() -> None:
     options = ["SOLVER.IMS_PER_BATCH", "0", "SOLVER.AMP.ENABLED", "True"]
     check_config(config(*options, "SOLVER.AMP.DTYPE", "float16"), training=False)

@@ -3,8 +3,8 @@
 """Training and evaluation on top of Detectron2's trainer, hooks and evaluators."""
 
 from .config import argument_parser, load_config
+from .detection import main, run
 from .evaluation import build_evaluator
-from .launch import main, run
 from .trainer import Trainer
 
 __all__ = ["Trainer", "argument_parser", "build_evaluator", "load_config", "main", "run"]

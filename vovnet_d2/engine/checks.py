@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -22,6 +23,8 @@ from .precision import autocast_dtype
 
 __all__ = ["check_config", "check_data", "check_initialisation"]
 
+logger = logging.getLogger(__name__)
+
 # Meta-architecture to the keys that hold its numbers of classes, by the metadata that lists them.
 _NUM_CLASSES = {
     "GeneralizedRCNN": {"thing_classes": "ROI_HEADS"},
@@ -32,7 +35,8 @@ _NUM_CLASSES = {
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
-    """
+    """Look at keys that must go together; warn of a training that is all warm-up.
+
     Raises:
         ValueError: the network or its backbone is not registered, the processes cannot share the
             batch, the device lacks the precision, or test-time augmentation is asked for where
@@ -46,6 +50,13 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {batch}: it must be a multiple of the number of processes, "
             f"which is {processes}."
+        )
+    if training and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never "
+            "reaches SOLVER.BASE_LR.",
+            cfg.SOLVER.WARMUP_ITERS,
+            cfg.SOLVER.MAX_ITER,
         )
     if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
         autocast_dtype(cfg)

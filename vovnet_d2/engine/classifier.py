@@ -138,7 +138,9 @@ class ClassifierTrainer(Trainer):
             label_smoothing=0.0 if _mixes(cfg) else cfg.PRETRAIN.LABEL_SMOOTHING,
         )
         logger.info("Model:\n%s", model)
-        return model.to(cfg.MODEL.DEVICE)
+        channels_last = cfg.MODEL.CHANNELS_LAST
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return model.to(cfg.MODEL.DEVICE, memory_format=memory_format)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

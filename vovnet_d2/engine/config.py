@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 
 import yaml
@@ -59,7 +59,11 @@ def find_config(name: str) -> str:
 
 
 def load_config(
-    config_file: str = "", options: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
+    config_file: str = "",
+    options: Sequence[str] = (),
+    *,
+    allow_unsafe_yaml: bool = False,
+    add_config: Callable[[CfgNode], None] | None = None,
 ) -> CfgNode:
     """Detectron2's defaults and this package's, overwritten by a file, then by options.
 
@@ -67,6 +71,7 @@ def load_config(
         config_file: path of a YAML file, or its name among this package's; empty for none.
         options: ``[KEY, VALUE, ...]``.
         allow_unsafe_yaml: accept tags that make Python objects, and so can run any code.
+        add_config: adds more keys to the defaults.
 
     Raises:
         FileNotFoundError: there is no such file, or not the one that it inherits from.
@@ -75,6 +80,8 @@ def load_config(
     """
     cfg = get_cfg()
     add_vovnet_config(cfg)
+    if add_config:
+        add_config(cfg)
     if config_file:
         _merge_file(cfg, find_config(config_file), allow_unsafe_yaml)
     _merge_options(cfg, options)

@@ -34,12 +34,16 @@ def read_metrics(path: str) -> Series:
     """Detectron2's ``metrics.json`` as ``{name: [(iteration, value), ...]}``.
 
     Runs append to the file. A run that starts anew or resumes takes the place of what an earlier
-    one wrote for the same iterations.
+    one wrote for the same iterations. A line that was cut, as by a kill, is left out.
     """
     series: Series = {}
     last = -1
     with open(path, encoding="utf-8") as file:
-        for row in map(json.loads, file):
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
             iteration = row.pop("iteration")
             if "total_loss" in row:  # rows of evaluations are not in order
                 if iteration <= last:
@@ -69,7 +73,7 @@ def draw_curves(folder: str) -> str | None:
         return None
     from matplotlib.figure import Figure  # draws without a display, unlike pyplot
 
-    figure = Figure(figsize=(9, 8 if scores else 5), layout="constrained")
+    figure = Figure(figsize=(10, 8 if scores else 5), layout="constrained")
     panels = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
     _draw_panel(panels[0], losses, "loss (median of 20 iterations)")
     if scores:
@@ -97,7 +101,7 @@ def _draw_panel(panel: Any, series: Series, label: str) -> None:
     panel.set_ylabel(label)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=9)
+    panel.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
 
 
 def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
@@ -105,7 +109,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     annotated there.
 
     Returns:
-        the path of the picture, or None if there is no such data set or no OpenCV.
+        the path of the picture, or None if there is no such data set, no image in it, or no OpenCV.
     """
     if not cfg.DATASETS.TEST:
         return None
@@ -120,6 +124,8 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     metadata = MetadataCatalog.get(name)
     records = DatasetCatalog.get(name)
     records = [record for record in records if record.get("annotations")] or records
+    if not records:
+        return None
     chosen = [records[i * len(records) // _NUM_IMAGES] for i in range(_NUM_IMAGES)]
     chosen = list({record["file_name"]: record for record in chosen}.values())
     pairs = [_draw_pair(cfg, model, record, metadata) for record in chosen]

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import detectron2
@@ -56,12 +57,20 @@ def write_report(
     facts = _describe_run(cfg, args, seconds)
     content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
     _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
-    curves = draw_curves(cfg.OUTPUT_DIR)
-    predictions = draw_predictions(cfg, model)
-    pictures = [f"![]({os.path.basename(path)})" for path in (curves, predictions) if path]
+    paths = _draw(draw_curves, cfg.OUTPUT_DIR), _draw(draw_predictions, cfg, model)
+    pictures = [f"![]({os.path.basename(path)})" for path in paths if path]
     rows = tabulate(facts.items(), headers=["run", ""], tablefmt="pipe", disable_numparse=True)
     _write(cfg, "results.md", "\n\n".join(["# Results", table, rows, *pictures]) + "\n")
     logger.info("The report is in %s.", os.path.abspath(cfg.OUTPUT_DIR))
+
+
+def _draw(draw: Callable[..., str | None], *args: Any) -> str | None:
+    """The path of a picture. One that cannot be drawn is no reason to lose the results."""
+    try:
+        return draw(*args)
+    except Exception:
+        logger.warning("A picture is missing in the report: it failed.", exc_info=True)
+        return None
 
 
 def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:

@@ -1,0 +1,147 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A training or evaluation run, from its arguments to its report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+
+from ..checkpoint import VoVNetCheckpointer
+from .checks import check_config
+from .config import find_config, load_config
+from .report import write_report
+from .scaling import scale_to_batch, warn_of_unscaled_batch
+from .trainer import Trainer, report_loaded
+
+__all__ = ["Task", "run_task"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Check(Protocol):
+    def __call__(self, cfg: CfgNode, *, training: bool, resuming: bool) -> None: ...
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        trainer: the class of the trainer.
+        check: raises an error if the config cannot be run; may complete it from the data.
+        add_config: adds keys to the config that this task has beyond Detectron2's and ours.
+    """
+
+    trainer: type[Trainer]
+    check: _Check
+    add_config: Callable[[CfgNode], None] | None = None
+
+
+def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """What each process does: train or only evaluate, then write the report.
+
+    Args:
+        args: of :func:`argument_parser`.
+
+    Returns:
+        the results of the last evaluation, as :meth:`Trainer.test` gives them.
+
+    Raises:
+        FloatingPointError: the training diverged.
+        FileNotFoundError, KeyError, ValueError: arguments, config, data or weights do not fit.
+    """
+    start = time.perf_counter()
+    cfg = _set_up(task, args)
+    options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
+    if args.eval_only:
+        model = task.trainer.build_model(cfg)
+        checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        report_loaded(checkpointer, cfg, resume=args.resume)
+        results = task.trainer.test_all(cfg, model)
+    else:
+        trainer = task.trainer(cfg, **options)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+        model = trainer.checkpointer.model  # without DistributedDataParallel around it
+    if comm.is_main_process():
+        seconds = time.perf_counter() - start
+        write_report(cfg, model, results, args=args, seconds=seconds)
+        verify_results(cfg, results)
+    return results
+
+
+def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
+    """The config of this run, checked and frozen; logging and seeds."""
+    path = find_config(args.config_file) if args.config_file else ""
+    load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml, "add_config": task.add_config}
+    written = load_config(path, **load_args)
+    cfg = load_config(path, args.opts, **load_args)
+    _start_logging(cfg.OUTPUT_DIR)
+    if args.auto_scale_lr:
+        cfg = scale_to_batch(written, args.opts)
+    elif not args.eval_only:
+        warn_of_unscaled_batch(written, cfg)
+    cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
+    _choose_device(cfg)
+
+    training = not args.eval_only
+    last = _find_last_checkpoint(cfg.OUTPUT_DIR)
+    if training and last and not args.resume:
+        logger.warning(
+            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
+            "with it instead, add --resume; to keep it, set another OUTPUT_DIR.",
+            cfg.OUTPUT_DIR,
+            os.path.basename(last),
+        )
+    check_config(cfg, training=training)
+    task.check(cfg, training=training, resuming=args.resume and bool(last))
+    cfg.freeze()
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
+    return cfg
+
+
+def _choose_device(cfg: CfgNode) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device of torch: use cuda or cpu."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
+        cfg.MODEL.DEVICE = "cpu"
+    elif device.type == "cpu" and torch.cuda.is_available() and comm.get_world_size() > 1:
+        raise ValueError(
+            "MODEL.DEVICE is cpu in several processes, which talk to each other through the GPUs "
+            "there are: hide these with CUDA_VISIBLE_DEVICES=''."
+        )
+
+
+def _start_logging(output_dir: str) -> None:
+    rank = comm.get_rank()
+    setup_logger(output_dir, distributed_rank=rank)  # as default_setup does, and then no more
+    setup_logger(output_dir, distributed_rank=rank, name="vovnet_d2")
+    # Divergence is told in a sentence at the end, not by tracebacks on the way there.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_divergence)
+
+
+def _is_no_divergence(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], FloatingPointError))
+
+
+def _find_last_checkpoint(output_dir: str) -> str:
+    return Checkpointer(nn.Identity(), output_dir).get_checkpoint_file()
