@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
 from .modeling.build import register_backbones
+from .modeling.inference import optimize_for_inference
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
 from .modeling.vovnet import VoVNet
 
@@ -28,5 +29,6 @@ __all__ = [
     "add_vovnet_config",
     "convert_state_dict",
     "get_config_file",
+    "optimize_for_inference",
     "register_backbones",
 ]

@@ -1,0 +1,180 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from reference import STRUCTURES, assert_same_maps, features, random_state, thin
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vovnet_d2 import VoVNet, VoVNetSpec, optimize_for_inference
+from vovnet_d2.engine import load_config
+
+STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
+NET = thin(STRUCTURES["eSE in all"])
+TOLERANCE = 1e-5  # of float32, relative to the largest value of a map
+
+
+def build(net=NET, norm="FrozenBN") -> VoVNet:
+    """In training mode, with norms as in a trained network."""
+    model = VoVNet(VoVNetSpec(**vars(net)), norm=norm, out_features=STAGES)
+    model.load_state_dict(random_state(net), strict=False)
+    return model
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    kinds = (_BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def rms_error(maps: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of each map, relative to its largest value."""
+    return torch.stack(
+        [(maps[k] - x).square().mean().sqrt() / x.abs().max() for k, x in exact.items()]
+    )
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "nnSyncBN"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_as_exact_as_the_model_itself(structure, norm):
+    net = thin(STRUCTURES[structure], divisor=2 if norm == "BN" else 8)
+    model = build(net, norm)
+    state = {name: tensor.double() for name, tensor in random_state(net).items()}
+    x = torch.randn(2, 3, 65, 96)
+    optimized = optimize_for_inference(model)
+    assert norms(optimized) == []
+    exact = features(net, state, x.double())
+    with torch.no_grad():
+        eager = rms_error(model.eval()(x), exact)
+    assert (rms_error(optimized(x), exact) <= 2 * eager).all()
+    assert (eager < TOLERANCE).all()
+
+
+def test_the_model_is_left_as_it_is():
+    model = build(norm="BN")
+    before = copy.deepcopy(model.state_dict())
+    optimized = optimize_for_inference(model)
+    assert model.training
+    assert model.stem.conv1.weight.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not optimized.training
+    assert not any(p.requires_grad for p in optimized.parameters())
+    assert optimized.output_shape() == model.output_shape()
+
+
+def test_other_norms_stay():
+    model = build(norm="GN")
+    x = torch.randn(1, 3, 64, 64)
+    optimized = optimize_for_inference(model)
+    assert len(norms(optimized)) == len(norms(model)) > 0
+    assert_same_maps(optimized(x), model.eval()(x), TOLERANCE)
+
+
+def test_norms_of_the_batch_stay():
+    """Without running statistics there is nothing to fold."""
+    model = build(norm=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False))
+    x = torch.randn(2, 3, 64, 64)
+    optimized = optimize_for_inference(model)
+    assert len(norms(optimized)) == len(norms(model)) > 0
+    # stage5's statistics are over eight values a channel: sensitive to the order of summation.
+    assert_same_maps(optimized(x), model.eval()(x), 10 * TOLERANCE)
+
+
+def test_bias_and_missing_scale():
+    conv = Conv2d(4, 6, 3, bias=True, norm=nn.BatchNorm2d(6, affine=False), activation=torch.relu_)
+    conv.norm.running_mean.normal_()
+    conv.norm.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(1, 4, 9, 9)
+    torch.testing.assert_close(optimize_for_inference(conv)(x), conv.eval()(x))
+
+
+def test_memory_format():
+    def weights(model):
+        return [c.weight for c in model.modules() if isinstance(c, Conv2d)]
+
+    model = build()
+    last, first = torch.channels_last, torch.contiguous_format
+    model.to(memory_format=last)
+    optimized = optimize_for_inference(model, memory_format=first)
+    assert all(w.is_contiguous() for w in weights(optimized))
+    optimized = optimize_for_inference(build(), memory_format=last)
+    assert all(w.is_contiguous(memory_format=last) for w in weights(optimized))
+    assert optimized(torch.randn(1, 3, 64, 64))["stage5"].is_contiguous(memory_format=last)
+
+
+# Half a step of rounding, 2^-9 and 2^-12, adds up over the layers.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2**-5), (torch.float16, 2**-8)], ids=str
+)
+def test_lower_precision(dtype, tolerance):
+    model = build()
+    x = torch.randn(1, 3, 64, 64)
+    maps = optimize_for_inference(model, dtype=dtype)(x)
+    expected = model.eval()(x)
+    assert all(y.dtype == torch.float32 for y in maps.values())
+    assert_same_maps(maps, expected, tolerance)
+    assert not torch.allclose(maps["stage5"], expected["stage5"], rtol=1e-5)
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match=r"torch.int8 is not supported: choose from torch.float32"):
+        optimize_for_inference(build(), dtype=torch.int8)
+
+
+@pytest.mark.slow
+def test_compiled():
+    model = build()
+    optimized = optimize_for_inference(model, compile=True)
+    model.eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for size in ((65, 96), (70, 131), (100, 99)):
+        x = torch.randn(2, 3, *size)
+        assert_same_maps(optimized(x), model(x), TOLERANCE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def small_detector(name: str) -> CfgNode:
+    spec = {f"MODEL.VOVNET.{k.upper()}": v for k, v in vars(thin(NET, 2)).items()}
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.FPN.NORM": "BN",
+        "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+        "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+        "TEST.DETECTIONS_PER_IMAGE": 5,
+        **spec,
+    }
+    return load_config(name, [str(word) for option in options.items() for word in option])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
+        "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_detector(config, dtype):
+    model = build_model(small_detector(config)).eval()
+    optimized = optimize_for_inference(model, dtype=dtype)
+    assert norms(optimized) == []
+    inputs = [{"image": torch.rand(3, 90, 120) * 255, "height": 180, "width": 240}]
+    with torch.no_grad():
+        expected, found = (m(inputs)[0]["instances"] for m in (model, optimized))
+    assert found.image_size == (180, 240)
+    assert found.get_fields().keys() == expected.get_fields().keys()
+    assert len(found) == len(expected) == 5
+    scores = found.scores - expected.scores
+    assert scores.abs().max() <= (1e-6 if dtype == torch.float32 else 1e-2)
+    assert next(optimized.backbone.parameters()).dtype == dtype
+    assert optimized.pixel_mean.dtype == torch.float32

@@ -1,0 +1,87 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A backbone or a detector made ready for inference."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+__all__ = ["optimize_for_inference"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def optimize_for_inference(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    compile: bool = False,
+) -> nn.Module:
+    """A copy of a model that only infers, with the same interface and the same results.
+
+    Every batch norm that stands right behind its convolution, frozen or not, becomes part of the
+    convolution's weight and bias. In float32, results are as exact as the model's own.
+
+    Args:
+        model: a backbone, or a detector of Detectron2's with one. It is left as it is.
+        dtype: what the backbone computes in: float32, bfloat16 or float16. Its input and its maps
+            are float32 all the same, as are a detector's heads, whose boxes need it.
+        memory_format: layout of the weights, which the maps then follow.
+        compile: whether the backbone is compiled, at its first call and with sizes left open.
+
+    Raises:
+        ValueError: another ``dtype``.
+    """
+    if dtype not in _DTYPES:
+        choices = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Conv2d) and _is_foldable(module.norm):
+            _fold_norm(module)
+    model.float().to(memory_format=memory_format)
+    backbone = getattr(model, "backbone", model)
+    if dtype != torch.float32:
+        backbone.to(dtype)
+        backbone.register_forward_pre_hook(partial(_cast_input, dtype=dtype))
+        backbone.register_forward_hook(_cast_maps)
+    if compile:
+        backbone.compile(dynamic=True)
+    return model
+
+
+def _is_foldable(norm: nn.Module | None) -> bool:
+    # A batch norm without running statistics takes those of each batch.
+    return isinstance(norm, _BatchNorm | FrozenBatchNorm2d) and norm.running_mean is not None
+
+
+def _fold_norm(conv: Conv2d) -> None:
+    """Fold in float64, so that each weight is rounded once."""
+    norm = conv.norm
+    bias, scale, shift = (
+        None if t is None else t.double() for t in (conv.bias, norm.weight, norm.bias)
+    )
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    fused = fuse_conv_bn_weights(conv.weight.double(), bias, mean, var, norm.eps, scale, shift)
+    conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), False) for t in fused)
+    conv.norm = None
+
+
+def _cast_input(
+    module: nn.Module, args: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(dtype) for x in args)
+
+
+def _cast_maps(
+    module: nn.Module, args: tuple[torch.Tensor, ...], maps: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    return {name: x.float() for name, x in maps.items()}
