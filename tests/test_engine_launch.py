@@ -1,0 +1,97 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Processes, and which errors are told in a sentence."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vovnet_d2.engine import argument_parser, launch
+from vovnet_d2.modeling.specs import get_spec
+
+TOOLS = Path(__file__).parents[1] / "tools"
+ARGS = argument_parser().parse_args([])
+
+
+def fails_with_a_sentence(args: argparse.Namespace) -> None:
+    get_spec("V-40")  # ours, from several frames below
+
+
+def has_a_bug(args: argparse.Namespace) -> None:
+    get_spec(None)  # type: ignore[arg-type]
+
+
+def test_our_sentences_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launch.launch_or_exit(fails_with_a_sentence, ARGS)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: Unknown VoVNet variant 'V-40'. ")
+
+
+def test_bugs_keep_their_tracebacks() -> None:
+    with pytest.raises(TypeError):
+        launch.launch_or_exit(has_a_bug, ARGS)
+
+
+def test_an_error_run_into_is_no_sentence_though_the_frame_is_ours() -> None:
+    """A KeyError from a line of the package that does not raise it on purpose."""
+    source = "def look_up():\n    return {}['missing']\n"
+    namespace = {"__name__": "vovnet_d2.engine.example"}
+    exec(compile(source, "example.py", "exec"), namespace)
+    with pytest.raises(KeyError) as caught:
+        namespace["look_up"]()  # type: ignore[operator]
+    assert not launch._is_sentence_of_ours(caught.value)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_shares_one_run(tmp_path: Path) -> None:
+    widths = ["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8,8,8,8)", "MODEL.VOVNET.NORM", "GN"]
+    widths += ["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8,8,8,8)"]
+    finished = torchrun(
+        str(TOOLS / "pretrain_net.py"),
+        *["--config-file", "Classification/V_19_slim_eSE_digits.yaml", *widths],
+        *[
+            "SOLVER.MAX_ITER",
+            "4",
+            "TEST.EVAL_PERIOD",
+            "0",
+            "SOLVER.IMS_PER_BATCH",
+            "16",
+            "DATALOADER.NUM_WORKERS",
+            "0",
+        ],
+        *["OUTPUT_DIR", str(tmp_path)],
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "World size: 2" in (tmp_path / "log.txt").read_text()
+    assert "Rank of current process: 1" in (tmp_path / "log.txt.rank1").read_text()
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
+    # Every validation image was counted once, by one of the two.
+    accuracy = json.loads((tmp_path / "results.json").read_text())["results"]["val"]
+    hits = accuracy["classification"]["top1"] / 100 * 360
+    assert hits == pytest.approx(round(hits))
+
+
+@pytest.mark.slow
+def test_torchrun_tells_a_mistake_in_a_sentence() -> None:
+    finished = torchrun(str(TOOLS / "train_net.py"), "--config-file", "no_such.yaml")
+    assert finished.returncode != 0
+    assert "[rank 0] error: No config file 'no_such.yaml'" in finished.stderr
+    assert "vovnet_d2/engine/run.py" not in finished.stderr
