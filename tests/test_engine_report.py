@@ -1,5 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from vovnet_d2.engine.pictures import draw_curves, draw_predictions, read_metrics
-from vovnet_d2.engine.report import format_results
+from vovnet_d2.engine.report import format_results, write_report
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -93,6 +94,14 @@ def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
     assert series["lr"] == [(19, 0.1)]
 
 
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    whole = [json.dumps({"iteration": i, "total_loss": 1.0}) for i in range(4)]
+    # The resumed run appends to what is left of the cut line, and is cut itself.
+    path.write_text("\n".join([whole[0], whole[1][:20] + whole[1], whole[2], whole[3][:-1]]))
+    assert read_metrics(str(path)) == {"total_loss": [(0, 1.0), (2, 1.0)]}
+
+
 def test_curves_are_drawn_where_there_are_losses(tmp_path: Path) -> None:
     assert draw_curves(str(tmp_path)) is None
     write_metrics(tmp_path, [{"iteration": 9, "bbox/AP": 5.0}])
@@ -141,3 +150,29 @@ def test_predictions_are_drawn_beside_the_truth(catalogs: None, tmp_path: Path) 
     assert (
         draw_predictions(tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()"), model) is None
     )
+
+
+def test_an_empty_data_set_has_no_picture(catalogs: None, tmp_path: Path) -> None:
+    DatasetCatalog.register("empty", list)
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('empty',)")
+    assert draw_predictions(cfg, Oracle(0.9)) is None
+
+
+def test_a_picture_that_fails_loses_no_results(
+    catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DatasetCatalog.register("gone", lambda: [{"file_name": "gone.png", "annotations": [{}]}])
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('gone',)")
+    write_metrics(tmp_path, [{"iteration": 0, "total_loss": 1.0}])
+    args = argparse.Namespace(config_file="", eval_only=True)
+    write_report(cfg, Oracle(0.9), {"bbox": BOX}, args=args, seconds=1.0)
+    assert (
+        json.loads((tmp_path / "results.json").read_text())["results"]["gone"]["bbox"]["AP50"] == 50
+    )
+    report = (tmp_path / "results.md").read_text()
+    assert "12.35" in report
+    assert "![](loss_curve.png)" in report
+    assert "predictions.png" not in report
+    warning = next(record for record in caplog.records if record.levelname == "WARNING")
+    assert "missing in the report" in warning.message
+    assert warning.exc_info[0] is FileNotFoundError

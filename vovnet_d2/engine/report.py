@@ -69,7 +69,7 @@ def _draw(draw: Callable[..., str | None], *args: Any) -> str | None:
     try:
         return draw(*args)
     except Exception:
-        logger.warning("A picture is missing in the report: it failed.", exc_info=True)
+        logger.warning("A picture could not be drawn and is missing in the report:", exc_info=True)
         return None
 
 
