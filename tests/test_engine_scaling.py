@@ -31,6 +31,13 @@ def test_all_scale_together(written: CfgNode, batch: int, expected: dict) -> Non
     assert written.SOLVER.BASE_LR == 0.02  # a copy was scaled
 
 
+@pytest.mark.parametrize("batch", [2, 64])
+def test_the_last_learning_rate_keeps_its_ratio_to_the_first(written: CfgNode, batch: int) -> None:
+    written.SOLVER.BASE_LR_END = 0.0016
+    scaled = scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", str(batch)])
+    assert pytest.approx(0.0001 * batch) == scaled.SOLVER.BASE_LR_END
+
+
 def test_options_given_stay(written: CfgNode) -> None:
     options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100", "SOLVER.GAMMA", "0.5"]
     scaled = scale_to_batch(written, options)
@@ -56,9 +63,10 @@ def test_a_period_never_becomes_off(written: CfgNode) -> None:
 def test_the_effective_values_are_logged(
     written: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:
+    written.SOLVER.BASE_LR_END = 0.0016
     with caplog.at_level(logging.INFO, logger="vovnet_d2"):
         scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"])
-    for value in ("0.0025", "2160000", "(1680000, 2000000)", "8000"):
+    for value in ("0.0025", "0.0002", "2160000", "(1680000, 2000000)", "8000"):
         assert value in caplog.text
 
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _SCALED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.BASE_LR",
+    "SOLVER.BASE_LR_END",
     "SOLVER.MAX_ITER",
     "SOLVER.STEPS",
     "SOLVER.WARMUP_ITERS",
@@ -29,8 +30,8 @@ _SCALED = (
 def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
     """Fit a config to the batch that its run has, by the linear scaling rule (arXiv 1706.02677).
 
-    The learning rate grows with the batch; iterations, steps, warm-up and the periods of
-    checkpoints and evaluation shrink with it, so that the number of images stays.
+    The learning rates, first and last, grow with the batch; iterations, steps, warm-up and the
+    periods of checkpoints and evaluation shrink with it, so that the number of images stays.
 
     Args:
         written: the config as its file has it, for a batch of its ``SOLVER.IMS_PER_BATCH``.
@@ -74,6 +75,7 @@ def _scale(cfg: CfgNode, batch: int) -> CfgNode:
     cfg = cfg.clone()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.IMS_PER_BATCH
     scaled = DefaultTrainer.auto_scale_workers(cfg, batch)
+    scaled.SOLVER.BASE_LR_END *= batch / cfg.SOLVER.IMS_PER_BATCH  # Detectron2 leaves it as it is
     # A period that rounds to 0 would switch off what it paces.
     scaled.SOLVER.MAX_ITER = max(1, scaled.SOLVER.MAX_ITER)
     scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
