@@ -171,6 +171,32 @@ def test_plain_weights_start_a_deformable_network(tmp_path):
     assert not model.stage5[0].layers[0].offset.weight.any()
 
 
+def test_deformable_weights_do_not_start_a_plain_network(tmp_path, messages):
+    source = vovnet(stage_with_dcn=(False, False, True, True))
+    VoVNetCheckpointer(source, str(tmp_path)).save("a")
+    path, model = str(tmp_path / "a.pth"), vovnet(stage_with_dcn=(False, False, False, True))
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError,
+        match=r"It has 12 tensors .* such as stage4\.0\.layers\.0\.offset\.weight\. .*"
+        r"MODEL\.VOVNET\.STAGE_WITH_DCN: \[False, False, True, True\]",
+    ):
+        VoVNetCheckpointer(model).load(path)
+    assert equal(snapshot(model), before)
+    VoVNetCheckpointer(model, allow_partial=True).load(path)
+    assert any(m.startswith("WARNING: Loading in part. It has 12 tensors") for m in messages)
+    # What a shorter model does not build does not matter.
+    VoVNetCheckpointer(vovnet(out_features=["stage3"])).load(path)
+
+
+def test_a_tensor_that_a_stage_has_no_place_for(tmp_path):
+    """A bias that the norm's shift stands for in the model."""
+    state = {**GOOD, "stage3.OSA3_1.layers.0.OSA3_1_0/conv.bias": torch.ones(10)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"no place for, such as stage3\.0\.layers\.0\.bias\."):
+        VoVNetCheckpointer(vovnet()).load(str(tmp_path / "a.pth"))
+
+
 def test_half_precision_and_frozen_stages(tmp_path):
     torch.save(
         {k: t.half() if t.is_floating_point() else t for k, t in GOOD.items()}, tmp_path / "a"

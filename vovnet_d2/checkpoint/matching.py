@@ -164,7 +164,7 @@ def misfits(net: VoVNet, match: Match, found: Description) -> list[str]:
             f"{fitting}."
         )
     if not sentences:
-        sentences += _incomplete(match)
+        sentences += _surplus(net, match) + _incomplete(match)
     return sentences
 
 
@@ -181,6 +181,28 @@ def contradictions(net: VoVNet, known: Metadata) -> list[str]:
                 f"{config_line(name, value)}."
             )
     return sentences
+
+
+def _surplus(net: VoVNet, match: Match) -> list[str]:
+    """What a file of the right architecture has in the stages that the model builds, and the model
+    does not: without it, the network would compute something else than it was trained to."""
+    built = ("stem", *net.stage_names)
+    surplus = [name for name in match.unexpected if match.part(name) in built]
+    if not surplus:
+        return []
+    sentence = (
+        f"It has {len(surplus)} tensors of the backbone that the model has no place for, such as "
+        f"{surplus[0]}."
+    )
+    if any(".offset." in name for name in surplus):
+        everything = [*match.tensors, *match.wrong_shape, *match.unexpected]
+        deformable = {match.part(name) for name in everything if ".offset." in name}
+        stages = [stage in deformable for stage in STAGE_NAMES]
+        sentence += (
+            f" Its convolutions are deformable. The config line that fits it: "
+            f"MODEL.VOVNET.STAGE_WITH_DCN: {stages}."
+        )
+    return [sentence]
 
 
 def _incomplete(match: Match) -> list[str]:
