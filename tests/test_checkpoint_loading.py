@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.logger import setup_logger
 from reference import STRUCTURES, Net, assert_same_maps, native_names, thin
 from state_dicts import equal, features, random_state, snapshot
 from torch import nn
@@ -61,20 +62,49 @@ def detector(pristine) -> nn.Module:
 
 @pytest.fixture
 def messages() -> list[str]:
-    """What is logged below Detectron2's logger, whether it propagates or not."""
+    """What is logged below our logger, whether it propagates or not."""
     logged: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             logged.append(f"{record.levelname}: {record.getMessage()}")
 
-    logger, handler = logging.getLogger("detectron2"), Handler()
+    logger, handler = logging.getLogger("vovnet_d2"), Handler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield logged
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture
+def no_logging(monkeypatch):
+    """As a process begins, without pytest's handlers; and without any that a test has added."""
+    for name in ("", "vovnet_d2"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    for name, value in (("level", logging.NOTSET), ("propagate", True)):
+        monkeypatch.setattr(logging.getLogger("vovnet_d2"), name, value)
+    setup_logger.cache_clear()
+    yield
+    setup_logger.cache_clear()
+    logging.getLogger("vovnet_d2").setLevel(logging.NOTSET)  # and forgets what is cached of it
+
+
+@pytest.mark.usefixtures("no_logging")
+def test_messages_are_seen_once_where_nobody_has_set_up_our_logger(tmp_path, capsys):
+    torch.save(GOOD, tmp_path / "a.pth")
+    for _ in range(2):
+        checkpointer = VoVNetCheckpointer(vovnet())
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert capsys.readouterr().out.count("The file holds V-19-slim-eSE") == 1
+
+
+@pytest.mark.usefixtures("no_logging")
+def test_a_logging_of_ones_own_is_left_alone():
+    logging.getLogger().addHandler(logging.NullHandler())
+    VoVNetCheckpointer(vovnet())
+    assert not logging.getLogger("vovnet_d2").handlers
 
 
 # Every layout, prefix and wrapper gives the features of the published tensors

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from vovnet_d2.modeling.vovnet import VoVNet
@@ -26,8 +28,7 @@ from .zoo import metadata_of_layout
 
 __all__ = ["VoVNetCheckpointer"]
 
-# Below Detectron2's own logger: seen wherever its messages are.
-logger = logging.getLogger("detectron2.vovnet_d2.checkpoint")
+logger = logging.getLogger(__name__)
 
 
 class VoVNetCheckpointer(DetectionCheckpointer):
@@ -64,6 +65,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             allow_partial: load what fits of a file that does not fit the network, with a warning.
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
         """
+        if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
+            setup_logger(distributed_rank=comm.get_rank(), name="vovnet_d2")
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
