@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each mistake that the launcher can know of before it trains, and what it says."""
 
+import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -95,6 +99,73 @@ def test_a_data_set_that_builds_itself_is_not_missing(
     options = ["DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "('digits_val',)"]
     check_data(config(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "10"), training=True)
     assert len(built) == 2
+
+
+def break_ids(content: dict) -> None:
+    content["annotations"][1]["id"] = content["annotations"][0]["id"]
+
+
+def break_category(content: dict) -> None:
+    content["annotations"][0]["category_id"] = 1234
+
+
+def break_images(content: dict) -> None:
+    del content["images"][0]["height"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (break_ids, "AssertionError in {}: .* not unique"),
+        (break_category, "KeyError in {}: Encountered category_id=1234"),
+        (break_images, "KeyError in {}: height"),
+        (None, "JSONDecodeError in {}: .*line 1 column"),
+    ],
+)
+def test_a_file_with_faults(
+    coco: Path, tmp_path: Path, spoil: Callable[[dict], None] | None, reason: str
+) -> None:
+    text = (coco / "coco" / "annotations" / "instances_val2017.json").read_text()
+    path = tmp_path / "mine.json"
+    if spoil:
+        content = json.loads(text)
+        spoil(content)
+        path.write_text(json.dumps(content))
+    else:
+        path.write_text(text[:100])
+    register_coco_instances("mine", {}, str(path), str(coco / "coco" / "val2017"))
+    message = "Data set mine cannot be loaded: " + reason.format(path)
+    with pytest.raises(ValueError, match=message):
+        check_data(config("DATASETS.TEST", "('mine',)"), training=False)
+
+
+def test_a_function_that_fails_without_a_word(catalogs: None) -> None:
+    def load() -> list:
+        raise AssertionError
+
+    DatasetCatalog.register("mine", load)
+    with pytest.raises(ValueError, match="mine cannot be loaded: AssertionError in the function"):
+        check_data(config("DATASETS.TEST", "('mine',)"), training=False)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_panoptic_files_are_looked_for_where_they_are_needed(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    found = ModuleSpec("panopticapi", None) if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    MetadataCatalog.get("mine").set(
+        thing_classes=["a"],
+        panoptic_root=str(tmp_path),
+        panoptic_json=str(tmp_path / "panoptic.json"),
+        evaluator_type="coco_panoptic_seg",
+    )
+    DatasetCatalog.register("mine", list)
+    options = ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "DATASETS.TRAIN", "('mine',)"]
+    check_data(config(*options, "DATASETS.TEST", "()"), training=True)
+    expected = pytest.raises(FileNotFoundError, match=r"missing: .*panoptic\.json\.")
+    with expected if installed else nullcontext():
+        check_data(config(*options, "DATASETS.TEST", "('mine',)"), training=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
     Raises:
         FileNotFoundError: files of a data set are missing.
         KeyError: a data set is not registered.
-        ValueError: no data set, or categories that do not fit.
+        ValueError: no data set, one that cannot be loaded, or categories that do not fit.
     """
     names = {"DATASETS.TEST": cfg.DATASETS.TEST}
     if training:
@@ -93,7 +94,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
     checked: list[tuple[str, Metadata]] = []
     for key, values in names.items():
         for name in values:
-            metadata = _load_metadata(name)
+            metadata = _load_metadata(name, evaluated=key == "DATASETS.TEST")
             _check_num_classes(cfg, key, name, metadata)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
@@ -115,29 +116,41 @@ def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
             )
 
 
-def _load_metadata(name: str) -> Metadata:
+def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
     """Metadata with the categories in it, which some data sets have only once they are loaded."""
     metadata = MetadataCatalog.get(name)
-    present = all(map(os.path.exists, _paths(metadata)))
     known = metadata.get("thing_classes") or metadata.get("stuff_classes")
-    if not (present and known):
+    failure: Exception | None = None
+    if not known or _find_missing(metadata, evaluated):
         try:
             DatasetCatalog.get(name)  # some are built by this
-        except FileNotFoundError as error:
-            raise FileNotFoundError(_describe_missing(name, metadata, error)) from error
-    if not all(map(os.path.exists, _paths(metadata))):
-        raise FileNotFoundError(_describe_missing(name, metadata))
+        except (AssertionError, KeyError, OSError, ValueError) as error:
+            failure = error
+    if missing := _find_missing(metadata, evaluated):
+        raise FileNotFoundError(_describe_missing(name, missing)) from failure
+    if failure:
+        source = next(iter(_paths(metadata, evaluated)), "the function that is registered for it")
+        # As text, a KeyError is in quotation marks.
+        reason = failure.args[0] if len(failure.args) == 1 else failure
+        raise ValueError(
+            f"Data set {name} cannot be loaded: {type(failure).__name__} in {source}: {reason}"
+        ) from failure
     return metadata
 
 
-def _paths(metadata: Metadata) -> list[str]:
-    keys = ("json_file", "image_root", "image_dir", "gt_dir", "dirname", "sem_seg_root")
+def _find_missing(metadata: Metadata, evaluated: bool) -> list[str]:
+    return [path for path in _paths(metadata, evaluated) if not os.path.exists(path)]
+
+
+def _paths(metadata: Metadata, evaluated: bool) -> list[str]:
+    keys = ["json_file", "image_root", "image_dir", "gt_dir", "dirname", "sem_seg_root"]
+    if evaluated and importlib.util.find_spec("panopticapi"):  # see _panoptic in evaluation.py
+        keys += ["panoptic_root", "panoptic_json"]
     return [metadata.get(key) for key in keys if metadata.get(key)]
 
 
-def _describe_missing(name: str, metadata: Metadata, error: Exception | None = None) -> str:
-    missing = [path for path in _paths(metadata) if not os.path.exists(path)]
-    what = ", ".join(map(os.path.abspath, missing)) or str(error)
+def _describe_missing(name: str, missing: Sequence[str]) -> str:
+    what = ", ".join(map(os.path.abspath, missing))
     root = os.environ.get("DETECTRON2_DATASETS")
     where = f"which is {root}" if root else f"unset, so {os.path.abspath('datasets')}"
     return (
