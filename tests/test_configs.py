@@ -180,7 +180,7 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
     match = COCO_NAME.fullmatch(name)
     cfg = load(ROOT / name)
     ours, peers = flatten(cfg), flatten(detectron2_peer(match))
-    expected = {"MODEL.BACKBONE.NAME", "MODEL.FPN.IN_FEATURES"}
+    expected = {"MODEL.BACKBONE.NAME", "MODEL.FPN.IN_FEATURES", "TEST.EVAL_PERIOD"}
     optional = {"MODEL.BACKBONE.FREEZE_AT", "MODEL.WEIGHTS"}
     if match["kind"] == "retinanet":
         expected |= {"SOLVER.CLIP_GRADIENTS.ENABLED", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"}
@@ -188,6 +188,8 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
         optional |= {"SOLVER.WARMUP_FACTOR"}
         assert ours["SOLVER.WARMUP_ITERS"] >= 1000 >= peers["SOLVER.WARMUP_ITERS"]
         assert ours["SOLVER.WARMUP_FACTOR"] <= peers["SOLVER.WARMUP_FACTOR"]
+    # Without an evaluation on the way there is no best checkpoint.
+    assert 0 < ours["TEST.EVAL_PERIOD"] <= ours["SOLVER.MAX_ITER"] or "_test" in match["schedule"]
     if match["neck"] == "FPNLite":
         expected |= {"MODEL.FPN.OUT_CHANNELS"}
         assert ours["MODEL.FPN.OUT_CHANNELS"] == 128
