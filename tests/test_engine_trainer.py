@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: precision, interruption and resume, the best weights, divergence."""
 
+import argparse
 import json
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer, default_setup
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -126,6 +129,28 @@ def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
+def test_one_loss_without_a_name() -> None:
+    """As SimpleTrainer, against which the step is compared."""
+    data = [torch.tensor([[1.0, 2.0]])] * 2
+    weights = []
+    for mixed in (False, True):
+        model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Flatten(0))
+        nn.init.constant_(model[0].weight, 0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        trainer = (
+            MixedPrecisionTrainer(
+                model, data, optimizer, device=torch.device("cpu"), dtype=torch.bfloat16
+            )
+            if mixed
+            else SimpleTrainer(model, data, optimizer)
+        )
+        with EventStorage() as storage:
+            trainer.run_step()
+            assert storage.latest()["total_loss"][0] == 1.5
+        weights.append(model[0].weight.detach())
+    assert torch.equal(*weights)
+
+
 class Quadratic(nn.Module):
     """A network with the interface of a detector, whose gradients are tiny."""
 
@@ -175,6 +200,28 @@ def test_mixed_precision_on_a_gpu(coco: Path, tmp_path: Path, dtype: str) -> Non
     assert ("grad_scaler" in state) == (dtype == "float16")
 
 
+# As a part of another's program
+
+
+def test_the_log_after_default_setup_has_our_lines(coco: Path, tmp_path: Path) -> None:
+    logging.getLogger("vovnet_d2").setLevel(logging.NOTSET)  # an earlier test may have set it
+    cfg = tiny_config(FASTER_RCNN, tmp_path)
+    default_setup(cfg, argparse.Namespace())
+    Trainer(cfg).resume_or_load(resume=True)
+    assert f"Nothing to resume in {tmp_path}" in read_log(tmp_path)
+
+
+def test_scaling_to_the_processes_is_done_once() -> None:
+    options = ["SOLVER.IMS_PER_BATCH", "16", "SOLVER.REFERENCE_WORLD_SIZE"]
+    once = Trainer.auto_scale_workers(tiny_config(FASTER_RCNN, Path("out"), *options, "8"), 2)
+    assert (once.SOLVER.IMS_PER_BATCH, once.SOLVER.BASE_LR) == (4, 0.002 / 4)
+    assert Trainer.auto_scale_workers(once, 2) == once
+    for reference in ("3", "-8"):
+        cfg = tiny_config(FASTER_RCNN, Path("out"), *options, reference)
+        with pytest.raises(ValueError, match=f"WORLD_SIZE is {reference}: .* which is 16"):
+            Trainer.auto_scale_workers(cfg, 2)
+
+
 # Seeds, interruption, resume
 
 
@@ -191,8 +238,8 @@ def test_resume_goes_on_where_the_checkpoint_is(
     coco: Path, tmp_path: Path, every_iteration: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    options += ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
     launch_and_interrupt(monkeypatch, 5, tmp_path, *options)
-    before = read_losses(tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     saved = torch.load(tmp_path / "model_0000003.pth", weights_only=False)
 
@@ -202,6 +249,7 @@ def test_resume_goes_on_where_the_checkpoint_is(
     def remember_and_train(self: Trainer) -> dict:
         loaded.update({k: v.clone() for k, v in self.model.state_dict().items()})
         loaded["momentum"] = self.optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
+        loaded["last_epoch"] = self.scheduler.last_epoch
         return train(self)
 
     monkeypatch.setattr(Trainer, "train", remember_and_train)
@@ -213,11 +261,13 @@ def test_resume_goes_on_where_the_checkpoint_is(
         assert torch.equal(loaded[name], tensor), name
     momentum = saved["trainer"]["_trainer"]["optimizer"]["state"][0]["momentum_buffer"]
     assert torch.equal(loaded["momentum"], momentum)
-    rows = (tmp_path / "metrics.json").read_text().splitlines()
-    iterations = [json.loads(row)["iteration"] for row in rows]
+    assert loaded["last_epoch"] == saved["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 4
+    rows = [json.loads(row) for row in (tmp_path / "metrics.json").read_text().splitlines()]
+    iterations = [row["iteration"] for row in rows]
     assert iterations == [0, 1, 2, 3, 4, 4, 5]
-    assert all(map(math.isfinite, read_losses(tmp_path).values()))
-    assert read_losses(tmp_path)[3] == before[3]
+    assert all(math.isfinite(row["total_loss"]) for row in rows)
+    cosine = [0.002 * (1 + math.cos(math.pi * i / 6)) / 2 for i in iterations]
+    assert [row["lr"] for row in rows] == pytest.approx(cosine)
 
     # Once more: nothing is left to do, and that is said.
     launch(FASTER_RCNN, tmp_path, "--resume", *options)

@@ -24,6 +24,7 @@ from detectron2.engine import (
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
@@ -66,6 +67,8 @@ class MixedPrecisionTrainer(SimpleTrainer):
 
         with torch.autocast(self.device.type, self.dtype):
             losses = self.model(data)
+            if isinstance(losses, torch.Tensor):
+                losses = {"total_loss": losses}
             total = sum(losses.values())
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()
@@ -102,6 +105,9 @@ class Trainer(DefaultTrainer):
         """
         # Not DefaultTrainer's constructor: it settles the parts that differ here.
         TrainerBase.__init__(self)
+        for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         device = torch.device(cfg.MODEL.DEVICE)
         model = self.build_model(cfg)
@@ -207,6 +213,24 @@ class Trainer(DefaultTrainer):
             f"Likely causes: {'; '.join(causes)}.\n"
             f"Last checkpoint: {self.checkpointer.get_checkpoint_file() or 'none was saved'}."
         )
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """
+        Returns:
+            the config for the batch of ``num_workers`` processes, where
+            ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many it was written.
+
+        Raises:
+            ValueError: the batch of the config is not for so many.
+        """
+        batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if reference < 0 or (reference and batch % reference):
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must divide SOLVER.IMS_PER_BATCH, "
+                f"which is {batch}, or be 0 for no scaling."
+            )
+        return DefaultTrainer.auto_scale_workers(cfg, num_workers)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
