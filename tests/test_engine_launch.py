@@ -49,6 +49,14 @@ def test_an_error_run_into_is_no_sentence_though_the_frame_is_ours() -> None:
     assert not launch._is_sentence_of_ours(caught.value)
 
 
+def test_a_sentence_is_known_without_the_source() -> None:
+    namespace = {"__name__": "vovnet_d2.engine.example"}
+    exec(compile("def check():\n    raise KeyError('No.') from None\n", "x.py", "exec"), namespace)
+    with pytest.raises(KeyError) as caught:
+        namespace["check"]()  # type: ignore[operator]
+    assert launch._is_sentence_of_ours(caught.value)
+
+
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(

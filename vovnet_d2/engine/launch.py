@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import argparse
-import linecache
+import dis
 import os
 import sys
 from collections.abc import Callable
@@ -96,6 +96,7 @@ def _is_sentence_of_ours(error: Exception) -> bool:
     if traceback is None:
         return False
     frame = traceback.tb_frame
-    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno)
     package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package == __package__.partition(".")[0] and line.lstrip().startswith("raise ")
+    # The code and not its source, which may be gone or edited since.
+    instruction = dis.opname[frame.f_code.co_code[traceback.tb_lasti]]
+    return package == __package__.partition(".")[0] and instruction == "RAISE_VARARGS"
