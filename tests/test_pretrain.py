@@ -3,6 +3,7 @@
 """Training classifiers: data, losses, accuracy, and weights that detectors load."""
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -88,6 +89,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     out = tmp_path_factory.mktemp("run")
     results = launch(images, out, "SOLVER.MAX_ITER", "40", "SOLVER.BASE_LR", "0.05")
     assert results["classification"]["top1"] > 60
+    assert "WARNING" not in read_log(out)
     return out, results
 
 
@@ -186,6 +188,12 @@ def test_resume(images: Path, tmp_path: Path) -> None:
     assert last["iteration"] == 3
     counts = [s["model"]["network.stem.conv1.norm.num_batches_tracked"] for s in (first, last)]
     assert counts == [2, 4]
+
+
+def test_report(trained: tuple[Path, Any]) -> None:
+    out, results = trained
+    assert json.loads((out / "results.json").read_text())["results"] == {"val": results}
+    assert (out / "loss_curve.png").exists()
 
 
 @pytest.mark.usefixtures("fresh_logging")

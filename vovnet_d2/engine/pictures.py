@@ -85,7 +85,7 @@ def draw_curves(folder: str) -> str | None:
     return path
 
 
-_SCORES = ("/AP", "/mIoU", "/IoU", "/PQ")
+_SCORES = ("/AP", "/mIoU", "/IoU", "/PQ", "/top1")
 
 
 def _draw_panel(panel: Any, series: Series, label: str) -> None:
@@ -111,7 +111,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     Returns:
         the path of the picture, or None if there is no such data set, no image in it, or no OpenCV.
     """
-    if not cfg.DATASETS.TEST:
+    if not cfg.DATASETS.TEST or cfg.DATASETS.TEST[0] not in DatasetCatalog:
         return None
     try:
         from detectron2.utils import visualizer  # noqa: F401
