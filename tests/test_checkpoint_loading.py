@@ -80,28 +80,32 @@ def messages() -> list[str]:
 
 @pytest.fixture
 def no_logging(monkeypatch):
-    """As a process begins, without pytest's handlers; and without any that a test has added."""
-    for name in ("", "vovnet_d2"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
-    for name, value in (("level", logging.NOTSET), ("propagate", True)):
-        monkeypatch.setattr(logging.getLogger("vovnet_d2"), name, value)
+    """Call it in a test for logging as a process begins it: without pytest's handlers."""
+    ours = logging.getLogger("vovnet_d2")
+
+    def begin() -> None:
+        setup_logger.cache_clear()
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        for name, value in (("handlers", []), ("level", logging.NOTSET), ("propagate", True)):
+            monkeypatch.setattr(ours, name, value)
+
+    yield begin
     setup_logger.cache_clear()
-    yield
-    setup_logger.cache_clear()
-    logging.getLogger("vovnet_d2").setLevel(logging.NOTSET)  # and forgets what is cached of it
+    monkeypatch.undo()
+    ours.setLevel(ours.level)  # lets Python forget which levels were enabled
 
 
-@pytest.mark.usefixtures("no_logging")
-def test_messages_are_seen_once_where_nobody_has_set_up_our_logger(tmp_path, capsys):
+def test_messages_are_seen_once_where_nobody_has_set_up_our_logger(tmp_path, capsys, no_logging):
     torch.save(GOOD, tmp_path / "a.pth")
+    no_logging()
     for _ in range(2):
         checkpointer = VoVNetCheckpointer(vovnet())
     checkpointer.load(str(tmp_path / "a.pth"))
     assert capsys.readouterr().out.count("The file holds V-19-slim-eSE") == 1
 
 
-@pytest.mark.usefixtures("no_logging")
-def test_a_logging_of_ones_own_is_left_alone():
+def test_a_logging_of_ones_own_is_left_alone(no_logging):
+    no_logging()
     logging.getLogger().addHandler(logging.NullHandler())
     VoVNetCheckpointer(vovnet())
     assert not logging.getLogger("vovnet_d2").handlers
@@ -245,7 +249,8 @@ def test_half_precision_and_frozen_stages(tmp_path):
 def test_a_backbone_into_a_detector(tmp_path, detector, messages):
     torch.save(in_layout(GOOD, "timm"), tmp_path / "a.pth")
     before = snapshot(detector)
-    VoVNetCheckpointer(detector).load(str(tmp_path / "a.pth"))
+    checkpointer = VoVNetCheckpointer(detector)
+    checkpointer.load(str(tmp_path / "a.pth"))
     names = native_names(NET, counted=True)
     loaded = {f"backbone.bottom_up.{names[k]}": t for k, t in GOOD.items() if "tracked" not in k}
     after = snapshot(detector)
@@ -253,7 +258,9 @@ def test_a_backbone_into_a_detector(tmp_path, detector, messages):
     rest = after.keys() - loaded.keys()
     assert len(rest) > 10
     assert equal({k: after[k] for k in rest}, {k: before[k] for k in rest})
+    assert set(checkpointer.missing_outside_backbone) == rest
     assert not [message for message in messages if not message.startswith("INFO")]
+    assert "roi_heads.box_predictor.cls_score" in next(m for m in messages if "not found in" in m)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.student."])
@@ -268,8 +275,9 @@ def test_a_whole_detector(tmp_path, detector, prefix):
     old = {"proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4)}
     state = {prefix + name: tensor for name, tensor in {**backbone, **heads, **old}.items()}
     torch.save({"model": state, "iteration": 7}, tmp_path / "a.pth")
-    rest = VoVNetCheckpointer(detector).load(str(tmp_path / "a.pth"))
-    assert rest == {"iteration": 7}
+    checkpointer = VoVNetCheckpointer(detector)
+    assert checkpointer.load(str(tmp_path / "a.pth")) == {"iteration": 7}
+    assert checkpointer.missing_outside_backbone == []
     after = snapshot(detector)
     assert equal({k: after[k] for k in heads}, heads)
     assert torch.equal(
@@ -282,10 +290,41 @@ def test_another_number_of_classes_leaves_the_head_alone(tmp_path, detector, mes
     state["roi_heads.box_predictor.cls_score.weight"] = torch.ones(81, 8)
     state["roi_heads.box_predictor.cls_score.bias"] = torch.ones(81)
     torch.save({"model": state}, tmp_path / "a.pth")
-    VoVNetCheckpointer(detector).load(str(tmp_path / "a.pth"))
+    checkpointer = VoVNetCheckpointer(detector)
+    checkpointer.load(str(tmp_path / "a.pth"))
     said = [m for m in messages if m.startswith("WARNING")]
     assert len(said) == 2
+    assert checkpointer.missing_outside_backbone == [
+        "roi_heads.box_predictor.cls_score.weight",
+        "roi_heads.box_predictor.cls_score.bias",
+    ]
     assert "cls_score.weight has shape (81, 8) in the file and (4, 8) in the model" in said[0]
+
+
+def test_a_detector_with_other_heads(tmp_path, detector, messages):
+    """The names of what is missing and of what is not used, as Detectron2 logs them."""
+    predictor = "roi_heads.box_predictor.bbox_pred"
+    state = {k: t for k, t in snapshot(detector).items() if not k.startswith(predictor)}
+    state["roi_heads.mask_head.predictor.weight"] = torch.ones(3)
+    torch.save({"model": state}, tmp_path / "a.pth")
+    checkpointer = VoVNetCheckpointer(detector)
+    checkpointer.load(str(tmp_path / "a.pth"))
+    missing, unexpected = [m for m in messages if m.startswith("WARNING")]
+    assert "not found in the checkpoint" in missing
+    assert f"{predictor}.{{bias, weight}}" in missing
+    assert "not used by the model" in unexpected
+    assert "roi_heads.mask_head.predictor.weight" in unexpected
+    expected = {f"{predictor}.weight", f"{predictor}.bias"}
+    assert set(checkpointer.missing_outside_backbone) == expected
+    checkpointer.load("")
+    assert checkpointer.missing_outside_backbone == []
+
+
+def test_a_random_classifier_is_no_backbone(tmp_path):
+    torch.save(GOOD, tmp_path / "a.pth")
+    checkpointer = VoVNetCheckpointer(vovnet(num_classes=3, out_features=["linear"]))
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert set(checkpointer.missing_outside_backbone) == {"linear.weight", "linear.bias"}
 
 
 def test_the_table(tmp_path, detector, messages):
@@ -399,18 +438,23 @@ class Pair(nn.Module):
 def test_one_file_for_two_networks(tmp_path):
     model = Pair()
     torch.save(GOOD, tmp_path / "a.pth")
-    VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
+    checkpointer = VoVNetCheckpointer(model)
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.missing_outside_backbone == ["head.weight", "head.bias"]
     assert equal(model.first.state_dict(), model.second.state_dict())
     assert torch.equal(model.first.stem.conv1.weight, GOOD["stem.stem_1/conv.weight"])
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("second", [NET, replace(NET, blocks_per_stage=(1, 1, 1, 1))])
-def test_two_networks_in_a_file(tmp_path, second, prefix):
+def test_two_networks_in_a_file(tmp_path, second, prefix, messages):
     model, other = Pair(second), Pair(second)
     torch.save({prefix + name: t for name, t in model.state_dict().items()}, tmp_path / "a.pth")
-    VoVNetCheckpointer(other).load(str(tmp_path / "a.pth"))
+    checkpointer = VoVNetCheckpointer(other)
+    checkpointer.load(str(tmp_path / "a.pth"))
     assert equal(other.state_dict(), model.state_dict())
+    assert checkpointer.missing_outside_backbone == []
+    assert not any("not found" in m or "not used" in m for m in messages)
 
 
 # What leaves no trace in the tensors
@@ -618,6 +662,15 @@ def test_resnets_load_as_in_detectron2(tmp_path):
         VoVNetCheckpointer(ours, allow_pickle=True).load(str(tmp_path / name))
         assert not equal(theirs.state_dict(), target.state_dict()), name
         assert equal(ours.state_dict(), theirs.state_dict()), name
+
+
+def test_missing_heads_are_told_there_too(tmp_path):
+    model = nn.ModuleDict({"backbone": resnet(), "head": nn.Linear(2, 2)})
+    state = {k: t for k, t in model.state_dict().items() if k != "head.bias"}
+    torch.save(state, tmp_path / "a.pth")
+    checkpointer = VoVNetCheckpointer(model)
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.missing_outside_backbone == ["head.bias"]
 
 
 def test_a_pickle_needs_the_opt_in_there_too(tmp_path):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.common.checkpoint import (
+    get_missing_parameters_message,
+    get_unexpected_parameters_message,
+)
 from torch import nn
 
 from vovnet_d2.modeling.vovnet import VoVNet
@@ -46,6 +49,10 @@ class VoVNetCheckpointer(DetectionCheckpointer):
     Attributes:
         input_convention: what the weights loaded last expect of their input, or None if that is
             not known; see :func:`check_input_convention`.
+        missing_outside_backbone: names of the model's tensors outside VoVNet's stem and stages
+            (FPN, heads, a classifier) that the weights loaded last left at their initialisation:
+            the file lacks them, or has them in another shape. In a model without a VoVNet, of all
+            tensors.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
         self.input_convention: InputConvention | None = None
+        self.missing_outside_backbone: list[str] = []
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """
@@ -85,10 +93,10 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, unsafe, or does not fit; nothing has changed then.
         """
+        self.input_convention, self.missing_outside_backbone = None, []
         if not path:
             return super().load(path)
         logger.info("Loading from %s ...", path)
-        self.input_convention = None
         checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
         wanted = self.checkpointables if checkpointables is None else checkpointables
         present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}
@@ -100,7 +108,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 except ValueError as error:
                     raise ValueError(f"{path} was not loaded. {error}") from error
             else:
-                self._log_incompatible_keys(self._load_model(checkpoint))
+                incompatible = self._load_model(checkpoint)
+                self._log_incompatible_keys(incompatible)
+                self.missing_outside_backbone = incompatible.missing_keys
             for key, target in present.items():
                 logger.info("Loading %s from %s ...", key, path)
                 try:
@@ -123,18 +133,15 @@ class VoVNetCheckpointer(DetectionCheckpointer):
     def _load_vovnets(
         self, state_dict: dict[str, torch.Tensor], known: Metadata | None, *, resuming: bool
     ) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        missing: Counter[str] = Counter()
+        matches: list[Match] = []
         problems: list[str] = []
-        nets = find_vovnets(self.model)
-        for backbone, net in nets.items():
+        for backbone, net in find_vovnets(self.model).items():
             found = describe_state_dict(state_dict, find_prefix(state_dict, preferred=backbone))
             match = match_model(self.model, backbone, state_dict, found)
             problems += misfits(net, match, found) + contradictions(net, known or Metadata())
             self._report(net, match, found, known)
-            tensors |= match.tensors
-            missing.update(match.missing + list(match.wrong_shape))
-        absent = [name for name, count in missing.items() if count == len(nets)]
+            matches.append(match)
+        absent = _in_all([*match.missing, *match.wrong_shape] for match in matches)
         if resuming and absent and not problems:
             problems = [
                 f"To resume, all of the model must be in it; {len(absent)} tensors are missing or "
@@ -147,7 +154,12 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             )
         for problem in problems:
             logger.warning("Loading in part. %s", problem)
+        tensors = {name: t for match in matches for name, t in match.tensors.items()}
         self.model.load_state_dict(tensors, strict=False)
+        self.missing_outside_backbone = [
+            name for name in absent if not any(match.in_backbone([name]) for match in matches)
+        ]
+        _log_names(matches)
 
     def _report(
         self, net: VoVNet, match: Match, found: Description, known: Metadata | None
@@ -171,6 +183,31 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             logger.info(
                 "The file does not tell its %s: taken to be the model's.", " and ".join(untold)
             )
+
+
+def _in_all(lists: Iterable[Iterable[str]]) -> list[str]:
+    """The names that are in each of the lists: in a model of two VoVNets, what one of them has no
+    use for may be the other's."""
+    first, *others = (dict.fromkeys(names) for names in lists)
+    return [name for name in first if all(name in other for other in others)]
+
+
+def _log_names(matches: list[Match]) -> None:
+    """What is missing and what is not used; no reason to warn if the file is a backbone alone."""
+    missing = _in_all(match.missing for match in matches)
+    unexpected = _in_all(
+        [name for name in match.unexpected if match.part(name) != "linear"] for match in matches
+    )
+    alone = not any(
+        match.part(name) == "other"
+        for match in matches
+        for name in (*match.tensors, *match.wrong_shape, *match.unexpected)
+    )
+    level = logging.INFO if alone else logging.WARNING
+    if missing:
+        logger.log(level, get_missing_parameters_message(missing))
+    if unexpected:
+        logger.log(level, get_unexpected_parameters_message(unexpected))
 
 
 @contextmanager
