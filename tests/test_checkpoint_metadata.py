@@ -1,18 +1,19 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import re
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from reference import STRUCTURES, thin
+from reference import STRUCTURES, TABLE, thin
 from state_dicts import random_state
 from torch import nn
 
-from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec, convert_state_dict
+from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, VoVNetSpec, convert_state_dict
 from vovnet_d2.checkpoint import InputConvention, check_input_convention
-from vovnet_d2.checkpoint.metadata import BGR_255, RGB_IMAGENET, Metadata
+from vovnet_d2.checkpoint.metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, Metadata
 
 NET = thin(STRUCTURES["eSE in last"])
 
@@ -32,12 +33,14 @@ def test_detectron2s_default_is_the_published_weights():
 
 def test_the_customary_normalisation():
     assert RGB_IMAGENET.pixel_mean == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
+    assert BGR_IMAGENET.pixel_mean == RGB_IMAGENET.pixel_mean[::-1]
+    assert BGR_IMAGENET.pixel_std == RGB_IMAGENET.pixel_std[::-1]
     assert RGB_IMAGENET.pixel_std == pytest.approx([255 * v for v in (0.229, 0.224, 0.225)])
 
 
 CONVENTIONS = {
     "published": BGR_255,
-    "DD3D": InputConvention("BGR", BGR_255.pixel_mean, (57.375, 57.12, 58.395)),
+    "DD3D": BGR_IMAGENET,
     "RGB, unscaled": InputConvention("RGB", RGB_IMAGENET.pixel_mean, (1, 1, 1)),
     "timm": RGB_IMAGENET,
     "timm, 0.5": InputConvention("RGB", (127.5,) * 3, (127.5,) * 3),
@@ -139,6 +142,38 @@ def test_what_the_layout_tells(tmp_path, layout, prefix, classes, expected):
     checkpointer = VoVNetCheckpointer(vovnet())
     checkpointer.load(str(tmp_path / "a.pth"))
     assert checkpointer.input_convention == expected
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others", "expected"),
+    [
+        ("", [], (BGR_255, BGR_IMAGENET)),
+        ("backbone.bottom_up.", ["backbone.fpn_lateral2.weight"], (BGR_255, BGR_IMAGENET)),
+        ("backbone.bottom_up.", ["roi_heads.box_head.fc1.weight"], BGR_255),
+        ("backbone.bottom_up.", ["fcos2d_head.cls_logits.weight"], BGR_IMAGENET),
+        ("img_backbone.", ["module.fcos3d_head.box3d_quat.0.weight"], BGR_IMAGENET),
+    ],
+)
+def test_dd3ds_weights(tmp_path, monkeypatch, caplog, prefix, others, expected):
+    """By its heads; and its V-99-eSE alone looks like the published one."""
+    net = thin(TABLE["V-99-eSE"], 32)
+    spec = VoVNetSpec(**vars(net))
+    monkeypatch.setitem(VOVNET_SPECS, "V-99-eSE", spec)
+    state = {prefix + name: tensor for name, tensor in random_state(net).items()}
+    torch.save(state | {name: torch.ones(1) for name in others}, tmp_path / "a.pth")
+    checkpointer = VoVNetCheckpointer(VoVNet(spec))
+    with caplog.at_level(logging.INFO, logger="vovnet_d2"):
+        checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.input_convention == expected
+    candidates = expected if isinstance(expected, tuple) else (expected,)
+    for convention in CONVENTIONS.values():
+        if convention.format:
+            warning = check_input_convention(config(convention), expected)
+            assert (warning is None) == (convention in candidates)
+            lines = [line for candidate in candidates for line in candidate.config_lines()]
+            assert warning is None or all(line in warning for line in lines)
+        assert convention not in candidates or convention.config_lines()[2] in caplog.text
+    assert "does not tell its" not in caplog.text
 
 
 def test_what_is_written_is_read():

@@ -50,7 +50,7 @@ def timm_maps(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def recognised(state: dict[str, torch.Tensor], **options) -> VoVNet:
     """The network that a file is taken for: nothing is told of it but its tensors."""
     found = describe_state_dict(state)
-    known = metadata_of_layout(found)
+    known = metadata_of_layout(found, state)
     spec = VoVNetSpec(**found.fields, **{"stem": known.stem, "residual": known.residual, **options})
     return VoVNet(
         spec,
@@ -133,8 +133,8 @@ def test_timm_takes_the_conversion(tmp_path, name):
 
 def test_the_layout_tells_the_residual_of_timms_v1_models():
     for name, residual in (("vovnet39a", False), ("ese_vovnet39b", True)):
-        found = describe_state_dict(timm_model(name, **thin_widths(name)).state_dict())
-        assert metadata_of_layout(found).residual is residual
+        state = timm_model(name, **thin_widths(name)).state_dict()
+        assert metadata_of_layout(describe_state_dict(state), state).residual is residual
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import hashlib
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -137,13 +139,41 @@ def model() -> VoVNet:
 
 
 @pytest.mark.parametrize("revision", [ZOO[SMALLEST].revision, None], ids=["pinned", "another"])
-def test_cached_weights_load_offline(cache, state, model, revision):
+def test_cached_weights_load_offline(cache, state, model, revision, caplog):
     fill_cache(cache, SMALLEST, state, revision)
     torch.nn.init.zeros_(model.stem.conv1.weight)
     checkpointer = VoVNetCheckpointer(model)
     checkpointer.load(SMALLEST)
     assert torch.equal(model.stem.conv1.weight, state["stem.0.conv.weight"])
     assert checkpointer.input_convention == ZOO[SMALLEST].input
+    # Another revision than the pinned one is not taken without a word.
+    warnings = [r.getMessage() for r in caplog.records if "Revision" in r.getMessage()]
+    assert len(warnings) == (revision is None)
+    for warning in warnings:
+        assert f"Revision {ZOO[SMALLEST].revision} of timm/ese_vovnet19b_dw" in warning
+        assert f"taken is revision {40 * '1'}" in warning
+
+
+def test_the_pinned_revision_goes_before_the_newest(cache, state, model):
+    fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
+    (main,) = cache.glob("*/refs/main")
+    main.write_text(40 * "2")
+    VoVNetCheckpointer(model).load(SMALLEST)
+
+
+def test_a_full_disk_is_said(cache, state, model, monkeypatch):
+    """Though another revision is in the cache."""
+    fill_cache(cache, SMALLEST, state, None)
+    download = huggingface_hub.hf_hub_download
+
+    def fail(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            return download(*args, local_files_only=True, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        VoVNetCheckpointer(model).load(SMALLEST)
 
 
 def test_nothing_in_the_cache(cache, model):
@@ -151,6 +181,7 @@ def test_nothing_in_the_cache(cache, model):
         VoVNetCheckpointer(model).load(SMALLEST)
     assert ZOO[SMALLEST].url in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
+    assert "offline mode is enabled" in str(caught.value)  # the hub's reason
 
 
 def test_a_damaged_file_in_the_cache(cache, state, model):

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint, known = read_weights(args.input, allow_pickle=args.allow_pickle)
     found = describe_state_dict(checkpoint["model"], args.prefix)
     print(f"{args.input} holds {found}.")
-    known = known or metadata_of_layout(found)
+    known = known or metadata_of_layout(found, checkpoint["model"])
     convention = _convention(args, known)
 
     tensors = convert_state_dict(checkpoint["model"], "native", prefix=found.prefix)

@@ -20,8 +20,6 @@ from fvcore.common.checkpoint import (
 )
 from torch import nn
 
-from vovnet_d2.modeling.vovnet import VoVNet
-
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
 from .reading import METADATA_KEY
@@ -48,7 +46,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
     Attributes:
         input_convention: what the weights loaded last expect of their input, or None if that is
-            not known; see :func:`check_input_convention`.
+            not known; several where it is one of these. See :func:`check_input_convention`.
         missing_outside_backbone: names of the model's tensors outside VoVNet's stem and stages
             (FPN, heads, a classifier) that the weights loaded last left at their initialisation:
             the file lacks them, or has them in another shape. In a model without a VoVNet, of all
@@ -77,7 +75,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
-        self.input_convention: InputConvention | None = None
+        self.input_convention: InputConvention | tuple[InputConvention, ...] | None = None
         self.missing_outside_backbone: list[str] = []
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
@@ -138,8 +136,15 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         for backbone, net in find_vovnets(self.model).items():
             found = describe_state_dict(state_dict, find_prefix(state_dict, preferred=backbone))
             match = match_model(self.model, backbone, state_dict, found)
-            problems += misfits(net, match, found) + contradictions(net, known or Metadata())
-            self._report(net, match, found, known)
+            told = known or metadata_of_layout(found, state_dict)
+            self._report(match, found, told)
+            problems += misfits(net, match, found)
+            if known:
+                problems += contradictions(net, known)
+            else:
+                # Only a convention, so no error: somebody may have trained another network since.
+                for sentence in contradictions(net, told):
+                    logger.warning(sentence)
             matches.append(match)
         absent = _in_all([*match.missing, *match.wrong_shape] for match in matches)
         if resuming and absent and not problems:
@@ -161,24 +166,19 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         ]
         _log_names(matches)
 
-    def _report(
-        self, net: VoVNet, match: Match, found: Description, known: Metadata | None
-    ) -> None:
+    def _report(self, match: Match, found: Description, told: Metadata) -> None:
         """Log what the file is, what of it is loaded, and what could not be told."""
         logger.info("The file holds %s.\n%s", found, match.table())
         for name, (file, model) in match.wrong_shape.items():
             logger.warning("%s has shape %s in the file and %s in the model.", name, file, model)
-        by_layout = metadata_of_layout(found)
-        self.input_convention = known.input if known else by_layout.input
-        if known is None:
-            # Only a convention, so no error: somebody may have trained another network since.
-            for sentence in contradictions(net, by_layout):
-                logger.warning(sentence)
-        told = known or by_layout
-        if told.input:
-            lines = ", ".join(told.input.config_lines())
+        self.input_convention = told.input or told.candidates or None
+        candidates = (told.input,) if told.input else told.candidates
+        if candidates:
+            lines = " or ".join(", ".join(candidate.config_lines()) for candidate in candidates)
             logger.info("It expects %s (%s).", lines, told.source or "as it says itself")
         untold = [n for n in ("stem", "residual", "input") if getattr(told, n) is None]
+        if told.candidates:
+            untold.remove("input")
         if untold:
             logger.info(
                 "The file does not tell its %s: taken to be the model's.", " and ".join(untold)

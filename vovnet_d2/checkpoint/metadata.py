@@ -14,7 +14,14 @@ from torch import nn
 
 from vovnet_d2.modeling.specs import Stem, VoVNetSpec
 
-__all__ = ["BGR_255", "RGB_IMAGENET", "InputConvention", "Metadata", "check_input_convention"]
+__all__ = [
+    "BGR_255",
+    "BGR_IMAGENET",
+    "RGB_IMAGENET",
+    "InputConvention",
+    "Metadata",
+    "check_input_convention",
+]
 
 
 @dataclass(frozen=True)
@@ -97,28 +104,36 @@ class InputConvention:
 BGR_255 = InputConvention("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 """Detectron2's default, which the published Detectron2 weights were trained with."""
 
+BGR_IMAGENET = InputConvention("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395))
+"""The customary normalisation of ImageNet in BGR, which DD3D's weights were trained with."""
+
 RGB_IMAGENET = InputConvention("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 """The customary normalisation of ImageNet, which most of timm's weights were trained with."""
 
 
-def check_input_convention(cfg: CfgNode, convention: InputConvention | None) -> str | None:
+def check_input_convention(
+    cfg: CfgNode, convention: InputConvention | tuple[InputConvention, ...] | None
+) -> str | None:
     """Compare what a config feeds to the network with what the network's weights expect.
 
     Args:
         convention: what the weights expect, such as
-            :attr:`VoVNetCheckpointer.input_convention` after loading; None if it is not known.
+            :attr:`VoVNetCheckpointer.input_convention` after loading; None if it is not known,
+            several where it is one of these.
 
     Returns:
         a warning that names the three lines to change, or None if there is nothing to warn of.
     """
     if convention is None:
         return None
+    candidates = convention if isinstance(convention, tuple) else (convention,)
     config = InputConvention.of_config(cfg)
-    if convention.agrees_with(config):
+    if any(candidate.agrees_with(config) for candidate in candidates):
         return None
+    weights = " or ".join(", ".join(candidate.config_lines()) for candidate in candidates)
     return (
         "The weights expect another input than the config gives. Weights: "
-        f"{', '.join(convention.config_lines())}; config: {', '.join(config.config_lines())}. "
+        f"{weights}; config: {', '.join(config.config_lines())}. "
         "Set the weights' three lines in the config, or turn the weights into the config's "
         "convention by tools/convert_weights.py."
     )
@@ -133,12 +148,14 @@ class Metadata:
         residual: see :class:`VoVNetSpec`.
         input: what the network expects.
         source: where the weights come from, in words.
+        candidates: where ``input`` is not known, what it may be. Not written to files.
     """
 
     stem: Stem | None = None
     residual: bool | None = None
     input: InputConvention | None = None
     source: str = field(default="", compare=False)
+    candidates: tuple[InputConvention, ...] = ()
 
     @classmethod
     def of_spec(

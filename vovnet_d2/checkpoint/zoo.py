@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from vovnet_d2.modeling.specs import VOVNET_SPECS, VoVNetSpec
 
-from .metadata import BGR_255, RGB_IMAGENET, InputConvention, Metadata
+from .metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, InputConvention, Metadata
 from .recognition import Description
 
 __all__ = ["ZOO", "ZooEntry", "download", "file_sha256", "get_entry", "metadata_of_layout"]
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "timm://"
 _FILENAME = "model.safetensors"
+_DD3D_HEADS = ("fcos2d_head", "fcos3d_head")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def download(entry: ZooEntry) -> str:
     Raises:
         FileNotFoundError: it is not in the cache and cannot be downloaded.
         ValueError: the file is not what the hub says it is.
+        OSError: what this machine has against it, such as a full disk.
     """
     try:
         from huggingface_hub import hf_hub_download
@@ -118,17 +124,13 @@ def download(entry: ZooEntry) -> str:
             f"to have it downloaded, or download {entry.url} and set MODEL.WEIGHTS to the file."
         ) from error
     try:
+        # Of a pinned revision, the network is asked only if the cache does not have it.
         path = hf_hub_download(entry.repo, _FILENAME, revision=entry.revision)
     except Exception as error:
-        try:
-            # Without the network: what timm, say, has put into the cache, of whichever revision.
-            path = hf_hub_download(entry.repo, _FILENAME, local_files_only=True)
-        except Exception:
-            raise FileNotFoundError(
-                f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
-                f"({type(error).__name__}). Where the hub is out of reach (or HF_HUB_OFFLINE is "
-                f"set), download {entry.url} elsewhere and set MODEL.WEIGHTS to the file."
-            ) from error
+        # The hub's errors have no number; nor have those of the connection, which it wraps.
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise
+        path = _cached_revision(entry, error)
     # The cache names a file by the SHA-256 that the hub gave for it.
     blob = Path(path).resolve().name
     expected = entry.sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
@@ -140,14 +142,41 @@ def download(entry: ZooEntry) -> str:
     return path
 
 
+def _cached_revision(entry: ZooEntry, error: Exception) -> str:
+    """What timm, say, has put into the cache, where the revision that is meant cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    reason = f"{error.__cause__ or error}".partition("\n")[0]
+    try:
+        path = hf_hub_download(entry.repo, _FILENAME, local_files_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
+            f"({type(error).__name__}: {reason}). Where the hub is out of reach (or HF_HUB_OFFLINE "
+            f"is set), download {entry.url} elsewhere and set MODEL.WEIGHTS to the file."
+        ) from error
+    logger.warning(
+        "Revision %s of %s could not be had (%s): taken is revision %s, which is in the cache.",
+        entry.revision or "main",
+        entry.repo,
+        reason,
+        Path(path).parent.name,
+    )
+    return path
+
+
 def file_sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def metadata_of_layout(found: Description) -> Metadata:
+def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
     """What the layout of a file tells that says nothing of itself: conventions of those who
-    published such files, so less certain than what a file says."""
+    published such files, so less certain than what a file says.
+
+    Args:
+        names: of all that the file holds, the parts outside the VoVNet included.
+    """
     if found.layout == "timm":
         # timm's v1 models have no residual; all its VoVNets have the strided stem by default.
         residual = found.fields["ese"] != "none"
@@ -155,14 +184,25 @@ def metadata_of_layout(found: Description) -> Metadata:
         convention = same[0].input if same else RGB_IMAGENET
         return Metadata("strided", residual, convention, "timm's convention")
     if found.layout == "detectron2":
-        # Only the v2 weights in Detectron2's own prefix are known to agree: v1 came as classifiers
-        # in RGB, and detectors outside Detectron2 differ in their deviations.
-        known = (
-            found.fields["ese"] != "none"
-            and found.num_classes is None
-            and not found.prefix.endswith("img_backbone.")
-        )
-        return Metadata(
-            "strided", True, BGR_255 if known else None, "the published weights' convention"
-        )
+        return _metadata_of_published(found, list(names))
     return Metadata()
+
+
+def _metadata_of_published(found: Description, names: list[str]) -> Metadata:
+    if any(part in _DD3D_HEADS for name in names for part in name.split(".")):
+        return Metadata("strided", True, BGR_IMAGENET, "DD3D's convention")
+    # Only the v2 weights in Detectron2's own prefix are known to agree: v1 came as classifiers in
+    # RGB, and detectors outside Detectron2 differ in their deviations.
+    known = (
+        found.fields["ese"] != "none"
+        and found.num_classes is None
+        and not found.prefix.endswith("img_backbone.")
+    )
+    told = Metadata("strided", True, source="the published weights' convention")
+    if not known:
+        return told
+    # DD3D's own V-99-eSE was published without heads, too. An FPN is no head.
+    bare = all(name.startswith(found.prefix.removesuffix("bottom_up.")) for name in names)
+    if bare and not found.differences(VOVNET_SPECS["V-99-eSE"]):
+        return replace(told, candidates=(BGR_255, BGR_IMAGENET))
+    return replace(told, input=BGR_255)
