@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from coco_tree import COLORS, THINGS
+from detectron2.modeling import build_model
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, SHORT, TINY, launch, read_log
 from PIL import Image
 
-from vovnet_d2.engine import Trainer, main
+from vovnet_d2.engine import Trainer, load_config, main
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -134,6 +135,20 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert sentence.startswith("error: ")
     assert message in sentence
     assert "Traceback" not in error
+
+
+def test_evaluating_random_heads_is_refused(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    backbone = build_model(load_config(FASTER_RCNN, options)).backbone.bottom_up
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    options += ["MODEL.WEIGHTS", str(tmp_path / "backbone.pth")]
+    with pytest.raises(SystemExit) as caught:
+        call("--eval-only", *options)
+    assert caught.value.code == 2
+    assert "outside the backbone, backbone.fpn_lateral2.weight for one" in capsys.readouterr().err
+    call("--eval-only", "--allow-partial", *options)
 
 
 def test_a_bug_keeps_its_traceback(

@@ -71,6 +71,8 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         report_loaded(checkpointer, cfg, resume=args.resume)
+        if not args.allow_partial:
+            _require_all_loaded(checkpointer, cfg)
         results = task.trainer.test_all(cfg, model)
     else:
         trainer = task.trainer(cfg, **options)
@@ -82,6 +84,15 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         write_report(cfg, model, results, args=args, seconds=seconds)
         verify_results(cfg, results)
     return results
+
+
+def _require_all_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode) -> None:
+    if missing := checkpointer.missing_outside_backbone:
+        raise ValueError(
+            f"{cfg.MODEL.WEIGHTS} has no weights for {len(missing)} tensors outside the backbone, "
+            f"{missing[0]} for one, which would be evaluated at random values. Train first, or "
+            "give the weights of a whole model; --allow-partial evaluates all the same."
+        )
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
