@@ -16,6 +16,7 @@ from torch import nn
 
 import vovnet_d2.config
 from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, add_vovnet_config, get_config_file
+from vovnet_d2.modeling.build import build_vovnet_backbone, build_vovnet_classifier
 from vovnet_d2.modeling.layers import DeformableConv2d
 
 STAGES = ["stage2", "stage3", "stage4", "stage5"]
@@ -412,3 +413,18 @@ def test_no_config_files(tmp_path, monkeypatch):
     monkeypatch.setattr(vovnet_d2.config, "__file__", str(tmp_path / "vovnet_d2" / "config.py"))
     with pytest.raises(FileNotFoundError, match=r"No configs folder .*: reinstall vovnet_d2"):
         get_config_file("Base-FPN.yaml")
+
+
+def test_classifier_is_the_backbone_with_a_linear_layer() -> None:
+    cfg = get_cfg()
+    add_vovnet_config(cfg)
+    cfg.MODEL.VOVNET.CONV_BODY = "V-19-slim-eSE"
+    cfg.MODEL.VOVNET.NORM = "BN"
+    cfg.MODEL.VOVNET.STAGE5_DILATION = 2
+    cfg.MODEL.VOVNET.STAGE_WITH_DCN = (False, False, False, True)
+    with torch.device("meta"):
+        backbone = build_vovnet_backbone(cfg, ShapeSpec(channels=3))
+        classifier = build_vovnet_classifier(cfg, ShapeSpec(channels=3), num_classes=7)
+    assert classifier.linear.weight.shape == (7, 512)
+    without = "\n".join(line for line in str(classifier).split("\n") if "(linear)" not in line)
+    assert without == str(backbone)

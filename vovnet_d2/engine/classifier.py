@@ -30,8 +30,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..data.classification import build_classification_dataset
 from ..modeling.baselines.cifar import CifarClassifier
-from ..modeling.build import build_vovnet_backbone
-from ..modeling.vovnet import VoVNet
+from ..modeling.build import build_vovnet_classifier
 from .hooks import BestCheckpointer
 from .trainer import Trainer
 
@@ -138,9 +137,8 @@ class ClassifierTrainer(Trainer):
             label_smoothing=0.0 if _mixes(cfg) else cfg.PRETRAIN.LABEL_SMOOTHING,
         )
         logger.info("Model:\n%s", model)
-        channels_last = cfg.MODEL.CHANNELS_LAST
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return model.to(cfg.MODEL.DEVICE, memory_format=memory_format)
+        model = model.to(cfg.MODEL.DEVICE)
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -202,14 +200,7 @@ def _build_network(cfg: CfgNode) -> nn.Module:
     num_classes = cfg.PRETRAIN.NUM_CLASSES
     if cfg.PRETRAIN.NETWORK != "VoVNet":
         return CifarClassifier(cfg.PRETRAIN.NETWORK, num_classes=num_classes)
-    with torch.device("meta"):
-        spec = build_vovnet_backbone(cfg, ShapeSpec(channels=3)).spec
-    return VoVNet(
-        spec,
-        norm=cfg.MODEL.VOVNET.NORM,
-        num_classes=num_classes,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
+    return build_vovnet_classifier(cfg, ShapeSpec(channels=3), num_classes)
 
 
 # Augmentation: of single images in the workers, of batches in the model.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -25,6 +26,7 @@ __all__ = [
     "build_fcos_vovnet_fpn_backbone",
     "build_retinanet_vovnet_fpn_backbone",
     "build_vovnet_backbone",
+    "build_vovnet_classifier",
     "build_vovnet_fpn_backbone",
     "register_backbones",
 ]
@@ -39,6 +41,16 @@ def build_vovnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VoVNet:
         KeyError: ``add_vovnet_config`` was not called.
         ValueError: a value that does not exist; the message names the choices.
     """
+    arguments = _vovnet_arguments(cfg, input_shape)
+    return VoVNet(**arguments, out_features=cfg.MODEL.VOVNET.OUT_FEATURES)
+
+
+def build_vovnet_classifier(cfg: CfgNode, input_shape: ShapeSpec, num_classes: int) -> VoVNet:
+    """The network of :func:`build_vovnet_backbone` with a classifier, which returns "linear"."""
+    return VoVNet(**_vovnet_arguments(cfg, input_shape), num_classes=num_classes)
+
+
+def _vovnet_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
     # Another project's MODEL.VOVNET lacks keys of ours until add_vovnet_config adds them.
     if "STAGE5_DILATION" not in cfg.MODEL.get("VOVNET", {}):
         raise KeyError(
@@ -47,17 +59,16 @@ def build_vovnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VoVNet:
         )
     node = cfg.MODEL.VOVNET
     overrides = {f.name: node.get(f.name.upper()) for f in fields(VoVNetSpec)}
-    return VoVNet(
-        get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None}),
-        in_channels=input_shape.channels,
-        norm=node.NORM,
-        out_features=node.OUT_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        stage5_dilation=node.STAGE5_DILATION,
-        stage_with_dcn=node.STAGE_WITH_DCN,
-        with_modulated_dcn=node.WITH_MODULATED_DCN,
-        deformable_groups=node.DEFORMABLE_GROUPS,
-    )
+    return {
+        "spec": get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None}),
+        "in_channels": input_shape.channels,
+        "norm": node.NORM,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        "stage5_dilation": node.STAGE5_DILATION,
+        "stage_with_dcn": node.STAGE_WITH_DCN,
+        "with_modulated_dcn": node.WITH_MODULATED_DCN,
+        "deformable_groups": node.DEFORMABLE_GROUPS,
+    }
 
 
 def _build_fpn(
