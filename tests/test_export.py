@@ -1,0 +1,321 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones, with and without FPN, in every format; what is the same for all targets."""
+
+import importlib.util
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from detectron2.layers.mask_ops import paste_masks_in_image
+from detectron2.modeling import build_model
+from export_models import MASK_RCNN, RETINANET, build_detector, small_config
+from reference import STRUCTURES, TABLE, random_state, thin
+
+from vovnet_d2 import VoVNet, VoVNetSpec
+from vovnet_d2.export import (
+    FORMATS,
+    PARTS,
+    BackboneTarget,
+    check_format,
+    compare,
+    export,
+    load,
+    select_target,
+)
+from vovnet_d2.export.masks import paste_masks
+
+STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((103.5, 116.3, 123.7), (57.4, 57.1, 58.4)))
+
+# Of the backbone, normalisation included; FPN adds Resize. Any inference engine has these.
+OPERATORS = {"Sub", "Div", "Conv", "Relu", "Concat", "Pad", "MaxPool"}
+OF_ESE = {"ReduceMean", "HardSigmoid", "Mul"}
+OF_RESIDUAL = {"Add"}
+OF_FPN = {"Add", "Resize"}
+
+
+def backbone_target(net, **args) -> BackboneTarget:
+    model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
+    model.load_state_dict(random_state(net), strict=False)
+    return BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, **args)
+
+
+def raw_images(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) * 255
+
+
+def run_onnx(path, images: torch.Tensor) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
+
+
+def largest_difference(
+    target: BackboneTarget, actual: dict[str, np.ndarray], images: torch.Tensor
+) -> float:
+    """Relative to each map's largest value."""
+    expected = dict(zip(target.output_names, target.eager(images), strict=True))
+    assert list(actual) == list(expected)
+    assert all(actual[name].shape == x.shape for name, x in expected.items())
+    return max(
+        np.abs(actual[name] - x.numpy()).max() / x.abs().max().item()
+        for name, x in expected.items()
+    )
+
+
+def assert_plain(path, allowed: set[str]) -> None:
+    """Only operators of the standard set, and no pooling in ceil mode."""
+    model = onnx.load(path)
+    assert [opset.domain for opset in model.opset_import] == [""]
+    assert {node.op_type for node in model.graph.node} == allowed
+    assert not model.functions
+    for node in model.graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert not attributes.get("ceil_mode", 0), node.name
+
+
+def operators_of(net) -> set[str]:
+    residual = net.residual and max(net.blocks_per_stage) > 1
+    return (
+        OPERATORS | (OF_ESE if net.ese != "none" else set()) | (OF_RESIDUAL if residual else set())
+    )
+
+
+# Backbone
+
+
+@pytest.fixture(
+    scope="module",
+    params=["depthwise, pooled stem", pytest.param("bottleneck", marks=pytest.mark.slow)],
+)
+def exported(request, tmp_path_factory):
+    """A thin net, its target and its ONNX file."""
+    net = thin(STRUCTURES[request.param])
+    target = backbone_target(net)
+    path = tmp_path_factory.mktemp("onnx") / "backbone.onnx"
+    return net, target, path, export(target, "onnx", path)
+
+
+SIZES = [(1, 32, 32), (2, 65, 97), (1, 101, 64), (3, 47, 70)]
+
+
+def test_onnx_at_any_size(exported):
+    _, target, path, _ = exported
+    for batch, *size in SIZES:
+        images = raw_images(batch, 3, *size)
+        assert largest_difference(target, run_onnx(path, images), images) <= 1e-4
+
+
+def test_onnx_operators(exported):
+    net, _, path, file = exported
+    assert_plain(path, operators_of(net))
+    assert file.operators.keys() == operators_of(net)
+    assert file.operators.total() == len(onnx.load(path).graph.node)
+    assert file.opset == onnx.load(path).opset_import[0].version
+
+
+def test_onnx_names_and_axes(exported):
+    _, _, path, _ = exported
+    graph = onnx.load(path).graph
+    (images,) = graph.input
+    assert images.name == "images"
+    axes = images.type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 3, "height", "width"]
+    assert tuple(output.name for output in graph.output) == STAGES
+
+
+def test_openvino_agrees(exported):
+    _, target, path, _ = exported
+    # By default it computes in bfloat16 where the processor can.
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(path, "CPU", options)
+    for batch, *size in SIZES:
+        images = raw_images(batch, 3, *size)
+        actual = {key.get_any_name(): value for key, value in model(images.numpy()).items()}
+        assert largest_difference(target, actual, images) <= 1e-4
+
+
+def test_without_preprocessing(tmp_path):
+    net = thin(STRUCTURES["full"], 16)
+    target = backbone_target(net, preprocessing=False)
+    file = export(target, "torchscript", tmp_path / "backbone.ts")
+    assert not {"aten::sub", "aten::div"} & file.operators.keys()
+    images = raw_images(1, 3, 65, 97)
+    (normalised,) = target.inputs_from(images)
+    torch.testing.assert_close(normalised, (images - MEAN) / STD)
+    maps = map(np.asarray, load("torchscript", file.path)(normalised))
+    actual = dict(zip(STAGES, maps, strict=True))
+    assert largest_difference(backbone_target(net), actual, images) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["torchscript", "torch_export", pytest.param("aotinductor", marks=pytest.mark.slow)],
+)
+def test_other_formats(format, tmp_path):
+    target = backbone_target(thin(STRUCTURES["eSE in all"], 16))
+    path = tmp_path / f"backbone{FORMATS[format].suffix}"
+    file = export(target, format, path)
+    assert file.operators.total() > 0
+    program = load(format, path)
+    for batch, *size in SIZES:
+        images = raw_images(batch, 3, *size)
+        outputs = dict(zip(target.output_names, map(np.asarray, program(images)), strict=True))
+        assert largest_difference(target, outputs, images) <= 1e-4
+
+
+def test_formats_are_all_tested():
+    assert {"onnx", "torchscript", "torch_export", "aotinductor"} == set(FORMATS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TABLE)
+def test_every_variant(variant, tmp_path):
+    net = TABLE[variant]
+    target = backbone_target(net)
+    file = export(target, "onnx", tmp_path / "backbone.onnx")
+    assert_plain(file.path, operators_of(net))
+    print(f"{variant}: {dict(file.operators)}")
+    for shape in ((1, 3, 64, 64), (2, 3, 75, 101), (1, 3, 133, 90)):
+        images = raw_images(*shape)
+        assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
+
+
+# With FPN
+
+
+@pytest.mark.parametrize("config", [pytest.param(MASK_RCNN, marks=pytest.mark.slow), RETINANET])
+def test_fpn(config, tmp_path):
+    """P6 by pooling and P6, P7 by convolutions; sides are multiples of 32, batch is anything."""
+    target = select_target(build_detector(small_config(config)), "fpn")
+    file = export(target, "onnx", tmp_path / "fpn.onnx")
+    net = STRUCTURES["eSE in all"]
+    assert_plain(file.path, operators_of(net) | OF_FPN)
+    for shape in ((1, 3, 32, 64), (2, 3, 160, 96)):
+        images = raw_images(*shape)
+        assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
+    graph = onnx.load(file.path).graph
+    height, width = (axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim[2:])
+    assert (height, width) == ("32*height", "32*width")
+
+
+def test_fpn_by_torch_export(tmp_path):
+    target = select_target(build_detector(small_config(RETINANET)), "fpn")
+    program = load("torch_export", export(target, "torch_export", tmp_path / "fpn.pt2").path)
+    for shape in ((1, 3, 32, 64), (2, 3, 160, 96)):
+        images = raw_images(*shape)
+        actual = dict(zip(target.output_names, map(np.asarray, program(images)), strict=True))
+        assert largest_difference(target, actual, images) <= 1e-4
+    assert target.inputs_from(raw_images(1, 3, 67, 99))[0].shape == (1, 3, 64, 96)
+
+
+# Comparison
+
+
+def detections(boxes, scores, classes, **fields) -> dict[str, torch.Tensor]:
+    return {
+        "pred_boxes": torch.tensor(boxes).reshape(-1, 4),
+        "scores": torch.tensor(scores),
+        "pred_classes": torch.tensor(classes, dtype=torch.int64),
+        **fields,
+    }
+
+
+BOXES = [[0.0, 0.0, 100.0, 100.0], [50.0, 0.0, 150.0, 100.0]]
+EXPECTED = detections(BOXES, [0.9, 0.5], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("actual", "matched"),
+    [
+        (EXPECTED, 2),
+        (detections(BOXES[::-1], [0.5, 0.9], [2, 1]), 2),  # in another order
+        (detections(BOXES, [0.9, 0.5], [1, 1]), 1),  # another class
+        (detections(BOXES, [0.9, 0.502], [1, 2]), 1),  # another score
+        (detections([BOXES[0], [50.0, 0.0, 152.0, 100.0]], [0.9, 0.5], [1, 2]), 1),  # IoU 0.98
+        (detections(BOXES[:1], [0.9], [1]), 1),  # one too few
+        (detections([*BOXES, BOXES[0]], [0.9, 0.5, 0.4], [1, 2, 1]), 2),  # one too many
+        (detections([], [], []), 0),
+    ],
+)
+def test_compared_detections(actual, matched):
+    difference = compare(actual, EXPECTED)["detections"]
+    assert (difference.expected, difference.found) == (2, len(actual["scores"]))
+    assert difference.matched == matched
+    assert difference.agrees == (matched == 2 == len(actual["scores"]))
+
+
+def test_differences_of_detections():
+    masks = torch.zeros(2, 10, 10, dtype=torch.bool)
+    other = masks.clone()
+    other[1, 0, :3] = True
+    actual = detections([BOXES[0], [50.0, 0.0, 150.5, 100.0]], [0.9, 0.4995], [1, 2], masks=other)
+    (difference,) = compare(actual, EXPECTED | {"masks": masks}).values()
+    assert difference.iou == pytest.approx(100 / 100.5)
+    assert difference.box == 0.5
+    assert difference.score == pytest.approx(0.0005, rel=1e-3)
+    assert difference.fields["masks"] == pytest.approx(3 / 200)
+    assert not difference.agrees  # for the masks
+    assert difference.matched == 2
+
+
+def test_differences_of_maps():
+    expected = {"p2": torch.tensor([[1.0, -4.0]]), "p3": torch.zeros(0)}
+    difference = compare({"p2": torch.tensor([[1.0, -4.002]]), "p3": torch.zeros(0)}, expected)
+    assert difference["p2"].absolute == pytest.approx(0.002, rel=1e-3)
+    assert difference["p2"].relative == pytest.approx(0.0005, rel=1e-3)
+    assert not difference["p2"].agrees
+    assert difference["p3"].agrees
+    assert not compare({"p2": torch.zeros(2), "p3": torch.zeros(0)}, expected)["p2"].agrees
+
+
+def test_pasted_masks():
+    masks = torch.rand(7, 28, 28)
+    corners = torch.rand(7, 2) * 60 - 10
+    boxes = torch.cat([corners, corners + 1 + torch.rand(7, 2) * 90], dim=1)
+    expected = paste_masks_in_image(masks, boxes, (61, 83))
+    assert expected.any()
+    assert not expected.all()
+    pasted = paste_masks(masks, boxes, 61, 83)
+    assert pasted.dtype == torch.bool
+    assert pasted.shape == (7, 61, 83)
+    assert (pasted != expected).sum() <= 1  # one pixel may lie at the threshold
+    assert paste_masks(masks[:0], boxes[:0], 61, 83).shape == (0, 61, 83)
+
+
+# Mistakes
+
+
+def test_unknown_format():
+    message = "Unknown format 'tflite': choose from onnx, torchscript, torch_export, aotinductor."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_format("tflite", BackboneTarget)
+
+
+def test_missing_packages(monkeypatch, tmp_path):
+    target = backbone_target(thin(STRUCTURES["full"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = "onnx needs onnx, onnxscript, onnxruntime: pip install 'vovnet_d2[export]'"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
+        export(target, "onnx", tmp_path / "backbone.onnx")
+
+
+def test_part_that_is_none():
+    model = build_model(small_config(MASK_RCNN))
+    with pytest.raises(ValueError, match=f"Unknown part 'neck': choose from {', '.join(PARTS)}"):
+        select_target(model, "neck")
+    model.backbone = model.backbone.bottom_up
+    with pytest.raises(ValueError, match="VoVNet, has no FPN: export its part backbone"):
+        select_target(model, "fpn")
+
+
+def test_a_model_that_a_format_cannot_take(tmp_path):
+    target = backbone_target(thin(STRUCTURES["full"]))
+    target.module.forward = lambda images: (images[images > 0],) if images.sum() else images
+    with pytest.raises(ValueError, match=r"cannot be exported as torch_export \(.*onnx, torchs"):
+        export(target, "torch_export", tmp_path / "backbone.pt2")

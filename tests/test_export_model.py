@@ -1,0 +1,117 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: tools/export_model.py."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import export_model
+import onnxruntime
+import pytest
+import sklearn.datasets
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from export_models import MASK_RCNN, OPTIONS, RETINANET, build_detector, small_config
+
+from vovnet_d2.export import load, parity
+
+PICTURES = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def options(**more) -> list[str]:
+    """To be the last of a command line."""
+    pairs = OPTIONS | {"INPUT.MIN_SIZE_TEST": 120} | more
+    return ["--opts", *(str(word) for pair in pairs.items() for word in pair)]
+
+
+def export(*args: str, config: str = MASK_RCNN, **more) -> dict:
+    """Run the tool, return its report."""
+    export_model.main(["--config-file", config, *args, *options(**more)])
+    (report,) = Path("exported").glob("*.json")
+    return json.loads(report.read_text())
+
+
+def test_report_of_a_backbone(capsys):
+    sizes = ["64x96", "33x51"]
+    report = export("--part", "backbone", "--format", "torchscript", "--sizes", *sizes)
+    (result,) = report["exports"]
+    assert [check["input"] for check in result["checks"]] == ["1×3×64×96", "2×3×33×51"]
+    assert report["outputs"] == ["stage2", "stage3", "stage4", "stage5"]
+    assert report["weights"] == "none: random"
+    for check in result["checks"]:
+        assert check["differences"].keys() == set(report["outputs"])
+        assert all(0 <= d["relative"] < 1e-4 for d in check["differences"].values())
+        assert check["exported_ms"] > 0
+        assert check["time_ratio"] > 0
+    assert result["nodes"] == sum(result["operators"].values())
+    file = Path("exported") / result["file"]
+    assert result["megabytes"] == round(file.stat().st_size / 1e6, 1)
+    assert load("torchscript", file)(torch.rand(1, 3, 64, 64))[0].shape == (1, 14, 16, 16)
+    markdown = Path("exported/backbone.md").read_text()
+    assert markdown in capsys.readouterr().out
+    assert "| torchscript |" in markdown
+    for fact in ("torch: ", "threads: ", "device: ", "command: ", "aten::_convolution"):
+        assert fact in markdown
+
+
+def test_detector_with_weights_on_pictures(tmp_path):
+    model = build_detector(small_config(RETINANET))
+    DetectionCheckpointer(model, str(tmp_path)).save("weights")
+    report = export(
+        *("--images", *map(str, PICTURES)),
+        config=RETINANET,
+        **{"MODEL.WEIGHTS": str(tmp_path / "weights.pth")},
+    )
+    (result,) = report["exports"]
+    assert [check["input"] for check in result["checks"]] == ["3×120×180", "3×120×180"]
+    for check in result["checks"]:
+        found = check["differences"]["detections"]
+        assert found["expected"] == found["matched"] > 0
+        assert found["iou"] > 0.99
+    assert result["exporter"] == "torch.onnx (TorchScript)"
+    model = onnxruntime.InferenceSession("exported/detector.onnx")
+    assert [entry.name for entry in model.get_inputs()] == report["inputs"]
+    assert [entry.name for entry in model.get_outputs()] == report["outputs"]
+    assert result["opset"] == 18
+
+
+def test_nothing_to_compare_is_told(capsys):
+    export("--format", "torchscript", "--sizes", "64x64", config=RETINANET)
+    assert "Nothing was detected" in capsys.readouterr().out
+
+
+def test_disagreement_is_told(monkeypatch):
+    monkeypatch.setattr(parity, "MAP_TOLERANCE", -1.0)
+    with pytest.raises(SystemExit, match=r"Not the same as eager: backbone.ts\."):
+        export("--part", "backbone", "--format", "torchscript", "--sizes", "64x64")
+    assert "| NO" in Path("exported/backbone.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--format", "aotinductor"], "aotinductor does not take a whole detector"),
+        (
+            ["--part", "fpn", "--without", "postprocessing"],
+            "The part fpn has no post-processing to leave out.",
+        ),
+        (["--sizes", "64"], "Size '64' is not of the form HxW, such as 224x224."),
+        (["--images", __file__], f"{__file__} is not a picture that can be read."),
+        (["--images", "missing.jpg"], "missing.jpg"),
+        (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+    ],
+)
+def test_mistakes(args, message, monkeypatch):
+    command = ["export_model.py", "--config-file", MASK_RCNN, *args, *options()]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(export_model.__file__, run_name="__main__")
+    assert str(exit.value.code).startswith("error: ")
+    assert message in str(exit.value.code)

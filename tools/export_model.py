@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Export a detector, or its backbone with or without FPN, and hold each file against eager.
+
+    python tools/export_model.py --config-file output/config.yaml --part detector \\
+        --format onnx torchscript --images *.jpg --opts MODEL.WEIGHTS output/model_final.pth
+
+Beside the files stands a report of the same name: differences, operators, times. The exit status
+is 1 if a file does not agree with the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from PIL import UnidentifiedImageError
+from torch import nn
+
+from vovnet_d2 import VoVNetCheckpointer
+from vovnet_d2.engine import load_config
+from vovnet_d2.export import (
+    FORMATS,
+    PARTS,
+    BackboneTarget,
+    DetectorTarget,
+    check_format,
+    export_and_check,
+    select_target,
+)
+from vovnet_d2.export.report import to_markdown
+
+SIZES = ("224x224", "257x191", "320x480")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="YAML file, or its name among ours")
+    parser.add_argument("--part", choices=PARTS, default="detector", help="default: detector")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx"
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        choices=("preprocessing", "postprocessing"),
+        default=[],
+        help="what the graph is not to do. preprocessing: normalisation and, in a detector, "
+        "padding. postprocessing, of a detector: scaling to a height and width that are two more "
+        "inputs, and pasting of masks",
+    )
+    parser.add_argument("--output", default="exported", help="folder (default: exported)")
+    parser.add_argument("--device", default="cpu", help="to export and check on (default: cpu)")
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument(
+        "--images",
+        nargs="+",
+        metavar="FILE",
+        help="pictures to compare on, resized as in a test. A detector finds nothing in the random "
+        "images that are taken otherwise",
+    )
+    compared.add_argument(
+        "--sizes",
+        nargs="+",
+        default=SIZES,
+        metavar="HxW",
+        help=f"of random images to compare on (default: {' '.join(SIZES)})",
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config options such as MODEL.WEIGHTS; last of all",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
+    kind = DetectorTarget if args.part == "detector" else BackboneTarget
+    for format in args.format:
+        check_format(format, kind)
+    if kind is BackboneTarget and "postprocessing" in args.without:
+        raise ValueError(f"The part {args.part} has no post-processing to leave out.")
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
+    images = _read_images(cfg, args.images) if args.images else None
+    model = build_model(cfg).eval()
+    VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    target = select_target(
+        model,
+        args.part,
+        preprocessing="preprocessing" not in args.without,
+        postprocessing="postprocessing" not in args.without,
+    )
+    if images is None:
+        images = _random_images(args.sizes, model, batched=target.batched)
+    about = {
+        "config": args.config_file,
+        "weights": cfg.MODEL.WEIGHTS or "none: random",
+        "channels": cfg.INPUT.FORMAT,
+    }
+    folder = Path(args.output)
+    report = export_and_check(target, args.format, folder, args.part, images, about=about)
+    print(to_markdown(report))
+    if not any(_found(check) for export in report["exports"] for check in export["checks"]):
+        print("Nothing was detected, so no boxes were compared: give pictures with --images.")
+    disagreeing = [export["file"] for export in report["exports"] if not export["agrees"]]
+    if disagreeing:
+        sys.exit(f"Not the same as eager: {', '.join(disagreeing)}.")
+    print(f"All agree with eager. Files and report: {folder / args.part}.*")
+
+
+def _found(check: dict[str, Any]) -> bool:
+    """Whether there was something to compare."""
+    return check["differences"].get("detections", {"expected": 1})["expected"] > 0
+
+
+def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
+    """Each (1, C, H, W), of the size that a test gives it."""
+    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    images = []
+    for file in files:
+        try:
+            image = detection_utils.read_image(file, format=cfg.INPUT.FORMAT)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{file} is not a picture that can be read.") from error
+        image = resize.get_transform(image).apply_image(image).astype("float32")
+        images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
+    return images
+
+
+def _random_images(sizes: Sequence[str], model: nn.Module, *, batched: bool) -> list[torch.Tensor]:
+    """The first alone, then two, three, ... at once where the target takes several."""
+    images = []
+    for number, size in enumerate(sizes, start=1):
+        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        if match is None:
+            raise ValueError(f"Size {size!r} is not of the form HxW, such as {SIZES[0]}.")
+        shape = (number if batched else 1, len(model.pixel_mean), *map(int, match.groups()))
+        images.append(torch.rand(shape, device=model.pixel_mean.device) * 255)
+    return images
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")

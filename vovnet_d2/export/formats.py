@@ -1,0 +1,275 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The file formats: how each is written, what is in it, and how it is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
+
+from .targets import BackboneTarget, DetectorTarget, ExportTarget
+
+__all__ = ["FORMATS", "ExportedFile", "Format", "export", "load"]
+
+OPSET = 18
+"""Of ONNX: the newest that both of torch's exporters write without converting from another."""
+
+MIN_SIZE = 32
+"""The smallest height and width that VoVNet takes."""
+
+Program = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """
+    Attributes:
+        exporter: what of torch wrote it.
+        operators: name to number of the graph's nodes, those in subgraphs included, constants not.
+        opset: of ONNX.
+    """
+
+    path: Path
+    exporter: str
+    operators: Counter[str]
+    opset: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    Attributes:
+        write: exports a target to a path.
+        read: loads what was written, to run on a device.
+        packages: what has to be installed beside torch.
+        detectors: whether it takes whole detectors.
+    """
+
+    suffix: str
+    write: Callable[[ExportTarget, Path], ExportedFile]
+    read: Callable[[Path, torch.device], Program]
+    packages: tuple[str, ...] = ()
+    detectors: bool = False
+
+
+def export(target: ExportTarget, format: str, path: Path) -> ExportedFile:
+    """Write a target to a file.
+
+    Args:
+        format: a key of :data:`FORMATS`.
+
+    Raises:
+        ValueError: an unknown format, or one that does not take this target.
+        ModuleNotFoundError: the format needs a package that is not installed.
+    """
+    check_format(format, type(target))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            # What tracing fixes by mistake shows in the comparison with eager at other sizes.
+            warnings.simplefilter("ignore")
+            return FORMATS[format].write(target, path)
+    except RuntimeError as error:
+        others = [name for name in formats_for(type(target)) if name != format]
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"This model cannot be exported as {format} ({reason}). Other formats to try: "
+            f"{', '.join(others)}."
+        ) from error
+
+
+def load(format: str, path: Path, device: torch.device | str = "cpu") -> Program:
+    """What :func:`export` wrote, as a function from tensors to a tuple of tensors."""
+    return FORMATS[format].read(path, torch.device(device))
+
+
+def formats_for(target: type[ExportTarget]) -> list[str]:
+    return [
+        name
+        for name, format in FORMATS.items()
+        if format.detectors or not issubclass(target, DetectorTarget)
+    ]
+
+
+def check_format(format: str, target: type[ExportTarget]) -> None:
+    """
+    Raises:
+        ValueError, ModuleNotFoundError: see :func:`export`.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format {format!r}: choose from {', '.join(FORMATS)}.")
+    choices = formats_for(target)
+    if format not in choices:
+        raise ValueError(
+            f"{format} does not take a whole detector, as torch.export cannot follow how many "
+            f"boxes a picture has: choose from {', '.join(choices)}, or export the part backbone "
+            "or fpn."
+        )
+    missing = [name for name in FORMATS[format].packages if not importlib.util.find_spec(name)]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Exporting as {format} needs {', '.join(missing)}: pip install 'vovnet_d2[export]'."
+        )
+
+
+# torch.export ------------------------------------------------------------------------------------
+
+
+def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]]:
+    height, width = (Dim(name, min=-(-MIN_SIZE // target.divisor)) for name in ("height", "width"))
+    if target.divisor > 1:
+        height, width = target.divisor * height, target.divisor * width
+    return {"images": {0: Dim("batch", min=1), 2: height, 3: width}}
+
+
+def _export_program(target: ExportTarget) -> ExportedProgram:
+    assert isinstance(target, BackboneTarget)
+    # Otherwise maps of one pixel are excluded, which a small image's last levels are.
+    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(
+            target.module, target.example, dynamic_shapes=_dynamic_shapes(target)
+        )
+
+
+def _operators_of_program(program: ExportedProgram) -> Counter[str]:
+    return Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+
+
+def _write_program(target: ExportTarget, path: Path) -> ExportedFile:
+    program = _export_program(target)
+    torch.export.save(program, path)
+    return ExportedFile(path, "torch.export", _operators_of_program(program))
+
+
+def _read_program(path: Path, device: torch.device) -> Program:
+    return torch.export.load(path).module()
+
+
+def _write_compiled(target: ExportTarget, path: Path) -> ExportedFile:
+    program = _export_program(target)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return ExportedFile(path, "AOTInductor", _operators_of_program(program))
+
+
+def _read_compiled(path: Path, device: torch.device) -> Program:
+    compiled = torch._inductor.aoti_load_package(str(path))
+    return lambda *inputs: tuple(compiled(*inputs))
+
+
+# TorchScript -------------------------------------------------------------------------------------
+
+
+def _write_torchscript(target: ExportTarget, path: Path) -> ExportedFile:
+    traced = torch.jit.trace(target.module, target.example, check_trace=False)
+    torch.jit.save(traced, path)
+    operators = Counter(
+        node.kind()
+        for node in _nodes_of_script(traced.inlined_graph)
+        if node.kind() not in ("prim::Constant", "prim::GetAttr")
+    )
+    return ExportedFile(path, "torch.jit.trace", operators)
+
+
+def _nodes_of_script(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes_of_script(inner)
+
+
+def _read_torchscript(path: Path, device: torch.device) -> Program:
+    return torch.jit.load(path, map_location=device).eval()
+
+
+# ONNX --------------------------------------------------------------------------------------------
+
+
+def _write_onnx(target: ExportTarget, path: Path) -> ExportedFile:
+    import onnx
+
+    options: dict[str, Any] = {
+        "input_names": target.input_names,
+        "output_names": target.output_names,
+        "opset_version": OPSET,
+        "external_data": False,
+    }
+    if isinstance(target, BackboneTarget):
+        exporter = "torch.onnx (dynamo)"
+        torch.onnx.export(
+            _export_program(target),
+            target.example,
+            path,
+            dynamo=True,
+            dynamic_shapes=_dynamic_shapes(target),
+            verbose=False,
+            **options,
+        )
+    else:
+        exporter = "torch.onnx (TorchScript)"
+        torch.onnx.export(
+            target.module,
+            target.example,
+            path,
+            dynamo=False,
+            dynamic_axes={"image": {1: "image_height", 2: "image_width"}},
+            **options,
+        )
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    operators = Counter(
+        f"{node.domain}::{node.op_type}".removeprefix("::")
+        for node in _nodes_of_onnx(model.graph.node)
+        if node.op_type != "Constant"
+    )
+    (opset,) = (o.version for o in model.opset_import if o.domain == "")
+    return ExportedFile(path, exporter, operators, opset)
+
+
+def _nodes_of_onnx(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes_of_onnx(graph.node)
+
+
+def _read_onnx(path: Path, device: torch.device) -> Program:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        wanted.insert(0, "CUDAExecutionProvider")
+    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(path, options, providers)
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feed = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+        return tuple(torch.from_numpy(y) for y in session.run(None, feed))
+
+    return run
+
+
+FORMATS = {
+    "onnx": Format(
+        ".onnx",
+        _write_onnx,
+        _read_onnx,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        detectors=True,
+    ),
+    "torchscript": Format(".ts", _write_torchscript, _read_torchscript, detectors=True),
+    "torch_export": Format(".pt2", _write_program, _read_program),
+    "aotinductor": Format(".aoti.pt2", _write_compiled, _read_compiled),
+}
+"""Name of a format to what writes and reads it. OpenVINO and TensorRT read the ONNX file."""

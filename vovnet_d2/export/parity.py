@@ -1,0 +1,134 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How far the outputs of an exported model are from the model's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torchvision.ops import box_iou
+
+__all__ = ["DetectionDifference", "MapDifference", "compare"]
+
+MAP_TOLERANCE = 1e-4
+"""Of maps: the largest difference, relative to the map's largest value."""
+
+MIN_IOU, SCORE_TOLERANCE = 0.99, 1e-3
+"""What makes two detections of one class the same."""
+
+FIELD_TOLERANCE = 1e-2
+"""Of other fields of a detection, such as masks and keypoints: as of maps; of boolean masks, the
+share of pixels that differ."""
+
+Outputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MapDifference:
+    """
+    Attributes:
+        absolute: the largest difference; infinite if the shapes differ.
+        relative: the same, divided by the largest absolute value expected.
+    """
+
+    absolute: float
+    relative: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.relative <= MAP_TOLERANCE
+
+
+@dataclass(frozen=True)
+class DetectionDifference:
+    """
+    Attributes:
+        expected: number of detections of the model itself.
+        found: number of the exported model's.
+        matched: number of those that are the same, one to one.
+        iou: the least of the matched boxes.
+        box: the largest difference of their coordinates, in pixels.
+        score: the largest difference of their scores.
+        fields: the difference of everything else, as of maps.
+    """
+
+    expected: int
+    found: int
+    matched: int
+    iou: float
+    box: float
+    score: float
+    fields: dict[str, float]
+
+    @property
+    def agrees(self) -> bool:
+        return self.matched == self.expected == self.found and all(
+            difference <= FIELD_TOLERANCE for difference in self.fields.values()
+        )
+
+
+Difference = MapDifference | DetectionDifference
+
+
+def compare(actual: Outputs, expected: Outputs) -> dict[str, Difference]:
+    """
+    Args:
+        actual: outputs of an exported model by name.
+        expected: those of the model itself.
+
+    Returns:
+        detections as a whole under "detections", in whatever order they come; the difference of
+        any other output under its name.
+    """
+    if "pred_boxes" in expected:
+        return {"detections": _compare_detections(actual, expected)}
+    return {name: _compare_maps(actual[name], expected[name]) for name in expected}
+
+
+def _compare_maps(actual: torch.Tensor, expected: torch.Tensor) -> MapDifference:
+    if actual.shape != expected.shape:
+        return MapDifference(math.inf, math.inf)
+    if not expected.numel():
+        return MapDifference(0.0, 0.0)
+    absolute = (actual.double() - expected.double()).abs().max().item()
+    largest = expected.abs().max().item()
+    return MapDifference(absolute, absolute / largest if largest else absolute)
+
+
+def _compare_detections(actual: Outputs, expected: Outputs) -> DetectionDifference:
+    found, wanted = _match(actual, expected)
+    of_image = {"image_size"}
+    pairs = {
+        name: (actual[name], expected[name])
+        if name in of_image
+        else (actual[name][found], expected[name][wanted])
+        for name in expected
+    }
+    iou = box_iou(*pairs["pred_boxes"]).diag()
+    return DetectionDifference(
+        expected=len(expected["scores"]),
+        found=len(actual["scores"]),
+        matched=len(wanted),
+        iou=iou.min().item() if len(iou) else 1.0,
+        box=_compare_maps(*pairs.pop("pred_boxes")).absolute,
+        score=_compare_maps(*pairs.pop("scores")).absolute,
+        fields={name: _compare_field(*pair) for name, pair in pairs.items()},
+    )
+
+
+def _compare_field(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.dtype == expected.dtype == torch.bool and actual.shape == expected.shape:
+        return (actual != expected).double().mean().item() if actual.numel() else 0.0
+    return _compare_maps(actual, expected).relative
+
+
+def _match(actual: Outputs, expected: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the same detections in both. NMS leaves no two that match the same one."""
+    iou = box_iou(actual["pred_boxes"], expected["pred_boxes"])
+    same = iou >= MIN_IOU
+    same &= actual["pred_classes"][:, None] == expected["pred_classes"]
+    same &= (actual["scores"][:, None] - expected["scores"]).abs() <= SCORE_TOLERANCE
+    return same.nonzero(as_tuple=True)

@@ -1,0 +1,281 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What can be exported: a part of a model, as a function from tensors to tensors."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.export import TracingAdapter
+from detectron2.export.flatten import DictSchema, InstancesSchema, ListSchema, Schema
+from detectron2.layers import shapes_to_tensor
+from detectron2.modeling import FPN, Backbone, GeneralizedRCNN
+from detectron2.modeling.meta_arch import PanopticFPN
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import nn
+
+from ..modeling.inference import optimize_for_inference
+from .masks import paste_masks
+
+__all__ = ["PARTS", "BackboneTarget", "DetectorTarget", "ExportTarget", "select_target"]
+
+PARTS = ("backbone", "fpn", "detector")
+"""What of a detector can be exported: VoVNet alone, with its FPN, or everything."""
+
+
+class ExportTarget(ABC):
+    """A module to export, its contract, and the model that it has to agree with.
+
+    Attributes:
+        description: one line for people.
+        module: takes tensors, returns a tuple of tensors; a copy, ready for inference.
+        input_names: of its inputs, as ``output_names`` of its outputs.
+        example: inputs to trace it with.
+        batched: whether it takes several images at once.
+    """
+
+    description: str
+    module: nn.Module
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    example: tuple[torch.Tensor, ...]
+    batched: bool
+
+    @abstractmethod
+    def eager(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model itself returns, unoptimised, for inputs of the exported module."""
+
+    @abstractmethod
+    def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inputs of the exported module, with all done that the module does not do itself.
+
+        Args:
+            images: (N, C, H, W), raw pixels in the order of channels that the model expects; N is
+                1 unless the target is ``batched``.
+        """
+
+
+class BackboneTarget(ExportTarget):
+    """A backbone, with or without FPN: (N, C, H, W) to its maps, all of N, H and W dynamic."""
+
+    batched = True
+    input_names = ("images",)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        pixel_mean: torch.Tensor,
+        pixel_std: torch.Tensor,
+        preprocessing: bool = True,
+    ):
+        """
+        Args:
+            backbone: any whose ``forward`` returns a dict of maps.
+            pixel_mean: (C, 1, 1), as is ``pixel_std``.
+            preprocessing: whether the module takes raw pixels and normalises them, or takes them
+                normalised.
+        """
+        # FPN adds upsampled maps: they fit where its strides divide the sides.
+        self.divisor = max(backbone.size_divisibility, 1)
+        self.preprocessing = preprocessing
+        self._normalize = _Normalize(pixel_mean, pixel_std)
+        first = self._normalize if preprocessing else nn.Identity()
+        optimized = optimize_for_inference(backbone, memory_format=torch.contiguous_format)
+        self.module = _Maps(first, optimized).eval()
+        self._model = _Maps(first, copy.deepcopy(backbone).eval()).eval()
+        # No side equal to another one, to the batch or to the number of channels: tracing may
+        # take two sizes that are equal for one.
+        shape = (2, len(pixel_mean), 3 * self.divisor + 64, 4 * self.divisor + 64)
+        self.example = self.inputs_from(torch.rand(shape, device=pixel_mean.device) * 255)
+        with torch.no_grad():
+            self.output_names = tuple(backbone(self._normalize(self.example[0])))
+        self.description = (
+            f"{type(backbone).__name__}: images (N, {len(pixel_mean)}, H, W)"
+            + (f", H and W multiples of {self.divisor}," if self.divisor > 1 else "")
+            + (" of raw pixels" if preprocessing else " of normalised pixels")
+            + f" to {', '.join(self.output_names)}"
+        )
+
+    def eager(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return self._model(*inputs)
+
+    def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See :class:`ExportTarget`; what is over the next multiple of the sides is cut off."""
+        height, width = (size // self.divisor * self.divisor for size in images.shape[-2:])
+        images = images[..., :height, :width]
+        return (images if self.preprocessing else self._normalize(images),)
+
+
+class _Normalize(nn.Module):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std
+
+
+class _Maps(nn.Module):
+    def __init__(self, normalize: nn.Module, backbone: nn.Module):
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.backbone(self.normalize(images)).values())
+
+
+class DetectorTarget(ExportTarget):
+    """A whole detector by Detectron2's :class:`TracingAdapter`: one image to its detections.
+
+    Any meta-architecture that takes Detectron2's inputs and whose outputs are made of tensors.
+    """
+
+    batched = False
+
+    def __init__(self, model: Any, *, preprocessing: bool = True, postprocessing: bool = True):
+        """
+        Args:
+            model: the detector.
+            preprocessing: whether the module takes a raw image of any size, and normalises and pads
+                it; or takes it normalised, its sides multiples of the backbone's
+                ``size_divisibility``.
+            postprocessing: whether the module also takes the height and width that boxes, keypoints
+                and masks are to be in, and pastes the masks; or leaves boxes in pixels of the image
+                and masks in their boxes, as Detectron2's ``do_postprocess=False``.
+
+        Raises:
+            ValueError: some of the outputs are not tensors.
+        """
+        self.postprocessing = postprocessing
+        self._preprocess = None if preprocessing else model.preprocess_image
+        self.input_names = ("image", "height", "width") if postprocessing else ("image",)
+        optimized = optimize_for_inference(model, memory_format=torch.contiguous_format)
+        size = (1, len(model.pixel_mean), 200, 264)
+        self.example = self.inputs_from(torch.rand(size, device=model.device) * 255)
+        self.module = self._adapt(optimized)
+        self._model = self._adapt(copy.copy(model).eval())
+        self.output_names = self._find_output_names()
+        self.description = (
+            f"{type(model).__name__}: image (C, H, W), "
+            + ("raw pixels" if preprocessing else "normalised and padded")
+            + (", and height and width of the result," if postprocessing else "")
+            + f" to {', '.join(self.output_names)}"
+        )
+
+    def eager(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._model(*inputs)
+
+    def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See :class:`ExportTarget`; the result is to be in twice the image's size."""
+        (image,) = images
+        size = tuple(torch.tensor(2 * side) for side in image.shape[-2:])
+        if self._preprocess is not None:
+            (image,) = self._preprocess([{"image": image}]).tensor
+        return (image, *size) if self.postprocessing else (image,)
+
+    def _adapt(self, model: Any) -> TracingAdapter:
+        if self._preprocess is not None:
+            model.preprocess_image = _take_as_preprocessed
+        return TracingAdapter(model, self.example, _infer).eval()
+
+    def _find_output_names(self) -> tuple[str, ...]:
+        try:
+            self.module(*self.example)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self.module.model).__name__} cannot be exported whole, as not all that it "
+                "returns are tensors: export its part backbone or fpn."
+            ) from error
+        return tuple(_leaf_names(self.module.outputs_schema))
+
+
+def _take_as_preprocessed(batched_inputs: list[dict[str, torch.Tensor]]) -> ImageList:
+    (inputs,) = batched_inputs
+    image = inputs["image"]
+    return ImageList(image[None], [shapes_to_tensor(image.shape[-2:])])
+
+
+def _infer(model: Any, image: torch.Tensor, *size: torch.Tensor) -> list[dict[str, Any]]:
+    """What the model returns for an image; while it is traced, with our masks.
+
+    Args:
+        size: height and width of the result, or nothing to do without post-processing.
+    """
+    inputs = {"image": image, **dict(zip(("height", "width"), size, strict=False))}
+    is_rcnn = isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN)
+    if not is_rcnn or (size and not torch.jit.is_tracing()):
+        return model([inputs])
+    (instances,) = model.inference([inputs], do_postprocess=False)
+    return [{"instances": _postprocess(instances, *size) if size else instances}]
+
+
+def _postprocess(instances: Instances, height: Any, width: Any) -> Instances:
+    """Detectron2's, but for the masks."""
+    if not instances.has("pred_masks"):
+        return detector_postprocess(instances, height, width)
+    instances.roi_masks = instances.pred_masks[:, 0]
+    instances.remove("pred_masks")
+    instances = detector_postprocess(instances, height, width)
+    instances.pred_masks = paste_masks(
+        instances.roi_masks, instances.pred_boxes.tensor, height, width
+    )
+    instances.remove("roi_masks")
+    return instances
+
+
+def _leaf_names(schema: Schema, name: str = "") -> Iterator[str]:
+    """The keys of what a :class:`TracingAdapter` flattened, in its order."""
+    if isinstance(schema, DictSchema):
+        for key, part in zip(schema.keys, schema.schemas, strict=True):
+            yield from _leaf_names(part, key)
+        if isinstance(schema, InstancesSchema):
+            yield "image_size"
+    elif isinstance(schema, ListSchema):
+        for part in schema.schemas:
+            yield from _leaf_names(part, name)
+    else:
+        yield name
+
+
+def select_target(
+    model: Any, part: str, *, preprocessing: bool = True, postprocessing: bool = True
+) -> ExportTarget:
+    """
+    Args:
+        model: a detector of Detectron2's.
+        part: one of :data:`PARTS`.
+        preprocessing: see :class:`BackboneTarget` and :class:`DetectorTarget`, as for
+            ``postprocessing``, which a backbone has none of.
+
+    Raises:
+        ValueError: an unknown part, or one that the model does not have.
+    """
+    if part not in PARTS:
+        raise ValueError(f"Unknown part {part!r}: choose from {', '.join(PARTS)}.")
+    if part == "detector":
+        return DetectorTarget(model, preprocessing=preprocessing, postprocessing=postprocessing)
+    backbone = model.backbone
+    has_fpn = isinstance(backbone, FPN)
+    if part == "fpn" and not has_fpn:
+        raise ValueError(
+            f"The backbone of the model, {type(backbone).__name__}, has no FPN: export its part "
+            "backbone."
+        )
+    return BackboneTarget(
+        backbone.bottom_up if part == "backbone" and has_fpn else backbone,
+        pixel_mean=model.pixel_mean,
+        pixel_std=model.pixel_std,
+        preprocessing=preprocessing,
+    )
