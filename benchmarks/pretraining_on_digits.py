@@ -72,15 +72,20 @@ def run_all(args: argparse.Namespace) -> list[Row]:
                 "TEST.EVAL_PERIOD": args.period,
             }
             run_once("train_net", DETECTOR, folder, options)
-            rows += read_run(folder, {"start": start, "seed": seed})
+            rows += read_run(folder, {"start": start, "seed": seed}, args.iterations)
     return rows
 
 
-def read_run(folder: Path, labels: Row) -> list[Row]:
+def read_run(folder: Path, labels: Row, iterations: int) -> list[Row]:
     series = read_metrics(str(folder / "metrics.json"))
     curves = {name: dict(series[key]) for key, name in METRICS.items()}
+    # The evaluation at the end is logged one later than those on the way.
     return [
-        {**labels, "iteration": i + 1, **{name: curve[i] for name, curve in curves.items()}}
+        {
+            **labels,
+            "iteration": min(i + 1, iterations),
+            **{name: curve[i] for name, curve in curves.items()},
+        }
         for i in next(iter(curves.values()))
     ]
 
@@ -110,7 +115,7 @@ def draw(rows: list[Row]) -> Figure:
         panel.set_xlabel("iteration")
         panel.set_xticks(x)
         panel.grid(alpha=0.3)
-    panel.legend(loc="lower right")
+    panel.legend(loc="upper left")
     figure.axes[0].set_ylabel("AP (%)")
     figure.axes[0].set_ylim(bottom=0)
     return figure
