@@ -202,6 +202,25 @@ def test_eval_only(trained: tuple[Path, Any], images: Path, tmp_path: Path) -> N
     assert launch(images, tmp_path, "--eval-only", "MODEL.WEIGHTS", weights) == trained[1]
 
 
+@pytest.mark.usefixtures("fresh_logging")
+def test_fine_tuning_takes_the_backbone(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """From the colours' three classes to ten; a rate of almost zero leaves what was loaded."""
+    weights = trained[0] / "model_final.pth"
+    launch(
+        "digits", tmp_path, "MODEL.WEIGHTS", str(weights), "SOLVER.MAX_ITER", "1",
+        "SOLVER.BASE_LR", "1e-30",
+    )  # fmt: skip
+    old, new = (
+        torch.load(path, weights_only=True)["model"]
+        for path in (weights, tmp_path / "model_final.pth")
+    )
+    assert new["network.linear.weight"].shape[0] == 10
+    kernels = [name for name in old if name.endswith("v1.weight") or ".aggregation.weight" in name]
+    assert kernels
+    assert all(torch.equal(old[name], new[name]) for name in kernels)
+    assert "network.linear.weight has shape (3, 24) in the file" in read_log(tmp_path)
+
+
 @pytest.mark.slow
 def test_several_processes_evaluate_each_image_once(
     trained: tuple[Path, Any], images: Path, tmp_path: Path
@@ -507,6 +526,10 @@ def test_wrong_data(make: Any, error: type[Exception], words: str, tmp_path: Pat
         (["PRETRAIN.MIXUP", "0.1", "SOLVER.IMS_PER_BATCH", "5"], "even multiple"),
         (["DATASETS.TRAIN", "('train', 'extra')"], "name one split"),
         (["INPUT.FORMAT", "L"], "BGR or RGB"),
+        (
+            ["MODEL.VOVNET.STAGE_WITH_DCN", "(False, False, True, True)"],
+            "neither deformable nor dilated",
+        ),
         (["MODEL.VOVNET.NORM", "FrozenBN"], "MODEL.VOVNET.NORM BN"),
         (["PRETRAIN.SIZE", "64"], "PRETRAIN.IMAGE_SIZE"),
     ],

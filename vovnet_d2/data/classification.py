@@ -18,7 +18,7 @@ from torchvision.datasets.folder import find_classes
 from .digit_images import load_sources
 from .digits import CLASS_NAMES, digit_split
 
-__all__ = ["SPLITS", "build_classification_dataset", "class_names", "enlarge_digit"]
+__all__ = ["SPLITS", "build_classification_dataset", "class_names"]
 
 SPLITS = ("train", "val")
 
@@ -35,9 +35,12 @@ def class_names(data: str, split: str) -> list[str]:
         FileNotFoundError: the folder or what it should hold is missing.
         ValueError: there is no such split.
     """
-    if _kind(data, split) == "folders":
-        return find_classes(_split_folder(data, split))[0]
-    return list(build_classification_dataset(data, split).classes)  # type: ignore[attr-defined]
+    kind = _kind(data, split)
+    if kind == "digits":
+        return list(CLASS_NAMES)
+    if kind == "cifar10":
+        return list(_open_cifar10(data, "val").classes)  # the smaller split
+    return find_classes(_split_folder(data, split))[0]
 
 
 def build_classification_dataset(
@@ -62,13 +65,7 @@ def build_classification_dataset(
     if kind == "digits":
         return _Digits(split, transform, image_size)
     if kind == "cifar10":
-        try:
-            return CIFAR10(data, train=split == "train", transform=transform)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"{data}/{CIFAR10.base_folder} is not complete or damaged: unpack "
-                f"{CIFAR10.filename} there once more."
-            ) from error
+        return _open_cifar10(data, split, transform)
     folder = _split_folder(data, split)
     try:
         return ImageFolder(folder, transform, loader=_read_image)
@@ -82,6 +79,16 @@ def _kind(data: str, split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"{data} has no split {split!r}: choose from {', '.join(SPLITS)}.")
     return "digits" if data == "digits" else "cifar10"
+
+
+def _open_cifar10(data: str, split: str, transform: Transform | None = None) -> CIFAR10:
+    try:
+        return CIFAR10(data, train=split == "train", transform=transform)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{data}/{CIFAR10.base_folder} is not complete or damaged: unpack "
+            f"{CIFAR10.filename} there once more."
+        ) from error
 
 
 def _split_folder(data: str, split: str) -> Path:
@@ -122,7 +129,7 @@ class _Digits(Dataset):
     def __init__(self, split: str, transform: Transform | None, image_size: int):
         sources = load_sources()
         indices = digit_split()[SPLITS.index(split)]
-        self.images = [enlarge_digit(scan, image_size) for scan in sources.scans[indices]]
+        self.images = [_enlarge(scan, image_size) for scan in sources.scans[indices]]
         self.targets = [int(label) for label in sources.labels[indices]]
         self.transform = transform
 
@@ -134,7 +141,7 @@ class _Digits(Dataset):
         return len(self.images)
 
 
-def enlarge_digit(scan: NDArray[np.float64], image_size: int) -> Image.Image:
+def _enlarge(scan: NDArray[np.float64], image_size: int) -> Image.Image:
     """A scan (8, 8) in [0, 1] as a square image, bright on black, with an empty cell around it."""
     cells = np.rint(255 * np.pad(scan, 1)).astype(np.uint8)
     image = Image.fromarray(cells).resize((image_size, image_size), Image.Resampling.BICUBIC)
