@@ -526,10 +526,6 @@ def test_wrong_data(make: Any, error: type[Exception], words: str, tmp_path: Pat
         (["PRETRAIN.MIXUP", "0.1", "SOLVER.IMS_PER_BATCH", "5"], "even multiple"),
         (["DATASETS.TRAIN", "('train', 'extra')"], "name one split"),
         (["INPUT.FORMAT", "L"], "BGR or RGB"),
-        (
-            ["MODEL.VOVNET.STAGE_WITH_DCN", "(False, False, True, True)"],
-            "neither deformable nor dilated",
-        ),
         (["MODEL.VOVNET.NORM", "FrozenBN"], "MODEL.VOVNET.NORM BN"),
         (["PRETRAIN.SIZE", "64"], "PRETRAIN.IMAGE_SIZE"),
     ],

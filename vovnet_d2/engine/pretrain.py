@@ -83,9 +83,8 @@ def _check(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
 def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
     """
     Raises:
-        ValueError: the input is not three channels, the network does not exist or not as a
-            classifier, there is not one split for training and one to evaluate, or mixup cannot
-            pair the images of a batch.
+        ValueError: the input is not three channels, the network does not exist, there is not one
+            split for training and one to evaluate, or mixup cannot pair the images of a batch.
     """
     node = cfg.PRETRAIN
     if cfg.INPUT.FORMAT not in ("BGR", "RGB") or len(cfg.MODEL.PIXEL_MEAN) != 3:
@@ -97,12 +96,6 @@ def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
     if node.NETWORK not in networks:
         raise ValueError(
             f"PRETRAIN.NETWORK is {node.NETWORK!r}: choose from {', '.join(networks)}."
-        )
-    if any(cfg.MODEL.VOVNET.STAGE_WITH_DCN) or cfg.MODEL.VOVNET.STAGE5_DILATION != 1:
-        raise ValueError(
-            "Classifiers have neither deformable nor dilated convolutions: leave "
-            "MODEL.VOVNET.STAGE_WITH_DCN and STAGE5_DILATION at their defaults. A detector that "
-            "has them loads the weights nevertheless."
         )
     batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if training and (node.MIXUP > 0 or node.CUTMIX > 0) and batch % 2:
