@@ -183,7 +183,23 @@ def test_every_variant(variant, tmp_path):
     print(f"{variant}: {dict(file.operators)}")
     for shape in ((1, 3, 64, 64), (2, 3, 75, 101), (1, 3, 133, 90)):
         images = raw_images(*shape)
-        assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
+        difference = largest_difference(target, run_onnx(file.path, images), images)
+        print(f"{variant} {shape}: {difference:.1e}")
+        assert difference <= 1e-4
+
+
+@pytest.mark.slow
+def test_deformable_convolutions(tmp_path):
+    spec = VoVNetSpec(**vars(thin(STRUCTURES["full"])))
+    model = VoVNet(spec, stage_with_dcn=(False, False, True, True), with_modulated_dcn=True).eval()
+    for name, parameter in model.named_parameters():
+        if "offset" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    target = BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD)
+    file = export(target, "onnx", tmp_path / "backbone.onnx")
+    assert file.operators["DeformConv"] > 0
+    images = raw_images(2, 3, 65, 97)
+    assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
 
 
 # With FPN

@@ -21,7 +21,7 @@ from export_models import (
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from vovnet_d2.export import DetectorTarget, check_format, export, load, select_target
+from vovnet_d2.export import PARTS, DetectorTarget, check_format, export, load, select_target
 
 slow = pytest.mark.slow
 
@@ -150,14 +150,15 @@ def test_openvino_agrees(config, tmp_path):
         assert_same_detections(actual, eager(model, image, size))
 
 
-def test_the_model_is_left_as_it_is():
-    model = build_detector(small_config(RETINANET))
-    before = dict(vars(model))
-    image = pictures()[1][0]
-    expected = eager(model, image)
-    select_target(model, "detector", preprocessing=False)
-    assert vars(model).keys() == before.keys()
-    assert torch.equal(eager(model, image).scores, expected.scores)
+@pytest.mark.parametrize("part", PARTS)
+def test_the_model_is_left_as_it_is(part):
+    model = build_detector(small_config(RETINANET, MODEL__VOVNET__NORM="BN")).train()
+    attributes = set(vars(model))
+    state = copy.deepcopy(model.state_dict())
+    select_target(model, part, preprocessing=False)
+    assert vars(model).keys() == attributes
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("format", ["torch_export", "aotinductor"])

@@ -79,7 +79,7 @@ def test_detector_with_weights_on_pictures(tmp_path):
     model = onnxruntime.InferenceSession("exported/detector.onnx")
     assert [entry.name for entry in model.get_inputs()] == report["inputs"]
     assert [entry.name for entry in model.get_outputs()] == report["outputs"]
-    assert result["opset"] == 18
+    assert result["opset"] == 20
 
 
 def test_nothing_to_compare_is_told(capsys):
@@ -106,9 +106,11 @@ def test_disagreement_is_told(monkeypatch):
         (["--images", __file__], f"{__file__} is not a picture that can be read."),
         (["--images", "missing.jpg"], "missing.jpg"),
         (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+        (["--device", "cuda"], "--device is cuda, but torch finds no GPU."),
     ],
 )
 def test_mistakes(args, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command = ["export_model.py", "--config-file", MASK_RCNN, *args, *options()]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit:

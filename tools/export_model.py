@@ -95,6 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         check_format(format, kind)
     if kind is BackboneTarget and "postprocessing" in args.without:
         raise ValueError(f"The part {args.part} has no post-processing to leave out.")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {args.device}, but torch finds no GPU.")
+    # Or a difference could be eager's rounding to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     images = _read_images(cfg, args.images) if args.images else None
     model = build_model(cfg).eval()

@@ -20,8 +20,8 @@ from .targets import BackboneTarget, DetectorTarget, ExportTarget
 
 __all__ = ["FORMATS", "ExportedFile", "Format", "export", "load"]
 
-OPSET = 18
-"""Of ONNX: the newest that both of torch's exporters write without converting from another."""
+OPSET = 20
+"""Of ONNX: the newest that both of torch's exporters write; from 19 on, convolutions may deform."""
 
 MIN_SIZE = 32
 """The smallest height and width that VoVNet takes."""
@@ -154,13 +154,17 @@ def _read_program(path: Path, device: torch.device) -> Program:
 
 
 def _write_compiled(target: ExportTarget, path: Path) -> ExportedFile:
+    from torch._inductor import aoti_compile_and_package
+
     program = _export_program(target)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    aoti_compile_and_package(program, package_path=str(path))
     return ExportedFile(path, "AOTInductor", _operators_of_program(program))
 
 
 def _read_compiled(path: Path, device: torch.device) -> Program:
-    compiled = torch._inductor.aoti_load_package(str(path))
+    from torch._inductor import aoti_load_package
+
+    compiled = aoti_load_package(str(path))
     return lambda *inputs: tuple(compiled(*inputs))
 
 

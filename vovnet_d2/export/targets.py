@@ -88,13 +88,13 @@ class BackboneTarget(ExportTarget):
         first = self._normalize if preprocessing else nn.Identity()
         optimized = optimize_for_inference(backbone, memory_format=torch.contiguous_format)
         self.module = _Maps(first, optimized).eval()
-        self._model = _Maps(first, copy.deepcopy(backbone).eval()).eval()
-        # No side equal to another one, to the batch or to the number of channels: tracing may
-        # take two sizes that are equal for one.
+        self._model = _Maps(first, copy.deepcopy(backbone)).eval()
+        # No two sides alike, nor like the batch or the channels: an exporter may take two numbers
+        # that are equal for one.
         shape = (2, len(pixel_mean), 3 * self.divisor + 64, 4 * self.divisor + 64)
         self.example = self.inputs_from(torch.rand(shape, device=pixel_mean.device) * 255)
         with torch.no_grad():
-            self.output_names = tuple(backbone(self._normalize(self.example[0])))
+            self.output_names = tuple(self._model.maps(*self.example))
         self.description = (
             f"{type(backbone).__name__}: images (N, {len(pixel_mean)}, H, W)"
             + (f", H and W multiples of {self.divisor}," if self.divisor > 1 else "")
@@ -132,8 +132,11 @@ class _Maps(nn.Module):
         self.normalize = normalize
         self.backbone = backbone
 
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.backbone(self.normalize(images))
+
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.backbone(self.normalize(images)).values())
+        return tuple(self.maps(images).values())
 
 
 class DetectorTarget(ExportTarget):
@@ -165,7 +168,7 @@ class DetectorTarget(ExportTarget):
         size = (1, len(model.pixel_mean), 200, 264)
         self.example = self.inputs_from(torch.rand(size, device=model.device) * 255)
         self.module = self._adapt(optimized)
-        self._model = self._adapt(copy.copy(model).eval())
+        self._model = self._adapt(copy.deepcopy(model).eval())
         self.output_names = self._find_output_names()
         self.description = (
             f"{type(model).__name__}: image (C, H, W), "
