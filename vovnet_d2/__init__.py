@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """VoVNet and VoVNetV2 as backbones for Detectron2. Importing the package registers them."""
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    import detectron2
 except ModuleNotFoundError as error:
     if error.name != "detectron2":  # Detectron2 is there; something that it needs is not
         raise
@@ -11,6 +13,11 @@ except ModuleNotFoundError as error:
         "vovnet_d2 needs Detectron2, which is not on PyPI: run `python tools/install_detectron2.py`"
         " from vovnet_d2's repository, with the Python that you use."
     ) from error
+
+with warnings.catch_warnings():
+    # torch 2.15 warns twice of how Detectron2 is written, which no user of it can mend.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+    import detectron2.modeling  # noqa: F401
 
 from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
