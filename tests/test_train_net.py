@@ -116,7 +116,10 @@ def call(*words: str) -> None:
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "set MODEL.ROI_HEADS.NUM_CLASSES 80"),
         (["DATASETS.TRAIN", "('coco',)"], "Data set 'coco' of DATASETS.TRAIN is not registered"),
         (["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
-        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device of torch: use cuda or cpu."),
+        (
+            ["MODEL.DEVICE", "gpu"],
+            "MODEL.DEVICE 'gpu' is no device that torch can use here: choose cuda or cpu.",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(

@@ -131,6 +131,8 @@ def register_digits() -> None:
             continue
         MetadataCatalog.get(name).set(
             thing_classes=list(CLASS_NAMES),
+            # Else it is known only once the annotations are loaded, which builds the data set.
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
             evaluator_type="coco",
             json_file=str(root / "digits" / "annotations" / f"instances_{split}.json"),
             image_root=str(root / "digits" / split),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -19,10 +20,18 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_bac
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 
+from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
 from .precision import autocast_dtype
 
-__all__ = ["check_config", "check_data", "check_initialisation"]
+__all__ = [
+    "check_all_loaded",
+    "check_config",
+    "check_data",
+    "check_initialisation",
+    "choose_device",
+    "find_num_classes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,9 @@ logger = logging.getLogger(__name__)
 _NUM_CLASSES = {
     "GeneralizedRCNN": {"thing_classes": "ROI_HEADS"},
     "RetinaNet": {"thing_classes": "RETINANET"},
+    "FCOS": {"thing_classes": "FCOS"},
+    "RefineDet": {"thing_classes": "SINGLE_SHOT"},
+    "SingleShotDetector": {"thing_classes": "SINGLE_SHOT"},
     "SemanticSegmentor": {"stuff_classes": "SEM_SEG_HEAD"},
     "PanopticFPN": {"thing_classes": "ROI_HEADS", "stuff_classes": "SEM_SEG_HEAD"},
 }
@@ -73,6 +85,26 @@ def _check_registered(key: str, name: str, registry: Registry) -> None:
         names = [known for known, _ in registry]
         close = get_close_matches(name, names, n=3) or names
         raise ValueError(f"{key} {name!r} is not registered. There are: {', '.join(close)}.")
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set ``MODEL.DEVICE`` to cpu, with a warning, where it is a GPU and torch finds none.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    name = cfg.MODEL.DEVICE
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
+            cfg.MODEL.DEVICE = "cpu"
+        else:
+            torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"MODEL.DEVICE {name!r} is no device that torch can use here: choose cuda or cpu."
+        ) from error
 
 
 # Data
@@ -160,6 +192,13 @@ def _describe_missing(name: str, missing: Sequence[str]) -> str:
     )
 
 
+def find_num_classes(cfg: CfgNode) -> dict[str, int]:
+    """How many classes the network tells apart, by the metadata that lists them; empty for a
+    meta-architecture whose keys are not known here."""
+    nodes = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {})
+    return {kind: cfg.MODEL[node].NUM_CLASSES for kind, node in nodes.items()}
+
+
 def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:
     for kind, node in _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
         classes = metadata.get(kind)
@@ -209,6 +248,21 @@ def check_initialisation(cfg: CfgNode, *, training: bool, resuming: bool) -> Non
             "they would keep their random values, and the loss would diverge. Either give weights"
             f"{_suggest_weights(cfg)}, or train from scratch with {_norm_key(cfg)} BN (or GN) and "
             "MODEL.BACKBONE.FREEZE_AT 0."
+        )
+
+
+def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str) -> None:
+    """Refuse to infer with weights that leave parts of the network as they were initialised.
+
+    Raises:
+        ValueError: the weights that ``checkpointer`` loaded last are not those of a whole model.
+    """
+    if missing := checkpointer.missing_outside_backbone:
+        raise ValueError(
+            f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
+            f"{missing[0]} for one, which would be left at random values. Train first, or give "
+            "the weights of a whole model. To go on all the same, add --allow-partial (in code: "
+            "allow_partial=True)."
         )
 
 

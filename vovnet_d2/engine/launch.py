@@ -18,7 +18,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-__all__ = ["launch_or_exit"]
+__all__ = ["launch_or_exit", "run_or_exit"]
 
 Run = Callable[[argparse.Namespace], Any]
 
@@ -40,7 +40,7 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
             _exit("torchrun says how many processes there are: leave out --num-gpus and the like.")
         _join_torchrun()
         try:
-            _run_or_exit(run, args)
+            run_or_exit(run, args)
         finally:
             dist.destroy_process_group()
         return
@@ -49,7 +49,7 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
         _exit(f"--num-gpus is {args.num_gpus}, but torch finds {gpus}.")
     try:
         launch(
-            _run_or_exit,
+            run_or_exit,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
@@ -70,9 +70,10 @@ def _join_torchrun() -> None:
     comm.synchronize()
 
 
-def _run_or_exit(run: Run, args: argparse.Namespace) -> None:
+def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
+    """``run(args)`` in this process alone; raises what :func:`launch_or_exit` does."""
     try:
-        run(args)
+        return run(args)
     except FloatingPointError as error:
         _exit(str(error), status=1)
     except (FileNotFoundError, ImportError, KeyError, ValueError) as error:

@@ -21,7 +21,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
-from .checks import check_config
+from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
 from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
@@ -72,7 +72,7 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         report_loaded(checkpointer, cfg, resume=args.resume)
         if not args.allow_partial:
-            _require_all_loaded(checkpointer, cfg)
+            check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
         results = task.trainer.test_all(cfg, model)
     else:
         trainer = task.trainer(cfg, **options)
@@ -84,15 +84,6 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         write_report(cfg, model, results, args=args, seconds=seconds)
         verify_results(cfg, results)
     return results
-
-
-def _require_all_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode) -> None:
-    if missing := checkpointer.missing_outside_backbone:
-        raise ValueError(
-            f"{cfg.MODEL.WEIGHTS} has no weights for {len(missing)} tensors outside the backbone, "
-            f"{missing[0]} for one, which would be evaluated at random values. Train first, or "
-            "give the weights of a whole model; --allow-partial evaluates all the same."
-        )
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
@@ -107,7 +98,7 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     elif not args.eval_only:
         warn_of_unscaled_batch(written, cfg)
     cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
-    _choose_device(cfg)
+    _check_device(cfg)
 
     training = not args.eval_only
     last = _find_last_checkpoint(cfg.OUTPUT_DIR)
@@ -125,17 +116,10 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _choose_device(cfg: CfgNode) -> None:
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(
-            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device of torch: use cuda or cpu."
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
-        cfg.MODEL.DEVICE = "cpu"
-    elif device.type == "cpu" and torch.cuda.is_available() and comm.get_world_size() > 1:
+def _check_device(cfg: CfgNode) -> None:
+    choose_device(cfg)
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu in several processes, which talk to each other through the GPUs "
             "there are: hide these with CUDA_VISIBLE_DEVICES=''."
