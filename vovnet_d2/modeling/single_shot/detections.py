@@ -1,0 +1,48 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From scores and boxes of all anchors to the detections of an image."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+__all__ = ["select_detections"]
+
+
+def select_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    image_size: tuple[int, int],
+    *,
+    score_threshold: float,
+    topk_candidates: int,
+    nms_threshold: float,
+    max_detections: int,
+) -> Instances:
+    """Of each class the ``topk_candidates`` best above the threshold, thinned out by NMS; of what
+    is left of all classes, the ``max_detections`` best.
+
+    Args:
+        boxes: (anchors, 4), XYXY in pixels.
+        scores: (anchors, classes).
+        image_size: (height, width) in pixels.
+
+    Returns:
+        with ``pred_boxes``, ``scores`` and ``pred_classes``, the best first.
+    """
+    # While it is traced, the number of anchors is a tensor.
+    available = torch.as_tensor(scores.shape[0])
+    best, anchors = scores.topk(torch.clamp(available, max=topk_candidates), dim=0)
+    rows, classes = (best > score_threshold).nonzero().unbind(dim=1)
+    chosen = boxes[anchors[rows, classes]]
+    kept_scores = best[rows, classes]
+    keep = batched_nms(chosen, kept_scores, classes, nms_threshold)[:max_detections]
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(chosen[keep]),
+        scores=kept_scores[keep],
+        pred_classes=classes[keep],
+    )
