@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Read data sets in COCO's format as training would, and list what is wrong with them.
+
+    python tools/check_dataset.py digits_train digits_val
+    python tools/check_dataset.py --train-json train.json --train-images images/ --fix fixed.json
+
+Exit status: 0 if there is no problem (notes are none), 1 if there is one, 2 for a mistake in the
+arguments. --fix does not change the first two: they tell of the files as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vovnet_d2.data import register_digits
+from vovnet_d2.data.check import (
+    Source,
+    check_data_sets,
+    find_registered,
+    format_report,
+    report_to_json,
+    write_fixed,
+)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", help="data sets that are registered, the training set first"
+    )
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-json", type=Path, metavar="FILE", help="annotations")
+        parser.add_argument(f"--{split}-images", type=Path, metavar="FOLDER", help="image root")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument(
+        "--fix",
+        type=Path,
+        nargs="+",
+        metavar="OUT",
+        help="write corrected copies of the annotation files: one for each data set, in their "
+        "order. The report says what they drop and change",
+    )
+    parser.add_argument(
+        "--min-size", type=int, default=800, help="INPUT.MIN_SIZE_TRAIN (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN (default %(default)s)"
+    )
+    return parser
+
+
+def find_sources(args: argparse.Namespace) -> list[Source]:
+    sources = []
+    for split in ("train", "val"):
+        file, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        if (file is None) != (folder is None):
+            raise ValueError(f"--{split}-json and --{split}-images go together: give both.")
+        if file is not None:
+            sources.append(Source(split, file, folder))
+    register_digits()
+    sources += map(find_registered, args.names)
+    if not sources:
+        raise ValueError("Nothing to check: give --train-json and --train-images, or a name.")
+    if args.fix and len(args.fix) != len(sources):
+        raise ValueError(f"--fix takes a file for each data set: {len(sources)}, in their order.")
+    return sources
+
+
+def run(args: argparse.Namespace) -> int:
+    sources = find_sources(args)
+    checked, between = check_data_sets(sources, resize=(args.min_size, args.max_size))
+    print(format_report(checked, between, fixing=bool(args.fix)))
+    report = report_to_json(checked, between)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    for one, path in zip(checked, args.fix or [], strict=bool(args.fix)):
+        print(write_fixed(one, path))
+    return 1 if report["problems"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return run(argument_parser().parse_args(argv))
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The check of whole data sets: each alone, then one against another.
+
+A set is gone through once, and repaired on the way: each rule says what it found, and leaves a
+record that satisfies it or none. The check throws that copy away, ``--fix`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .annotations import repair_annotations
+from .files import ImageFile
+from .leakage import compare_files
+from .problems import Findings
+from .reading import SECTIONS, read_annotation_file
+from .records import note_contents, repair_categories, repair_images
+
+__all__ = ["CheckedSet", "Source", "check_data_sets", "find_registered", "write_fixed"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is: its name in the report, its annotation file, the images' folder."""
+
+    name: str
+    json_file: Path
+    image_root: Path
+
+
+@dataclass
+class CheckedSet:
+    """A data set and what was found.
+
+    Attributes:
+        source: where it is.
+        findings: its problems.
+        counts: of the lists in the file as it stands.
+        fixed: the corrected content; None if the file cannot be read.
+        files: the image files of ``fixed``, by ``file_name``.
+    """
+
+    source: Source
+    findings: Findings
+    counts: dict[str, int] = field(default_factory=dict)
+    fixed: dict[str, Any] | None = None
+    files: dict[str, ImageFile] = field(default_factory=dict)
+
+
+def find_registered(name: str) -> Source:
+    """A data set that is registered with Detectron2 and has an annotation file in COCO's format.
+
+    Raises:
+        KeyError: none of that name is registered.
+        ValueError: it is of another format.
+    """
+    if name not in DatasetCatalog:
+        close = get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.4)
+        hint = f" Close to it: {', '.join(close)}." if close else ""
+        raise KeyError(f"Data set {name!r} is not registered.{hint}")
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if json_file and not os.path.exists(json_file):
+        # Some are built by this. Where it fails, the check tells what is missing.
+        with suppress(AssertionError, KeyError, OSError, ValueError):
+            DatasetCatalog.get(name)
+    if not json_file or metadata.get("image_root") is None:
+        raise ValueError(
+            f"Data set {name} has no annotation file in COCO's format: it is a "
+            f"{metadata.get('evaluator_type', 'data set of another kind')}."
+        )
+    return Source(name, Path(json_file), Path(metadata.image_root))
+
+
+def check_data_sets(
+    sources: Sequence[Source], *, resize: tuple[int, int] = (800, 1333)
+) -> tuple[list[CheckedSet], dict[tuple[str, str], Findings]]:
+    """
+    Args:
+        sources: the data sets; the one that is trained on before the one it is measured with.
+        resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``, in pixels.
+
+    Returns:
+        each set with its problems, and the problems between each two sets by their names.
+
+    Raises:
+        FileNotFoundError: an annotation file or a folder of images is missing.
+    """
+    for source in sources:
+        if not source.json_file.is_file():
+            raise FileNotFoundError(f"There is no annotation file {source.json_file}.")
+        if not source.image_root.is_dir():
+            raise FileNotFoundError(f"There is no folder of images {source.image_root}.")
+    checked = [_check(source, resize) for source in sources]
+    between = {
+        (one.source.name, other.source.name): _compare(one, other)
+        for one, other in combinations(checked, 2)
+        if one.fixed is not None and other.fixed is not None
+    }
+    return checked, between
+
+
+def _check(source: Source, resize: tuple[int, int]) -> CheckedSet:
+    found = Findings()
+    checked = CheckedSet(source, found)
+    content = read_annotation_file(source.json_file, found)
+    if content is None:
+        return checked
+    checked.counts = {section: len(content[section]) for section in SECTIONS}
+    categories = repair_categories(content["categories"], found)
+    images, files = repair_images(content["images"], source.image_root, source.name, found)
+    annotations = repair_annotations(content["annotations"], images, categories, resize, found)
+    by_id = {image["id"]: image for image in images.values() if image}
+    note_contents(by_id, files, found)
+    _note_unused(list(by_id.values()), list(categories.values()), annotations, found)
+    checked.fixed = content | {
+        "info": content["info"] if isinstance(content.get("info"), dict) else {},
+        "categories": list(categories.values()),
+        "images": list(by_id.values()),
+        "annotations": annotations,
+    }
+    checked.files = {by_id[key]["file_name"]: file for key, file in files.items()}
+    return checked
+
+
+def _note_unused(
+    images: list[dict[str, Any]],
+    categories: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    findings: Findings,
+) -> None:
+    per_image = Counter(annotation["image_id"] for annotation in annotations)
+    per_category = Counter(annotation["category_id"] for annotation in annotations)
+    for image in images:
+        if not per_image[image["id"]]:
+            findings.add("no_annotations", image["file_name"])
+    for category in categories:
+        if not per_category[category["id"]]:
+            findings.add("unused_category", category["name"])
+    if all(annotation["iscrowd"] for annotation in annotations):
+        findings.add("empty", "no image has an annotation that training can use")
+
+
+def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
+    assert one.fixed is not None
+    assert other.fixed is not None
+    findings = Findings()
+    mine, theirs = (
+        [c["name"] for c in sorted(s.fixed["categories"], key=lambda c: c["id"])]
+        for s in (one, other)
+    )
+    if mine != theirs:
+        only = sorted(set(mine) ^ set(theirs))
+        findings.add("categories_differ", f"in one only: {only}" if only else "in their order")
+    if leaked := compare_files(one.files, other.files, findings):
+        _drop_images(one, leaked)
+    return findings
+
+
+def _drop_images(checked: CheckedSet, names: set[str]) -> None:
+    assert checked.fixed is not None
+    images = [image for image in checked.fixed["images"] if image["file_name"] not in names]
+    kept = {image["id"] for image in images}
+    checked.fixed["images"] = images
+    checked.fixed["annotations"] = [
+        a for a in checked.fixed["annotations"] if a["image_id"] in kept
+    ]
+    checked.files = {name: file for name, file in checked.files.items() if name not in names}
+
+
+def write_fixed(checked: CheckedSet, path: Path) -> str:
+    """Write the corrected copy of a set's annotation file, whole or not at all.
+
+    Returns:
+        what it has, and what was dropped, in a sentence.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the path is taken, or nothing is left to write.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another name for the corrected copy.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path} to.")
+    fixed = checked.fixed
+    if fixed is None or all(annotation["iscrowd"] for annotation in fixed["annotations"]):
+        raise ValueError(
+            f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."
+        )
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(fixed, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    left = [
+        f"{len(fixed[section])} of {checked.counts[section]} {section}"
+        for section in reversed(SECTIONS)
+    ]
+    return f"Wrote {path} with {', '.join(left)}."

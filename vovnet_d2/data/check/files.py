@@ -1,0 +1,105 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Image files on disk: where their paths lead, and what reading them gives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+__all__ = ["ImageFile", "inspect_files", "resolve_inside"]
+
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# Thumbnails flatter than this look like each other, whatever they show.
+_FLAT = 4.0
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What a file gave.
+
+    Attributes:
+        problem: why it cannot be read; empty if it can.
+        size: width and height as training sees them, after the rotation that EXIF asks for.
+        stored_size: before it.
+        deep: whether a pixel has more than 8 bits per channel.
+        digest: SHA-256 of the bytes.
+        look: 256 bits, equal or almost so for pictures that look alike, as 4 words; None for
+            pictures without contrast.
+    """
+
+    problem: str = ""
+    size: tuple[int, int] = (0, 0)
+    stored_size: tuple[int, int] = (0, 0)
+    deep: bool = False
+    digest: str = ""
+    look: NDArray[np.uint64] | None = None
+
+
+def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
+    """
+    Args:
+        root: the folder of a data set's images.
+        name: ``file_name`` of an image, relative to it.
+
+    Returns:
+        the path of the file, all links followed.
+
+    Raises:
+        ValueError: it lies outside ``root``, by "..", as an absolute path or through a link; or
+            is no path.
+    """
+    folder = os.path.realpath(root)
+    if "\0" in name:
+        raise ValueError(f"file_name {name!r} is no path.")
+    path = os.path.realpath(os.path.join(folder, name))
+    if os.path.commonpath((folder, path)) != folder:
+        raise ValueError(
+            f"file_name {name!r} leads out of the image folder {root}, to {path}: it is not read."
+        )
+    return path
+
+
+def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:
+    """Read and decode each file as Detectron2 does for training, several at a time.
+
+    Args:
+        title: what the progress bar is headed with.
+    """
+    unique = list(dict.fromkeys(paths))
+    # Decoding and hashing let other threads run.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(_inspect, unique)
+        progress = tqdm(found, title, len(unique), unit="image", delay=1, mininterval=1)
+        return dict(zip(unique, progress, strict=True))
+
+
+def _inspect(path: str) -> ImageFile:
+    try:
+        with Image.open(path) as image:
+            stored_size, deep = image.size, image.mode in _DEEP_MODES
+        pixels = read_image(path, "RGB")
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except Exception as error:  # Pillow's decoders raise what comes to them
+        return ImageFile(problem=" ".join(str(error).split()) or type(error).__name__)
+    height, width = pixels.shape[:2]
+    return ImageFile("", (width, height), stored_size, deep, digest, _look(pixels))
+
+
+def _look(pixels: NDArray[np.uint8]) -> NDArray[np.uint64] | None:
+    """The signs of the horizontal differences in a thumbnail of 17 x 16 greys ("dHash")."""
+    small = Image.fromarray(pixels).convert("L").resize((17, 16), Image.Resampling.BOX)
+    greys = np.asarray(small, dtype=float)
+    if greys.std() < _FLAT:
+        return None
+    return np.packbits(greys[:, 1:] > greys[:, :-1]).view(np.uint64)

@@ -1,0 +1,161 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The problems that a data set can have, and the collection of those that one has."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from enum import StrEnum
+from typing import NamedTuple
+
+__all__ = ["PROBLEMS", "Findings", "Problem", "Severity"]
+
+_MAX_EXAMPLES = 5
+
+
+class Severity(StrEnum):
+    """How bad a problem is.
+
+    An error stops training or evaluation, or makes them silently wrong. With a warning, training
+    loses or alters the record without a word. A note is fine, and good to know.
+    """
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+class Problem(NamedTuple):
+    """A kind of problem: how bad, what it is, and what the corrected copy does about it."""
+
+    severity: Severity
+    title: str
+    repair: str = ""
+
+
+def _error(title: str, repair: str = "") -> Problem:
+    return Problem(Severity.ERROR, title, repair)
+
+
+def _warning(title: str, repair: str = "") -> Problem:
+    return Problem(Severity.WARNING, title, repair)
+
+
+def _note(title: str) -> Problem:
+    return Problem(Severity.NOTE, title)
+
+
+PROBLEMS: dict[str, Problem] = {
+    # the file
+    "json": _error("the annotation file cannot be read"),
+    "encoding": _error("the annotation file is not plain UTF-8", "written as UTF-8"),
+    "section": _error("lists of the file that are missing or no lists", "taken as empty"),
+    "record": _error("entries that are no objects", "dropped"),
+    "empty": _error("nothing to train on"),
+    # categories
+    "category_id": _error("categories without an id", "dropped"),
+    "category_id_type": _error("category ids that are no whole numbers", "numbered"),
+    "duplicate_category_id": _error("categories with one id", "the last kept, as pycocotools does"),
+    "category_name": _error("categories without a name", "named by their ids"),
+    "duplicate_category_name": _warning("categories with one name", "the id added to the name"),
+    "category_gaps": _note("category ids are not 1, 2, 3, ...: fine, Detectron2 maps them"),
+    "unused_category": _note("categories without annotations"),
+    # images
+    "image_id": _error("images without an id", "dropped"),
+    "image_id_type": _error("image ids that are no whole numbers", "numbered"),
+    "duplicate_image_id": _error(
+        "different images with one id, whose annotations cannot be told apart", "dropped"
+    ),
+    "repeated_image": _error("images listed twice, with one id", "one kept"),
+    "duplicate_file_name": _warning("images of one file, with several ids", "made one"),
+    "file_name": _error("images without a file name", "dropped"),
+    "path_outside": _error("paths that leave the image folder", "dropped"),
+    "missing_file": _error("image files that are missing", "dropped"),
+    "unreadable_file": _error("image files that cannot be read", "dropped"),
+    "image_size": _error("sizes that differ from the file's", "taken from the file"),
+    "rotated_size": _error(
+        "sizes of before the rotation that the file's EXIF asks for: the annotations may be of "
+        "the picture as it was",
+        "dropped",
+    ),
+    "deep_pixels": _note("images of more than 8 bits, which reading clips to 255"),
+    "same_content": _note("image files that equal another of the set"),
+    "no_annotations": _note(
+        "images without annotations: left out of training unless "
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+    ),
+    # annotations
+    "annotation_id": _error("annotation ids that are missing or no whole numbers", "numbered"),
+    "duplicate_annotation_id": _error("annotations with one id", "numbered anew"),
+    "annotation_id_zero": _warning(
+        "annotation ids of 0, which pycocotools takes for no match", "numbered anew"
+    ),
+    "unknown_image": _warning("annotations of images that are not listed", "dropped"),
+    "unknown_category": _error("annotations of categories that are not listed", "dropped"),
+    "reference_type": _error("references to ids as text", "made numbers"),
+    "ignore": _error('annotations with "ignore", which Detectron2 refuses', "made crowds"),
+    "iscrowd": _error('"iscrowd" missing (evaluation stops) or neither 0 nor 1', "0"),
+    "crowd": _note("crowds: training leaves them out, evaluation forgives what is found there"),
+    "repeated_annotation": _warning("annotations that repeat another", "dropped"),
+    # boxes
+    "box": _error(
+        "boxes that are missing or no four numbers", "taken from the mask, or else dropped"
+    ),
+    "degenerate_box": _warning(
+        "boxes without width and height above 0", "taken from the mask, or else dropped"
+    ),
+    "box_outside": _warning("boxes that reach beyond the image", "clipped"),
+    "box_beyond": _warning("boxes wholly beyond the image", "dropped"),
+    "box_and_mask": _warning("boxes that do not fit their mask", "taken from the mask"),
+    "tiny_box": _note("boxes with a side below 4 pixels after the resize of training"),
+    "area": _error("areas that are missing (evaluation stops) or not above 0", "computed"),
+    # masks
+    "segmentation": _error("masks that are neither polygons nor RLE", "dropped"),
+    "flat_polygon": _error("polygons that are not in a list of polygons", "put in one"),
+    "polygon": _warning(
+        "polygons of an odd count of numbers or of fewer than three points", "dropped"
+    ),
+    "polygon_numbers": _error("polygons with what is no number", "dropped"),
+    "polygon_outside": _warning("polygons that reach beyond the image", "clipped"),
+    "rle": _error("RLE that is malformed", "dropped"),
+    "rle_size": _error("RLE of another size than the image", "dropped"),
+    "empty_mask": _warning("masks without a pixel", "dropped"),
+    "missing_mask": _warning("annotations without a mask, where others have one", "dropped"),
+    "rle_masks": _note("RLE masks of objects: for Mask R-CNN set INPUT.MASK_FORMAT bitmask"),
+    # keypoints
+    "keypoints": _error(
+        "keypoints that are missing, no numbers, or of the wrong length", "marked as not labelled"
+    ),
+    "keypoint_outside": _warning("keypoints beyond the image", "marked as not labelled"),
+    "num_keypoints": _error('"num_keypoints" missing or wrong', "counted"),
+    # between two sets
+    "leaked_file": _error("image files that another set has, too", "dropped from the first set"),
+    "near_duplicate": _note("images that look like one of another set: look at these pairs"),
+    "same_name": _note("file names that another set has, too, for other pictures"),
+    "categories_differ": _error("categories that differ from another set's"),
+}
+"""Every problem that is looked for. Those without a repair have to be mended by hand, notes aside:
+these are no problems."""
+
+
+class Findings:
+    """How often each problem was met, with the first examples of it."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, problem: str, where: str, count: int = 1) -> None:
+        """Count a problem, a key of :data:`PROBLEMS`; ``where`` tells where it is, in words."""
+        self.counts[problem] += count
+        examples = self.examples[problem]
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(where)
+
+    def found(self, *severities: Severity) -> list[str]:
+        """The problems that were met, of these severities, in the table's order."""
+        return [
+            name
+            for name, problem in PROBLEMS.items()
+            if self.counts[name] and problem.severity in severities
+        ]

@@ -1,0 +1,184 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Categories and images: ids, names, files and sizes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import ImageFile, inspect_files, resolve_inside
+from .problems import Findings
+from .values import Numbering, as_id, is_whole
+
+__all__ = ["note_contents", "repair_categories", "repair_images"]
+
+Record = dict[str, Any]
+
+
+def _group_by_id(
+    records: list[Record], kind: str, findings: Findings
+) -> dict[int | str, list[Record]]:
+    """Records by the ids that they mean, each with a whole number for its id."""
+    groups: defaultdict[int | str, list[Record]] = defaultdict(list)
+    numbering = Numbering(as_id(record.get("id")) for record in records)
+    for index, record in enumerate(records):
+        raw = record.get("id")
+        meant = as_id(raw)
+        if meant is None:
+            findings.add(f"{kind}_id", f"{kind} at position {index}: {raw!r:.40}")
+            continue
+        if not is_whole(raw):
+            findings.add(f"{kind}_id_type", f"{kind} {raw!r:.40}")
+        groups[meant].append(record | {"id": numbering.of(meant)})
+    return dict(groups)
+
+
+# Categories
+
+
+def repair_categories(records: list[Record], findings: Findings) -> dict[int | str, Record]:
+    """
+    Returns:
+        categories by the ids that stand in the file, each with an id and a name of its own.
+    """
+    found: dict[int | str, Record] = {}
+    for meant, group in _group_by_id(records, "category", findings).items():
+        if len(group) > 1:
+            names = ", ".join(f"{category.get('name')!r:.40}" for category in group)
+            findings.add("duplicate_category_id", f"category {meant!r}: {names}")
+        found[meant] = group[-1]
+    for category in found.values():
+        if not isinstance(category.get("name"), str) or not category["name"]:
+            findings.add("category_name", f"category {category['id']}: {category.get('name')!r}")
+            category["name"] = f"category {category['id']}"
+    _repair_names(list(found.values()), findings)
+    ids = sorted(category["id"] for category in found.values())
+    if ids and ids != list(range(1, len(ids) + 1)):
+        findings.add("category_gaps", f"{len(ids)} categories with ids from {ids[0]} to {ids[-1]}")
+    return found
+
+
+def _repair_names(categories: list[Record], findings: Findings) -> None:
+    counts = Counter(category["name"] for category in categories)
+    taken = set(counts)
+    for category in categories:
+        name = category["name"]
+        if counts[name] < 2:
+            continue
+        findings.add("duplicate_category_name", f"category {category['id']}: {name!r}")
+        while category["name"] in taken:
+            category["name"] += f" ({category['id']})"
+        taken.add(category["name"])
+
+
+# Images
+
+
+def repair_images(
+    records: list[Record], root: Path, title: str, findings: Findings
+) -> tuple[dict[int | str, Record | None], dict[int, ImageFile]]:
+    """
+    Args:
+        records: as they stand in the file.
+        root: the folder of the images.
+        title: what the progress bar is headed with.
+
+    Returns:
+        images by the ids that stand in the file, with None for one that cannot be used; and their
+        files by the images' own ids. Each file belongs to one image.
+    """
+    found: dict[int | str, Record | None] = {}
+    for meant, group in _group_by_id(records, "image", findings).items():
+        found[meant] = _choose(group, findings)
+    _drop_unless(found, lambda image: _find_path(image, root, findings))
+    _merge_by_file(found, root, findings)
+    paths = {i["id"]: resolve_inside(root, i["file_name"]) for i in found.values() if i}
+    inspected = inspect_files(paths.values(), title)
+    files = {key: inspected[path] for key, path in paths.items()}
+    _drop_unless(found, lambda image: _repair_size(image, files[image["id"]], findings))
+    kept = {image["id"]: files[image["id"]] for image in found.values() if image}
+    return found, kept
+
+
+def _drop_unless(found: dict[int | str, Record | None], keep: Callable[[Record], bool]) -> None:
+    for meant, image in found.items():
+        if image and not keep(image):
+            found[meant] = None
+
+
+def _choose(group: list[Record], findings: Findings) -> Record | None:
+    if len(group) == 1:
+        return group[0]
+    names = [image.get("file_name") for image in group]
+    where = f"image {group[0]['id']}: {', '.join(f'{name!r:.40}' for name in names)}"
+    if all(name == names[0] for name in names):
+        findings.add("repeated_image", where)
+        return group[0]
+    findings.add("duplicate_image_id", where)
+    return None
+
+
+def _find_path(image: Record, root: Path, findings: Findings) -> bool:
+    name = image.get("file_name")
+    where = f"image {image['id']}"
+    if not isinstance(name, str) or not name.strip():
+        findings.add("file_name", f"{where}: {name!r:.40}")
+        return False
+    try:
+        path = resolve_inside(root, name)
+    except ValueError as error:
+        findings.add("path_outside", f"{where}: {error}")
+        return False
+    if not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "missing"
+        findings.add("missing_file", f"{where}: {name!r:.100} is {what}")
+        return False
+    return True
+
+
+def _merge_by_file(found: dict[int | str, Record | None], root: Path, findings: Findings) -> None:
+    first: dict[str, Record] = {}
+    for meant, image in found.items():
+        if image is None:
+            continue
+        path = resolve_inside(root, image["file_name"])
+        if path in first:
+            where = f"images {first[path]['id']} and {image['id']}: {image['file_name']}"
+            findings.add("duplicate_file_name", where)
+        found[meant] = first.setdefault(path, image)
+
+
+def _repair_size(image: Record, file: ImageFile, findings: Findings) -> bool:
+    """Whether the image stays, with the size of its file."""
+    if file.problem:
+        findings.add("unreadable_file", f"{image['file_name']}: {file.problem:.200}")
+        return False
+    given = (image.get("width"), image.get("height"))
+    if given == file.size and all(map(is_whole, given)):
+        return True
+    sizes = " and ".join(f"{w!r:.20} x {h!r:.20}" for w, h in (given, file.size))
+    where = f"{image['file_name']}: {sizes}, in the JSON file and the image"
+    if given == file.stored_size and all(map(is_whole, given)):
+        findings.add("rotated_size", where)
+        return False
+    findings.add("image_size", where)
+    image["width"], image["height"] = file.size
+    return True
+
+
+def note_contents(
+    images: Mapping[int, Record], files: Mapping[int, ImageFile], findings: Findings
+) -> None:
+    """Notes about files that can be used."""
+    first: dict[str, str] = {}
+    for key, file in files.items():
+        name = images[key]["file_name"]
+        if file.deep:
+            findings.add("deep_pixels", name)
+        if file.digest in first:
+            findings.add("same_content", f"{name} equals {first[file.digest]}")
+        first.setdefault(file.digest, name)
