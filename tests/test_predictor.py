@@ -1,0 +1,311 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Predictor, against Detectron2's DefaultPredictor."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from engine_runs import tiny_config
+from export_models import FASTER_RCNN, MASK_RCNN, RETINANET, build_detector, small_config
+from PIL import Image
+
+from vovnet_d2 import Predictor
+from vovnet_d2.predictor import read_image
+
+pytest_plugins = ["engine_fixtures"]
+
+PICTURES = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
+
+SMALL = {
+    "INPUT.MIN_SIZE_TEST": 96,
+    "INPUT.MAX_SIZE_TEST": 128,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 60,
+    "TEST.DETECTIONS_PER_IMAGE": 15,
+}
+SEMANTIC = {"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}
+PANOPTIC = {"MODEL.META_ARCHITECTURE": "PanopticFPN"}
+STUFF = {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 7, "MODEL.SEM_SEG_HEAD.CONVS_DIM": 16}
+STUFF |= {
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p3"],
+    "MODEL.SEM_SEG_HEAD.NORM": "",
+    "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": 0.2,
+    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": 100,
+}
+KEYPOINTS = {
+    "MODEL.KEYPOINT_ON": True,
+    "MODEL.CHANNELS_LAST": False,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+}
+DETECTORS = {
+    "Mask R-CNN": (MASK_RCNN, {}),
+    "Faster R-CNN, RGB": (FASTER_RCNN, {"INPUT.FORMAT": "RGB"}),
+    "RetinaNet": (RETINANET, {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.01}),
+    "Keypoint R-CNN": (FASTER_RCNN, KEYPOINTS),
+    "semantic FPN": (MASK_RCNN, SEMANTIC | STUFF),
+    "panoptic FPN": (MASK_RCNN, PANOPTIC | STUFF),
+}
+
+
+def save(folder: Path, config: str = MASK_RCNN, **options) -> CfgNode:
+    """A config, and in ``folder`` weights that it names."""
+    options = SMALL | options
+    cfg = small_config(config, **options)
+    DetectionCheckpointer(build_detector(cfg), str(folder)).save("weights")
+    cfg.MODEL.WEIGHTS = str(folder / "weights.pth")
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def mask_rcnn(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
+    return save(tmp_path_factory.mktemp("mask_rcnn"))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    """BGR, of sizes that are padded differently, and two that are padded alike."""
+    china, flower = (read_image(file) for file in PICTURES)
+    return [china[::3, ::3], flower[:300, :200], flower[::4, 1::4], china[200:300, 10:500]]
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name == "instances":
+            assert_same_instances(found[name], value)
+        elif name == "panoptic_seg":
+            assert (found[name][0] != value[0]).float().mean() < 0.002
+            assert [s["category_id"] for s in found[name][1]] == [
+                s["category_id"] for s in value[1]
+            ]
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+
+
+def assert_same_instances(found: Instances, expected: Instances) -> None:
+    assert found.image_size == expected.image_size
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-3, atol=0.02
+    )
+    assert torch.equal(found.pred_classes, expected.pred_classes)
+    if expected.has("pred_masks"):
+        assert (found.pred_masks != expected.pred_masks).float().mean() < 0.002
+    if expected.has("pred_keypoints"):  # x and y may jump to another maximum of equal height
+        close = (found.pred_keypoints - expected.pred_keypoints).abs() < 0.1
+        assert close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_as_default_predictor(detector: str, tmp_path: Path, images: list[np.ndarray]) -> None:
+    config, options = DETECTORS[detector]
+    cfg = save(tmp_path, config, **options)
+    predictor = Predictor(cfg, batch_size=3)
+    found = predictor(images)
+    peer = DefaultPredictor(cfg)
+    with_our_model = DefaultPredictor(cfg)
+    with_our_model.model = predictor.model
+    for image, prediction in zip(images, found, strict=True):
+        expected = peer(image)
+        assert_close(prediction, expected)
+        if "instances" in expected:
+            assert len(expected["instances"]) > 3
+        # What surrounds the model makes no difference at all.
+        exact = with_our_model(image)
+        alone = predictor(image)
+        if "instances" in exact:
+            assert torch.equal(alone["instances"].scores, exact["instances"].scores)
+        else:
+            assert torch.equal(alone["sem_seg"], exact["sem_seg"])
+        assert_close(prediction, alone)
+    if detector == "panoptic FPN":
+        assert all({s["isthing"] for s in p["panoptic_seg"][1]} == {True, False} for p in found)
+
+
+def test_company_changes_predictions_only_without_the_grouping(
+    mask_rcnn: CfgNode, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason for running together only what is padded alike."""
+    predictor = Predictor(mask_rcnn)
+    alone = predictor(images[1])
+    assert_close(predictor(images)[1], alone)
+    monkeypatch.setattr(predictor, "_padded_size", lambda image: (0, 0))
+    with pytest.raises(AssertionError):
+        assert_close(predictor(images)[1], alone)
+
+
+def test_batches(
+    mask_rcnn: CfgNode, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(mask_rcnn, batch_size=3)
+    model, sizes = predictor.model, []
+
+    def count(inputs: list[dict]) -> list[dict]:
+        sizes.append(len(inputs))
+        return model(inputs)
+
+    monkeypatch.setattr(predictor, "model", count)
+    monkeypatch.setattr(predictor, "_padded_size", lambda image: image.shape[1:])
+    a, b = images[:2]
+    assert len(predictor([a, a, b, a, a, a, a])) == 7
+    assert sizes == [2, 1, 3, 1]
+    assert predictor([]) == []
+
+
+def test_files_are_as_arrays(mask_rcnn: CfgNode, tmp_path: Path) -> None:
+    predictor = Predictor(mask_rcnn)
+    pixels = read_image(PICTURES[0])[:, :480]
+    rotated = tmp_path / "rotated.png"
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(pixels[:, :, ::-1])).save(rotated, exif=exif)
+    upright, from_file = predictor([pixels, rotated])
+    assert from_file["instances"].image_size == pixels.shape[:2]
+    assert_close(from_file, upright)
+    assert len(upright["instances"]) > 3
+
+
+def test_thin_line(mask_rcnn: CfgNode) -> None:
+    """DefaultPredictor would scale it to a height of 0 pixels."""
+    line = np.zeros((1, 5000, 3), np.uint8)
+    assert Predictor(mask_rcnn)(line)["instances"].image_size == (1, 5000)
+
+
+@pytest.mark.parametrize("format", ["L", "YUV-BT.601"])
+def test_other_formats(format: str, tmp_path: Path) -> None:
+    one = {"MODEL.PIXEL_MEAN": [100.0], "MODEL.PIXEL_STD": [50.0]} if format == "L" else {}
+    cfg = small_config(RETINANET, **{"INPUT.FORMAT": format, "INPUT.MIN_SIZE_TEST": 0}, **one)
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("weights")
+    predictor = Predictor(cfg, tmp_path / "weights.pth")
+    seen = []
+    predictor.model.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    predictor(PICTURES[0])
+    expected = (
+        detection_utils.read_image(str(PICTURES[0]), format).astype("float32").transpose(2, 0, 1)
+    )
+    np.testing.assert_array_equal(seen[0]["image"].numpy(), expected)
+
+
+def test_dtype_and_compile_reach_the_network(
+    mask_rcnn: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(kw))
+    predictor = Predictor(mask_rcnn, dtype=torch.bfloat16, compile=True)
+    assert compiled
+    assert {p.dtype for p in predictor.model.backbone.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    expected = Predictor(mask_rcnn)(images)
+    predictor = Predictor(mask_rcnn, device="cuda")
+    found = predictor(images)
+    assert found[0]["instances"].scores.device.type == "cpu"
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+    kept = Predictor(mask_rcnn, device="cuda", output_device="cuda")(images[0])
+    assert kept["instances"].scores.device.type == "cuda"
+
+
+# Categories
+
+
+def test_names_of_the_config_s_data_set(mask_rcnn: CfgNode, catalogs: None) -> None:
+    cfg = mask_rcnn.clone()
+    cfg.DATASETS.TEST = ("nowhere", "mine")
+    names = [*"abcde"]  # known once the data set is loaded, as COCO-format data are
+    DatasetCatalog.register("mine", lambda: MetadataCatalog.get("mine").set(thing_classes=names))
+    assert Predictor(cfg).metadata.thing_classes == names
+
+
+def test_digits_are_known(tmp_path: Path, catalogs: None) -> None:
+    options = {"MODEL.ROI_HEADS.NUM_CLASSES": 10, "DATASETS.TEST": "('digits_val',)"}
+    metadata = Predictor(save(tmp_path, **options)).metadata
+    assert metadata.thing_classes == [*"0123456789"]
+    assert metadata.thing_dataset_id_to_contiguous_id[8] == 7
+
+
+def test_numbers_where_there_are_no_names(
+    mask_rcnn: CfgNode, catalogs: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = mask_rcnn.clone()
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("nowhere", "broken"), ("other",)
+    DatasetCatalog.register("broken", lambda: 1 / 0)
+    DatasetCatalog.register("other", list)
+    MetadataCatalog.get("other").thing_classes = ["a", "b"]
+    with caplog.at_level("WARNING", logger="vovnet_d2"):
+        predictor = Predictor(cfg)
+    assert predictor.metadata.thing_classes == ["0", "1", "2", "3", "4"]
+    (message,) = [m for m in caplog.messages if "Categories" in m]
+    assert message == (
+        "Categories go by their numbers: nowhere is not registered here; broken cannot be loaded "
+        "(ZeroDivisionError: division by zero); other has 2 thing_classes and the network 5."
+    )
+    assert "nowhere" not in MetadataCatalog
+
+
+# Mistakes
+
+
+def test_weights_of_a_backbone_alone(tmp_path: Path) -> None:
+    cfg = tiny_config(MASK_RCNN, tmp_path)
+    model = build_model(cfg)
+    torch.save(model.backbone.bottom_up.state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"backbone.pth has no weights for \d+ tensors outside"):
+        Predictor(cfg, tmp_path / "backbone.pth")
+    assert Predictor(cfg, tmp_path / "backbone.pth", allow_partial=True)(PICTURES[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weights": ""}, ValueError, "There are no weights: set MODEL.WEIGHTS"),
+        ({"weights": "gone.pth"}, FileNotFoundError, "gone.pth"),
+        ({"config": "gone.yaml"}, FileNotFoundError, "gone.yaml"),
+        ({"device": "gpu"}, ValueError, "MODEL.DEVICE 'gpu' is no device"),
+        ({"device": "meta"}, ValueError, "MODEL.DEVICE 'meta' is no device"),
+        ({"dtype": torch.float64}, ValueError, "float64"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, not 0"),
+    ],
+)
+def test_bad_arguments(
+    arguments: dict, error: type[Exception], message: str, mask_rcnn: CfgNode
+) -> None:
+    cfg = mask_rcnn.clone()
+    if arguments.get("weights") == "":
+        cfg.MODEL.WEIGHTS = ""
+    with pytest.raises(error, match=message):
+        Predictor(**({"config": cfg} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ("gone.jpg", FileNotFoundError, "There is no file gone.jpg"),
+        (__file__, ValueError, "test_predictor.py is not a picture .*of no known format"),
+        (".", ValueError, "not a picture"),
+        (np.zeros((4, 4, 3)), ValueError, r"not float64 of shape \(4, 4, 3\)"),
+        (np.zeros((4, 4), np.uint8), ValueError, r"not uint8 of shape \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), ValueError, r"not uint8 of shape \(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "with pixels in it"),
+        ([torch.zeros(3, 4, 4)], ValueError, "or a file, not torch.float32"),
+        ([None], ValueError, "or a file, not <class 'NoneType'>"),
+    ],
+    ids=str,
+)
+def test_bad_images(
+    image: object, error: type[Exception], message: str, mask_rcnn: CfgNode
+) -> None:
+    with pytest.raises(error, match=message):
+        Predictor(mask_rcnn)(image)

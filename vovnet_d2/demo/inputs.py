@@ -1,0 +1,183 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Where images come from: files, a video, a camera."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from ..predictor import read_image
+
+__all__ = ["Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
+
+_FPS = 30.0  # where a camera does not tell
+
+Skip = Callable[[str], None]
+
+
+class Frame(NamedTuple):
+    """An image to look at.
+
+    Attributes:
+        number: its place in the source, from 1; unreadable pictures count.
+        name: the file that it is from, or the camera.
+        pixels: (H, W, 3), uint8, BGR.
+    """
+
+    number: int
+    name: str
+    pixels: np.ndarray
+
+
+class Source(Protocol):
+    """
+    Attributes:
+        unit: what to call an image of it.
+        total: how many images it has, as far as this is known.
+        files: the files that it reads.
+    """
+
+    unit: str
+    total: int | None
+    files: list[Path]
+
+    def frames(self, skip: Skip) -> Iterator[Frame]:
+        """The images that can be read; ``skip`` is told in a sentence of each that cannot."""
+
+
+class Picture(NamedTuple):
+    """A file, and what to call its result in a folder of results."""
+
+    path: Path
+    relative: Path
+
+
+class Pictures:
+    """Files, those in folders, and those that patterns match; each once."""
+
+    unit = "image"
+
+    def __init__(self, inputs: Sequence[str], *, recursive: bool = False):
+        """
+        Args:
+            inputs: names of files or folders, and patterns with ``*``, ``**`` or ``?``.
+            recursive: whether a folder's folders belong to it.
+
+        Raises:
+            FileNotFoundError: there is no file at all.
+        """
+        found: dict[Path, Picture] = {}
+        self._missing: list[str] = []
+        for name in inputs:
+            if not (pictures := _find_pictures(name, recursive)):
+                kind = "file in the folder" if os.path.isdir(name) else "file"
+                self._missing.append(f"There is no {kind} {name}.")
+            for picture in pictures:
+                found.setdefault(picture.path.resolve(), picture)
+        self.pictures = list(found.values())
+        if not self.pictures:
+            raise FileNotFoundError(" ".join(self._missing))
+        self.files = [picture.path for picture in self.pictures]
+        self.total: int | None = len(self.files)
+
+    def frames(self, skip: Skip) -> Iterator[Frame]:
+        for sentence in self._missing:
+            skip(sentence)
+        for number, path in enumerate(self.files, start=1):
+            try:
+                pixels = read_image(path)
+            except (FileNotFoundError, ValueError) as error:
+                skip(str(error))
+            else:
+                yield Frame(number, str(path), pixels)
+
+
+def _find_pictures(name: str, recursive: bool) -> list[Picture]:
+    path = Path(name)
+    if path.is_dir():
+        paths = sorted(path.rglob("*") if recursive else path.iterdir())
+        relatives = ((found, found.relative_to(path)) for found in paths if not found.is_dir())
+        # Hidden files are not meant, such as those that file managers leave.
+        return [Picture(p, r) for p, r in relatives if not any(x.startswith(".") for x in r.parts)]
+    if path.exists():  # the name of a file may look like a pattern
+        return [Picture(path, Path(path.name))]
+    matches = map(Path, sorted(glob.glob(name, recursive=True)))
+    return [Picture(match, Path(match.name)) for match in matches if not match.is_dir()]
+
+
+class Video:
+    """The frames of a video file, in its own order, none left out."""
+
+    unit = "frame"
+
+    def __init__(self, path: str):
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no file {path}.")
+        self.files = [Path(path)]
+        self._capture = cv2.VideoCapture(path)
+        announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.total: int | None = int(announced) if announced > 0 else None
+        self.fps = _find_fps(self._capture)
+
+    def frames(self, skip: Skip) -> Iterator[Frame]:
+        (path,) = self.files
+        count = 0
+        for frame in _read_frames(self._capture, str(path)):
+            count = frame.number
+            yield frame
+        if not count:
+            skip(f"{path} is not a video that can be read.")
+        elif self.total and count < self.total:
+            skip(f"{path} ends after {count} of the {self.total} frames that it announces.")
+
+
+class Camera:
+    """The frames of a camera, until it is unplugged or the run is interrupted."""
+
+    unit = "frame"
+    total: int | None = None
+
+    def __init__(self, index: int):
+        """
+        Raises:
+            ValueError: the camera cannot be opened.
+        """
+        self._capture = cv2.VideoCapture(index)
+        if not self._capture.isOpened():
+            raise ValueError(f"Camera {index} cannot be opened: it is missing, in use or not ours.")
+        self.files: list[Path] = []
+        self.fps = _find_fps(self._capture)
+        self._name = f"camera {index}"
+
+    def frames(self, skip: Skip) -> Iterator[Frame]:
+        yield from _read_frames(self._capture, self._name)
+        skip(f"{self._name} gives no more images.")
+
+
+def _find_fps(capture: cv2.VideoCapture) -> float:
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    return fps if math.isfinite(fps) and fps > 0 else _FPS
+
+
+def _read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[Frame]:
+    try:
+        for number in itertools.count(1):
+            read, pixels = capture.read()
+            if not read:
+                return
+            yield Frame(number, name, pixels)
+    finally:
+        capture.release()

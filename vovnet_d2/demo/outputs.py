@@ -1,0 +1,260 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Where drawn pictures go: files, a video, a window."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from .inputs import Frame, Picture
+
+__all__ = [
+    "PictureFiles",
+    "Sink",
+    "VideoFile",
+    "Window",
+    "plan_pictures",
+    "plan_video",
+    "refuse_overwriting",
+]
+
+_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# Suffix of a video to the codec that goes with it.
+_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "mp4v", ".mov": "mp4v", ".webm": "VP80"}
+
+
+class Sink(Protocol):
+    def __enter__(self) -> Sink: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
+        """Take the picture (H, W, 3), BGR, that was made of a frame; False to stop the run."""
+
+
+# Files to write
+
+
+def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
+    """Which file the result of each picture goes to.
+
+    Args:
+        output: a file for one picture, otherwise a folder.
+        pictures: what is drawn on. In a folder they keep their names, and get .png in addition
+            where they are of a kind that is not written; equal names get a number.
+
+    Raises:
+        ValueError: ``output`` is a file, and there are several pictures.
+    """
+    folder = Path(output)
+    if folder.suffix.lower() in _PICTURE_SUFFIXES and not folder.is_dir():
+        if len(pictures) > 1:
+            raise ValueError(
+                f"--output {output} is one picture and there are {len(pictures)} inputs: name a "
+                "folder."
+            )
+        return [folder]
+    targets: dict[Path, None] = {}
+    for picture in pictures:
+        target = folder / picture.relative
+        if target.suffix.lower() not in _PICTURE_SUFFIXES:
+            target = target.with_name(target.name + ".png")
+        stem, number = target.stem, 2
+        while target in targets:
+            target = target.with_name(f"{stem}_{number}{target.suffix}")
+            number += 1
+        targets[target] = None
+    return list(targets)
+
+
+def plan_video(output: str, name: str) -> Path:
+    """The file for a video: ``output``, or ``name`` with .mp4 in the folder that it is."""
+    path = Path(output)
+    if path.suffix.lower() in _CODECS and not path.is_dir():
+        return path
+    return path / f"{name}.mp4"
+
+
+def refuse_overwriting(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """
+    Raises:
+        ValueError: a target is one of the inputs, by whatever name.
+    """
+    read = {_identity(path) for path in inputs if path.exists()}
+    for target in targets:
+        if target.exists() and _identity(target) in read:
+            raise ValueError(f"{target} is an input, and would be overwritten: name another file.")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The folder {path} cannot be made ({error.strerror}).") from error
+
+
+# Sinks
+
+
+class _Sink:
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
+        raise NotImplementedError
+
+
+class PictureFiles(_Sink):
+    """One file for each picture."""
+
+    def __init__(self, targets: Sequence[Path]):
+        """
+        Args:
+            targets: the files, in the order of the inputs.
+
+        Raises:
+            ValueError: a folder cannot be made.
+        """
+        self._targets = targets
+        for folder in dict.fromkeys(target.parent for target in targets):
+            _make_folder(folder)
+
+    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
+        """
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        target = self._targets[frame.number - 1]
+        if not cv2.imwrite(str(target), drawn):
+            raise ValueError(f"{target} cannot be written.")
+        return True
+
+
+class VideoFile(_Sink):
+    """A video, complete as soon as it is closed."""
+
+    def __init__(self, path: Path, *, fps: float, codec: str | None = None):
+        """
+        Args:
+            path: its suffix names the container.
+            fps: frames per second.
+            codec: four characters; by default what usually goes with the container.
+
+        Raises:
+            ValueError: the codec is no such, or the folder cannot be made.
+        """
+        codec = codec or _CODECS[path.suffix.lower()]
+        if len(codec) != 4:
+            raise ValueError(f"--codec {codec!r} must be four characters, such as mp4v or MJPG.")
+        _make_folder(path.parent)
+        self._path, self._fps, self._codec = path, fps, codec
+        self._writer: cv2.VideoWriter | None = None
+        self._size = (0, 0)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer:
+            self._writer.release()
+
+    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
+        """
+        Raises:
+            ValueError: the video cannot be written.
+        """
+        if self._writer is None:
+            height, width = drawn.shape[:2]
+            self._size = (width, height)
+            self._writer = self._open()
+        if drawn.shape[1::-1] != self._size:  # some cameras and streams change it on the way
+            drawn = cv2.resize(drawn, self._size)
+        self._writer.write(drawn)
+        return True
+
+    def _open(self) -> cv2.VideoWriter:
+        fourcc = cv2.VideoWriter.fourcc(*self._codec)
+        backend = cv2.CAP_ANY
+        if any(side % 2 for side in self._size):
+            # FFmpeg's writer would leave out the last row or column.
+            backend = cv2.CAP_OPENCV_MJPEG
+            if (self._codec, self._path.suffix.lower()) != ("MJPG", ".avi"):
+                width, height = self._size
+                raise ValueError(
+                    f"A video of {width}x{height}, an odd number of pixels, can be written as "
+                    f"MJPG in .avi only: --output {self._path.with_suffix('.avi')}"
+                )
+        writer = cv2.VideoWriter(str(self._path), backend, fourcc, self._fps, self._size)
+        if not writer.isOpened():
+            raise ValueError(
+                f"OpenCV cannot write {self._path} with codec {self._codec}: choose --codec mp4v "
+                "for .mp4, or MJPG for .avi."
+            )
+        return writer
+
+
+class Window(_Sink):
+    """Shows one picture after the other; q or Escape ends the run."""
+
+    def __init__(self, *, wait: bool):
+        """
+        Args:
+            wait: whether a picture stays until a key is pressed.
+
+        Raises:
+            ValueError: there is no screen, or OpenCV was built without windows.
+        """
+        self._wait = wait
+        self._title = "vovnet_d2"
+        # Without a display Qt, in OpenCV, aborts the process instead of raising an error.
+        displays = ("DISPLAY", "WAYLAND_DISPLAY")
+        if sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
+            raise ValueError("--show needs a screen, and there is none here: name an --output.")
+        try:
+            cv2.namedWindow(self._title, cv2.WINDOW_NORMAL)
+        except cv2.error as error:
+            raise ValueError(
+                "--show needs an OpenCV that can open windows: pip install opencv-python in the "
+                "place of opencv-python-headless, or name an --output."
+            ) from error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        cv2.destroyWindow(self._title)
+
+    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
+        cv2.imshow(self._title, drawn)
+        return cv2.waitKey(0 if self._wait else 1) & 0xFF not in (27, ord("q"))

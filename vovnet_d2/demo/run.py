@@ -1,0 +1,95 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a source of images to what is kept of them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from ..predictor import Predictor
+from .drawing import Artist
+from .inputs import Frame, Source
+from .outputs import Sink
+from .results import ResultsFile
+from .selection import Selection
+
+__all__ = ["Outcome", "Run"]
+
+
+@dataclass
+class Outcome:
+    """
+    Attributes:
+        done: how many images went all the way.
+        skipped: how many inputs could not be read, or not to their end.
+        interrupted: whether Ctrl-C ended the run.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        predictor: with predictions on the CPU.
+        selection: of the predictions.
+        artist: draws them, if there are sinks.
+        sinks: take the drawn pictures.
+        results: takes the detections.
+    """
+
+    predictor: Predictor
+    selection: Selection
+    artist: Artist
+    sinks: Sequence[Sink]
+    results: ResultsFile | None
+
+    def __call__(self, source: Source) -> Outcome:
+        """Go through a source, with a progress bar; what cannot be read is named and left out."""
+        outcome = Outcome()
+
+        def skip(sentence: str) -> None:
+            outcome.skipped += 1
+            tqdm.write(sentence, file=sys.stderr)
+
+        try:
+            with tqdm(total=source.total, unit=source.unit) as bar:
+                for frame, prediction in self._predict(source.frames(skip)):
+                    if not self._keep(frame, prediction):
+                        break
+                    outcome.done += 1
+                    bar.update(frame.number - bar.n)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        return outcome
+
+    def _predict(self, frames: Iterator[Frame]) -> Iterator[tuple[Frame, dict[str, Any]]]:
+        for batch in _batches(frames, self.predictor.batch_size):
+            predictions = self.predictor([frame.pixels for frame in batch])
+            yield from zip(batch, predictions, strict=True)
+
+    def _keep(self, frame: Frame, prediction: dict[str, Any]) -> bool:
+        """False to stop."""
+        shown = self.selection(prediction)
+        go_on = []
+        if self.sinks:
+            drawn = self.artist.draw(frame.pixels, shown)
+            go_on = [sink.write(frame, drawn) for sink in self.sinks]
+        if self.results:  # after drawing, as this moves keypoints by half a pixel, in place
+            self.results.write(frame, shown)
+        return all(go_on)
+
+
+def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    iterator = iter(frames)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
