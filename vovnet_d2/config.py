@@ -40,6 +40,13 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # The type that SOLVER.AMP.ENABLED and TEST.AMP.ENABLED compute in: "float16" (GPU), "bfloat16",
     # or "auto", which is float16 on a GPU, as Detectron2 has it, and bfloat16 on a CPU.
     cfg.SOLVER.AMP.setdefault("DTYPE", "auto")
+    # How many checkpoints of a training to keep, the newest; 0 is all. Beside them stay
+    # model_best.pth and model_final.pth.
+    cfg.SOLVER.setdefault("CHECKPOINTS_KEPT", 0)
+    # Steps with a loss that is infinite or not a number: so many of a training are left out, with
+    # a warning and a record of each; the next ends it. float16's loss scaling, which leaves out
+    # steps of infinite gradients, does not count.
+    cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
     # Evaluate in mixed precision.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)

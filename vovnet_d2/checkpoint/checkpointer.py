@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +23,10 @@ from fvcore.common.checkpoint import (
 )
 from torch import nn
 
+from .atomic import FileNotWrittenError, atomic_write
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
-from .reading import METADATA_KEY
+from .reading import METADATA_KEY, read_checkpoint
 from .recognition import Description, describe_state_dict, find_prefix
 from .sources import read_weights
 from .zoo import metadata_of_layout
@@ -30,6 +34,8 @@ from .zoo import metadata_of_layout
 __all__ = ["VoVNetCheckpointer"]
 
 logger = logging.getLogger(__name__)
+
+_HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept, oldest first
 
 
 class VoVNetCheckpointer(DetectionCheckpointer):
@@ -41,6 +47,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
     - Nothing in the file is executed. Nothing is changed if loading fails.
     - A file with a whole detector loads whole. Of a backbone's, or another detector's, what is not
       there is left at its initialisation; not so where a training is resumed.
+
+    - Files are written whole or not at all. One that turns out damaged when a training is resumed
+      is named, and the one before it is used.
 
     A model without a VoVNet is loaded as :class:`DetectionCheckpointer` does, as safely.
 
@@ -61,6 +70,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         save_to_disk: bool | None = None,
         allow_partial: bool = False,
         allow_pickle: bool = False,
+        max_to_keep: int = 0,
         **checkpointables: Any,
     ):
         """
@@ -69,12 +79,15 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 ``checkpointables``.
             allow_partial: load what fits of a file that does not fit the network, with a warning.
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
+            max_to_keep: how many checkpoints of a training are kept, the newest; 0 is all.
+                ``model_final.pth`` is not counted, and kept.
         """
         if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
             setup_logger(distributed_rank=comm.get_rank(), name="vovnet_d2")
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
+        self.max_to_keep = max_to_keep
         self.input_convention: InputConvention | tuple[InputConvention, ...] | None = None
         self.missing_outside_backbone: list[str] = []
 
@@ -120,13 +133,114 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                     ) from error
         return checkpoint
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As :class:`Checkpointer` does, but from the newest checkpoint that every process can
+        read.
+
+        Raises:
+            ValueError: there are checkpoints, and none of them can be read.
+        """
+        names = comm.all_gather(self._checkpoints_to_resume() if resume else [])[0]
+        if not names:
+            extra = self.load(path, checkpointables=[])
+            if self.checkpointables:
+                self._write_history([])  # what is in the folder is another training's
+            return extra
+        problems = {}
+        for name in names:
+            file = os.path.join(self.save_dir, name)
+            if not (problem := next(filter(None, comm.all_gather(self._why_unusable(file))), "")):
+                extra = self.load(file)
+                if self.checkpointables:
+                    self._write_history([*self._earlier_than(name), name])
+                    self._write_tag(name)
+                return extra
+            problems[name] = problem
+            logger.warning("%s cannot be resumed from: %s", name, problem)
+        raise ValueError(
+            f"No checkpoint in {self.save_dir} can be resumed from: "
+            f"{' '.join(problems.values())} Put a copy of one there, or start anew without "
+            "--resume."
+        )
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Save as :class:`Checkpointer` does, with what the tensors alone do not tell: see
-        :class:`Metadata`."""
+        :class:`Metadata`.
+
+        Raises:
+            FileNotWrittenError: the disk is full, say. The checkpoints that there are stay.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        try:
+            self.write(name, **kwargs)
+            self.tag_last_checkpoint(f"{name}.pth")
+        except FileNotWrittenError as error:
+            last = self.get_checkpoint_file()
+            raise FileNotWrittenError(
+                f"{error} Make room, and go on with --resume from the last checkpoint, {last}."
+                if last
+                else f"{error} There is no earlier checkpoint."
+            ) from error
+
+    def write(self, name: str, **kwargs: Any) -> None:
+        """As :meth:`save`, but the file is none of those that a training goes on from."""
         if len(nets := list(find_vovnets(self.model).values())) == 1:
             convention = InputConvention.of_model(self.model)
             kwargs.setdefault(METADATA_KEY, Metadata.of_spec(nets[0].spec, convention).to_dict())
-        super().save(name, **kwargs)
+        states = {key: target.state_dict() for key, target in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        with atomic_write(path) as partial, open(partial, "wb") as file:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Make a file the one to resume from, and remove the oldest beyond ``max_to_keep``."""
+        names = [name for name in self._read_history() if name != last_filename_basename]
+        names.append(last_filename_basename)
+        counted = [name for name in names if name != "model_final.pth"]
+        too_old = counted[: -self.max_to_keep] if self.max_to_keep > 0 else []
+        self._write_history([name for name in names if name not in too_old])
+        self._write_tag(last_filename_basename)
+        for name in too_old:
+            Path(self.save_dir, name).unlink(missing_ok=True)
+
+    def _checkpoints_to_resume(self) -> list[str]:
+        """Names, newest first."""
+        if not self.has_checkpoint():
+            return []
+        last = os.path.basename(self.get_checkpoint_file())
+        return [last, *reversed(self._earlier_than(last))]
+
+    def _earlier_than(self, name: str) -> list[str]:
+        names = self._read_history()
+        return names[: names.index(name)] if name in names else []
+
+    def _why_unusable(self, path: str) -> str:
+        try:
+            absent = [key for key in self.checkpointables if key not in read_checkpoint(path)]
+        except FileNotFoundError:
+            return f"{path} is not there (all machines must see the same OUTPUT_DIR)."
+        except ValueError as error:
+            return str(error)
+        return f"{path} is of weights alone, without {absent[0]}." if absent else ""
+
+    def _read_history(self) -> list[str]:
+        try:
+            return json.loads(Path(self.save_dir, _HISTORY).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+
+    def _write_history(self, names: list[str]) -> None:
+        self._write_text(_HISTORY, json.dumps(names) + "\n")
+
+    def _write_tag(self, name: str) -> None:
+        self._write_text("last_checkpoint", name)  # Detectron2's
+
+    def _write_text(self, name: str, text: str) -> None:
+        if self.save_dir and self.save_to_disk:
+            with atomic_write(os.path.join(self.save_dir, name)) as partial:
+                Path(partial).write_text(text, encoding="utf-8")
 
     def _load_vovnets(
         self, state_dict: dict[str, torch.Tensor], known: Metadata | None, *, resuming: bool

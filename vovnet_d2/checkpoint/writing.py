@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from .atomic import atomic_write
 from .metadata import Metadata
 from .reading import METADATA_KEY
 
@@ -28,21 +28,18 @@ def save_weights(path: str, tensors: Mapping[str, torch.Tensor], metadata: Metad
     Raises:
         ValueError: another ending.
         FileNotFoundError: there is no such folder.
+        FileNotWrittenError: the disk is full, say; a file of this name is left as it was.
     """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise ValueError(f"{path}: choose a name that ends with .pth, .pt, .bin or .safetensors.")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent} to write {path} to.")
-    partial = f"{path}.partial"
-    try:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         if suffix == ".safetensors":
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
             extra = {"format": "pt", METADATA_KEY: json.dumps(metadata.to_dict())}
-            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, extra)
+            file.write(save({k: t.contiguous() for k, t in tensors.items()}, extra))
         else:
-            torch.save({"model": dict(tensors), METADATA_KEY: metadata.to_dict()}, partial)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+            torch.save({"model": dict(tensors), METADATA_KEY: metadata.to_dict()}, file)

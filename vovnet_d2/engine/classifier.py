@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.data.build import build_batch_data_loader
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
@@ -26,9 +25,10 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from ..data.classification import build_classification_dataset
+from ..data.stream import TrainingStream, stay_until_dismissed
 from ..modeling.baselines.cifar import CifarClassifier
 from ..modeling.build import build_vovnet_classifier
 from .hooks import BestCheckpointer
@@ -168,12 +168,12 @@ class ClassifierTrainer(Trainer):
             *(number, cfg.PRETRAIN.NUM_CLASSES, split),
             *(cfg.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER * batch / number),
         )
-        return build_batch_data_loader(
+        return TrainingStream(
             dataset,
-            TrainingSampler(number),
+            lambda: TrainingSampler(number),
             batch,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
-            collate_fn=default_collate,
+            seed=max(cfg.SEED, 0),
             pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         )
 
@@ -185,6 +185,7 @@ class ClassifierTrainer(Trainer):
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             sampler=InferenceSampler(len(dataset)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            worker_init_fn=stay_until_dismissed,
         )
 
     @classmethod

@@ -1,22 +1,125 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The best weights of a training, kept over interruptions."""
+"""Hooks of a training that may be interrupted at any time, and goes on as if it had not been."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
-from detectron2.engine import hooks
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
+from ..data.stream import TrainingStream
+from .interruption import Interrupted
+from .pictures import read_metrics
 
-__all__ = ["BestCheckpointer"]
+__all__ = ["BestCheckpointer", "Checkpointing", "EvalHook", "PreciseBN"]
 
 logger = logging.getLogger(__name__)
+
+
+class Checkpointing(HookBase):
+    """Saves a checkpoint every ``period`` iterations, after the last, and when a signal asks the
+    training to end, which this does then. A hook of all processes, of which the first one saves."""
+
+    def __init__(self, checkpointer: VoVNetCheckpointer, period: int):
+        self._checkpointer = checkpointer
+        self._period = period
+
+    def before_train(self) -> None:
+        self._done = self._saved = self.trainer.start_iter  # iterations
+
+    def after_step(self) -> None:
+        self._done = self.trainer.iter + 1
+        if self._period > 0 and self._done % self._period == 0:
+            self.save()
+        if self._done >= self.trainer.max_iter:
+            self.trainer.gather_rank_states()
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+            self._saved = self._done
+        elif signal := self.trainer.stop_signal:
+            self.end(signal)
+
+    def save(self) -> None:
+        self.trainer.gather_rank_states()
+        self._save()
+
+    def end(self, signal: str) -> NoReturn:
+        """Save, unless that has been done, and end the training in all processes."""
+        if self._saved < self._done:
+            self.save()
+        comm.synchronize()  # none ends, and has a launcher end the others, before it is saved
+        raise self._interrupted(signal)
+
+    def end_evaluation(self, signal: str) -> NoReturn:
+        """The same where processes do not know of each other how far they are."""
+        if self._saved < self._done:
+            self._save()  # what was gathered before the evaluation still holds
+        raise self._interrupted(signal)
+
+    def _save(self) -> None:
+        self._checkpointer.save(f"model_{self._done - 1:07d}", iteration=self._done - 1)
+        self._saved = self._done
+
+    def _interrupted(self, signal: str) -> Interrupted:
+        message = (
+            f"interrupted by {signal} after {self._done} of {self.trainer.max_iter} iterations; "
+            f"go on with --resume from {self._checkpointer.get_checkpoint_file() or 'the start'}."
+        )
+        logger.warning(message)
+        return Interrupted(signal, message)
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, but that an evaluation which an interruption prevented is made up for when the
+    training is resumed."""
+
+    def __init__(self, period: int, evaluate: Callable[[], Any], metric: str | None, folder: str):
+        """
+        Args:
+            period: see :class:`detectron2.engine.hooks.EvalHook`; as is ``evaluate``.
+            metric: a result by whose absence in ``folder/metrics.json`` it is known; None if there
+                is no such result.
+        """
+        super().__init__(period, evaluate)
+        self._metric = metric
+        self._folder = folder
+
+    def before_train(self) -> None:
+        done, total = self.trainer.start_iter, self.trainer.max_iter
+        if self._period < 1 or done % self._period or not 0 < done < total:
+            return
+        if comm.all_gather(self._is_recorded(done - 1))[0]:
+            return
+        logger.info("The evaluation after iteration %d is made up for.", done - 1)
+        self.trainer.storage.iter = done - 1
+        self._do_eval()
+        self.trainer.storage.iter = done
+
+    def _is_recorded(self, iteration: int) -> bool:
+        path = os.path.join(self._folder, "metrics.json")
+        if self._metric is None or not os.path.isfile(path):
+            return self._metric is None
+        return any(at == iteration for at, _ in read_metrics(path).get(self._metric, []))
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's, but that it has the same batches each time: which ones it had does not depend
+    on how often it was run before."""
+
+    def update_stats(self) -> None:
+        if isinstance(self._data_loader, TrainingStream):
+            self._data_loader.place = replace(self._data_loader.place, seed=self.trainer.seed)
+        self._data_iter = None
+        super().update_stats()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -37,6 +140,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
             saved = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
             if saved.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = saved["value"], saved["iteration"]
+        if self._val_metric in self.trainer.storage.latest():  # made up for just now
+            self._best_checking()
 
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest().get(self._val_metric)

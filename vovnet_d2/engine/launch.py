@@ -1,14 +1,32 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Processes: one, several that this one starts, or one of those that torchrun started."""
+"""Processes: one, several that this one starts, or one of those that torchrun started.
+
+How a run ends, by its exit status:
+
+- 0: all is done.
+- 1: it failed on the way: the training diverged, the disk is full, another process or machine is
+  lost; an error with a traceback.
+- 2: a mistake of the user, told in a sentence.
+- 75: SIGTERM, SIGUSR1 or Ctrl-C ended it (EX_TEMPFAIL, "try again"); ``--resume`` goes on.
+
+torchrun gives its own status, 1, whatever that of its processes was. It passes SIGTERM on to them,
+and SIGUSR1 with its ``--signals-to-handle``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dis
+import errno
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,9 +36,20 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from ..checkpoint.atomic import FileNotWrittenError
+from .interruption import (
+    INTERRUPTED,
+    Interrupted,
+    exit_on_signal,
+    handle_signals,
+    is_lost_connection,
+)
+
 __all__ = ["launch_or_exit", "run_or_exit"]
 
 Run = Callable[[argparse.Namespace], Any]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
@@ -32,32 +61,60 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
             On a machine without GPUs ``num_gpus`` is the number of processes.
 
     Raises:
-        SystemExit: with status 2 after a mistake of the user, which is told in a sentence; with 1
-            if the training diverged. Anything else that goes wrong keeps its traceback.
+        SystemExit: with one of the statuses above. What is no known reason to fail keeps its
+            traceback.
     """
     if dist.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
             _exit("torchrun says how many processes there are: leave out --num-gpus and the like.")
-        _join_torchrun()
-        try:
-            run_or_exit(run, args)
-        finally:
-            dist.destroy_process_group()
+        run_or_exit(partial(_run_in_torchrun, run), args)
         return
     gpus = torch.cuda.device_count()
     if gpus and args.num_gpus > gpus:
         _exit(f"--num-gpus is {args.num_gpus}, but torch finds {gpus}.")
+    signals: list[int] = []
     try:
-        launch(
-            run_or_exit,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(run, args),
-        )
-    except ProcessExitedException as error:  # a process of several, which has said why
-        sys.exit(error.exit_code)
+        with handle_signals(partial(_pass_on, signals)):
+            launch(
+                run_or_exit,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(run, args),
+                timeout=_timeout(),
+            )
+    except ProcessExitedException as error:
+        if error.exit_code > 0:  # a process of several, which has said why
+            sys.exit(error.exit_code)
+        if signals:  # before the process was ready for them
+            _exit("interrupted before the start.", status=INTERRUPTED)
+        _exit(f"{error}. Start again with --resume.", status=1)
+
+
+def _pass_on(signals: list[int], number: int, frame: FrameType | None) -> None:
+    """Let the processes that this one started end. They have had a Ctrl-C from the terminal."""
+    signals.append(number)
+    for process in multiprocessing.active_children():
+        assert process.pid is not None  # it is started
+        os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+
+
+def _timeout() -> timedelta:
+    """How long a process waits for another that does not answer: VOVNET_D2_TIMEOUT, in seconds,
+    from the environment, or Detectron2's half an hour. One that has ended is noticed at once."""
+    value = os.environ.get("VOVNET_D2_TIMEOUT", "")
+    if not value:
+        return DEFAULT_TIMEOUT
+    if not value.isdecimal() or int(value) == 0:
+        _exit(f"VOVNET_D2_TIMEOUT is {value!r}: set it to a number of seconds, or not at all.")
+    return timedelta(seconds=int(value))
+
+
+def _run_in_torchrun(run: Run, args: argparse.Namespace) -> None:
+    _join_torchrun()
+    run(args)
+    dist.destroy_process_group()
 
 
 def _join_torchrun() -> None:
@@ -65,7 +122,7 @@ def _join_torchrun() -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_timeout())
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
 
@@ -73,13 +130,27 @@ def _join_torchrun() -> None:
 def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
     """``run(args)`` in this process alone; raises what :func:`launch_or_exit` does."""
     try:
-        return run(args)
-    except FloatingPointError as error:
+        with exit_on_signal():
+            return run(args)
+    except Interrupted as error:
+        _exit(error.message, status=INTERRUPTED)
+    except (FileNotWrittenError, FloatingPointError) as error:
         _exit(str(error), status=1)
     except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
         if not _is_sentence_of_ours(error):
             raise
         _exit(str(error.args[0]))
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:  # not a file of ours: a log
+            _exit(f"{error}. Make room, and go on with --resume.", status=1)
+        if not is_lost_connection(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        _exit(
+            f"the connection to another process is lost ({first_line}). If it or its machine has "
+            "failed, start all of them again with --resume.",
+            status=1,
+        )
 
 
 def _exit(message: str, *, status: int = 2) -> None:

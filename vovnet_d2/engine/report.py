@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import detectron2
@@ -22,6 +23,7 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 from torch import nn
 
+from ..checkpoint.atomic import atomic_write
 from .pictures import draw_curves, draw_predictions
 
 __all__ = ["format_results", "write_report"]
@@ -148,5 +150,5 @@ def _without_nan(value: Any) -> Any:
 
 
 def _write(cfg: CfgNode, name: str, text: str) -> None:
-    with open(os.path.join(cfg.OUTPUT_DIR, name), "w", encoding="utf-8") as file:
-        file.write(text)
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, name)) as partial:
+        Path(partial).write_text(text, encoding="utf-8")

@@ -21,8 +21,10 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
+from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
+from .interruption import is_lost_connection
 from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
@@ -62,6 +64,8 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FloatingPointError: the training diverged.
         FileNotFoundError, KeyError, ValueError: arguments, config, data or weights do not fit.
+        FileNotWrittenError: the disk is full, say.
+        Interrupted: a signal ended it.
     """
     start = time.perf_counter()
     cfg = _set_up(task, args)
@@ -93,6 +97,8 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     written = load_config(path, **load_args)
     cfg = load_config(path, args.opts, **load_args)
     _start_logging(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
+        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
     if args.auto_scale_lr:
         cfg = scale_to_batch(written, args.opts)
     elif not args.eval_only:
@@ -130,12 +136,14 @@ def _start_logging(output_dir: str) -> None:
     rank = comm.get_rank()
     setup_logger(output_dir, distributed_rank=rank)  # as default_setup does, and then no more
     setup_logger(output_dir, distributed_rank=rank, name="vovnet_d2")
-    # Divergence is told in a sentence at the end, not by tracebacks on the way there.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_divergence)
+    # What is told in a sentence at the end has no tracebacks on the way there.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_surprise)
 
 
-def _is_no_divergence(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], FloatingPointError))
+def _is_surprise(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    told = isinstance(error, FileNotWrittenError | FloatingPointError)
+    return error is None or not (told or is_lost_connection(error))
 
 
 def _find_last_checkpoint(output_dir: str) -> str:

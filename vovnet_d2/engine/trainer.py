@@ -6,30 +6,36 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
+from ..data.stream import (
+    Place,
+    TrainingStream,
+    build_detection_stream,
+    seed_all,
+    stay_until_dismissed,
+    step_seed,
+)
+from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
-from .hooks import BestCheckpointer
+from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN
+from .interruption import Interrupted, StopRequest, exit_on_signal
+from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
 from .precision import autocast, autocast_dtype
 
 __all__ = ["MixedPrecisionTrainer", "Trainer"]
@@ -39,7 +45,7 @@ logger = logging.getLogger(__name__)
 Results = dict[str, Any]
 
 
-class MixedPrecisionTrainer(SimpleTrainer):
+class MixedPrecisionTrainer(AgreedSteps):
     """A :class:`SimpleTrainer` whose forward pass runs under autocast, on any device.
 
     float16 losses are scaled, so that small gradients do not vanish; bfloat16 needs no scaling.
@@ -54,26 +60,21 @@ class MixedPrecisionTrainer(SimpleTrainer):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        request: StopRequest | None = None,
     ):
-        super().__init__(model, data_loader, optimizer)
+        super().__init__(model, data_loader, optimizer, request=request)
         self.device = device
         self.dtype = dtype
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def run_step(self) -> None:
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-
+    def forward(self, data: Any) -> dict[str, torch.Tensor] | torch.Tensor:
         with torch.autocast(self.device.type, self.dtype):
-            losses = self.model(data)
-            if isinstance(losses, torch.Tensor):
-                losses = {"total_loss": losses}
-            total = sum(losses.values())
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(total).backward()
-        self.after_backward()
-        self._write_metrics(losses, data_time)
+            return super().forward(data)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
+
+    def update(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -95,6 +96,15 @@ class Trainer(DefaultTrainer):
     Beyond :class:`DefaultTrainer` it evaluates every kind of data set that Detectron2 has an
     evaluator for, keeps the best weights where ``TEST.EVAL_PERIOD`` is set, and runs on CPUs in
     mixed precision and several processes too.
+
+    It may be interrupted at any time: resumed, it has the data, the random numbers and so, on a
+    CPU, the parameters that it would have had. All randomness follows from the seed, the
+    iteration and the position of a sample in :class:`~vovnet_d2.data.stream.TrainingStream`.
+    SIGTERM, SIGUSR1 and Ctrl-C end it after the step that is being made, with a checkpoint, by
+    :class:`~vovnet_d2.engine.interruption.Interrupted`.
+
+    Attributes:
+        stop_signal: the one that some process was sent, by the latest step; None without one.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_partial: bool = False, allow_pickle: bool = False):
@@ -118,43 +128,93 @@ class Trainer(DefaultTrainer):
             broadcast_buffers=False,
             device_ids=[comm.get_local_rank()] if device.type == "cuda" else None,
         )
+        self._request = StopRequest()
         if cfg.SOLVER.AMP.ENABLED:
-            self._trainer: SimpleTrainer = MixedPrecisionTrainer(
-                model, data_loader, optimizer, device=device, dtype=autocast_dtype(cfg)
+            self._trainer: AgreedSteps = MixedPrecisionTrainer(
+                model,
+                data_loader,
+                optimizer,
+                device=device,
+                dtype=autocast_dtype(cfg),
+                request=self._request,
             )
         else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+            self._trainer = AgreedSteps(model, data_loader, optimizer, request=self._request)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = VoVNetCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             allow_partial=allow_partial,
             allow_pickle=allow_pickle,
+            max_to_keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: Results = {}
+        self._rank_states: list[dict[str, float]] = []
+        self._skipped_steps = 0
+        processes = comm.get_world_size()
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._place = Place(seed, 0, 0, cfg.SOLVER.IMS_PER_BATCH, processes)  # at start_iter
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, and before its writers the last evaluations and the best checkpoint."""
-        found = super().build_hooks()
-        writers = [hook for hook in found if isinstance(hook, hooks.PeriodicWriter)]
-        others = [hook for hook in found if not isinstance(hook, hooks.PeriodicWriter)]
-        if self.cfg.TEST.AUG.ENABLED:
-            others.append(hooks.EvalHook(0, self._test_with_tta_and_keep))
-        metric = main_metric(self.cfg)
-        period = self.cfg.TEST.EVAL_PERIOD
-        if comm.is_main_process() and metric and period > 0:
-            others.append(BestCheckpointer(period, self.model, self.cfg.OUTPUT_DIR, metric))
-        return others + writers
+        """Detectron2's, in its order, and the best checkpoint before the writers."""
+        cfg = self.cfg
+        self._checkpointing = Checkpointing(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        period, metric = cfg.TEST.EVAL_PERIOD, main_metric(cfg)
+        found: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            own = cfg.clone()
+            own.defrost()
+            own.DATALOADER.NUM_WORKERS = 0
+            data_loader = self.build_train_loader(own)
+            found.append(PreciseBN(period, self.model, data_loader, cfg.TEST.PRECISE_BN.NUM_ITER))
+        found.append(self._checkpointing)
+        evaluate = self._interruptible(self._test_and_keep)
+        found.append(EvalHook(period, evaluate, metric, cfg.OUTPUT_DIR))
+        if cfg.TEST.AUG.ENABLED:
+            found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
+        if comm.is_main_process():
+            if metric and period > 0:
+                found.append(BestCheckpointer(period, self.model, cfg.OUTPUT_DIR, metric))
+            found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return found
+
+    def _test_and_keep(self) -> Results:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def _test_with_tta_and_keep(self) -> Results:
         results = self.test_with_tta(self.cfg, self.model)
         self._last_eval_results = _merge(self._last_eval_results, results)
         return results
+
+    def _interruptible(self, evaluate: Callable[[], Results]) -> Callable[[], Results]:
+        """An evaluation that a signal ends at once."""
+
+        def run() -> Results:
+            self.gather_rank_states()
+            self._share_buffers()
+            signal = self._request.signal
+            try:
+                with exit_on_signal():
+                    if signal is None:
+                        return evaluate()
+            except Interrupted as interrupted:
+                signal = interrupted.signal
+            self._checkpointing.end_evaluation(signal)
+
+        return run
+
+    def _share_buffers(self) -> None:
+        """Give all processes the statistics of norms of the first one, which are what is saved:
+        processes evaluate one network then."""
+        if comm.get_world_size() > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in ``OUTPUT_DIR``, or start from ``MODEL.WEIGHTS``.
@@ -183,34 +243,130 @@ class Trainer(DefaultTrainer):
 
         Raises:
             FloatingPointError: a loss is infinite or not a number; the message names likely causes.
+            FileNotWrittenError: the disk is full, say.
+            Interrupted: a signal asked for it, and a checkpoint is saved.
         """
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        if isinstance(self._trainer.data_loader, TrainingStream):
+            self._trainer.data_loader.place = self._place
+        elif self.start_iter > 0:
+            logger.warning("The training data start anew: their loader is no TrainingStream.")
+        with self._request.listen():
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         return self._last_eval_results
 
     def run_step(self) -> None:
+        seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
+        skipping = self._skipped_steps < self.cfg.SOLVER.MAX_SKIPPED_STEPS
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if skipping else []
         try:
             super().run_step()
-        except FloatingPointError as error:
-            raise FloatingPointError(self._explain_divergence(error)) from error
+        except NonFiniteLossError as error:
+            record = self._record_nonfinite(error)
+            if not skipping:
+                raise FloatingPointError(self._explain_nonfinite(error, record)) from error
+            # The norms have averaged over what was not finite.
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            self._skipped_steps += 1
+            logger.warning(
+                "Iteration %d is skipped, number %d of the %d that SOLVER.MAX_SKIPPED_STEPS "
+                "allows: %s What is known of it is in %s.",
+                *(self.iter, self._skipped_steps, self.cfg.SOLVER.MAX_SKIPPED_STEPS, error, record),
+            )
 
-    def _explain_divergence(self, error: FloatingPointError) -> str:
-        solver = self.cfg.SOLVER
+    @property
+    def stop_signal(self) -> str | None:
+        return self._trainer.stop_signal
+
+    @property
+    def seed(self) -> int:
+        """Of all randomness: ``SEED``, or if that is -1, one that was drawn at the beginning."""
+        return self._place.seed
+
+    # What a checkpoint holds beyond Detectron2's
+
+    def gather_rank_states(self) -> None:
+        """Get what processes do not have in common, before one of them saves; all call it."""
+        self._rank_states = comm.gather(read_loss_normalizers(self.checkpointer.model))
+
+    def state_dict(self) -> dict[str, Any]:
+        done = self.iter + 1 - self.start_iter
+        state = super().state_dict()
+        state["stream"] = asdict(replace(self._place, batches=self._place.batches + done))
+        state["ranks"] = self._rank_states
+        state["skipped_steps"] = self._skipped_steps
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        base_rates = self.scheduler.base_lrs
+        super().load_state_dict(state_dict)
+        if "stream" not in state_dict:
+            logger.warning("The checkpoint is of another trainer: the training data start anew.")
+            return
+        saved = Place(**state_dict["stream"])
+        if self.cfg.SEED >= 0:
+            saved = replace(saved, seed=self.cfg.SEED)
+        batch_size, processes = self._place.batch_size, self._place.num_processes
+        self._place = saved.shared_by(processes, batch_size=batch_size)
+        self._skipped_steps = state_dict["skipped_steps"]
+        write_loss_normalizers(self.checkpointer.model, state_dict["ranks"])
+        if self._place is not saved:
+            self._say_that_the_batch_is_another(saved)
+        if batch_size != saved.batch_size:
+            # Iterations are counted in the batches of this run, and its rates hold.
+            self.iter = saved.num_samples // batch_size - 1
+            self.scheduler.last_epoch = self.iter + 1
+            self.scheduler.base_lrs = base_rates
+            groups = self.optimizer.param_groups
+            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+
+    def _say_that_the_batch_is_another(self, saved: Place) -> None:
+        place = self._place
+        logger.warning(
+            "Batches of %d in %d processes instead of %d in %d: the training goes on after the %d "
+            "images seen, from iteration %d of this run's, not exactly as it would have.",
+            *(place.batch_size, place.num_processes, saved.batch_size, saved.num_processes),
+            *(saved.num_samples, saved.num_samples // place.batch_size),
+        )
+
+    # Losses that are not finite
+
+    def _record_nonfinite(self, error: NonFiniteLossError) -> str:
+        """Write down what is known of this step; all processes call it. Returns the file's path."""
+        images = comm.gather(self._image_names())
+        if not comm.is_main_process():
+            return ""
         rate = self.optimizer.param_groups[0]["lr"]
-        losses = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
-        causes = [
-            f"a learning rate too high for the batch (now {rate:.3g} for {solver.IMS_PER_BATCH} "
-            "images; --auto-scale-lr fits the config's)",
-            f"a warm-up too short (SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS})",
-        ]
-        if not solver.CLIP_GRADIENTS.ENABLED:
-            causes.append("no gradient clipping (SOLVER.CLIP_GRADIENTS.ENABLED True)")
-        if solver.AMP.ENABLED and autocast_dtype(self.cfg) == torch.float16:
-            causes.append("the range of float16 (SOLVER.AMP.DTYPE bfloat16)")
-        causes.append("FrozenBN without weights that belong to the network")
+        facts = {"losses": error.losses, "images": images, "rate": rate, "seed": self.seed}
+        return write_record(self.cfg.OUTPUT_DIR, self.iter, **facts)
+
+    def _image_names(self) -> list[str]:
+        """Those of this step in this process."""
+        loader = self._trainer.data_loader
+        if not isinstance(loader, TrainingStream):
+            return []
+        place = replace(self._place, batches=self._place.batches + self.iter - self.start_iter)
+        return [loader.name(index) for _, index in next(loader.batches(place))]
+
+    def _explain_nonfinite(self, error: NonFiniteLossError, record: str) -> str:
+        self.gather_rank_states()
+        if not comm.is_main_process():
+            return f"Training diverged at iteration {self.iter}. {error}"
+        iteration = self.iter
+        state = f"nonfinite_{iteration:07d}"
+        self.iter = iteration - 1  # to which the parameters, the optimizer and the schedule belong
+        self.checkpointer.write(state, iteration=self.iter)
+        self.iter = iteration
+        rate = self.optimizer.param_groups[0]["lr"]
+        before = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
         return (
-            f"Training diverged at iteration {self.iter}. {error}\n"
-            f"Losses of the iteration before: {losses or 'there was none'}.\n"
-            f"Likely causes: {'; '.join(causes)}.\n"
+            f"Training diverged at iteration {iteration}. {error}\n"
+            f"Losses: {error.losses}; learning rate: {rate:.3g}; the images are in {record}.\n"
+            f"Losses of the iteration before: {before or 'there was none'}.\n"
+            f"{explain(self.cfg, rate=rate)}\n"
+            f"The state before the step is in {state}.pth: with this name in the file "
+            "last_checkpoint, --resume makes the step again.\n"
             f"Last checkpoint: {self.checkpointer.get_checkpoint_file() or 'none was saved'}."
         )
 
@@ -236,6 +392,18 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        """Where this is overridden, as for a mapper of one's own, :func:`build_detection_stream`
+        with it keeps that a training can be resumed exactly."""
+        return build_detection_stream(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = stay_until_dismissed
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -1,0 +1,100 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the launcher in processes of their own, to be killed. They are forked from a server that
+has everything imported, so that a start takes a second and not ten."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin import register_all_coco
+from detectron2.engine import HookBase
+from engine_runs import FASTER_RCNN, TINY
+
+from vovnet_d2.engine import Trainer, main
+
+TIMEOUT = 20  # seconds that processes wait for each other
+
+
+def start(
+    root: Path, out: Path, options: Sequence[str], *, rank: int = 0, world: int = 1, port: int = 0
+) -> BaseProcess:
+    """Start one process of a training with ``--resume``.
+
+    Args:
+        root: what :func:`write_coco_tree` returned.
+        options: of the config.
+        rank: of the process, among ``world`` that meet at ``port``, as torchrun starts them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_runs"])
+    arguments = (root, out, list(options), rank, world, port)
+    process = context.Process(target=_train, args=arguments)
+    process.start()
+    return process
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], bool], *, timeout: float = 90, step: float = 0.002) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(step)
+    return True
+
+
+def _train(root: Path, out: Path, options: list[str], rank: int, world: int, port: int) -> None:
+    descriptor = os.open(out / f"output.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    register_all_coco(str(root))
+    if world > 1:
+        os.environ |= {
+            **{"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
+            **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)},
+            **{"TORCHELASTIC_RUN_ID": "faults", "VOVNET_D2_TIMEOUT": str(TIMEOUT)},
+        }
+    build_hooks = Trainer.build_hooks
+    Trainer.build_hooks = lambda self: [*build_hooks(self), Progress(out, rank)]
+    sys.argv = ["train_net.py"]
+    options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(out), *options]
+    main(["--config-file", FASTER_RCNN, "--resume", *options])
+
+
+class Progress(HookBase):
+    """Writes after each step how far the run is, what memory it holds and which files it has open
+    (``progress.rank<rank>``: iteration, resident bytes, open files)."""
+
+    def __init__(self, out: Path, rank: int):
+        self._path = out / f"progress.rank{rank}"
+
+    def after_step(self) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files = len(os.listdir("/proc/self/fd"))
+        with self._path.open("a") as file:
+            file.write(f"{self.trainer.iter} {pages * os.sysconf('SC_PAGESIZE')} {files}\n")
+
+
+def read_progress(out: Path, rank: int = 0) -> list[list[int]]:
+    path = out / f"progress.rank{rank}"
+    if not path.exists():
+        return []
+    rows = [line.split() for line in path.read_text().splitlines()]
+    return [[int(word) for word in row] for row in rows if len(row) == 3]

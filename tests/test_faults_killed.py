@@ -1,0 +1,116 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that are killed at any moment, and end as those that were not."""
+
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_runs import free_port, read_progress, start, wait_for
+
+pytest_plugins = ["engine_fixtures"]
+
+KILLS = 25
+OPTIONS = [
+    *["SOLVER.MAX_ITER", "150", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "3"],
+    *["TEST.EVAL_PERIOD", "50", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SEED", "-1"],
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the server that processes are forked from."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def start_all(root: Path, out: Path, options: list[str], world: int) -> list[BaseProcess]:
+    port = free_port()
+    return [
+        start(root, out, options, rank=rank, world=world, port=port) for rank in range(world)
+    ]
+
+
+def end_all(processes: list[BaseProcess]) -> list[int | None]:
+    for process in processes:
+        process.join(90)
+    return [process.exitcode for process in processes]
+
+
+def read_output(out: Path) -> str:
+    return "".join(path.read_text() for path in sorted(out.glob("output.rank*")))
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_equal(found[index], value, f"{where}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected or (found != found and expected != expected), where
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_anywhere_it_ends_with_the_same_parameters(
+    coco_root: Path, tmp_path: Path, world: int
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    options = [*OPTIONS, "SEED", "5"]
+    reference = start_all(coco_root, whole, options, world)
+
+    rng = random.Random(world)
+    saving = 0
+    for kill in range(KILLS):
+        before = len(read_progress(killed))
+        processes = start_all(coco_root, killed, options, world)
+        if kill % 5:  # somewhere in training, saving and evaluation
+            wait_for(lambda: len(read_progress(killed)) > before or ended(processes), step=0.01)
+            time.sleep(rng.uniform(0, 0.8))
+        elif kill % 2:  # while a checkpoint is written
+            wait_for(lambda: any(killed.glob("*.partial")) or ended(processes), step=0.0002)
+        else:  # on the way to the training
+            time.sleep(rng.uniform(0, 1.5))
+        victim = rng.choice(processes)
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        saving += any(killed.glob("*.partial"))
+        statuses = end_all(processes)  # the others notice by themselves
+        assert victim.exitcode == -signal.SIGKILL, read_output(killed)[-3000:]
+        assert all(status for status in statuses), read_output(killed)[-3000:]
+    assert saving > 0
+    assert end_all(start_all(coco_root, killed, options, world)) == [0] * world
+    assert end_all(reference) == [0] * world
+
+    assert len(read_progress(killed)) > 150  # some steps were made more than once
+    output = read_output(killed)
+    assert "Removed what a killed run left half-written" in output
+    for name in ("model_final.pth", "model_best.pth"):
+        assert_equal(load(killed / name), load(whole / name), name)
+    numbered = sorted(path.name for path in killed.glob("model_0*.pth"))
+    assert numbered == ["model_0000139.pth", "model_0000144.pth", "model_0000149.pth"]
+    assert not list(killed.glob("*.partial"))
+
+
+def ended(processes: list[BaseProcess]) -> bool:
+    return any(process.exitcode is not None for process in processes)

@@ -1,0 +1,72 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers"]
+
+_SUFFIX = ".partial"
+
+
+class FileNotWrittenError(OSError):
+    """A file could not be written, as on a full disk. What stood under its name still does."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Give ``path`` its new content at once, and only when all of it is on the disk.
+
+    Yields:
+        the name of a temporary file in the same folder, to be written and closed in the context.
+        If that fails, the file at ``path``, if there is one, is left as it was.
+
+    Raises:
+        FileNotWrittenError: it cannot be written: the disk is full, say, or a quota used up.
+    """
+    path = os.fspath(path)
+    partial = f"{path}.{os.getpid()}{_SUFFIX}"
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        os.replace(partial, path)
+        _flush_to_disk(os.path.dirname(path) or ".")  # the new name
+    except (OSError, RuntimeError) as error:
+        if (reason := _why_not_written(error)) is None:
+            raise
+        raise FileNotWrittenError(f"{path} could not be written: {reason}.") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
+    """Remove the temporary files that killed processes left in ``folder``.
+
+    Returns:
+        their names.
+    """
+    found = sorted(Path(folder).glob(f"*{_SUFFIX}"))
+    for partial in found:
+        partial.unlink(missing_ok=True)
+    return [partial.name for partial in found]
+
+
+def _flush_to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_not_written(error: BaseException | None) -> str | None:
+    """The system's reason. PyTorch's writer reports that it stopped in an error of its own, during
+    which the system's was raised."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return None if error is None else error.strerror or str(error)

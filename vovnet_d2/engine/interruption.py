@@ -1,0 +1,100 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What ends a run from outside: SIGTERM and SIGUSR1 (preemption, Slurm), SIGINT (Ctrl-C), and the
+loss of another process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch.distributed as dist
+
+__all__ = [
+    "INTERRUPTED",
+    "Interrupted",
+    "StopRequest",
+    "exit_on_signal",
+    "handle_signals",
+    "is_lost_connection",
+]
+
+INTERRUPTED = 75
+"""Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_CTRL_C = 1.0  # seconds; it may come from the terminal and from the launcher
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(SystemExit):
+    """A signal asked the run to end, and what was to be saved is saved."""
+
+    def __init__(self, signal: str, message: str = ""):
+        super().__init__(INTERRUPTED)
+        self.signal = signal
+        self.message = message or f"interrupted by {signal}."
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StopRequest:
+    """Whether a signal has asked the run to end, for a training to look at after each step.
+
+    A second Ctrl-C, later than a second after the first, raises :class:`KeyboardInterrupt`.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._since = 0.0
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Let signals do nothing but ask."""
+        with handle_signals(self._handle):
+            yield
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _SAME_CTRL_C:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def exit_on_signal() -> Iterator[None]:
+    """Let signals raise :class:`Interrupted`: where there is nothing to save."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    with handle_signals(handle):
+        yield
+
+
+@contextmanager
+def handle_signals(handler: Handler) -> Iterator[None]:
+    """Let ``handler`` take the signals, for a while. Python allows that in the main thread only;
+    in others this has no effect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error is that of a process which another one, or its machine, has left."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
