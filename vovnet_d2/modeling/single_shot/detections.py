@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
@@ -34,8 +36,8 @@ def select_detections(
         with ``pred_boxes``, ``scores`` and ``pred_classes``, the best first.
     """
     # While it is traced, the number of anchors is a tensor.
-    available = torch.as_tensor(scores.shape[0])
-    best, anchors = scores.topk(torch.clamp(available, max=topk_candidates), dim=0)
+    number: Any = torch.as_tensor(scores.shape[0]).clamp(max=topk_candidates)
+    best, anchors = scores.topk(number, dim=0)
     rows, classes = (best > score_threshold).nonzero().unbind(dim=1)
     chosen = boxes[anchors[rows, classes]]
     kept_scores = best[rows, classes]

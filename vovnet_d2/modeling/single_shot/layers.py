@@ -53,8 +53,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         self.norm = get_norm(norm, out_channels)
         nn.init.normal_(self.weight, std=0.01)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x)
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        x = super().forward(input, output_size)
         return x if self.norm is None else self.norm(x)
 
 

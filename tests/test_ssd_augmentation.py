@@ -1,0 +1,298 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SSD's augmentation, and the mapper that uses it."""
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from detectron2.utils.env import seed_all_rng
+from PIL import Image
+
+from vovnet_d2.data.mapper import SSDMapper, build_augmentations, build_mapper
+from vovnet_d2.data.ssd_augmentation import (
+    Distort,
+    Expand,
+    RandomInterpolationResize,
+    SamplerCrop,
+    scale_contrast,
+    scale_saturation,
+    shift_brightness,
+    shift_hue,
+)
+from vovnet_d2.engine import load_config
+
+REFINEDET = "COCO-Detection/refinedet320_V_39_400k.yaml"
+
+
+def picture(height: int = 60, width: int = 90) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+# Colours ------------------------------------------------------------------------------------------
+
+
+def test_brightness_and_contrast() -> None:
+    image = picture()
+    for shift in (-32.0, 31.4):
+        expected = [min(255, max(0, round(v + shift))) for v in image.ravel().tolist()]
+        assert shift_brightness(image, shift).ravel().tolist() == expected
+    expected = [min(255, round(v * 1.5)) for v in image.ravel().tolist()]
+    assert scale_contrast(image, 1.5).ravel().tolist() == expected
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize(("factor", "degrees"), [(1.5, 0), (0.5, 0), (1, 36), (1, -36)])
+def test_saturation_and_hue(order: str, factor: float, degrees: float) -> None:
+    """Against Python's colorsys, but for rounding to whole values of hue and saturation."""
+    image = picture(8, 12)
+    changed = scale_saturation(image, factor, order) if degrees == 0 else None
+    changed = shift_hue(image, degrees, order) if changed is None else changed
+    assert changed.dtype == np.uint8
+    rgb, result = (x if order == "RGB" else x[..., ::-1] for x in (image, changed))
+    for before, after in zip(rgb.reshape(-1, 3), result.reshape(-1, 3), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*(before / 255))
+        expected = colorsys.hsv_to_rgb((h + degrees / 360) % 1, min(1, s * factor), v)
+        # Of 256 hues, the one before and the change are rounded; six of them are one sector.
+        assert np.abs(np.array(expected) * 255 - after).max() <= 10
+
+
+def test_distortion_draws_each_change_half_of_the_time() -> None:
+    image, counts, orders = picture(), [], set()
+    for _ in range(400):
+        transform = Distort("BGR").get_transform(image)
+        names = [t.op.func.__name__ for t in transform.transforms]
+        counts.append([name in names for name in (
+            "shift_brightness", "scale_contrast", "scale_saturation", "shift_hue"
+        )])  # fmt: skip
+        if len(names) == 4:
+            orders.add(tuple(names))
+    assert np.allclose(np.mean(counts, axis=0), 0.5, atol=0.1)
+    assert {names.index("scale_contrast") for names in orders} == {1, 3}
+
+
+def test_other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'L'.*SSD_AUGMENTATION False"):
+        Distort("L")
+
+
+# Geometry -----------------------------------------------------------------------------------------
+
+
+def test_expansion() -> None:
+    image, mean = picture(), (104.0, 117.0, 123.0)
+    ratios = []
+    for _ in range(200):
+        transform = Expand(mean).get_transform(image)
+        result = transform.apply_image(image)
+        (left, top, right, bottom) = transform.apply_box(np.array([[0, 0, 90, 60]]))[0].astype(int)
+        assert (right - left, bottom - top) == (90, 60)
+        assert (result[top:bottom, left:right] == image).all()
+        outside = np.ones(result.shape[:2], dtype=bool)
+        outside[top:bottom, left:right] = False
+        assert (result[outside] == mean).all()
+        mask = transform.apply_segmentation(np.ones((60, 90), dtype=np.uint8))
+        assert (mask == ~outside).all()
+        assert result.shape[0] / 60 == pytest.approx(result.shape[1] / 90, abs=1 / 60)
+        ratios.append(result.shape[1] / 90)
+    assert min(ratios) >= 1
+    assert max(ratios) <= 4
+    assert np.mean(ratios) == pytest.approx(2.5, abs=0.2)
+
+
+def best_iou(crop: T.CropTransform, boxes: np.ndarray) -> float:
+    """By counting pixels."""
+    found = []
+    for left, top, right, bottom in boxes.astype(int):
+        grid = np.zeros((60, 90), dtype=int)
+        grid[top:bottom, left:right] += 1
+        grid[crop.y0 : crop.y0 + crop.h, crop.x0 : crop.x0 + crop.w] += 2
+        found.append((grid == 3).sum() / (grid > 0).sum())
+    return max(found)
+
+
+@pytest.mark.parametrize("min_iou", [0.1, 0.3, 0.5, 0.7, 0.9, 0.0])
+def test_crop(min_iou: float) -> None:
+    boxes = np.array([[10.0, 5.0, 60.0, 50.0], [0.0, 0.0, 90.0, 60.0], [80.0, 50.0, 88.0, 58.0]])
+    crops = []
+    for _ in range(100):
+        transform = SamplerCrop(min_iou=[min_iou]).get_transform(picture(), boxes)
+        if isinstance(transform, T.CropTransform):
+            crops.append(transform)
+    assert 25 < len(crops) < 75  # the whole image is the other of two
+    for crop in crops:
+        assert 0 <= crop.x0 < crop.x0 + crop.w <= 90
+        assert 0 <= crop.y0 < crop.y0 + crop.h <= 60
+        assert best_iou(crop, boxes) >= min_iou - 1e-9
+        scale = np.sqrt(crop.w * crop.h / (90 * 60))
+        ratio = (crop.w / 90) / (crop.h / 60)
+        assert 0.3 - 0.02 <= scale <= 1
+        assert 0.5 * 0.93 <= ratio <= 2 * 1.07  # whole pixels
+    if min_iou < 0.5:
+        widths = [crop.w / 90 for crop in crops]
+        assert min(widths) < 0.6
+        assert max(widths) > 0.8
+
+
+def test_crop_without_boxes_is_the_whole_image() -> None:
+    for _ in range(20):
+        transform = SamplerCrop().get_transform(picture(), np.zeros((0, 4)))
+        assert isinstance(transform, T.NoOpTransform)
+
+
+def test_crop_chooses_among_the_samplers_that_succeed() -> None:
+    """No crop overlaps this box by a tenth, so one of two remains: any crop, or the image."""
+    boxes = np.array([[0.0, 0.0, 3.0, 3.0]])
+    found = [SamplerCrop().get_transform(picture(), boxes) for _ in range(300)]
+    assert np.mean([isinstance(t, T.NoOpTransform) for t in found]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_resize_takes_every_interpolation() -> None:
+    image = picture()
+    resize = RandomInterpolationResize(32)
+    found = {}
+    for _ in range(100):
+        transform = resize.get_transform(image)
+        found[transform.interp] = transform.apply_image(image)
+    assert set(found) == set(resize.METHODS)
+    for method, result in found.items():
+        assert (result == np.asarray(Image.fromarray(image).resize((32, 32), method))).all()
+
+
+# Mapper -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> dict:
+    """A picture with three rectangles, each of one value in the first channel, and a crowd."""
+    image = np.zeros((120, 160, 3), dtype=np.uint8)
+    boxes = [[8, 8, 60, 70], [70, 20, 150, 60], [90, 80, 120, 110]]
+    for value, (left, top, right, bottom) in enumerate(boxes, start=1):
+        image[top:bottom, left:right] = 80 * value
+    path = tmp_path / "image.png"
+    Image.fromarray(image).save(path)
+    annotations = [
+        {
+            "bbox": [left, top, right - left, bottom - top],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": i,
+            "iscrowd": 0,
+            "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+        }
+        for i, (left, top, right, bottom) in enumerate(boxes)
+    ]
+    crowd = {**annotations[0], "bbox": [0, 0, 160, 120], "iscrowd": 1, "category_id": 7}
+    return {
+        "file_name": str(path),
+        "height": 120,
+        "width": 160,
+        "annotations": [*annotations, crowd],
+    }
+
+
+def mapper(*augmentations: T.Augmentation, mask_format: str = "bitmask") -> SSDMapper:
+    return SSDMapper(
+        True,
+        augmentations=list(augmentations),
+        image_format="BGR",
+        use_instance_mask=True,
+        instance_mask_format=mask_format,
+    )
+
+
+@pytest.mark.parametrize("mask_format", ["bitmask", "polygon"])
+def test_boxes_and_masks_follow_the_image(record: dict, mask_format: str) -> None:
+    """After expansion, crop and mirroring, boxes and masks lie where the pixels are."""
+    transform = mapper(
+        Expand((250.0, 250.0, 250.0)), SamplerCrop(), T.RandomFlip(), mask_format=mask_format
+    )
+    seen = np.zeros(4, dtype=int)
+    for _ in range(60):
+        result = transform(record)
+        pixels, objects = result["image"][0].numpy(), result["instances"]
+        assert not (objects.gt_classes == 7).any()
+        seen[len(objects)] += 1
+        if mask_format == "polygon" and len(objects):
+            objects.gt_masks = polygons_to_bitmasks(objects.gt_masks, pixels.shape)
+        for i, label in enumerate(objects.gt_classes.tolist()):
+            drawn = pixels == 80 * (label + 1)
+            rows, columns = drawn.nonzero()
+            visible = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert objects.gt_boxes.tensor[i].tolist() == visible
+            mask = objects.gt_masks[i]
+            mask = mask.tensor[0].numpy() if mask_format == "bitmask" else mask
+            assert (mask == drawn).all()
+        left = set(range(3)) - set(objects.gt_classes.tolist())
+        for label in left:  # the centre of what was left out lies outside
+            whole = [52 * 62, 80 * 40, 30 * 30][label]
+            assert (pixels == 80 * (label + 1)).sum() <= whole / 2
+    assert seen[1:].all()
+
+
+def polygons_to_bitmasks(masks, shape) -> list[np.ndarray]:
+    from pycocotools import mask as coco
+
+    result = []
+    for polygons in masks.polygons:
+        rles = coco.frPyObjects([p.tolist() for p in polygons], *shape)
+        result.append(coco.decode(coco.merge(rles)).astype(bool))
+    return result
+
+
+def test_box_with_its_centre_outside_is_left_out(record: dict) -> None:
+    class Crop(T.Augmentation):
+        def get_transform(self, image: np.ndarray) -> T.Transform:
+            return T.CropTransform(40, 0, 70, 120, 160, 120)
+
+    result = mapper(Crop())(record)["instances"]
+    # Centres at x = 34, 110 (on the edge) and 105.
+    assert result.gt_classes.tolist() == [2]
+    assert result.gt_boxes.tensor.tolist() == [[50, 80, 70, 110]]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_seed_tells_everything(record: dict, seed: int) -> None:
+    build = build_mapper(load_config(REFINEDET), True)
+
+    def run(seed: int) -> list[torch.Tensor]:
+        seed_all_rng(seed)
+        return [build(record)["image"] for _ in range(3)]
+
+    first, again, other = run(seed), run(seed), run(seed + 10)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_config_tells_the_mapper(record: dict) -> None:
+    cfg = load_config(REFINEDET)
+    train, test = build_mapper(cfg, True), build_mapper(cfg, False)
+    kinds = [type(a) for a in build_augmentations(cfg, True)]
+    assert kinds == [Distort, T.RandomApply, SamplerCrop, RandomInterpolationResize, T.RandomFlip]
+    assert isinstance(train, SSDMapper)
+    assert not isinstance(test, SSDMapper)
+    for each in (train, test):
+        assert each(record)["image"].shape == (3, 320, 320)
+    expected = Image.open(record["file_name"]).resize((320, 320), Image.Resampling.BILINEAR)
+    expected = np.asarray(expected)[..., ::-1].transpose(2, 0, 1)
+    assert (test(record)["image"].numpy() == expected).all()
+
+    cfg.INPUT.RANDOM_FLIP = "none"
+    assert not any(isinstance(a, T.RandomFlip) for a in build_augmentations(cfg, True))
+    cfg.INPUT.SSD_AUGMENTATION = False
+    assert type(build_mapper(cfg, True)) is DatasetMapper
+    assert build_mapper(cfg, True)(record)["image"].shape == (3, 320, 320)
+    cfg.INPUT.FIXED_SIZE = 0
+    resize = build_augmentations(cfg, False)
+    assert [type(a) for a in resize] == [T.ResizeShortestEdge]
+
+
+def test_ssd_augmentation_needs_a_size() -> None:
+    cfg = load_config(REFINEDET, ["INPUT.FIXED_SIZE", "0"])
+    with pytest.raises(ValueError, match=r"INPUT\.FIXED_SIZE"):
+        build_mapper(cfg, True)
+    build_mapper(cfg, False)
