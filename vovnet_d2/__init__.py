@@ -21,6 +21,7 @@ with warnings.catch_warnings():
 
 from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
+from .modeling import fcos as _fcos  # noqa: F401; registers FCOS
 from .modeling.build import register_backbones
 from .modeling.inference import optimize_for_inference
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec

@@ -33,8 +33,8 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     for key, value in _vovnet_defaults().items():
         cfg.MODEL.VOVNET.setdefault(key, value)
     cfg.MODEL.setdefault("FCOS", CfgNode())
-    # Levels above p5 that `build_fcos_vovnet_fpn_backbone` makes: 2 (p6, p7), 1 (p6) or 0.
-    cfg.MODEL.FCOS.setdefault("TOP_LEVELS", 2)
+    for key, value in _fcos_defaults().items():
+        cfg.MODEL.FCOS.setdefault(key, value)
     # Keep the network's tensors in channels-last order, which its convolutions are faster in.
     cfg.MODEL.setdefault("CHANNELS_LAST", True)
     # The type that SOLVER.AMP.ENABLED and TEST.AMP.ENABLED compute in: "float16" (GPU), "bfloat16",
@@ -75,6 +75,30 @@ def _vovnet_defaults() -> CfgNode:
     # widths); None leaves it as CONV_BODY has it.
     for field in fields(VoVNetSpec):
         node[field.name.upper()] = None
+    return node
+
+
+def _fcos_defaults() -> CfgNode:
+    node = CfgNode()
+    node.NUM_CLASSES = 80
+    # Levels above p5 that `build_fcos_vovnet_fpn_backbone` makes: 2 (p6, p7), 1 (p6) or 0.
+    node.TOP_LEVELS = 2
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions before the predictions, in each of the head's two branches, and their norm.
+    node.NUM_CONVS = 4
+    node.NORM = "GN"
+    # Class score that every place starts with.
+    node.PRIOR_PROB = 0.01
+    # Centre sampling: places nearer to an object's centre than this many strides are positive.
+    node.POS_RADIUS = 1.5
+    # Alpha and gamma of the focal loss.
+    node.LOSS_ALPHA = 0.25
+    node.LOSS_GAMMA = 2.0
+    # Detections need this score, the square root of class score times centerness; the best of each
+    # level go to NMS with this IoU, and TEST.DETECTIONS_PER_IMAGE of what is left are returned.
+    node.INFERENCE_TH_TEST = 0.2
+    node.PRE_NMS_TOPK_TEST = 1000
+    node.NMS_TH = 0.6
     return node
 
 

@@ -52,12 +52,16 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
 
     Raises:
         ValueError: the network or its backbone is not registered, the processes cannot share the
-            batch, the device lacks the precision, or test-time augmentation is asked for where
-            Detectron2 has none.
+            batch, keypoints are in another memory format than Detectron2 takes, the device lacks
+            the precision, or test-time augmentation is asked for where Detectron2 has none.
     """
-    meta_architecture = cfg.MODEL.META_ARCHITECTURE
-    _check_registered("MODEL.META_ARCHITECTURE", meta_architecture, META_ARCH_REGISTRY)
+    _check_registered("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_registered("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    check_run(cfg, training=training)
+
+
+def check_run(cfg: CfgNode, *, training: bool) -> None:
+    """The part of :func:`check_config` that holds whatever builds the network."""
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if training and (batch < 1 or batch % processes):
         raise ValueError(
@@ -73,10 +77,16 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
         )
     if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
         autocast_dtype(cfg)
-    if cfg.TEST.AUG.ENABLED and meta_architecture != "GeneralizedRCNN":
+    if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.CHANNELS_LAST:
         raise ValueError(
-            "Detectron2 has test-time augmentation for GeneralizedRCNN only: set TEST.AUG.ENABLED "
-            f"False for {meta_architecture}."
+            "MODEL.KEYPOINT_ON needs MODEL.CHANNELS_LAST False: Detectron2's keypoint head takes "
+            "contiguous maps only."
+        )
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if cfg.TEST.AUG.ENABLED and (not is_rcnn or cfg.MODEL.KEYPOINT_ON):
+        raise ValueError(
+            "Detectron2 has test-time augmentation for GeneralizedRCNN without keypoints only: set "
+            "TEST.AUG.ENABLED False."
         )
 
 
@@ -226,8 +236,13 @@ def _check_same_categories(name: str, metadata: Metadata, other: str, others: Me
 # Weights
 
 
-def check_initialisation(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
+def check_initialisation(
+    cfg: CfgNode, *, training: bool, resuming: bool, backbone: nn.Module | None = None
+) -> None:
     """Refuse to train what cannot learn without weights, and to evaluate what has none.
+
+    Args:
+        backbone: by default the one that the config describes.
 
     Raises:
         ValueError: there are no weights, and the run needs some.
@@ -239,7 +254,7 @@ def check_initialisation(cfg: CfgNode, *, training: bool, resuming: bool) -> Non
             "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
         )
-    backbone = build_backbone(cfg)
+    backbone = backbone or build_backbone(cfg)
     frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
     if frozen:

@@ -30,10 +30,12 @@ __all__ = ["format_results", "write_report"]
 
 logger = logging.getLogger(__name__)
 
+# Meta-architecture to the node and key that hold its score threshold.
 _SCORE_THRESHOLDS = {
-    "GeneralizedRCNN": "ROI_HEADS",
-    "PanopticFPN": "ROI_HEADS",
-    "RetinaNet": "RETINANET",
+    "GeneralizedRCNN": ("ROI_HEADS", "SCORE_THRESH_TEST"),
+    "PanopticFPN": ("ROI_HEADS", "SCORE_THRESH_TEST"),
+    "RetinaNet": ("RETINANET", "SCORE_THRESH_TEST"),
+    "FCOS": ("FCOS", "INFERENCE_TH_TEST"),
 }
 
 
@@ -107,12 +109,10 @@ def _is_known(value: float) -> bool:
 def _explain_missing(cfg: CfgNode, dataset: str) -> str:
     if not any(record.get("annotations") for record in DatasetCatalog.get(dataset)):
         return f"{dataset} has no annotated objects, so there is nothing to compare with."
-    node = _SCORE_THRESHOLDS.get(cfg.MODEL.META_ARCHITECTURE)
-    threshold = (
-        f"MODEL.{node}.SCORE_THRESH_TEST {cfg.MODEL[node].SCORE_THRESH_TEST}" if node else ""
-    )
+    node, key = _SCORE_THRESHOLDS.get(cfg.MODEL.META_ARCHITECTURE, ("", ""))
+    threshold = f" (MODEL.{node}.{key} {cfg.MODEL[node][key]})" if node else ""
     return (
-        f"no predictions above the score threshold ({threshold}) on {dataset}. The network has "
+        f"no predictions above the score threshold{threshold} on {dataset}. The network has "
         "learned too little yet, or its weights were not loaded."
     )
 

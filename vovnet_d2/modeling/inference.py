@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -48,6 +49,9 @@ def optimize_for_inference(
         if isinstance(module, Conv2d) and _is_foldable(module.norm):
             _fold_norm(module)
     model.float().to(memory_format=memory_format)
+    for module in model.modules():
+        if isinstance(module, BaseKeypointRCNNHead):  # which takes its maps to be contiguous
+            module.to(memory_format=torch.contiguous_format)
     backbone = getattr(model, "backbone", model)
     if dtype != torch.float32:
         backbone.to(dtype)

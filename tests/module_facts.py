@@ -1,0 +1,46 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a model was told, to compare two of them: a second way beside their outputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# Of nn.Module, and counters.
+_SKIPPED = {"training", "vis_period", "input_format"}
+
+
+def facts(value: Any) -> Any:
+    """Types, hyper-parameters, and shapes of tensors, as plain dicts and lists that compare."""
+    if isinstance(value, torch.Tensor):
+        # Anchors and pixel means are values, weights are random.
+        known = isinstance(value, nn.Parameter) or value.device.type == "meta"
+        return tuple(value.shape) if known else value.tolist()
+    if isinstance(value, str | bytes | int | float | bool | None):
+        return value
+    if isinstance(value, nn.Module):
+        found = {name: facts(child) for name, child in value.named_children()}
+        found |= {name: facts(p) for name, p in value.named_parameters(recurse=False)}
+        found |= {name: facts(b) for name, b in value.named_buffers(recurse=False)}
+        return found | _attributes(value)
+    if isinstance(value, Mapping):
+        return {str(key): facts(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set):
+        return [facts(item) for item in value]
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return _attributes(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    own = {
+        name: facts(item)
+        for name, item in vars(value).items()
+        if name not in _SKIPPED and not (isinstance(value, nn.Module) and name in _MODULE_STATE)
+    }
+    return {"type": type(value).__qualname__, **own}
+
+
+_MODULE_STATE = vars(nn.Module()).keys()

@@ -1,0 +1,177 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""FCOS from a config, against Detectron2's FCOS put together by hand and by its own config."""
+
+import copy
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from module_facts import facts
+from omegaconf import OmegaConf
+
+from vovnet_d2 import add_vovnet_config, get_config_file
+from vovnet_d2.engine import load_config
+from vovnet_d2.modeling.fcos import FCOS
+
+CONFIG = "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml"
+
+
+def thin_config(**changes: object) -> CfgNode:
+    options = ["MODEL.DEVICE", "cpu", "MODEL.VOVNET.CONV_BODY", "V-19-slim-eSE"]
+    options += ["MODEL.VOVNET.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", "32"]
+    cfg = load_config(CONFIG, options)
+    cfg.MODEL.FCOS.update(changes)
+    return cfg
+
+
+def assemble(cfg: CfgNode, **arguments: object) -> fcos.FCOS:
+    """Detectron2's own, without a config."""
+    backbone = build_backbone(cfg)
+    names = ["p3", "p4", "p5", "p6", "p7"]
+    head = fcos.FCOSHead(
+        input_shape=[backbone.output_shape()[name] for name in names],
+        num_classes=arguments["num_classes"],
+        conv_dims=[32] * arguments.pop("num_convs"),
+        norm="GN",
+    )
+    return fcos.FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=names,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        **arguments,
+    )
+
+
+def sample() -> dict[str, object]:
+    instances = Instances((128, 160))
+    instances.gt_boxes = Boxes([[8.0, 16.0, 72.0, 80.0], [40.0, 8.0, 150.0, 120.0]])
+    instances.gt_classes = torch.tensor([3, 6])
+    return {"image": torch.randint(0, 256, (3, 128, 160)), "instances": instances}
+
+
+# Each differs from the default.
+KEYS = {
+    "NUM_CLASSES": 7,
+    "NUM_CONVS": 2,
+    "POS_RADIUS": 0.7,
+    "LOSS_ALPHA": 0.4,
+    "LOSS_GAMMA": 1.5,
+    "INFERENCE_TH_TEST": 0.05,
+    "PRE_NMS_TOPK_TEST": 30,
+    "NMS_TH": 0.5,
+}
+ARGUMENTS = {
+    "num_classes": 7,
+    "num_convs": 2,
+    "center_sampling_radius": 0.7,
+    "focal_loss_alpha": 0.4,
+    "focal_loss_gamma": 1.5,
+    "test_score_thresh": 0.05,
+    "test_topk_candidates": 30,
+    "test_nms_thresh": 0.5,
+    "max_detections_per_image": 5,
+}
+
+
+def test_every_key_changes_its_default() -> None:
+    defaults = load_config().MODEL.FCOS
+    others = {"TOP_LEVELS", "IN_FEATURES", "NORM", "PRIOR_PROB"}  # tested below
+    assert KEYS.keys() | others == defaults.keys()
+    assert all(defaults[key] != value for key, value in KEYS.items())
+
+
+@pytest.mark.parametrize("defaults", [True, False])
+def test_equals_detectron2s(defaults: bool) -> None:
+    if defaults:
+        cfg = thin_config()
+        peer = assemble(cfg, num_classes=80, num_convs=4)
+    else:
+        cfg = thin_config(**KEYS)
+        cfg.TEST.DETECTIONS_PER_IMAGE = 5
+        peer = assemble(cfg, **ARGUMENTS)
+    model = build_model(cfg)
+    peer.load_state_dict(model.state_dict())
+    inputs = [sample()]
+    with EventStorage():
+        losses, expected = model(copy.deepcopy(inputs)), peer(copy.deepcopy(inputs))
+    assert losses == expected
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+    # Predictions of untrained heads are all alike, and below the threshold.
+    for layer in (model.head.cls_score, model.head.bbox_pred):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    peer.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found, wanted = model.eval()(inputs)[0]["instances"], peer.eval()(inputs)[0]["instances"]
+    assert len(found) == len(wanted) == (100 if defaults else 5)
+    assert torch.equal(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
+    assert torch.equal(found.scores, wanted.scores)
+    assert torch.equal(found.pred_classes, wanted.pred_classes)
+
+
+def test_shipped_config_equals_detectron2s_but_for_the_backbone() -> None:
+    """Model, schedule, batch and data; Detectron2's is a LazyConfig."""
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "meta"])
+    theirs = LazyConfig.load(model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.py"))
+    with torch.device("meta"):
+        model = build_model(cfg)
+        arguments = OmegaConf.to_container(theirs.model, structured_config_mode="instantiate")
+        arguments = {k: v for k, v in arguments.items() if k not in ("_target_", "backbone")}
+        head = arguments.pop("head")
+        head = fcos.FCOSHead(
+            **{
+                k: v for k, v in head.items() if k not in ("_target_", "num_classes", "input_shape")
+            },
+            num_classes=80,
+            input_shape=list(model.backbone.output_shape().values()),
+        )
+        peer = fcos.FCOS(backbone=build_backbone(cfg), head=head, **arguments)
+    ours, expected = facts(model), facts(peer)
+    for found in (ours, expected):  # what the weights take
+        found.pop("type"), found.pop("pixel_mean"), found.pop("pixel_std")
+    assert ours == expected
+    train = theirs.dataloader.train
+    assert {
+        "rate": cfg.SOLVER.BASE_LR,
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "steps": list(cfg.SOLVER.STEPS),
+        "batch": cfg.SOLVER.IMS_PER_BATCH,
+        "data": list(cfg.DATASETS.TRAIN),
+    } == {
+        "rate": theirs.optimizer.lr,
+        "iterations": theirs.train.max_iter,
+        "steps": list(theirs.lr_multiplier.scheduler.milestones[:-1]),
+        "batch": train.total_batch_size,
+        "data": [train.dataset.names],
+    }
+
+
+def test_one_top_level_and_another_norm() -> None:
+    cfg = thin_config(TOP_LEVELS=1, IN_FEATURES=["p3", "p4", "p5", "p6"], NORM="", PRIOR_PROB=0.2)
+    model = build_model(cfg)
+    assert model.head_in_features == ["p3", "p4", "p5", "p6"]
+    assert not any(isinstance(m, torch.nn.GroupNorm) for m in model.head.modules())
+    with torch.no_grad():  # far away from any object a new head says the prior
+        score = model.head.cls_score.bias.sigmoid()
+    assert score.tolist() == pytest.approx([0.2] * 80)
+
+
+def test_registration() -> None:
+    assert META_ARCH_REGISTRY.get("FCOS") is FCOS
+    cfg = get_cfg()
+    add_vovnet_config(cfg)
+    cfg.merge_from_file(get_config_file(CONFIG))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        assert type(build_model(cfg)) is FCOS
