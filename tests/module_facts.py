@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a model was told, to compare two of them: a second way beside their outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,28 @@ from torch import nn
 
 # Of nn.Module, and counters.
 _SKIPPED = {"training", "vis_period", "input_format"}
+
+
+def differences(model: Any, other: Any) -> dict[str, Any]:
+    """Where the facts of two differ, by name, with what either has."""
+    ours, theirs = (dict(_flatten(facts(value))) for value in (model, other))
+    return {
+        name: (ours.get(name, "nothing"), theirs.get(name, "nothing"))
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name, "nothing") != theirs.get(name, "nothing")
+    }
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        yield f"len({name})", len(value)
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{name}[{index}]")
+    else:
+        yield name, value
 
 
 def facts(value: Any) -> Any:

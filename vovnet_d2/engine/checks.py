@@ -19,6 +19,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
+from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO

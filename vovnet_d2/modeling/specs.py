@@ -8,6 +8,7 @@ arXiv 1911.06667, section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
@@ -74,7 +75,7 @@ class VoVNetSpec:
             else:
                 count = len(get_args(hint))
                 if (
-                    not isinstance(value, tuple | list)
+                    not isinstance(value, Sequence)
                     or len(value) != count
                     or not all(map(_is_positive_int, value))
                 ):

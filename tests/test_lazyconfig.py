@@ -1,0 +1,359 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""LazyConfigs: each describes what the YAML file of its name does, and the tool that runs them."""
+
+import builtins
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import engine_runs
+import pytest
+import torch
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.data import DatasetMapper
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from module_facts import differences
+from omegaconf import DictConfig
+from torch import nn
+
+from vovnet_d2 import get_config_file
+from vovnet_d2.data.stream import TrainingStream
+from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser, main, run
+from vovnet_d2.engine.lazy_config import instantiate, load_lazy_config, to_cfg
+
+pytest_plugins = ["engine_fixtures"]
+
+ROOT = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lazy/COCO-*/*.py"))
+MASK_RCNN = "lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py"
+RETINANET = "lazy/COCO-Detection/retinanet_V_39_eSE_FPN_1x.py"
+SCRATCH = "lazy/COCO-InstanceSegmentation/scratch_mask_rcnn_V_39_FPN_3x_gn.py"
+
+
+def twin(name: str) -> str:
+    """The YAML file that says the same."""
+    return name.removeprefix("lazy/").replace(".py", ".yaml")
+
+
+@cache
+def lazy(name: str) -> DictConfig:
+    return load_lazy_config(name)
+
+
+@cache
+def yaml(name: str) -> CfgNode:
+    cfg = load_config(twin(name))
+    cfg.MODEL.DEVICE = "meta"
+    return cfg
+
+
+@cache
+def lazy_model(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return instantiate(lazy(name), "model")
+
+
+@cache
+def yaml_model(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(yaml(name))
+
+
+# Each LazyConfig and its YAML file -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "retinanet"])
+def test_every_detector_has_its_files(kind: str) -> None:
+    found = {Path(name).stem for name in FILES if Path(name).stem.startswith(kind)}
+    variants, schedules = ("V_39_eSE", "V_57_eSE"), ("1x", "3x")
+    assert found == {f"{kind}_{v}_FPN_{schedule}" for v in variants for schedule in schedules}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_model(name: str) -> None:
+    ours, theirs = lazy_model(name), yaml_model(name)
+    shapes = [(key, value.shape) for key, value in ours.state_dict().items()]
+    assert shapes == [(key, value.shape) for key, value in theirs.state_dict().items()]
+    assert (
+        differences(ours, theirs) == {}
+    )  # thresholds, anchors, matchers, numbers of proposals, ...
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_optimizer(name: str) -> None:
+    groups = []
+    for optimizer, model in (
+        (LazyTrainer.of(lazy(name)).build_optimizer(to_cfg(lazy(name)), lazy_model(name)),
+         lazy_model(name)),
+        (build_optimizer(yaml(name), yaml_model(name)), yaml_model(name)),
+    ):  # fmt: skip
+        names = {id(parameter): key for key, parameter in model.named_parameters()}
+        settings = [
+            {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        groups.append((type(optimizer).__name__, type(optimizer).__mro__[1], settings))
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_schedule(name: str) -> None:
+    """The learning rate in every phase, from the first iteration to the last."""
+    cfg, own = yaml(name), to_cfg(lazy(name))
+    assert own.SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER
+    assert own.SOLVER.WARMUP_ITERS == cfg.SOLVER.WARMUP_ITERS
+    edges = {0, 1, 500, cfg.SOLVER.WARMUP_ITERS, *cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER // 2}
+    iterations = sorted({max(0, edge + shift) for edge in edges for shift in (-1, 0, 1)})
+    iterations.append(cfg.SOLVER.MAX_ITER - 1)
+    rates = []
+    for build, config, model in (
+        (LazyTrainer.of(lazy(name)).build_lr_scheduler, own, lazy_model(name)),
+        (build_lr_scheduler, cfg, yaml_model(name)),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.SOLVER.BASE_LR)
+        scheduler = build(config, optimizer)
+        found = []
+        for scheduler.last_epoch in iterations:
+            found += scheduler.get_lr()
+        rates.append(found)
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    assert len(set(rates[0])) > 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_data(name: str) -> None:
+    cfg, loaders = yaml(name), lazy(name).dataloader
+    own = to_cfg(lazy(name))
+    for key in ("TRAIN", "TEST"):
+        assert own.DATASETS[key] == cfg.DATASETS[key]
+    assert own.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH
+    assert own.DATALOADER.NUM_WORKERS == cfg.DATALOADER.NUM_WORKERS
+    assert loaders.test.num_workers == cfg.DATALOADER.NUM_WORKERS
+    for split, is_train in (("train", True), ("test", False)):
+        mapper = instantiate(lazy(name), f"dataloader.{split}.mapper")
+        assert differences(mapper, DatasetMapper(cfg, is_train)) == {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_same_run(name: str) -> None:
+    """What else the engine reads of either: the keys without those of network and schedule."""
+    own, cfg = to_cfg(lazy(name)), yaml(name)
+    keys = ["MODEL.WEIGHTS", "MODEL.META_ARCHITECTURE", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON"]
+    keys += ["MODEL.CHANNELS_LAST", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"]
+    keys += ["INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "SEED", "OUTPUT_DIR"]
+    keys += ["SOLVER.BASE_LR", "SOLVER.AMP", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINTS_KEPT"]
+    keys += ["SOLVER.CLIP_GRADIENTS.ENABLED", "SOLVER.MAX_SKIPPED_STEPS", "TEST.EVAL_PERIOD"]
+    keys += ["MODEL.BACKBONE.FREEZE_AT", "MODEL.VOVNET.CONV_BODY", "MODEL.VOVNET.NORM"]
+
+    def get(node: Any, key: str) -> Any:
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+    assert {key: get(own, key) for key in keys} == {key: get(cfg, key) for key in keys}
+
+
+@pytest.mark.parametrize("name", [MASK_RCNN, RETINANET])
+def test_same_output(name: str) -> None:
+    """With the same weights, from a picture to detections."""
+    cfg = load_config(twin(name), ["MODEL.DEVICE", "cpu", "TEST.DETECTIONS_PER_IMAGE", "100"])
+    theirs = build_model(cfg).eval()
+    ours = instantiate(lazy(name), "model").eval()
+    # So that something is found: the scores of untrained heads are all alike.
+    heads = theirs.roi_heads.box_predictor if hasattr(theirs, "roi_heads") else theirs.head
+    nn.init.normal_(heads.cls_score.weight, std=1.0)
+    ours.load_state_dict(theirs.state_dict())
+    inputs = [{"image": torch.randint(0, 256, (3, 96, 128)), "height": 192, "width": 256}]
+    with torch.no_grad():
+        found, expected = ours(inputs)[0]["instances"], theirs(inputs)[0]["instances"]
+    assert len(expected) > 10
+    for field, values in expected.get_fields().items():
+        values, own = getattr(values, "tensor", values), found.get(field)
+        assert torch.equal(getattr(own, "tensor", own), values)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file(name: str) -> None:
+    lines = (ROOT / name).read_text().splitlines()
+    weights = lazy(name).train.init_checkpoint
+    assert lines[2].startswith(f"# Weights: {weights or 'none'}")
+    assert len(lines) <= 25, "a config is a small diff over what it imports"
+
+
+# The tool -----------------------------------------------------------------------------------------
+
+# What makes the Mask R-CNN and the RetinaNet train for three iterations on the miniature.
+SHORT = [
+    *["model.backbone.bottom_up.norm=BN", "train.init_checkpoint=''", "train.seed=1"],
+    *["train.max_iter=3", "train.eval_period=0", "train.device=cpu", "optimizer.lr=0.002"],
+    *["lr_multiplier.warmup_length=0.0", "dataloader.train.total_batch_size=2"],
+    *["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"],
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+]
+TINY = [
+    *SHORT,
+    *["+model.backbone.bottom_up.spec.stage_mid_channels=[8,8,8,8]"],
+    *["+model.backbone.bottom_up.spec.stage_out_channels=[8,8,8,8]"],
+    *["+model.backbone.bottom_up.spec.stem_channels=[8,8,8]"],
+    *["+model.backbone.bottom_up.spec.layers_per_block=1", "model.backbone.out_channels=16"],
+    *["model.proposal_generator.pre_nms_topk=[50,50]"],
+    *["model.proposal_generator.post_nms_topk=[20,20]"],
+    *["model.roi_heads.batch_size_per_image=16", "model.roi_heads.box_head.fc_dims=[16,16]"],
+    *["model.roi_heads.mask_head.conv_dims=[8,8]"],
+    *["model.roi_heads.box_predictor.test_score_thresh=0.0"],
+    *["+model.roi_heads.box_predictor.test_topk_per_image=10"],
+]
+
+
+def launch(out: Path, *words: str, config: str = MASK_RCNN, options: list[str] = TINY) -> dict:
+    flags = [word for word in words if word.startswith("--")]
+    more = [word for word in words if not word.startswith("--")]
+    options = [*options, f"train.output_dir={out}", *more]
+    return run(lazy_argument_parser().parse_args(["--config-file", config, *flags, *options]))
+
+
+def read_predictions(out: Path) -> list[dict]:
+    return json.loads((out / "inference" / "coco_instances_results.json").read_text())
+
+
+def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
+    """A training that is cut off after two of three iterations, and one that is not."""
+    whole = launch(tmp_path / "whole")
+    out = tmp_path / "parts"
+    launch(out, "train.max_iter=2")
+    resumed = launch(out, "--resume")
+    assert f"Resumed from {out}/model_final.pth." in engine_runs.read_log(out)
+    assert "2 of 3 iterations are done." in engine_runs.read_log(out)
+    assert {"bbox", "segm"} == resumed.keys()
+    assert str(resumed) == str(whole)  # as text, where NaN equals itself
+    predictions = read_predictions(out)
+    assert predictions == read_predictions(tmp_path / "whole")
+
+    evaluated = launch(out, "--eval-only", f"train.init_checkpoint={out}/model_final.pth")
+    assert str(evaluated) == str(resumed)
+    assert read_predictions(out) == predictions
+    report = json.loads((out / "results.json").read_text())
+    assert report["run"]["kind"] == "evaluation"
+    assert report["run"]["config"] == MASK_RCNN
+    assert (out / "predictions.png").is_file()
+    assert (out / "loss_curve.png").is_file()
+
+
+def test_saved_config_describes_the_same_model(coco: Path, tmp_path: Path) -> None:
+    launch(tmp_path, "dataloader.test.dataset.names=null")
+    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
+    own = load_lazy_config(MASK_RCNN, TINY)
+    with torch.device("meta"):
+        assert differences(instantiate(saved, "model"), instantiate(own, "model")) == {}
+    assert saved.train.max_iter == 3
+
+
+def test_is_the_training_of_the_yaml_file(coco: Path, tmp_path: Path) -> None:
+    """The same losses, number for number: network, data, augmentation, optimizer and schedule."""
+    launch(tmp_path / "lazy")
+    # The lazy schedule shrinks in proportion.
+    options = ["MODEL.WEIGHTS", "", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "SOLVER.STEPS", "(2,)"]
+    engine_runs.launch(twin(MASK_RCNN), tmp_path / "yaml", options=[*engine_runs.TINY, *options])
+    assert read_predictions(tmp_path / "lazy") == read_predictions(tmp_path / "yaml")
+
+
+def test_mixed_precision_without_gpu(coco: Path, tmp_path: Path) -> None:
+    launch(tmp_path, "train.amp.enabled=True", "dataloader.test.dataset.names=null")
+    lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    assert all(line["total_loss"] < 100 for line in lines)
+
+
+def test_detectron2s_own_loader(coco: Path, tmp_path: Path) -> None:
+    config = load_lazy_config(MASK_RCNN, TINY)
+    loader = LazyTrainer.of(config).build_train_loader(to_cfg(config))
+    assert isinstance(loader, TrainingStream)
+    stream = [sample["image_id"] for sample in next(iter(loader))]
+    yaml_cfg = load_config(twin(MASK_RCNN), ["SOLVER.IMS_PER_BATCH", "2", "SEED", "0"])
+    expected = [sample["image_id"] for sample in next(iter(Trainer.build_train_loader(yaml_cfg)))]
+    assert stream == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.max_iters=5"], "The LazyConfig has no train.max_iters. Close to it: train.max_it"),
+        (["model.roi_heads.num_clases=5"], "Close to it: model.roi_heads.num_classes"),
+        (["train.max_iter=many"], "'many' is str, and train.max_iter was"),
+        (["train.amp.enabled=1"], "1 is int, and train.amp.enabled was False, which is bool"),
+        (["optimizer.lr=[1]"], "and optimizer.lr was 0.002"),
+        (["train.max_iter"], "'train.max_iter' is no override of a LazyConfig"),
+        (["SOLVER.MAX_ITER", "5"], "'SOLVER.MAX_ITER' is no override"),
+        (["--resume"], "'--resume' is no override"),
+        (["model.backbone.bottom_up.norm=BM"], "BM"),
+        (["+model.backbone.bottom_up.width=3"], "unexpected keyword argument 'width'"),
+        (["model.backbone.bottom_up.spec.spec=V-39-ese"], "Did you mean 'V-39-eSE'?"),
+        (["model.roi_heads.num_classes=3"], "set model.roi_heads.num_classes 80"),
+        (
+            ["dataloader.train.dataset.names=coco"],
+            "'coco' of dataloader.train.dataset.names is not",
+        ),
+        (["dataloader.train.total_batch_size=0"], "dataloader.train.total_batch_size is 0"),
+        (["train.init_checkpoint=gone.pth"], "gone.pth"),
+        (["train.device=gpu"], "train.device 'gpu' is no device"),
+        (["train.amp.dtype=float8", "train.amp.enabled=True"], "train.amp.dtype 'float8'"),
+        (["model.backbone.bottom_up.norm=FrozenBN"], "train from scratch with model.backbone.bot"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--config-file", MASK_RCNN, *TINY, f"train.output_dir={tmp_path}", *words])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    sentence = error.splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert message in sentence
+    assert "Traceback" not in error
+
+
+FILE_MISTAKES = {
+    "gone.py": (None, "No config file"),
+    "a.yaml": ("MODEL: {}", "tools/train_net.py runs it"),
+    "syntax.py": ("model = (", "is not valid Python"),
+    "imports.py": ("from .gone import model", "cannot be loaded"),
+    "parts.py": ("model = {}", "lacks dataloader, optimizer, lr_multiplier, train"),
+}
+
+
+@pytest.mark.parametrize("name", FILE_MISTAKES)
+def test_a_file_that_cannot_be_used(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, message = FILE_MISTAKES[name]
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    before = builtins.__import__
+    with pytest.raises(SystemExit) as caught:
+        main(["--config-file", str(tmp_path / name)])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert builtins.__import__ is before
+
+
+def test_divergence_names_the_keys_of_the_config(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(
+            ["--config-file", MASK_RCNN, *TINY, f"train.output_dir={tmp_path}", "optimizer.lr=1e15"]
+        )
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "train.clip_gradients.enabled True" in error
+    assert "SOLVER." not in error
+    assert "--auto-scale-lr" not in error

@@ -1,0 +1,215 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluating what a LazyConfig describes: ``tools/lazyconfig_train_net.py``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from ..checkpoint import VoVNetCheckpointer
+from ..data import register_digits
+from ..data.stream import TrainingStream, stay_until_dismissed
+from .checks import (
+    check_all_loaded,
+    check_data,
+    check_initialisation,
+    check_run,
+    choose_device,
+)
+from .config import find_config
+from .evaluation import check_evaluators
+from .launch import launch_or_exit
+from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
+from .report import write_report
+from .trainer import Trainer, report_loaded
+
+__all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_stream(
+    dataset: list[dict[str, Any]],
+    *,
+    mapper: Callable[[dict[str, Any]], Any],
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+) -> TrainingStream:
+    """As :func:`detectron2.data.build_detection_train_loader`, whose arguments these are; but a
+    training with it can be resumed exactly."""
+    return TrainingStream(
+        DatasetFromList(dataset, copy=False),
+        lambda: TrainingSampler(len(dataset)),
+        total_batch_size,
+        mapper=mapper,
+        group_by_shape=aspect_ratio_grouping,
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+
+
+class LazyTrainer(Trainer):
+    """A :class:`Trainer` whose parts a LazyConfig describes; :meth:`of` makes the class for one.
+
+    Attributes:
+        config: the LazyConfig, with ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader``
+            and ``train``. Without a ``dataloader.evaluator`` the data set's metadata tell it.
+    """
+
+    config: ClassVar[DictConfig]
+
+    @staticmethod
+    def of(config: DictConfig) -> type[LazyTrainer]:
+        return type("LazyTrainer", (LazyTrainer,), {"config": config})
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = instantiate(cls.config, "model")
+        logger.info("Model:\n%s", model)
+        model = model.to(cfg.MODEL.DEVICE)
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        config = copy.deepcopy(cls.config)
+        config.optimizer.params.model = model
+        return maybe_add_gradient_clipping(cfg, instantiate(config, "optimizer"))
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        multiplier = instantiate(cls.config, "lr_multiplier")
+        return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        return instantiate(cls.config, "dataloader.train")
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        config = copy.deepcopy(cls.config)
+        config.dataloader.test.dataset.names = dataset_name
+        loader = instantiate(config, "dataloader.test")
+        loader.worker_init_fn = stay_until_dismissed
+        return loader
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        if "evaluator" in cls.config.dataloader:
+            return instantiate(cls.config, "dataloader.evaluator")
+        return super().build_evaluator(cfg, dataset_name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of ``tools/lazyconfig_train_net.py``, in as many processes as it asks for.
+
+    Args:
+        argv: the arguments, by default those of the program that is running.
+
+    Raises:
+        SystemExit: see :func:`launch_or_exit`.
+    """
+    args = lazy_argument_parser().parse_args(argv)
+    if argv is None:
+        args.command = shlex.join(["python", *sys.argv])
+    launch_or_exit(run, args)
+
+
+def lazy_argument_parser() -> argparse.ArgumentParser:
+    """Those of the arguments of ``tools/train_net.py`` that a LazyConfig has a use for; overrides
+    such as ``train.max_iter=1000`` follow them."""
+    parser = default_argument_parser()
+    for name, effect in (
+        ("--allow-partial", "load what fits of weights that do not fit the network"),
+        ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
+    ):
+        parser.add_argument(name, action="store_true", help=effect)
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """What each process does: train or only evaluate, then write the report.
+
+    Args:
+        args: of :func:`lazy_argument_parser`.
+
+    Returns:
+        the results of the last evaluation, as :meth:`Trainer.test` gives them.
+
+    Raises:
+        see :func:`~vovnet_d2.engine.run.run_task`.
+    """
+    start = time.perf_counter()
+    register_digits()
+    config = load_lazy_config(args.config_file, args.opts)
+    cfg = to_cfg(config)
+    with in_lazy_terms(cfg):
+        _set_up(config, cfg, args)
+        results, model = _train_or_evaluate(LazyTrainer.of(config), cfg, args)
+    if comm.is_main_process():
+        write_report(cfg, model, results, args=args, seconds=time.perf_counter() - start)
+    return results
+
+
+def _train_or_evaluate(
+    trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace
+) -> tuple[dict[str, Any], nn.Module]:
+    options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
+    if not args.eval_only:
+        trainer = trainer_class(cfg, **options)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train(), trainer.checkpointer.model
+    model = trainer_class.build_model(cfg)
+    checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    report_loaded(checkpointer, cfg, resume=args.resume)
+    if not args.allow_partial:
+        check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
+    return trainer_class.test_all(cfg, model), model
+
+
+def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check the config; logging and seeds."""
+    for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    training = not args.eval_only
+    last = VoVNetCheckpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    if training and last and not args.resume:
+        logger.warning(
+            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
+            "with it instead, add --resume; to keep it, set another train.output_dir.",
+            cfg.OUTPUT_DIR,
+            os.path.basename(last),
+        )
+    choose_device(cfg)
+    check_run(cfg, training=training)
+    backbone = instantiate(config, "model.backbone")
+    resuming = args.resume and bool(last)
+    check_initialisation(cfg, training=training, resuming=resuming, backbone=backbone)
+    if "evaluator" not in config.dataloader:
+        check_evaluators(cfg)
+    check_data(cfg, training=training)
+    cfg.freeze()
+    path = find_config(args.config_file)
+    default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))

@@ -1,0 +1,264 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""LazyConfigs: from a file and overrides to a config, and what the engine reads of it."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any
+
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import instantiate as detectron2_instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import find_config, load_config
+
+__all__ = ["in_lazy_terms", "instantiate", "load_lazy_config", "to_cfg"]
+
+_SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+# What the engine reads, and where a LazyConfig has it. A config need not have all.
+_KEYS = {
+    "OUTPUT_DIR": "train.output_dir",
+    "SEED": "train.seed",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.DEVICE": "train.device",
+    "MODEL.CHANNELS_LAST": "train.channels_last",
+    "MODEL.VOVNET.NORM": "model.backbone.bottom_up.norm",
+    "MODEL.BACKBONE.FREEZE_AT": "model.backbone.bottom_up.freeze_at",
+    "MODEL.PIXEL_MEAN": "model.pixel_mean",
+    "MODEL.PIXEL_STD": "model.pixel_std",
+    "INPUT.FORMAT": "model.input_format",
+    "INPUT.MIN_SIZE_TEST": "dataloader.test.mapper.augmentations[0].short_edge_length",
+    "INPUT.MAX_SIZE_TEST": "dataloader.test.mapper.augmentations[0].max_size",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.AMP.DTYPE": "train.amp.dtype",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_gradients.enabled",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "train.clip_gradients.clip_type",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_gradients.clip_value",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "train.clip_gradients.norm_type",
+    "SOLVER.MAX_SKIPPED_STEPS": "train.max_skipped_steps",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "SOLVER.CHECKPOINTS_KEPT": "train.checkpointer.max_to_keep",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+}
+# The same of the heads, where the model is one of Detectron2's.
+_HEAD_KEYS = {
+    "GeneralizedRCNN": {"MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes"},
+    "PanopticFPN": {
+        "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes",
+    },
+    "SemanticSegmentor": {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes"},
+    "RetinaNet": {"MODEL.RETINANET.NUM_CLASSES": "model.num_classes"},
+    "FCOS": {"MODEL.FCOS.NUM_CLASSES": "model.num_classes"},
+}
+
+
+def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """
+    Args:
+        config_file: path of a Python file, or its name among this package's. It is run: load only
+            what you have read.
+        overrides: ``["path.to.key=value", ...]`` in Hydra's grammar; ``+path.to.key=value`` for a
+            key that is not there yet.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        KeyError: a key does not exist.
+        ValueError: the file is no LazyConfig, lacks a part, or a value does not fit its key.
+    """
+    if not config_file:
+        raise ValueError("There is no config: give --config-file with a LazyConfig, a .py file.")
+    path = find_config(config_file)
+    if not path.endswith(".py"):
+        raise ValueError(
+            f"{path} is no LazyConfig, which is a .py file: tools/train_net.py runs it."
+        )
+    config = _load_file(path)
+    if missing := [name for name in _SECTIONS if name not in config]:
+        raise ValueError(
+            f"LazyConfig {path} lacks {', '.join(missing)}: it needs {', '.join(_SECTIONS)}."
+        )
+    for override in overrides:
+        _apply_override(config, override)
+    return config
+
+
+def _load_file(path: str) -> DictConfig:
+    original = builtins.__import__
+    try:
+        return LazyConfig.load(path)
+    except SyntaxError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"LazyConfig {path} is not valid Python: {reason}.") from error
+    except ImportError as error:
+        raise ValueError(f"LazyConfig {path} cannot be loaded: {error}") from error
+    finally:
+        builtins.__import__ = original  # which Detectron2 leaves replaced after an error
+
+
+def _apply_override(config: DictConfig, override: str) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals or override.startswith("-"):
+        raise ValueError(
+            f"{override!r} is no override of a LazyConfig: these are words such as "
+            "train.max_iter=1000, after all other arguments."
+        )
+    adds, key = key.startswith("+"), key.lstrip("+")
+    known = set(_leaves(config))
+    if not adds and key not in known and not _is_node(config, key):
+        close = get_close_matches(key, known, n=3)
+        hint = f" Close to it: {', '.join(close)}." if close else ""
+        raise KeyError(
+            f"The LazyConfig has no {key}.{hint} To give an argument that is not there, write "
+            f"+{key}=..."
+        )
+    before = None if adds else _select(config, key)
+    try:
+        LazyConfig.apply_overrides(config, [override])
+    except Exception as error:  # of Hydra's parser, OmegaConf's, and KeyErrors of Detectron2
+        raise ValueError(f"Override {override}: {_one_line(error)}") from error
+    after = _select(config, key)
+    if not _fits(after, before):
+        raise ValueError(
+            f"Override {override}: {after!r} is {type(after).__name__}, and {key} was {before!r}, "
+            f"which is {type(before).__name__}."
+        )
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(node, DictConfig):
+        return
+    for key in node:
+        yield f"{prefix}{key}"
+        yield from _leaves(node._get_node(key), f"{prefix}{key}.")
+
+
+def _is_node(config: DictConfig, key: str) -> bool:
+    """Whether there is something behind a key that goes through lists."""
+    return _select(config, key) is not None
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _fits(value: Any, before: Any) -> bool:
+    """Whether a value may take the place of another: of the same kind, or either was None."""
+    if value is None or before is None:
+        return True
+    kinds: tuple[Any, ...] = (bool, str, Real, ListConfig, DictConfig)
+    kind = next((kind for kind in kinds if isinstance(before, kind)), object)
+    if isinstance(before, int) and not isinstance(before, bool):
+        kind = int
+    # A variant's name is one way to give a spec.
+    if isinstance(before, DictConfig) or (
+        isinstance(before, str) and isinstance(value, DictConfig)
+    ):
+        return True
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(before, bool)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def instantiate(config: DictConfig, key: str) -> Any:
+    """Build what stands behind a key.
+
+    Raises:
+        ValueError: its arguments are not those of what it calls, or a reference leads nowhere.
+    """
+    try:
+        return detectron2_instantiate(OmegaConf.select(config, key))
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{key} of the LazyConfig cannot be built: {_one_line(error)}") from error
+
+
+def to_cfg(config: DictConfig) -> CfgNode:
+    """What the engine reads of a config, under the keys that YAML files have it: where files go,
+    how long the training is, which data it takes; how the model is built stays behind.
+
+    Raises:
+        ValueError: a reference in the config leads nowhere.
+    """
+    cfg = load_config()
+    cfg.MODEL.META_ARCHITECTURE = _name_of_target(config.model)
+    _describe_backbone(cfg, config)
+    heads = OmegaConf.select(config, "model.roi_heads") or {}
+    cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = "mask_head" in heads, "keypoint_head" in heads
+    for key, path in _all_keys(cfg).items():
+        try:
+            value = OmegaConf.select(config, path)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path} of the LazyConfig: {_one_line(error)}") from error
+        if value is not None or key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+            _set(cfg, key, value)
+    warmup = OmegaConf.select(config, "lr_multiplier.warmup_length")
+    cfg.SOLVER.WARMUP_ITERS = round((warmup or 0) * cfg.SOLVER.MAX_ITER)
+    cfg.SOLVER.STEPS = ()
+    return cfg
+
+
+def _name_of_target(node: DictConfig) -> str:
+    target = node.get("_target_", "")
+    return target.rpartition(".")[2] if isinstance(target, str) else target.__name__
+
+
+def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
+    """Enough for the checks to suggest weights."""
+    node = OmegaConf.select(config, "model.backbone.bottom_up")
+    if isinstance(node, DictConfig) and _name_of_target(node) == "VoVNet":
+        cfg.MODEL.BACKBONE.NAME = "build_vovnet_fpn_backbone"
+        spec = node.spec.get("spec") if isinstance(node.spec, DictConfig) else node.spec
+        cfg.MODEL.VOVNET.CONV_BODY = spec if isinstance(spec, str) else ""
+
+
+def _all_keys(cfg: CfgNode) -> dict[str, str]:
+    return _KEYS | _HEAD_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+
+
+def _set(cfg: CfgNode, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        cfg = cfg[part]
+    if key.startswith("DATASETS."):
+        value = (value,) if isinstance(value, str) else tuple(value or ())
+    cfg[last] = list(value) if isinstance(value, ListConfig) else value
+
+
+@contextmanager
+def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
+    """Errors of the engine name the keys of YAML files: have them name a LazyConfig's."""
+    try:
+        yield
+    except (FloatingPointError, FileNotFoundError, KeyError, ValueError) as error:
+        message = _translate(str(error.args[0]), _all_keys(cfg)) if len(error.args) == 1 else ""
+        if message in ("", error.args[0]):
+            raise
+        raise type(error)(message) from error
+
+
+def _translate(message: str, keys: dict[str, str]) -> str:
+    message = message.replace("; --auto-scale-lr fits the config's", "")  # which is YAML's only
+    message = message.replace(
+        "SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length × train.max_iter:"
+    )
+    for key, path in sorted(keys.items(), reverse=True):
+        message = re.sub(rf"\b{re.escape(key)}\b", path, message)
+    return message
