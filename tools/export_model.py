@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from PIL import UnidentifiedImageError
 from torch import nn
 
 from vovnet_d2 import VoVNetCheckpointer
+from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine import load_config
 from vovnet_d2.export import (
     FORMATS,
@@ -134,7 +134,7 @@ def _found(check: dict[str, Any]) -> bool:
 
 def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
     """Each (1, C, H, W), of the size that a test gives it."""
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    (resize,) = build_augmentations(cfg, is_train=False)
     images = []
     for file in files:
         try:

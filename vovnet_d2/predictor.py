@@ -142,10 +142,12 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
+        size, square = image.shape[:2], self.cfg.INPUT.FIXED_SIZE
         short, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        if square:
+            return ResizeTransform(*size, square, square).apply_image(image)
         if short == 0:  # Detectron2's word for "as it is"
             return image
-        size = image.shape[:2]
         target = ResizeShortestEdge.get_output_shape(*size, short, longest)
         # Of an image that is a thin line, a pixel of width is left.
         return ResizeTransform(*size, *(max(1, side) for side in target)).apply_image(image)

@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..data import register_digits
+from ..data.voc import register_voc
 from .checks import check_data, check_initialisation
 from .config import argument_parser
 from .evaluation import check_evaluators
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """What each process does; see :func:`run_task`."""
     register_digits()
+    register_voc()
     return run_task(Task(Trainer, _check), args)
 
 

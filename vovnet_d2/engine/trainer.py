@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -23,6 +24,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
+from ..data.mapper import build_mapper
 from ..data.stream import (
     Place,
     TrainingStream,
@@ -37,6 +39,7 @@ from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
 from .precision import autocast, autocast_dtype
+from .solver import build_optimizer
 
 __all__ = ["MixedPrecisionTrainer", "Trainer"]
 
@@ -394,14 +397,19 @@ class Trainer(DefaultTrainer):
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         """Where this is overridden, as for a mapper of one's own, :func:`build_detection_stream`
         with it keeps that a training can be resumed exactly."""
-        return build_detection_stream(cfg)
+        return build_detection_stream(cfg, mapper=build_mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        loader = super().build_test_loader(cfg, dataset_name)
+        mapper = build_mapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = stay_until_dismissed
         return loader
 
