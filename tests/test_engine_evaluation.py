@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of data set has its evaluator: given the truth as predictions, it says 100 %."""
 
+import copy
 import importlib.machinery
+import importlib.util
 import json
 import sys
 import types
@@ -13,7 +15,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_panoptic_separated, register_pascal_voc
+from detectron2.data.datasets import (
+    register_coco_instances,
+    register_coco_panoptic_separated,
+    register_pascal_voc,
+)
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -21,6 +27,7 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
+    coco_evaluation,
 )
 from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from PIL import Image
@@ -83,6 +90,103 @@ def test_several_data_sets_have_a_folder_each(coco: Path, tmp_path: Path) -> Non
     for name in cfg.DATASETS.TEST:
         evaluate_perfection(cfg, name)
         assert (tmp_path / "out" / "inference" / name / "coco_instances_results.json").is_file()
+
+
+def noisy_instances(record: dict) -> Instances:
+    """Those of the truth, displaced and partly mistaken, and inventions of another class."""
+    instances = perfect_instances(record)
+    count = len(instances)
+    boxes = instances.pred_boxes.tensor + torch.randn(count, 4) * 2
+    noisy = Instances(instances.image_size)
+    noisy.pred_boxes = Boxes(torch.cat([boxes, boxes.roll(1, 0)]))
+    noisy.pred_classes = torch.cat([instances.pred_classes, instances.pred_classes.flip(0)])
+    noisy.scores = torch.rand(2 * count).round(decimals=1)  # ties, too
+    masks = instances.pred_masks if instances.has("pred_masks") else torch.zeros(count, 1, 1)
+    if instances.has("pred_masks"):
+        noisy.pred_masks = torch.cat([masks.roll(1, 2), masks.roll(3, 1)])
+    if "keypoints" in record["annotations"][0]:
+        truth = torch.tensor([a["keypoints"] for a in record["annotations"]]).reshape(count, 17, 3)
+        noise = torch.randn(2, count, 17, 3) * torch.tensor([1.0, 1.0, 0.0])
+        noisy.pred_keypoints = (truth + noise).flatten(0, 1)
+    return noisy
+
+
+def evaluate_noise(cfg: CfgNode, name: str) -> dict:
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        if record["annotations"]:
+            output = {"instances": noisy_instances(record)}
+            evaluator.process([copy.deepcopy(record)], [output])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def people(catalogs: None, tmp_path: Path) -> str:
+    """Keypoints of three people on each of four images; another class has none."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for index in range(12):
+        x, y = rng.uniform(0, 60, 2)
+        keypoints = np.stack([*rng.uniform(0, 40, (2, 17)), np.full(17, 2.0)], axis=1)
+        keypoints[:, :2] += (x, y)
+        box = {"bbox": [x, y, 40, 40], "area": 1600.0, "iscrowd": 0, "num_keypoints": 17}
+        ids = {"id": index + 1, "image_id": index // 3 + 1, "category_id": 1}
+        annotations.append(ids | box | {"keypoints": keypoints.ravel().tolist()})
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 100} for i in range(1, 5)]
+    categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "ghost"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "people.json").write_text(json.dumps(content))
+    register_coco_instances("people", {}, str(tmp_path / "people.json"), str(tmp_path))
+    MetadataCatalog.get("people").evaluator_type = "coco"
+    return "people"
+
+
+@pytest.mark.parametrize("name", ["coco_2017_val", "coco_2017_train", "people"])
+def test_faster_coco_eval_gives_the_results_of_pycocotools(
+    coco: Path, people: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO")
+    results = {}
+    for api in ("pycocotools", "faster-coco-eval", "auto"):
+        torch.manual_seed(0)
+        cfg = config(tmp_path / api, name)
+        cfg.TEST.COCO_API = api
+        caplog.clear()
+        results[api] = evaluate_noise(cfg, name)
+        used = "pycocotools" if api == "pycocotools" else "faster-coco-eval"
+        assert f"{name} is evaluated by {used}." in caplog.text
+    expected = results.pop("pycocotools")
+    tasks = {"bbox", "keypoints"} if name == "people" else {"bbox", "segm"}
+    assert expected.keys() == tasks
+    assert 0 < expected["bbox"]["AP"] < 100
+    assert sum(metric.startswith("AP-") for metric in expected["bbox"]) in (2, 80)
+    for found in results.values():
+        assert found.keys() == expected.keys()
+        for task in tasks:
+            assert found[task] == pytest.approx(expected[task], abs=1e-6, nan_ok=True)
+
+
+def test_detectron2_keeps_pycocotools(coco: Path, tmp_path: Path) -> None:
+    evaluate_noise(config(tmp_path, "coco_2017_val"), "coco_2017_val")
+    assert coco_evaluation.COCO.__module__ == "pycocotools.coco"
+    assert coco_evaluation.COCOevalMaxDets.__mro__[1].__module__ == "pycocotools.cocoeval"
+
+
+def test_coco_api_where_faster_coco_eval_is_missing(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cfg = config(tmp_path, "coco_2017_val")
+    evaluate_noise(cfg, "coco_2017_val")
+    assert "coco_2017_val is evaluated by pycocotools." in caplog.text
+    cfg.TEST.COCO_API = "faster-coco-eval"
+    with pytest.raises(ValueError, match=r"needs that package: pip install faster-coco-eval"):
+        check_evaluators(cfg)
+    cfg.TEST.COCO_API = "fast"
+    with pytest.raises(ValueError, match=r"TEST.COCO_API 'fast' is none of 'auto', 'pycocotools'"):
+        check_evaluators(cfg)
 
 
 def test_voc(catalogs: None, tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # Evaluate in mixed precision.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)
+    # Who evaluates COCO-format data sets: "pycocotools", "faster-coco-eval" (the same results in
+    # less time), or "auto", which is faster-coco-eval where it is installed.
+    cfg.TEST.setdefault("COCO_API", "auto")
 
 
 def _vovnet_defaults() -> CfgNode:

@@ -21,19 +21,22 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
-    PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from .old_numpy import old_numpy
+from .voc_evaluation import VOCEvaluator
 
 __all__ = ["build_evaluator", "check_evaluators", "main_metric"]
 
 logger = logging.getLogger(__name__)
 
+_COCO_APIS = ("auto", "pycocotools", "faster-coco-eval")
+
 _INSTALL = {
+    "faster_coco_eval": "pip install faster-coco-eval",
     "lvis": "pip install lvis",
     "cityscapesscripts": "pip install cityscapesscripts",
     "panopticapi": "pip install git+https://github.com/cocodataset/panopticapi.git",
@@ -50,12 +53,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> Dat
         suffix: of the folder's name.
 
     Raises:
-        ValueError: the type is unknown, or needs a package that is not installed.
+        ValueError: the type or ``TEST.COCO_API`` is unknown, or needs a package that is not
+            installed.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference" + suffix)
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
-    return _find_builder(dataset_name)(dataset_name, folder)
+    return _find_builder(cfg, dataset_name)(cfg, dataset_name, folder)
 
 
 def check_evaluators(cfg: CfgNode) -> None:
@@ -64,7 +68,7 @@ def check_evaluators(cfg: CfgNode) -> None:
         ValueError: a data set of ``DATASETS.TEST`` cannot be evaluated here.
     """
     for name in cfg.DATASETS.TEST:
-        _find_builder(name)
+        _find_builder(cfg, name)
 
 
 def main_metric(cfg: CfgNode) -> str | None:
@@ -87,7 +91,10 @@ def main_metric(cfg: CfgNode) -> str | None:
     return metric if len(cfg.DATASETS.TEST) == 1 else f"{name}/{metric}"
 
 
-def _find_builder(dataset_name: str) -> Callable[[str, str], DatasetEvaluator]:
+_Builder = Callable[[CfgNode, str, str], DatasetEvaluator]
+
+
+def _find_builder(cfg: CfgNode, dataset_name: str) -> _Builder:
     kind = _evaluator_type(dataset_name)
     if kind not in _BUILDERS:
         raise ValueError(
@@ -97,6 +104,8 @@ def _find_builder(dataset_name: str) -> Callable[[str, str], DatasetEvaluator]:
     package, builder = _BUILDERS[kind]
     if package and not _has(package):
         raise ValueError(f"The evaluation of {dataset_name} needs {package}: {_INSTALL[package]}")
+    if kind.startswith("coco"):
+        _is_faster_api_chosen(cfg)
     return builder
 
 
@@ -108,11 +117,29 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _coco(name: str, folder: str) -> DatasetEvaluator:
-    return COCOEvaluator(name, output_dir=folder)
+def _is_faster_api_chosen(cfg: CfgNode) -> bool:
+    api, installed = cfg.TEST.COCO_API, _has("faster_coco_eval")
+    if api not in _COCO_APIS:
+        raise ValueError(f"TEST.COCO_API {api!r} is none of {', '.join(map(repr, _COCO_APIS))}.")
+    if api == "faster-coco-eval" and not installed:
+        raise ValueError(
+            f"TEST.COCO_API {api} needs that package: {_INSTALL['faster_coco_eval']}. With auto, "
+            "pycocotools is used without it."
+        )
+    return installed and api != "pycocotools"
 
 
-def _sem_seg(name: str, folder: str) -> DatasetEvaluator:
+def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    faster = _is_faster_api_chosen(cfg)
+    logger.info("%s is evaluated by %s.", name, "faster-coco-eval" if faster else "pycocotools")
+    if faster:
+        from .faster_coco import FasterCOCOEvaluator
+
+        return FasterCOCOEvaluator(name, output_dir=folder)
+    return COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
+
+
+def _sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     return SemSegEvaluator(name, output_dir=folder, sem_seg_loading_fn=_read_labels)
 
 
@@ -122,8 +149,8 @@ def _read_labels(file_name: str, dtype: Any = None) -> np.ndarray:
         return np.array(Image.open(file), dtype=dtype)
 
 
-def _panoptic(name: str, folder: str) -> DatasetEvaluator:
-    evaluators = [_coco(name, folder), _sem_seg(name, folder)]
+def _panoptic(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    evaluators = [_coco(cfg, name, folder), _sem_seg(cfg, name, folder)]
     if _has("panopticapi"):
         evaluators.append(COCOPanopticEvaluator(name, folder))
     else:
@@ -155,18 +182,18 @@ class _CityscapesSemSegEvaluator(_WithOldNumPy, CityscapesSemSegEvaluator):
 
 
 # evaluator_type to the package that it needs and what builds it.
-_BUILDERS: dict[str, tuple[str, Callable[[str, str], DatasetEvaluator]]] = {
+_BUILDERS: dict[str, tuple[str, _Builder]] = {
     "coco": ("", _coco),
     "coco_panoptic_seg": ("", _panoptic),
     "sem_seg": ("", _sem_seg),
-    "pascal_voc": ("", lambda name, folder: PascalVOCDetectionEvaluator(name)),
-    "lvis": ("lvis", lambda name, folder: _LVISEvaluator(name, output_dir=folder)),
+    "pascal_voc": ("", lambda cfg, name, folder: VOCEvaluator(name)),
+    "lvis": ("lvis", lambda cfg, name, folder: _LVISEvaluator(name, output_dir=folder)),
     "cityscapes_instance": (
         "cityscapesscripts",
-        lambda name, folder: _CityscapesInstanceEvaluator(name),
+        lambda cfg, name, folder: _CityscapesInstanceEvaluator(name),
     ),
     "cityscapes_sem_seg": (
         "cityscapesscripts",
-        lambda name, folder: _CityscapesSemSegEvaluator(name),
+        lambda cfg, name, folder: _CityscapesSemSegEvaluator(name),
     ),
 }
