@@ -4,6 +4,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -44,6 +45,7 @@ KEYPOINTS = {
     "MODEL.KEYPOINT_ON": True,
     "MODEL.CHANNELS_LAST": False,
     "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
 }
 DETECTORS = {
     "Mask R-CNN": (MASK_RCNN, {}),
@@ -309,3 +311,54 @@ def test_bad_images(
 ) -> None:
     with pytest.raises(error, match=message):
         Predictor(mask_rcnn)(image)
+
+
+# Files
+
+
+def write_modes(folder: Path) -> dict[str, Path]:
+    """The photograph, small, in the modes that pictures come in."""
+    with Image.open(PICTURES[0]) as photo:
+        rgb = photo.resize((61, 47)).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6
+    grey16 = Image.fromarray(np.arange(47 * 61, dtype=np.uint16).reshape(47, 61) * 22)
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(128)
+    pictures = {
+        "grey.png": rgb.convert("L"),
+        "one_bit.png": rgb.convert("1"),
+        "palette.png": rgb.quantize(16),
+        "alpha.png": alpha,
+        "grey_alpha.png": rgb.convert("LA"),
+        "sixteen_bit.png": grey16,
+        "sixteen_bit.tif": grey16,
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "rotated.jpg": rgb,
+        "rotated_sixteen_bit.png": grey16,
+    }
+    for name, picture in pictures.items():
+        options = {"exif": exif} if "rotated" in name else {}
+        picture.save(folder / name, **options)
+    return {name: folder / name for name in pictures}
+
+
+def test_modes_are_read_as_by_opencv(tmp_path: Path) -> None:
+    for name, path in write_modes(tmp_path).items():
+        found = read_image(path)
+        assert found.dtype == np.uint8
+        assert found.shape == ((61, 47, 3) if "rotated" in name else (47, 61, 3))
+        expected = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if name == "rotated_sixteen_bit.png" and expected.shape != found.shape:
+            expected = cv2.rotate(expected, cv2.ROTATE_90_CLOCKWISE)
+        # Formulas for CMYK, and decoders of JPEG, differ a little.
+        limit = 3 if path.suffix == ".jpg" else 0.5
+        assert np.abs(found.astype(int) - expected).mean() <= limit, name
+        assert np.ptp(found) > 100, name
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_without_a_range(dtype: type, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif has 32 bits per pixel, whose range is not known"):
+        read_image(tmp_path / "x.tif")

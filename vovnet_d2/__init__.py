@@ -22,15 +22,18 @@ with warnings.catch_warnings():
 from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
 from .modeling import fcos as _fcos  # noqa: F401; registers FCOS
+from .modeling import single_shot as _single_shot  # registers RefineDet, SingleShotDetector
 from .modeling.build import register_backbones
 from .modeling.inference import optimize_for_inference
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
 from .modeling.vovnet import VoVNet
+from .predictor import Predictor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VOVNET_SPECS",
+    "Predictor",
     "VoVNet",
     "VoVNetCheckpointer",
     "VoVNetSpec",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ __all__ = [
     "plan_video",
     "refuse_overwriting",
 ]
+
+logger = logging.getLogger(__name__)
 
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -196,24 +199,25 @@ class VideoFile(_Sink):
             height, width = drawn.shape[:2]
             self._size = (width, height)
             self._writer = self._open()
-        if drawn.shape[1::-1] != self._size:  # some cameras and streams change it on the way
+        width, height = self._size
+        if drawn.shape[:2] != (height, width):  # some cameras and streams change it on the way
             drawn = cv2.resize(drawn, self._size)
+        # Of an odd number OpenCV's writer would leave out the last row or column.
+        drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         self._writer.write(drawn)
         return True
 
     def _open(self) -> cv2.VideoWriter:
+        width, height = self._size
+        even = (width + width % 2, height + height % 2)
+        if even != self._size:
+            logger.warning(
+                "Codecs want even numbers of pixels: the video is %dx%d, not %dx%d, with its last "
+                "column or row repeated.",
+                *(*even, *self._size),
+            )
         fourcc = cv2.VideoWriter.fourcc(*self._codec)
-        backend = cv2.CAP_ANY
-        if any(side % 2 for side in self._size):
-            # FFmpeg's writer would leave out the last row or column.
-            backend = cv2.CAP_OPENCV_MJPEG
-            if (self._codec, self._path.suffix.lower()) != ("MJPG", ".avi"):
-                width, height = self._size
-                raise ValueError(
-                    f"A video of {width}x{height}, an odd number of pixels, can be written as "
-                    f"MJPG in .avi only: --output {self._path.with_suffix('.avi')}"
-                )
-        writer = cv2.VideoWriter(str(self._path), backend, fourcc, self._fps, self._size)
+        writer = cv2.VideoWriter(str(self._path), fourcc, self._fps, even)
         if not writer.isOpened():
             raise ValueError(
                 f"OpenCV cannot write {self._path} with codec {self._codec}: choose --codec mp4v "
