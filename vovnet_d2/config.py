@@ -35,6 +35,18 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.setdefault("FCOS", CfgNode())
     for key, value in _fcos_defaults().items():
         cfg.MODEL.FCOS.setdefault(key, value)
+    for name, defaults in (
+        ("SINGLE_SHOT", _single_shot_defaults()),
+        ("REFINEDET", _refinedet_defaults()),
+    ):
+        cfg.MODEL.setdefault(name, CfgNode())
+        for key, value in defaults.items():
+            cfg.MODEL[name].setdefault(key, value)
+    # Warp every image to a square of this side, in training and at test; 0 keeps Detectron2's
+    # INPUT.MIN_SIZE_TRAIN and so on. INPUT.RANDOM_FLIP holds with both.
+    cfg.INPUT.setdefault("FIXED_SIZE", 0)
+    # Train with SSD's augmentation (colours, expansion, crops), which needs FIXED_SIZE.
+    cfg.INPUT.setdefault("SSD_AUGMENTATION", False)
     # Keep the network's tensors in channels-last order, which its convolutions are faster in.
     cfg.MODEL.setdefault("CHANNELS_LAST", True)
     # The type that SOLVER.AMP.ENABLED and TEST.AMP.ENABLED compute in: "float16" (GPU), "bfloat16",
@@ -69,6 +81,9 @@ def _vovnet_defaults() -> CfgNode:
     node.DEFORMABLE_GROUPS = 1
     # 2 keeps stage5 at stage4's resolution (output stride 16), as RES5_DILATION does for ResNet.
     node.STAGE5_DILATION = 1
+    # Keep only the input of the stem and of each OSA block for the backward pass, which computes
+    # them a second time: about a third of the memory for a third more time in the backbone.
+    node.CHECKPOINT_BLOCKS = False
     # What P6 and P7 of `build_retinanet_vovnet_fpn_backbone` are made from: "stage5" or "p5".
     node.TOP_BLOCK_IN_FEATURE = "stage5"
     # Written in the YAML files of other VoVNet projects, where nothing reads them either.
@@ -102,6 +117,62 @@ def _fcos_defaults() -> CfgNode:
     node.INFERENCE_TH_TEST = 0.2
     node.PRE_NMS_TOPK_TEST = 1000
     node.NMS_TH = 0.6
+    return node
+
+
+def _single_shot_defaults() -> CfgNode:
+    """Of the meta-architectures SingleShotDetector and RefineDet."""
+    node = CfgNode()
+    node.NUM_CLASSES = 80  # without background
+    # Maps of the backbone that are read, the finest first. One may be named twice.
+    node.IN_FEATURES = ["stage3", "stage4", "stage5"]
+    # Norm of the layers that are added to the backbone.
+    node.NORM = "BN"
+    # How much of each batch's statistics the batch norms' running ones take in, the backbone's
+    # norms included; the paper's 0.001 needs thousands of iterations.
+    node.NORM_MOMENTUM = 0.001
+    # IoU below which an anchor is background, and from which on it belongs to the object.
+    node.IOU_THRESHOLDS = [0.5, 0.5]
+    # Mined negatives for each positive.
+    node.NEGATIVE_RATIO = 3.0
+    # Of dx, dy, dw, dh: one over SSD's variances.
+    node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    # Of each class, this many best boxes above the threshold go to NMS, and of all classes
+    # TEST.DETECTIONS_PER_IMAGE are returned.
+    node.SCORE_THRESH_TEST = 0.01
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.45
+    # The rest is SingleShotDetector's only.
+    # Stages behind the last map: their output widths, "dsod" (half pooled) or "ssd" (1x1, 3x3), and
+    # for "ssd" strides of 2, or 1 for a 3x3 without padding; none means 2 throughout.
+    node.EXTRA_CHANNELS = [256, 256, 256]
+    node.EXTRA_TYPE = "dsod"
+    node.EXTRA_STRIDES = []
+    # Pixels from one place of a map to the next as `SSDAnchorGenerator` counts them, one for each
+    # map; none takes the maps' strides.
+    node.ANCHOR_STEPS = []
+    # Initial scale of the maps' L2 normalisation; 0 is none.
+    node.L2_NORM_SCALE = 0.0
+    # Residual block before the predictors: widths of its output and bottleneck, or none.
+    node.BLOCK_CHANNELS = []
+    # Kernel of the predictors, and their norm ("" gives them a bias).
+    node.PREDICTOR_KERNEL = 3
+    node.PREDICTOR_NORM = ""
+    return node
+
+
+def _refinedet_defaults() -> CfgNode:
+    """Of RefineDet, beside those of MODEL.SINGLE_SHOT, whose thresholds are the second step's."""
+    node = CfgNode()
+    # Of the first step, as SINGLE_SHOT.IOU_THRESHOLDS.
+    node.ARM_IOU_THRESHOLDS = [0.5, 0.5]
+    # Anchors of less objectness take no part in the second step.
+    node.OBJECTNESS_THRESHOLD = 0.01
+    # Widths: of the stage of stride 64, of the transfer connections, and of the residual blocks
+    # before the predictors.
+    node.EXTRA_CHANNELS = 512
+    node.TCB_CHANNELS = 256
+    node.HEAD_CHANNELS = 1024
     return node
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
 from torch import nn
 
+from ..data.mapper import build_mapper
 from .precision import autocast
 
-__all__ = ["draw_curves", "draw_predictions", "read_metrics"]
+__all__ = ["SCORES", "Series", "draw_curves", "draw_predictions", "read_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def draw_curves(folder: str) -> str | None:
         return None
     series = read_metrics(metrics)
     losses = {name: points for name, points in series.items() if "loss" in name}
-    scores = {name: points for name, points in series.items() if name.endswith(_SCORES)}
+    scores = {name: points for name, points in series.items() if name.endswith(SCORES)}
     if not losses:
         return None
     from matplotlib.figure import Figure  # draws without a display, unlike pyplot
@@ -85,7 +86,8 @@ def draw_curves(folder: str) -> str | None:
     return path
 
 
-_SCORES = ("/AP", "/mIoU", "/IoU", "/PQ", "/top1")
+# The metrics among the series that sum an evaluation up.
+SCORES = ("/AP", "/mIoU", "/IoU", "/PQ", "/top1")
 
 
 def _draw_panel(panel: Any, series: Series, label: str) -> None:
@@ -159,7 +161,7 @@ def _draw_pair(
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
 
     with inference_context(model), torch.no_grad(), autocast(cfg, enabled=cfg.TEST.AMP.ENABLED):
-        output = model([DatasetMapper(cfg, is_train=False)(record)])[0]
+        output = model([build_mapper(cfg, is_train=False)(record)])[0]
     canvas = Visualizer(image, metadata, scale=scale)
     if "instances" in output:
         instances = output["instances"].to("cpu")
