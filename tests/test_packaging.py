@@ -129,7 +129,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_package_configs_and_licence(wheel: Path) -> None:
     expected = {
         file.relative_to(ROOT)
-        for suffix in ("*.py", "py.typed")
+        for suffix in ("*.py", "py.typed", "*.html", "*.css")
         for file in (ROOT / "vovnet_d2").rglob(suffix)
     }
     expected |= {

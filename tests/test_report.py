@@ -1,0 +1,514 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run: its numbers against pycocotools' and a second derivation, its parts, and what
+becomes of it where parts are missing. tests/test_report_page.py opens it in a browser."""
+
+import json
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report
+import yaml
+from detectron2.data import DatasetCatalog
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from report_runs import CLASSES, CONFIG, DATASET, SECTIONS, make_shapes, write_run
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+
+from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.report import page as page_module
+from vovnet_d2.report import register_files, write_page
+from vovnet_d2.report.average_precision import AveragePrecision, evaluate
+from vovnet_d2.report.detections import Detections, read_detections
+from vovnet_d2.report.figures import draw_training
+from vovnet_d2.report.matching import confusion_matrix, match_images, rank_images
+from vovnet_d2.report.run_folder import read_run
+
+pytest_plugins = ["engine_fixtures"]
+
+HOSTILE = "</script><script>alert('1')</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def run(catalogs: None, tmp_path: Path) -> Path:
+    return write_run(tmp_path)
+
+
+class Reader(HTMLParser):
+    """The elements of a page, with their attributes, and its visible text by heading."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {"": ""}
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag in ("h2", "h3"):
+            self.sections["?"] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+        if tag in ("h2", "h3"):
+            self.sections[self.sections.pop("?").strip()] = ""
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.sections[list(self.sections)[-1]] += f"{data} "
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.sections.values()).split())
+
+
+def read_page(run: Path) -> Reader:
+    return Reader(write_page(run).read_text())
+
+
+# Average precision
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    truth, predictions = make_shapes(CLASSES)
+    path = tmp_path_factory.mktemp("shapes") / "truth.json"
+    path.write_text(json.dumps(truth))
+    return path, predictions
+
+
+@pytest.fixture(params=["bbox", "segm", "keypoints"])
+def found(shapes: tuple[Path, list[dict]], request: pytest.FixtureRequest) -> AveragePrecision:
+    path, predictions = shapes
+    return evaluate(Detections(COCO(path), predictions, {}), request.param)
+
+
+def summarize(shapes: tuple[Path, list[dict]], task: str, category: int | None) -> list[float]:
+    """pycocotools' own: AP, AP50, AP75 and by size."""
+    path, predictions = shapes
+    truth = COCO(path)
+    unused = {"segm": "bbox"}.get(task)  # whose areas would be taken for those of masks
+    kept = [{k: v for k, v in p.items() if k != unused} for p in predictions]
+    theirs = COCOeval(truth, truth.loadRes(kept), task)
+    if category is not None:
+        theirs.params.catIds = [category]
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    return [100 * v if v >= 0 else math.nan for v in theirs.stats[: 5 if "key" in task else 6]]
+
+
+@pytest.mark.parametrize("category", [None, *CLASSES])
+def test_metrics_are_those_of_pycocotools(
+    shapes: tuple[Path, list[dict]], found: AveragePrecision, category: int | None
+) -> None:
+    metrics = found.metrics(category)
+    assert list(metrics.values()) == pytest.approx(
+        summarize(shapes, found.task, category), nan_ok=True, abs=1e-9
+    )
+    assert 0 < metrics["AP"] < metrics["AP50"] < 100
+
+
+@pytest.mark.parametrize("category", [None, *CLASSES])
+def test_the_area_below_a_curve_is_its_metric(
+    shapes: tuple[Path, list[dict]], found: AveragePrecision, category: int | None
+) -> None:
+    theirs = summarize(shapes, found.task, category)
+    curves = found.curves(category)
+    assert [curves[name].shape for name in ("AP", "AP50", "AP75")] == [found.recalls.shape] * 3
+    areas = [100 * curves[name].mean() for name in ("AP", "AP50", "AP75")]
+    assert areas == pytest.approx(theirs[:3])
+    for values in curves.values():
+        assert (np.diff(values) <= 1e-12).all() or category is None
+
+
+def test_objects_are_counted_without_crowds(found: AveragePrecision) -> None:
+    assert sum(found.counts.values()) == 4 * 8 - 1
+
+
+def test_a_class_without_objects(shapes: tuple[Path, list[dict]]) -> None:
+    path, predictions = shapes
+    truth = COCO(path)
+    truth.dataset["categories"].append({"id": 9, "name": "absent"})
+    truth.createIndex()
+    found = evaluate(Detections(truth, predictions, {}), "bbox")
+    assert all(map(math.isnan, found.metrics(9).values()))
+    assert found.metrics()["AP"] == pytest.approx(summarize(shapes, "bbox", None)[0])
+
+
+# Matching
+
+
+def coco_of(annotations: list[dict], images: int = 1) -> COCO:
+    truth = COCO()
+    annotations = [
+        {"id": i, "image_id": 1, "iscrowd": 0, **a} for i, a in enumerate(annotations, start=1)
+    ]
+    truth.dataset = {
+        "images": [{"id": i} for i in range(1, images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": str(i)} for i in (1, 2)],
+    }
+    truth.createIndex()
+    return truth
+
+
+def item(category: int, x: float, width: float = 10, **more: float) -> dict:
+    """10 high, at the top."""
+    return {"image_id": 1, "category_id": category, "bbox": [x, 0, width, 10], **more}
+
+
+def matrix_of(truths: list[dict], predictions: list[dict], min_score: float = 0.5) -> list:
+    images = match_images(coco_of(truths), predictions, min_score=min_score)
+    return confusion_matrix(images, [1, 2]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("truths", "predictions", "expected"),
+    [
+        # Right, and taken for the other class.
+        ([item(1, 0), item(2, 50)], [item(1, 1, score=0.9), item(1, 50, score=0.6)], "100 / 100 /"),
+        # Missed, and nothing there; in the first, as the overlap is too small: IoU 4 / 16.
+        ([item(1, 0)], [item(1, 6, score=0.9)], "001 // 100"),
+        ([item(2, 0)], [item(2, 0, score=0.4)], "/ 001 /"),
+        ([], [item(2, 0, score=0.5)], "// 010"),
+        # The better overlap counts, not the score nor the class.
+        ([item(1, 0)], [item(1, 2, score=0.9), item(2, 1, score=0.6)], "010 // 100"),
+        # Of equal overlaps the greater score.
+        ([item(1, 0)], [item(2, 1, score=0.6), item(1, 1, score=0.9)], "100 // 010"),
+        # What is over can still have the second best: 10 / 10 goes first, then 8 / 12.
+        (
+            [item(1, 0), item(2, 2)],
+            [item(1, 0, score=0.9), item(2, 0, score=0.8)],
+            "100 / 010 /",
+        ),
+        # IoU of exactly 0.5 is enough.
+        ([item(1, 0)], [item(1, 0, width=5, score=0.9)], "100 //"),
+        # A crowd takes predictions of its class that lie in it, and is nothing to be found.
+        (
+            [item(1, 0, width=100, iscrowd=1)],
+            [item(1, 20, score=0.9), item(1, 40, score=0.9), item(2, 60, score=0.9)],
+            "// 010",
+        ),
+        # An object in a crowd is matched first.
+        ([item(1, 0, width=100, iscrowd=1), item(1, 20)], [item(1, 20, score=0.9)], "100 //"),
+    ],
+)
+def test_confusion_matrix_by_hand(
+    truths: list[dict], predictions: list[dict], expected: str
+) -> None:
+    rows = [row.strip() or "000" for row in expected.split("/")]
+    assert matrix_of(truths, predictions) == [[int(digit) for digit in row] for row in rows]
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+def label_pairs(truths: list[dict], predictions: list[dict]) -> list[tuple[int, int]]:
+    """A second derivation: take the best pair that is left, until none is good enough."""
+    truths, predictions, labels = list(truths), list(predictions), []
+    while truths and predictions:
+        best = max(
+            ((t, p) for t in truths for p in predictions),
+            key=lambda x: iou(*(i["bbox"] for i in x)),
+        )
+        if iou(best[0]["bbox"], best[1]["bbox"]) < 0.5:
+            break
+        labels.append((best[0]["category_id"], best[1]["category_id"]))
+        truths.remove(best[0])
+        predictions.remove(best[1])
+    background = 99
+    labels += [(truth["category_id"], background) for truth in truths]
+    return labels + [(background, prediction["category_id"]) for prediction in predictions]
+
+
+def test_confusion_matrix_against_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    truths, predictions, labels = [], [], []
+    for image in range(1, 41):
+        boxes = rng.uniform([0, 0, 20, 20], [60, 60, 60, 60], size=(12, 4)).tolist()
+        items = [
+            {"image_id": image, "category_id": int(rng.integers(1, 3)), "bbox": box}
+            for box in boxes
+        ]
+        scored = [{**i, "score": float(rng.uniform())} for i in items[6:]]
+        truths += items[:6]
+        predictions += scored
+        labels += label_pairs(items[:6], [p for p in scored if p["score"] >= 0.3])
+    images = match_images(coco_of(truths, images=40), predictions, min_score=0.3)
+    expected = sklearn_confusion_matrix(*zip(*labels, strict=True), labels=[1, 2, 99])
+    assert confusion_matrix(images, [1, 2]).tolist() == expected.tolist()
+    assert expected[:2, :2].min() >= 5
+
+
+def test_images_from_best_to_worst() -> None:
+    truths = [item(1, 0), item(1, 50), item(1, 100)]
+    cases = {
+        # image: its objects, its predictions, F1
+        1: (truths[:1], [item(1, 0)], 1),
+        2: (truths, truths, 1),  # as good, and more of it
+        3: (truths, [item(2, 0)], 0),
+        4: ([], [item(2, 0)], 0),  # as bad, with fewer errors
+        5: (truths[:2], [item(1, 0)], 2 / 3),
+        6: (truths[:2], [item(1, 0), item(2, 50)], 2 / 4),
+        7: ([], [], None),
+    }
+    annotations = [{**t, "image_id": i} for i, (objects, _, _) in cases.items() for t in objects]
+    predictions = [
+        {**p, "image_id": i, "score": 0.8} for i, (_, found, _) in cases.items() for p in found
+    ]
+    images = match_images(coco_of(annotations, images=7), predictions, min_score=0.5)
+    assert [image.f1 for image in images] == [f1 for _, _, f1 in cases.values()]
+    assert [image.image_id for image in rank_images(images)] == [2, 1, 5, 6, 4, 3]
+    assert [(i.correct, i.confused, i.missed, i.spurious) for i in images[4:6]] == [
+        (1, 0, 1, 0),
+        (1, 1, 0, 0),
+    ]
+
+
+# The page
+
+
+def test_page_has_all_parts(run: Path) -> None:
+    reader = read_page(run)
+    assert [title for title in SECTIONS if title not in reader.sections] == []
+    assert "mIoU" in reader.sections["Results"]
+    assert "43.2" in reader.sections["Results"]
+    assert "python train_net.py" in reader.sections["Run"]
+    assert yaml.safe_load(reader.sections["Config"].split("complete")[1].strip()) == {
+        **CONFIG,
+        "DATASETS": {"TRAIN": [], "TEST": [DATASET]},
+    }
+    detections = read_detections(read_run(run), DATASET)
+    for task in ("bbox", "segm", "keypoints"):
+        rows = evaluate(detections, task)
+        for value in (rows.metrics()["AP"], rows.metrics(5)["AP50"]):
+            assert f"{value:.1f}" in reader.sections["Average precision by class and size"]
+    images = [attributes["src"] for tag, attributes in reader.elements if tag == "img"]
+    assert len(images) == 2 * 9  # five best, four worst
+    assert not [e for e in reader.elements if e[0] in ("script", "link", "iframe")]
+
+
+def test_the_matrix_on_the_page(run: Path) -> None:
+    reader = read_page(run)
+    cells = reader.sections["Confusion matrix"].split("Rows:")[0].split()
+    numbers = sorted(int(cell) for cell in cells if cell.isdigit())
+    detections = read_detections(read_run(run), DATASET)
+    images = match_images(detections.truth, detections.predictions, min_score=0.5)
+    matrix = confusion_matrix(images, list(CLASSES))
+    assert numbers == sorted(matrix[matrix > 0].tolist())
+
+
+def test_what_comes_from_outside_is_escaped(catalogs: None, tmp_path: Path) -> None:
+    classes = {2: HOSTILE, 5: "{{ 7 * 7 }}", 7: "]]>--><style>"}
+    prefix = "<script>alert(3)&amp;<"  # a slash would be a folder
+    run = write_run(tmp_path, classes=classes, dataset=f"<i>{HOSTILE}", prefix=prefix)
+    facts = {"config": f"{HOSTILE}.yaml", "command": HOSTILE, HOSTILE: "1"}
+    content = {"run": facts, "results": {f"<i>{HOSTILE}": {HOSTILE: {"AP": 1, HOSTILE: 2}}}}
+    (run / "results.json").write_text(json.dumps(content))
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"# </pre>{HOSTILE}\n")
+    with (run / "metrics.json").open("a") as file:
+        file.write(json.dumps({"iteration": 100, f"{HOSTILE}/AP": 5.0, "loss<script>": 1.0}))
+
+    reader = read_page(run)
+    tags = {tag for tag, _ in reader.elements}
+    assert tags.isdisjoint({"script", "i"})
+    assert sum(tag == "style" for tag, _ in reader.elements) == 1 + 6  # the page's and its plots'
+    assert not [a for _, attributes in reader.elements for a in attributes if a.startswith("on")]
+    for _, attributes in reader.elements:
+        assert (attributes.get("src") or "data:image/jpeg;").startswith("data:image/jpeg;")
+    for name in classes.values():
+        assert name in reader.sections["Average precision by class and size"]
+    for place in ("Run", "Results", "Config"):
+        assert HOSTILE in reader.sections[place]
+    assert f"{prefix}0.png" in reader.text
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        (run / name).write_text(text)
+
+    return change
+
+
+def evaluated_on(*names: str) -> Callable[[Path], None]:
+    return write("config.yaml", yaml.safe_dump({"DATASETS": {"TEST": list(names)}}))
+
+
+PREDICTIONS = "inference/coco_instances_results.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence", "gone"),
+    [
+        (drop(PREDICTIONS), f"There is no {PREDICTIONS}", "Confusion matrix"),
+        (write(PREDICTIONS, '[{"image_id": 3, "catego'), "may be half written", "Best images"),
+        (write(PREDICTIONS, "[]"), "is empty: the network found nothing", "Confusion matrix"),
+        (
+            write(PREDICTIONS, json.dumps([item(2, 0, score=1)])),
+            "is not what was predicted: images or categories",
+            "Confusion matrix",
+        ),
+        (lambda run: DatasetCatalog.remove(DATASET), "is not known here", "Best images"),
+        (drop("../truth.json"), "cannot be read here", "Precision over recall"),
+        (drop("metrics.json"), "There are no curves in metrics.json", None),
+        (write("metrics.json", '{"iteration": 1, "total_lo'), "There are no curves", None),
+        (drop("results.json"), "There is no results.json, which a run writes", None),
+        (write("results.json", '{"run": {'), "results.json cannot be read", None),
+        (drop("config.yaml"), "There is no config.yaml", DATASET),
+        (write("config.yaml", "a: [1"), "config.yaml is no plain YAML", DATASET),
+        (write("config.yaml", "A: !!python/tuple [1]"), "config.yaml is no plain YAML", DATASET),
+        (evaluated_on(), "names no data set in DATASETS.TEST", DATASET),
+        (lambda run: None, "", None),
+    ],
+)
+def test_what_is_missing_is_said(
+    run: Path, change: Callable[[Path], None], sentence: str, gone: str | None
+) -> None:
+    change(run)
+    reader = read_page(run)
+    assert sentence in reader.text
+    assert gone not in reader.sections
+    assert [title for title in ("Results", "Run", "Config") if title not in reader.sections] == []
+
+
+def test_a_run_under_way(run: Path) -> None:
+    drop("results.json")(run)
+    rows = [{"iteration": i, "total_loss": math.nan if i < 30 else 1.0} for i in range(19, 80, 20)]
+    rows += [{"iteration": 60, "bbox/APl": math.nan, "bbox/AP": 12.34, "bbox/AP-plain": 1.0}]
+    write("metrics.json", "\n".join(map(json.dumps, rows)) + '\n{"iterat')(run)
+    reader = read_page(run)
+    assert "training, not at its end: 80 of 100 iterations" in reader.text
+    assert "12.3" in reader.sections["Results"]
+    columns = reader.sections["Results"].split("Boxes")[0].split()
+    assert columns == ["AP", "APl"]
+    assert "Losses" in reader.sections["Training"]
+    assert "nan" not in reader.sections["Results"].lower()
+
+
+def test_recorded_classes_without_the_data(run: Path) -> None:
+    metrics = {"AP": 50.0, "AP-cat": 60.0, "AP-a-dog": None}
+    content = {"run": {}, "results": {DATASET: {"bbox": metrics, "segm": {"AP-cat": 7.0}}}}
+    write("results.json", json.dumps(content))(run)
+    DatasetCatalog.remove(DATASET)
+    cells = read_page(run).sections["By class, as results.json has it"].split()
+    assert cells == ["Boxes:", "AP", "Masks:", "AP", "cat", "60.0", "7.0", "a-dog", "–", "–"]
+
+
+@pytest.mark.parametrize(("change", "told"), [(0.0, False), (5.0, True)])
+def test_predictions_of_another_evaluation_are_told(run: Path, change: float, told: bool) -> None:
+    found = evaluate(read_detections(read_run(run), DATASET), "segm").metrics()["AP"]
+    content = {"run": {}, "results": {DATASET: {"segm": {"AP": found + change}}}}
+    write("results.json", json.dumps(content))(run)
+    assert ("are not those of results.json" in read_page(run).text) is told
+
+
+def test_several_data_sets_and_augmentation(run: Path) -> None:
+    evaluated_on(DATASET, "gone")(run)
+    for folder in ("inference", "inference_TTA"):
+        (run / folder / DATASET).mkdir(parents=True)
+        text = json.dumps(make_shapes(CLASSES)[1])
+        (run / folder / DATASET / "coco_instances_results.json").write_text(text)
+    reader = read_page(run)
+    assert "gone" in reader.sections
+    assert f"{DATASET}, with test-time augmentation" in reader.sections
+    assert "There is no inference/gone/coco_instances_results.json" in reader.text
+
+
+def test_an_image_that_is_gone(run: Path) -> None:
+    (run.parent / "images" / "0.png").unlink()
+    (run.parent / "images" / "1.png").write_text("no picture")
+    reader = read_page(run)
+    assert reader.text.count("The image cannot be read here.") == 2
+    assert sum(tag == "img" for tag, _ in reader.elements) == 2 * 7
+
+
+def test_files_in_place_of_a_data_set(run: Path) -> None:
+    before = write_page(run).read_text()
+    DatasetCatalog.remove(DATASET)
+    images = run.parent / "images"
+    for _ in range(2):  # the second takes the place of what is registered
+        register_files(run, run.parent / "truth.json", images)
+        assert write_page(run).read_text() == before
+    with pytest.raises(ValueError, match="give both"):
+        register_files(run, run.parent / "truth.json", None)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        register_files(run, run.parent / "truth.json", images / "absent")
+    evaluated_on("a", "b")(run)
+    with pytest.raises(ValueError, match="stand for one data set"):
+        register_files(run, run.parent / "truth.json", images)
+
+
+def test_long_curves_are_drawn_by_medians() -> None:
+    series = {"total_loss": [(i, 1.0 if i % 50 else 1000.0) for i in range(20_000)]}
+    svg = draw_training(series)["Losses"]
+    assert len(svg) < 40_000
+    assert ">1000<" not in svg  # peaks do not set the scale
+    assert draw_training({"lr": [(1, math.nan)], "time": [(1, 1.0)]}) == {}
+
+
+def test_a_page_that_fails_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = write_page(run)
+    before, files = page.read_text(), sorted(run.iterdir())
+    monkeypatch.setattr(page_module, "_render", lambda *_: "\udcff")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        write_page(run)
+    assert page.read_text() == before
+    assert sorted(run.iterdir()) == files
+
+
+# The command line
+
+
+def call(*words: object) -> None:
+    run_or_exit(report.main, report.argument_parser().parse_args(list(map(str, words))))
+
+
+def test_the_tool(run: Path, capsys: pytest.CaptureFixture[str], fresh_logging: None) -> None:
+    output = run.parent / "page.html"
+    call(run, "--output", output, "--score-threshold", "0.7")
+    assert capsys.readouterr().out.splitlines()[-1] == str(output)
+    assert "with a score of at least 0.7" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gone"], "There is no folder gone."),
+        (["images"], "images is no folder of a run, which would hold one of config.yaml"),
+        (["run", "--score-threshold", "50"], "The score threshold is 50.0: it goes from 0 to 1."),
+        (["run", "--output", "gone/page.html"], "There is no folder gone to write page.html to."),
+        (["run", "--images", "images"], "--annotations and --images go together"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fresh_logging: None,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(SystemExit) as caught:
+        call(*words)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not list(run.glob("*.html"))

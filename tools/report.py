@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One HTML page about a run of train_net.py, finished or not: results, curves, AP by class and
+size, precision over recall, confusion matrix, best and worst images, config and environment. The
+page needs no other file and no network.
+
+    python tools/report.py output
+    python tools/report.py output --annotations mine/val.json --images mine/images
+
+The second is for data sets that only a script of yours registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from vovnet_d2.engine.launch import run_or_exit
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="OUTPUT_DIR of the run")
+    parser.add_argument("--output", type=Path, help="the page (default: FOLDER/report.html)")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="of the predictions in the confusion matrix and on the images (default: 0.5)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="of the one data set of the run's DATASETS.TEST, in COCO's format",
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="its images")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    # Here, so that a missing package is told as other errors are.
+    from vovnet_d2.report import register_files, write_page
+
+    if args.annotations or args.images:
+        register_files(args.folder, args.annotations, args.images)
+    setup_logger(name="vovnet_d2")
+    print(write_page(args.folder, args.output, score_threshold=args.score_threshold))
+
+
+if __name__ == "__main__":
+    run_or_exit(main, argument_parser().parse_args())

@@ -1,0 +1,123 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Average precision by class and size, and the curves it is the area of: pycocotools' numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from numpy.typing import NDArray
+from pycocotools.cocoeval import COCOeval
+
+from .detections import Detections
+
+__all__ = ["METRICS", "AveragePrecision", "evaluate"]
+
+# Metric to IoU threshold (None: the mean over .50, .55, ..., .95) and range of areas.
+METRICS: dict[str, tuple[float | None, str]] = {
+    "AP": (None, "all"),
+    "AP50": (0.5, "all"),
+    "AP75": (0.75, "all"),
+    "APs": (None, "small"),
+    "APm": (None, "medium"),
+    "APl": (None, "large"),
+}
+
+Curves = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """Of one task: "bbox", "segm" or "keypoints".
+
+    Attributes:
+        recalls: (R,) at which precision is given, from 0 to 1.
+        precision: (T, R, K, A), for IoU thresholds, recalls, categories and ranges of areas; -1
+            where a category has no objects.
+        thresholds: (T,) of IoU, or of object keypoint similarity.
+        areas: the names of the ranges.
+        category_ids: K of them.
+        counts: annotated objects by category id.
+    """
+
+    task: str
+    recalls: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
+    areas: list[str]
+    category_ids: list[int]
+    counts: dict[int, int]
+
+    def metrics(self, category_id: int | None = None) -> dict[str, float]:
+        """In percent, of a category or, with None, the mean over those that have objects; NaN
+        where there are none."""
+        chosen = self._of_category(category_id)
+        return {
+            name: 100 * _mean_of_known(self._at(chosen[..., self.areas.index(area)], threshold))
+            for name, (threshold, area) in METRICS.items()
+            if area in self.areas
+        }
+
+    def curves(self, category_id: int | None = None) -> Curves:
+        """Precision (R,) at the recalls, for "AP50", "AP75" and "AP": each curve's mean is the
+        metric of its name. NaN where there are no objects."""
+        chosen = self._of_category(category_id)[..., self.areas.index("all")]
+        curves = {}
+        for name in ("AP50", "AP75", "AP"):
+            values = self._at(chosen, METRICS[name][0])
+            by_recall = values.transpose(1, 0, 2).reshape(len(self.recalls), -1)
+            curves[name] = np.array([_mean_of_known(row) for row in by_recall])
+        return curves
+
+    def _of_category(self, category_id: int | None) -> NDArray[np.float64]:
+        if category_id is None:
+            return self.precision
+        return self.precision[:, :, [self.category_ids.index(category_id)]]
+
+    def _at(self, values: NDArray[np.float64], threshold: float | None) -> NDArray[np.float64]:
+        return values if threshold is None else values[np.isclose(self.thresholds, threshold)]
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> float:
+    known = values[values > -1]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def evaluate(detections: Detections, task: str) -> AveragePrecision:
+    """By COCO's rules, as the evaluation of the run did it: with its function, which takes the
+    area of masks for masks."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval = _evaluate_predictions_on_coco(
+            detections.truth, _with_task(detections, task), task, cocoeval_fn=COCOeval
+        )
+    params = coco_eval.params
+    return AveragePrecision(
+        task=task,
+        recalls=params.recThrs,
+        precision=coco_eval.eval["precision"][..., -1],  # of the most detections per image
+        thresholds=params.iouThrs,
+        areas=list(params.areaRngLbl),
+        category_ids=list(params.catIds),
+        counts=_count_objects(detections, task),
+    )
+
+
+def _with_task(detections: Detections, task: str) -> list[dict[str, Any]]:
+    """Copies, as the evaluation adds to what it is given."""
+    key = {"segm": "segmentation"}.get(task, task)
+    return [dict(p) for p in detections.predictions if key in p]
+
+
+def _count_objects(detections: Detections, task: str) -> dict[int, int]:
+    counts = dict.fromkeys(detections.truth.cats, 0)
+    for annotation in detections.truth.anns.values():
+        ignored = annotation.get("iscrowd") or (
+            task == "keypoints" and not annotation.get("num_keypoints")
+        )
+        counts[annotation["category_id"]] += not ignored
+    return counts

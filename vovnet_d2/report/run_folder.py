@@ -1,0 +1,129 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run left in its folder, read without trusting it to be complete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..engine.pictures import Series, read_metrics
+
+__all__ = ["MissingPart", "RunFolder", "read_run"]
+
+_FILES = ("config.yaml", "metrics.json", "results.json")
+
+# Of a data set, by task, by metric; None where a metric could not be computed.
+Results = dict[str, dict[str, dict[str, float | None]]]
+
+
+class MissingPart(Exception):
+    """What a part of the page is made from is not there; the message says so to its reader."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """
+    Attributes:
+        config_text: config.yaml, if there is one.
+        config: its values, empty if they cannot be read.
+        facts: name to value: weights, command, versions, ... as results.json has them.
+        results: of the last evaluation of the run, as results.json has them.
+        series: of metrics.json, as :func:`read_metrics` gives them.
+        notes: sentences about files that are missing or cannot be read.
+    """
+
+    path: Path
+    config_text: str | None
+    config: dict[str, Any]
+    facts: dict[str, str]
+    results: Results
+    series: Series
+    notes: tuple[str, ...]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """The config's value of a dotted key, such as ``"SOLVER.MAX_ITER"``."""
+        node: Any = self.config
+        for name in key.split("."):
+            if not isinstance(node, dict) or name not in node:
+                return default
+            node = node[name]
+        return node
+
+    @property
+    def test_sets(self) -> list[str]:
+        names = self.setting("DATASETS.TEST", [])
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def iterations(self) -> int:
+        """How many are known to be done."""
+        points = self.series.get("total_loss", [])
+        return points[-1][0] + 1 if points else 0
+
+    def predictions_file(self, dataset: str, suffix: str = "") -> Path:
+        """Where :func:`build_evaluator` lets COCO's evaluator write; see there for ``suffix``."""
+        folder = self.path / f"inference{suffix}"
+        if len(self.test_sets) > 1:
+            folder = folder / dataset
+        return folder / "coco_instances_results.json"
+
+
+def read_run(folder: Path) -> RunFolder:
+    """
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not that of a run.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ValueError(
+            f"{folder} is no folder of a run, which would hold one of {', '.join(_FILES)}: give "
+            "the OUTPUT_DIR of a training or an evaluation."
+        )
+    notes: list[str] = []
+    text, config = _read_config(folder / "config.yaml", notes)
+    facts, results = _read_results(folder / "results.json", notes)
+    metrics = folder / "metrics.json"
+    series = read_metrics(str(metrics)) if metrics.is_file() else {}
+    return RunFolder(folder, text, config, facts, results, series, tuple(notes))
+
+
+def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, Any]]:
+    if not path.is_file():
+        notes.append("There is no config.yaml, so settings and data sets are not known.")
+        return None, {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        notes.append("config.yaml is no plain YAML mapping: it is shown, and not used.")
+        config = {}
+    return text, config
+
+
+def _read_results(path: Path, notes: list[str]) -> tuple[dict[str, str], Results]:
+    if not path.is_file():
+        notes.append(
+            "There is no results.json, which a run writes when it ends: weights, command and "
+            "environment are not known, and results are those of the last evaluation on the way."
+        )
+        return {}, {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        facts = {str(name): str(value) for name, value in content["run"].items()}
+        results = {
+            dataset: {task: dict(metrics) for task, metrics in tasks.items()}
+            for dataset, tasks in content["results"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        notes.append("results.json cannot be read: it was cut, or something else wrote it.")
+        return {}, {}
+    return facts, results
