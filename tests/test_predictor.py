@@ -20,6 +20,7 @@ from export_models import FASTER_RCNN, MASK_RCNN, RETINANET, build_detector, sma
 from PIL import Image
 
 from vovnet_d2 import Predictor
+from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.predictor import read_image
 
 pytest_plugins = ["engine_fixtures"]
@@ -174,6 +175,25 @@ def test_files_are_as_arrays(mask_rcnn: CfgNode, tmp_path: Path) -> None:
     assert from_file["instances"].image_size == pixels.shape[:2]
     assert_close(from_file, upright)
     assert len(upright["instances"]) > 3
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"INPUT.MIN_SIZE_TEST": 70, "INPUT.MAX_SIZE_TEST": 100},
+        {"INPUT.MIN_SIZE_TEST": 0},
+        {"INPUT.FIXED_SIZE": 96},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_an_evaluation(sizes: dict, tmp_path: Path) -> None:
+    cfg = save(tmp_path, RETINANET, **sizes)
+    predictor, seen = Predictor(cfg), []
+    predictor.model.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    predictor(PICTURES[0])
+    expected = build_mapper(cfg, is_train=False)({"file_name": str(PICTURES[0])})
+    assert torch.equal(seen[0]["image"], expected["image"].float())
+    assert (seen[0]["height"], seen[0]["width"]) == (427, 640)
 
 
 def test_thin_line(mask_rcnn: CfgNode) -> None:

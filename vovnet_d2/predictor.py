@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
-from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
+from detectron2.data.transforms import ResizeTransform
 from detectron2.modeling import build_model
 from PIL import Image
 
 from .checkpoint import VoVNetCheckpointer, check_input_convention
+from .data.mapper import build_augmentations
 from .engine.categories import find_metadata
 from .engine.checks import check_all_loaded, check_config, choose_device
 from .engine.config import load_config
@@ -66,7 +67,7 @@ class Predictor:
         """
         Args:
             config: a config with this package's keys, a YAML file, or its name among this
-                package's. ``INPUT.FORMAT``, ``MIN_SIZE_TEST`` and ``MAX_SIZE_TEST`` are respected.
+                package's. Images are brought to the format and size that it evaluates at.
             weights: what ``MODEL.WEIGHTS`` takes, and by default the config's.
             device: to compute on, by default the config's; cpu where there is no GPU.
             output_device: where the predictions are put.
@@ -142,15 +143,13 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width}
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
-        size, square = image.shape[:2], self.cfg.INPUT.FIXED_SIZE
-        short, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
-        if square:
-            return ResizeTransform(*size, square, square).apply_image(image)
-        if short == 0:  # Detectron2's word for "as it is"
-            return image
-        target = ResizeShortestEdge.get_output_shape(*size, short, longest)
-        # Of an image that is a thin line, a pixel of width is left.
-        return ResizeTransform(*size, *(max(1, side) for side in target)).apply_image(image)
+        for augmentation in build_augmentations(self.cfg, is_train=False):
+            transform = augmentation.get_transform(image)
+            if isinstance(transform, ResizeTransform):
+                # Of an image that is a thin line, a pixel of width is left.
+                transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+            image = transform.apply_image(image)
+        return image
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:
         backbone = getattr(self.model, "backbone", None)
