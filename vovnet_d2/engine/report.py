@@ -65,7 +65,8 @@ def write_report(
     pictures = [f"![]({os.path.basename(path)})" for path in paths if path]
     rows = tabulate(facts.items(), headers=["run", ""], tablefmt="pipe", disable_numparse=True)
     _write(cfg, "results.md", "\n\n".join(["# Results", table, rows, *pictures]) + "\n")
-    logger.info("The report is in %s.", os.path.abspath(cfg.OUTPUT_DIR))
+    folder = os.path.abspath(cfg.OUTPUT_DIR)
+    logger.info("The report is in %s. As a page: python tools/report.py %s", folder, folder)
 
 
 def _draw(draw: Callable[..., str | None], *args: Any) -> str | None:

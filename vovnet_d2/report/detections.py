@@ -114,7 +114,9 @@ def _read_predictions(path: Path, shown: Path) -> list[dict[str, Any]]:
     try:
         predictions = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise MissingPart(f"{shown} cannot be read; it may be half written.") from None
+        predictions = None
+    if not isinstance(predictions, list):
+        raise MissingPart(f"{shown} cannot be read; it may be half written.")
     if not predictions:
         raise MissingPart(f"{shown} is empty: the network found nothing.")
     return predictions
@@ -129,8 +131,10 @@ def _find_images(dataset: str) -> dict[int, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             records = DatasetCatalog.get(dataset)
-    except (OSError, ValueError) as error:
-        raise MissingPart(f"The data set {dataset} cannot be read here: {error}") from error
+    except Exception as error:  # a data set is a function of anybody's
+        raise MissingPart(
+            f"The data set {dataset} cannot be read here ({type(error).__name__}: {error})."
+        ) from error
     return {record["image_id"]: record["file_name"] for record in records}
 
 

@@ -81,7 +81,7 @@ class Tile:
 
 
 def draw_tile(detections: Detections, matches: ImageMatches) -> Tile:
-    path = detections.image_files[matches.image_id]
+    path = detections.image_files.get(matches.image_id, f"image {matches.image_id}")
     name = os.path.basename(path)
     try:
         image = detection_utils.read_image(path, format="RGB")

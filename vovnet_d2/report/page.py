@@ -164,7 +164,7 @@ def _last_results(run: RunFolder) -> Results:
             if name.startswith(f"{prefix}/")
         }
         usual = {name: values.pop(name) for name in METRICS if name in values}
-        metrics = {**usual, **values}  # JSON has them by name, and APl first
+        metrics: dict[str, float | None] = {**usual, **values}  # JSON has APl first
         dataset = dataset or next(iter(run.test_sets), "")
         results.setdefault(dataset, {})[task] = metrics
     return results
