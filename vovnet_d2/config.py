@@ -59,6 +59,9 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # a warning and a record of each; the next ends it. float16's loss scaling, which leaves out
     # steps of infinite gradients, does not count.
     cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
+    # Training images that cannot be read, or are of another size than the annotations say: so many
+    # different ones are left out by a process, with a warning each; the next ends the training.
+    cfg.DATALOADER.setdefault("MAX_UNREADABLE", 0)
     # Evaluate in mixed precision.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)

@@ -146,14 +146,14 @@ class TrainingStream:
         self.dataset = dataset
         self.place = Place(seed, 0, 0, batch_size, comm.get_world_size())
         self._build_sampler = build_sampler
-        self._mapper = mapper
+        self.mapper = mapper
         self._is_wide = _ShapeLookup(dataset) if group_by_shape else None
         self._num_workers = num_workers
         self._loader_options = loader_options
 
     def __iter__(self) -> Iterator[Any]:
         loader = DataLoader(
-            _Samples(self.dataset, self._mapper, self.place.seed),
+            _Samples(self.dataset, self.mapper, self.place.seed),
             batch_sampler=_Batches(lambda: self.batches(self.place)),
             num_workers=self._num_workers,
             worker_init_fn=stay_until_dismissed,

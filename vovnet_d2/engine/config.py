@@ -85,6 +85,8 @@ def load_config(
     if config_file:
         _merge_file(cfg, find_config(config_file), allow_unsafe_yaml)
     _merge_options(cfg, options)
+    if cfg.OUTPUT_DIR is None:  # which yacs lets every key be
+        raise ValueError("OUTPUT_DIR is None: give the folder that a run writes to.")
     return cfg
 
 
@@ -94,6 +96,14 @@ def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Config file {path} inherits (_BASE_) from {error.filename}, which does not exist."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"Config file {path} or one that it inherits from cannot be read: {_one_line(error)}."
+        ) from error
+    except RecursionError as error:
+        raise ValueError(
+            f"Config file {path} is nested too deeply, or inherits (_BASE_) from itself."
         ) from error
     except yaml.constructor.ConstructorError as error:
         raise ValueError(

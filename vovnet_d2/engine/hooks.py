@@ -18,10 +18,11 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..data.stream import TrainingStream
+from ..data.unreadable import ReadableOnly
 from .interruption import Interrupted
 from .pictures import read_metrics
 
-__all__ = ["BestCheckpointer", "Checkpointing", "EvalHook", "PreciseBN"]
+__all__ = ["BestCheckpointer", "Checkpointing", "EvalHook", "PreciseBN", "UnreadableCount"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._checkpointer.save(
             self._file_prefix, metric=self._val_metric, value=value, iteration=iteration
         )
+
+
+class UnreadableCount(HookBase):
+    """Puts the number of training images that were left out, over this process's workers, among the
+    metrics, from the first one on."""
+
+    def after_step(self) -> None:
+        loader = self.trainer._trainer.data_loader
+        mapper = loader.mapper if isinstance(loader, TrainingStream) else None
+        if isinstance(mapper, ReadableOnly) and mapper.count:
+            self.trainer.storage.put_scalar("unreadable_images", mapper.count, smoothing_hint=False)
 
 
 class _WeightsCheckpointer(VoVNetCheckpointer):

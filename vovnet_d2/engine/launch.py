@@ -37,6 +37,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from ..checkpoint.atomic import FileNotWrittenError
+from ..data.unreadable import UnreadableImageError
 from .interruption import (
     INTERRUPTED,
     Interrupted,
@@ -136,6 +137,8 @@ def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
         _exit(error.message, status=INTERRUPTED)
     except (FileNotWrittenError, FloatingPointError) as error:
         _exit(str(error), status=1)
+    except UnreadableImageError as error:  # of a worker of the data loader, perhaps
+        _exit(error.sentence)
     except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
         if not _is_sentence_of_ours(error):
             raise

@@ -33,9 +33,10 @@ from ..data.stream import (
     stay_until_dismissed,
     step_seed,
 )
+from ..data.unreadable import ReadableOnly, image_roots
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
-from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN
+from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
 from .precision import autocast, autocast_dtype
@@ -183,6 +184,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             if metric and period > 0:
                 found.append(BestCheckpointer(period, self.model, cfg.OUTPUT_DIR, metric))
+            found.append(UnreadableCount())
             found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return found
 
@@ -404,11 +406,16 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         """Where this is overridden, as for a mapper of one's own, :func:`build_detection_stream`
         with it keeps that a training can be resumed exactly."""
-        return build_detection_stream(cfg, mapper=build_mapper(cfg, is_train=True))
+        mapper = ReadableOnly(
+            build_mapper(cfg, is_train=True),
+            roots=image_roots(cfg.DATASETS.TRAIN),
+            max_skipped=cfg.DATALOADER.MAX_UNREADABLE,
+        )
+        return build_detection_stream(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = build_mapper(cfg, is_train=False)
+        mapper = ReadableOnly(build_mapper(cfg, is_train=False), roots=image_roots([dataset_name]))
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = stay_until_dismissed
         return loader

@@ -72,7 +72,8 @@ def _with_images(
         where = f"annotation {original.get('id', f'at position {index}')!r:.40}"
         key = as_id(original.get("image_id"))
         if key is None or key not in images:
-            findings.add("unknown_image", f"{where}: image {original.get('image_id')!r:.40}")
+            problem = "no_image_id" if key is None else "unknown_image"
+            findings.add(problem, f"{where}: image {original.get('image_id')!r:.40}")
             continue
         image = _find(original, "image_id", images, where, findings)
         if image is not None:

@@ -88,6 +88,7 @@ def _inspect(path: str) -> ImageFile:
     try:
         with Image.open(path) as image:
             stored_size, deep = image.size, image.mode in _DEEP_MODES
+            image.load()  # Detectron2 takes a damaged PNG for a black one
         pixels = read_image(path, "RGB")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except Exception as error:  # Pillow's decoders raise what comes to them

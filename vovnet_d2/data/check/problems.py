@@ -90,6 +90,7 @@ PROBLEMS: dict[str, Problem] = {
     "annotation_id_zero": _warning(
         "annotation ids of 0, which pycocotools takes for no match", "numbered anew"
     ),
+    "no_image_id": _error("annotations without the id of an image", "dropped"),
     "unknown_image": _warning("annotations of images that are not listed", "dropped"),
     "unknown_category": _error("annotations of categories that are not listed", "dropped"),
     "reference_type": _error("references to ids as text", "made numbers"),

@@ -26,24 +26,21 @@ def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | Non
         read.
     """
     try:
-        content = json.loads(_decode(path.read_bytes(), findings))
+        data = path.read_bytes()
+        encoding = json.detect_encoding(data)
+        content = json.loads(data.decode(encoding))
     except (OSError, MemoryError, RecursionError, ValueError) as error:
         findings.add("json", _explain(path, error))
         return None
     if not isinstance(content, dict):
         findings.add("json", f"{path} holds a {type(content).__name__} and no object")
         return None
-    for section in SECTIONS:
-        content[section] = _read_section(content, section, findings)
-    return content
-
-
-def _decode(data: bytes, findings: Findings) -> str:
-    encoding = json.detect_encoding(data)
     if encoding != "utf-8":
         # Detectron2 reads plain UTF-8 and stops at a mark before it.
         findings.add("encoding", encoding)
-    return data.decode(encoding)
+    for section in SECTIONS:
+        content[section] = _read_section(content, section, findings)
+    return content
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -1,0 +1,258 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Hundreds of malformed and hostile files, through the tools as a user would give them: each is
+told in a sentence, none runs code, none makes the tools touch a file that is not theirs."""
+
+import sys
+from pathlib import Path
+
+import check_dataset
+import convert_weights
+import pytest
+import test_check_dataset
+from engine_runs import FASTER_RCNN
+from malformed import (
+    DOUBTFUL_IMAGES,
+    HOSTILE_CONFIGS,
+    MALFORMED_CONFIGS,
+    MALFORMED_OPTIONS,
+    UNREADABLE_IMAGES,
+)
+from test_check_dataset import FAULTS, SIZE, DataSet
+from test_checkpoint_reading import MALFORMED, WRITERS, Payload
+
+from vovnet_d2.engine import main
+
+pytest_plugins = ["engine_fixtures"]
+
+# An audit hook stays for as long as Python runs, so there is one, which a test arms.
+_WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod"}
+_RUNNING = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "os.spawn"}
+_REACHING = {"socket.connect", "socket.getaddrinfo", "urllib.Request"}
+_watched: list["Watch"] = []
+
+
+class Watch:
+    """What was done outside the folder for output while it was armed."""
+
+    def __init__(self, output: Path):
+        self.output = str(output)
+        self.seen: list[str] = []
+
+    def note(self, event: str, args: tuple) -> None:
+        if event in _RUNNING | _REACHING:
+            self.seen.append(f"{event} {args}")
+        elif event in _WRITING or (event == "open" and self._writes(args)):
+            path = args[0].decode() if isinstance(args[0], bytes) else str(args[0])
+            if not path.startswith((self.output, "/dev/")):
+                self.seen.append(f"{event} {args}")
+
+    @staticmethod
+    def _writes(args: tuple) -> bool:
+        path, mode, flags = args
+        if not isinstance(path, str | bytes | Path):
+            return False  # a file that is open already
+        return bool(set(mode or "") & set("wax+")) or bool((flags or 0) & 3)
+
+
+def _audit(event: str, args: tuple) -> None:
+    for watch in _watched:
+        watch.note(event, args)
+
+
+sys.addaudithook(_audit)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str]:
+    return {
+        str(path): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, fresh_logging: None, monkeypatch) -> Path:
+    """A folder; of what is in it, only ``output`` may be changed once :func:`watching` begins."""
+    (tmp_path / "bystander").write_text("unharmed")
+    (tmp_path / "output").mkdir()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "output" / "datasets"))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "output" / "cache"))
+    return tmp_path
+
+
+class watching:
+    """What is done inside is seen, and must stay within the folder for output."""
+
+    def __init__(self, sandbox: Path):
+        self.sandbox = sandbox
+        self.watch = Watch(sandbox / "output")
+
+    def __enter__(self) -> None:
+        self.before = self._others()
+        _watched.append(self.watch)
+
+    def __exit__(self, *error: object) -> None:
+        _watched.remove(self.watch)
+        if error[0] is None:
+            assert self.watch.seen == []
+            assert self._others() == self.before
+
+    def _others(self) -> dict[str, bytes | str]:
+        output = str(self.sandbox / "output")
+        return {k: v for k, v in snapshot(self.sandbox).items() if not k.startswith(output)}
+
+
+def require_a_sentence(capsys: pytest.CaptureFixture) -> None:
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    assert len(lines[0]) < 2000
+
+
+def test_the_watch_sees(sandbox: Path) -> None:
+    """The negative control of all others."""
+    for act in (
+        lambda: (sandbox / "bystander").write_text("x"),
+        lambda: (sandbox / "new").touch(),
+        lambda: (sandbox / "bystander").unlink(),
+        lambda: __import__("subprocess").run(["true"]),
+        lambda: __import__("os").system("true"),
+    ):
+        with pytest.raises(AssertionError), watching(sandbox):
+            act()
+    with watching(sandbox):
+        (sandbox / "output" / "a").write_text("x")
+
+
+# Configs
+
+
+def run_config(sandbox: Path, text: bytes, options: tuple[str, ...] = ()) -> None:
+    path = sandbox / "config.yaml"
+    path.write_bytes(text)
+    with watching(sandbox), pytest.raises(SystemExit) as caught:
+        main(["--config-file", str(path), *options, "OUTPUT_DIR", str(sandbox / "output")])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name", HOSTILE_CONFIGS)
+def test_hostile_configs(sandbox: Path, capsys, name: str) -> None:
+    mark = sandbox / "mark"
+    run_config(sandbox, HOSTILE_CONFIGS[name].format(mark=mark).encode())
+    assert not mark.exists()
+    require_a_sentence(capsys)
+
+
+@pytest.mark.parametrize("name", MALFORMED_CONFIGS)
+def test_malformed_configs(sandbox: Path, capsys, name: str) -> None:
+    run_config(sandbox, MALFORMED_CONFIGS[name])
+    require_a_sentence(capsys)
+
+
+@pytest.mark.parametrize("name", MALFORMED_OPTIONS)
+def test_malformed_options(sandbox: Path, capsys, name: str) -> None:
+    mark = sandbox / "mark"
+    words = [word.format(mark=mark) for word in MALFORMED_OPTIONS[name]]
+    words = ["--config-file", FASTER_RCNN, "OUTPUT_DIR", str(sandbox / "output"), *words]
+    with watching(sandbox), pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert not mark.exists()
+    if "unrecognized" not in (error := capsys.readouterr().err):
+        assert error.startswith("error: ") or "\nerror: " in error
+    assert "Traceback" not in error
+
+
+# Weights
+
+
+def convert(sandbox: Path, path: Path) -> None:
+    words = [str(path), str(sandbox / "output" / "converted.pth"), "--allow-pickle"]
+    with watching(sandbox), pytest.raises((ValueError, FileNotFoundError)) as caught:
+        convert_weights.main(convert_weights.argument_parser().parse_args(words))
+    message = str(caught.value)
+    assert message.endswith((".", ")."))
+    assert "\n" not in message
+    assert not (sandbox / "output" / "converted.pth").exists()
+
+
+# What is a VoVNet's, though not that of the test's model, can be converted.
+_CONVERTIBLE = {
+    *["another VoVNet", "no stage2", "no stage5", "a block missing", "running statistics missing"],
+    *["a kernel of another size", "a layer missing", "statistics of one norm missing"],
+    *["another number of input channels", "not a number", "whole numbers"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(MALFORMED.keys() - _CONVERTIBLE))
+def test_malformed_weights(sandbox: Path, name: str) -> None:
+    path = sandbox / "weights.pth"
+    path.write_bytes(MALFORMED[name][0](path))
+    convert(sandbox, path)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda writer: writer.__name__)
+def test_hostile_weights(sandbox: Path, write) -> None:
+    path = sandbox / "weights.pth"
+    write(path, Payload(sandbox / "mark"))
+    convert(sandbox, path)
+    assert not (sandbox / "mark").exists()
+
+
+# Annotations and images
+
+
+def check(sandbox: Path, data: DataSet) -> int:
+    words = ["--train-json", data.json, "--train-images", data.images]
+    words += ["--json", sandbox / "output" / "report.json"]
+    words += ["--fix", sandbox / "output" / "fixed.json"]
+    with watching(sandbox):
+        return check_dataset.main(list(map(str, words)))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_malformed_annotations(sandbox: Path, capsys, name: str) -> None:
+    data = DataSet(sandbox / "data")
+    test_check_dataset.spoil(data, FAULTS[name][0])
+    status = check(sandbox, data)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert "error " in captured.out or "warning " in captured.out
+    if status != 1:
+        assert status == 2  # nothing is left to write
+        assert "error: Nothing of" in captured.err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """All the malformed images in one set, beside four good ones."""
+    data = DataSet(tmp_path_factory.mktemp("pictures") / "data")
+    for number, content in enumerate([*UNREADABLE_IMAGES.values(), *DOUBTFUL_IMAGES.values()]):
+        name = f"{number}.jpg"
+        (data.images / name).write_bytes(content)
+        image = {"id": 100 + number, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
+        data.content["images"].append(image)
+        annotation = data.content["annotations"][0] | {"id": 100 + number, "image_id": image["id"]}
+        data.content["annotations"].append(annotation)
+    data.write()
+    return data
+
+
+def test_malformed_images(sandbox: Path, pictures: DataSet, capsys) -> None:
+    assert check(sandbox, pictures) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    data = DataSet(sandbox / "good")
+    data.json, data.images = sandbox / "output" / "fixed.json", pictures.images
+    left = data.json.read_text()
+    for number in range(len(UNREADABLE_IMAGES)):
+        assert f'"{number}.jpg"' not in left, list(UNREADABLE_IMAGES)[number]
+    test_check_dataset.require_trainable(data)  # so all that is left can be read
+
+
+def test_there_are_enough() -> None:
+    configs = len(HOSTILE_CONFIGS) + len(MALFORMED_CONFIGS) + len(MALFORMED_OPTIONS)
+    weights = len(MALFORMED) - len(_CONVERTIBLE) + len(WRITERS)
+    images = len(UNREADABLE_IMAGES) + len(DOUBTFUL_IMAGES)
+    assert configs + weights + len(FAULTS) + images >= 300

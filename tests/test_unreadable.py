@@ -1,0 +1,192 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training on images that cannot be read: told by name, or left out, counted, and repeatable."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data.datasets.builtin import register_all_coco
+from engine_runs import FASTER_RCNN, TINY, launch, read_log, tiny_config
+from PIL import Image
+
+from vovnet_d2.data.unreadable import ReadableOnly, UnreadableImageError, image_roots
+from vovnet_d2.engine import Trainer, main
+
+pytest_plugins = ["engine_fixtures"]
+
+
+@pytest.fixture
+def coco_copy(catalogs: None, fresh_logging: None, coco_root: Path, tmp_path: Path) -> Path:
+    """The miniature, to be damaged."""
+    shutil.copytree(coco_root / "coco", tmp_path / "data" / "coco")
+    register_all_coco(str(tmp_path / "data"))
+    return tmp_path / "data" / "coco"
+
+
+def images(coco: Path, split: str = "train2017") -> list[Path]:
+    return sorted((coco / split).iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def resave(path: Path, edit: Callable[[bytes], bytes] = lambda data: data) -> None:
+    """As a PNG under the old name, which Pillow does not care for."""
+    Image.open(path).save(path, "PNG")
+    path.write_bytes(edit(path.read_bytes()))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "No such file"),
+    "cut": (cut, "truncated"),
+    "empty": (lambda p: p.write_bytes(b""), "cannot identify image file"),
+    "text": (lambda p: p.write_text("404"), "cannot identify image file"),
+    "cut PNG": (lambda p: resave(p, lambda data: data[: len(data) // 2]), "truncated|broken"),
+    "of another size": (
+        lambda p: shutil.copy(p.parent.parent / "small.jpg", p),
+        r"Mismatched image shape .* got \(8, 8\), expect \(80, 64\)",
+    ),
+}
+
+
+@pytest.fixture
+def damaged(coco_copy: Path, request: pytest.FixtureRequest) -> Path:
+    Image.new("RGB", (8, 8)).save(coco_copy / "small.jpg")
+    path = images(coco_copy)[0]
+    DAMAGE[getattr(request, "param", "cut")][0](path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"), [(k, v[1]) for k, v in DAMAGE.items()], ids=DAMAGE, indirect=["damaged"]
+)
+def test_an_unreadable_image_is_an_error_or_left_out(
+    damaged: Path, tmp_path: Path, reason: str
+) -> None:
+    cfg = tiny_config(FASTER_RCNN, tmp_path)
+    record = {"file_name": str(damaged), "height": 64, "width": 80, "annotations": []}
+    good = record | {"file_name": str(images(damaged.parents[1])[1])}
+    mapper = DatasetMapper(cfg, is_train=True)
+    with pytest.raises(UnreadableImageError, match=reason) as caught:
+        ReadableOnly(mapper)(record)
+    assert caught.value.sentence.startswith(f"{damaged} cannot be used: ")
+    lenient = ReadableOnly(mapper, max_skipped=1)
+    assert lenient(record) is None
+    assert lenient(record) is None
+    assert lenient.count == 1
+    assert lenient(good)["image"].shape[0] == 3
+
+
+def test_too_many(coco_copy: Path, tmp_path: Path) -> None:
+    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    lenient = ReadableOnly(mapper, max_skipped=2)
+    records = [{"file_name": f"nowhere/{i}.jpg", "height": 64, "width": 80} for i in range(3)]
+    assert [lenient(r) for r in records[:2]] == [None, None]
+    with pytest.raises(UnreadableImageError, match=r"2\.jpg .*, and 2 were left out before it"):
+        lenient(records[2])
+    assert lenient(records[0]) is None
+
+
+def test_faults_that_are_not_the_files_stay_errors(coco_copy: Path) -> None:
+    def fail(record: dict) -> None:
+        raise RuntimeError("a bug in the augmentation")
+
+    record = {"file_name": str(images(coco_copy)[0]), "height": 64, "width": 80}
+    with pytest.raises(RuntimeError, match="a bug"):
+        ReadableOnly(fail, max_skipped=9)(record)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_training_names_the_file(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture, workers: str
+) -> None:
+    words = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", workers]
+    words += ["SOLVER.MAX_ITER", "9"]  # all images are met
+    with pytest.raises(SystemExit) as caught:
+        main(["--config-file", FASTER_RCNN, *TINY, *words])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {damaged} cannot be used: image file is truncated" in error
+    assert "DATALOADER.MAX_UNREADABLE" in error
+    assert "Traceback" not in error.rpartition("error: ")[2]
+
+
+def train(out: Path, workers: str, *words: str) -> dict[str, torch.Tensor]:
+    options = ["DATALOADER.MAX_UNREADABLE", "1", "DATALOADER.NUM_WORKERS", workers]
+    launch(FASTER_RCNN, out, *words, *options, "SOLVER.MAX_ITER", "6", "DATASETS.TEST", "()")
+    return torch.load(out / "model_final.pth")["model"]
+
+
+@pytest.mark.slow
+def test_what_takes_its_place_is_repeatable(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parameters without workers, with two, and by a run that was resumed."""
+    plain, parallel, resumed = (tmp_path / name for name in ("plain", "parallel", "resumed"))
+    expected = train(plain, "0")
+    assert f"{damaged} cannot be used" in read_log(plain)
+    metrics = [json.loads(line) for line in (plain / "metrics.json").read_text().splitlines()]
+    assert metrics[-1]["unreadable_images"] == 1
+    others = [train(parallel, "2")]
+    train(resumed, "0", "SOLVER.CHECKPOINT_PERIOD", "3")
+    (resumed / "last_checkpoint").write_text("model_0000002.pth")
+    os.remove(resumed / "model_final.pth")
+    others.append(train(resumed, "2", "--resume"))
+    for other in others:
+        assert all(torch.equal(expected[name], other[name]) for name in expected)
+
+
+# Paths
+
+
+def test_paths_cannot_leave_the_folder(
+    coco_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = coco_copy / "annotations" / "instances_train2017.json"
+    secret = coco_copy / "secret.jpg"
+    shutil.copy(images(coco_copy)[0], secret)
+    content = json.loads(file.read_text())
+    for name in ("../secret.jpg", str(secret)):
+        for image in content["images"]:
+            image["file_name"] = name
+        file.write_text(json.dumps(content))
+        words = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as caught:
+            main(["--config-file", FASTER_RCNN, *TINY, *words, "DATALOADER.MAX_UNREADABLE", "9"])
+        assert caught.value.code == 2
+        assert "secret.jpg is not read: it leads out of the folder" in capsys.readouterr().err
+
+
+def test_links_cannot_leave_the_folder(coco_copy: Path, tmp_path: Path) -> None:
+    path = images(coco_copy)[0]
+    outside = path.rename(tmp_path / "outside.jpg")
+    path.symlink_to(outside)
+    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    record = {"file_name": str(path), "height": 64, "width": 80}
+    guarded = ReadableOnly(mapper, roots=image_roots(["coco_2017_train"]))
+    with pytest.raises(UnreadableImageError, match="leads out of the folder"):
+        guarded(record)
+    assert ReadableOnly(mapper)(record) is not None
+
+
+def test_roots(coco_copy: Path) -> None:
+    both = ["coco_2017_train", "coco_2017_val"]
+    assert image_roots(both) == [str(coco_copy / "train2017"), str(coco_copy / "val2017")]
+    MetadataCatalog.get("my own").set(thing_classes=["a"])
+    assert image_roots([*both, "my own"]) == []
+
+
+def test_evaluation_names_the_file(coco_copy: Path, tmp_path: Path) -> None:
+    cut(images(coco_copy, "val2017")[0])
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATALOADER.NUM_WORKERS", "1")
+    with pytest.raises(UnreadableImageError, match="truncated") as caught:
+        list(Trainer.build_test_loader(cfg, "coco_2017_val"))
+    assert caught.value.sentence.startswith(str(images(coco_copy, "val2017")[0]))
+    assert "\n" not in caught.value.sentence

@@ -1,0 +1,157 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Images that cannot be read: told by name, or left out and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from PIL import Image
+
+from .check.files import resolve_inside
+
+__all__ = ["ReadableOnly", "UnreadableImageError", "image_roots"]
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableImageError(ValueError):
+    """An image that training needs cannot be read; :attr:`sentence` says which and why."""
+
+    @property
+    def sentence(self) -> str:
+        # A worker's error comes with its traceback before it.
+        return str(self).rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+def image_roots(names: Sequence[str]) -> list[str]:
+    """The folders that the images of these data sets must be in; none if one of the sets has no
+    annotation file whose paths could lead anywhere."""
+    found = [MetadataCatalog.get(name) for name in names]
+    if not all(metadata.get("json_file") for metadata in found):
+        return []
+    return [metadata.image_root for metadata in found if metadata.get("image_root") is not None]
+
+
+class ReadableOnly:
+    """A mapper around a mapper, for images that may be damaged.
+
+    Reading one is an error that names the file. Up to ``max_skipped`` different images are left
+    out instead: the mapper returns None for them, in whose place the training stream puts others,
+    which are a function of the seed and the position alone.
+    """
+
+    def __init__(
+        self,
+        mapper: Callable[[dict[str, Any]], Any],
+        *,
+        roots: Sequence[str] = (),
+        max_skipped: int = 0,
+    ):
+        """
+        Args:
+            mapper: reads ``record["file_name"]``.
+            roots: folders; an image outside all of them is an error. None are no restriction.
+            max_skipped: how many images may be left out, in this process and its workers.
+        """
+        self.mapper = mapper
+        self.roots = roots
+        # Shared with the workers: which images were left out, as hashes of their names, and the
+        # number of these.
+        self._skipped = multiprocessing.Array("q", max(max_skipped, 1))
+        self._count = multiprocessing.Value("l", 0)
+        self._max_skipped = max_skipped
+
+    @property
+    def count(self) -> int:
+        """How many different images were left out, over all workers."""
+        return self._count.value
+
+    def __call__(self, record: dict[str, Any]) -> Any:
+        """
+        Returns:
+            what the mapper makes of the record; None if its image is left out.
+
+        Raises:
+            UnreadableImageError: the image cannot be read and there were too many before it, or
+                it is outside the folders.
+        """
+        self._require_inside(record["file_name"])
+        try:
+            _verify_png(record["file_name"])
+            return self.mapper(record)
+        except Exception as error:
+            if not (reason := _why_unreadable(record)):
+                raise  # of the augmentation, say: no fault of the file
+            self._skip(record["file_name"], reason, error)
+            return None
+
+    def _require_inside(self, file_name: str) -> None:
+        if not self.roots:
+            return
+        for root in self.roots:
+            try:
+                resolve_inside(root, file_name)
+            except ValueError:
+                continue
+            return
+        raise UnreadableImageError(
+            f"{file_name} is not read: it leads out of the folder of the data set's images, "
+            f"{' or '.join(self.roots)}."
+        )
+
+    def _skip(self, file_name: str, reason: str, error: Exception) -> None:
+        key = _hash(file_name)
+        with self._count.get_lock():
+            known = self._skipped[: self._count.value]
+            if key in known:
+                return
+            if len(known) >= self._max_skipped:
+                raise UnreadableImageError(self._explain(file_name, reason)) from error
+            self._skipped[self._count.value] = key
+            self._count.value += 1
+        logger.warning(
+            "%s cannot be used (%s): another image takes its place, number %d of the %d that "
+            "DATALOADER.MAX_UNREADABLE allows.",
+            *(file_name, reason, len(known) + 1, self._max_skipped),
+        )
+
+    def _explain(self, file_name: str, reason: str) -> str:
+        before = f", and {self.count} were left out before it" if self.count else ""
+        return (
+            f"{file_name} cannot be used: {reason}{before}. tools/check_dataset.py lists all such "
+            "images, and DATALOADER.MAX_UNREADABLE allows to leave out so many."
+        )
+
+
+def _hash(file_name: str) -> int:
+    """The same in all workers, unlike Python's ``hash``."""
+    digest = hashlib.sha256(file_name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _verify_png(file_name: str) -> None:
+    """Compare a PNG file with its checksums: Detectron2 takes a damaged one for a black image."""
+    with open(file_name, "rb") as file:
+        if file.read(4) == b"\x89PNG":
+            file.seek(0)
+            Image.open(file).verify()
+
+
+def _why_unreadable(record: dict[str, Any]) -> str:
+    """Why an image cannot be read, or its size is not the one in the annotations; or nothing."""
+    try:
+        with Image.open(record["file_name"]) as image:
+            image.load()
+        check_image_size(record, read_image(record["file_name"], "BGR"))
+    except SizeMismatchError as error:
+        return " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # Pillow's decoders raise what comes to them
+        return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+    return ""
