@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -98,3 +99,23 @@ def read_progress(out: Path, rank: int = 0) -> list[list[int]]:
         return []
     rows = [line.split() for line in path.read_text().splitlines()]
     return [[int(word) for word in row] for row in rows if len(row) == 3]
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_equal(found[index], value, f"{where}[{index}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected or (found != found and expected != expected), where
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=False)

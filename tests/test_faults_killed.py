@@ -8,11 +8,9 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from fault_runs import free_port, read_progress, start, wait_for
+from fault_runs import assert_equal, free_port, load, read_progress, start, wait_for
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -33,9 +31,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start_all(root: Path, out: Path, options: list[str], world: int) -> list[BaseProcess]:
     port = free_port()
-    return [
-        start(root, out, options, rank=rank, world=world, port=port) for rank in range(world)
-    ]
+    return [start(root, out, options, rank=rank, world=world, port=port) for rank in range(world)]
 
 
 def end_all(processes: list[BaseProcess]) -> list[int | None]:
@@ -46,26 +42,6 @@ def end_all(processes: list[BaseProcess]) -> list[int | None]:
 
 def read_output(out: Path) -> str:
     return "".join(path.read_text() for path in sorted(out.glob("output.rank*")))
-
-
-def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for index, value in enumerate(expected):
-            assert_equal(found[index], value, f"{where}[{index}]")
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    else:
-        assert found == expected or (found != found and expected != expected), where
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False)
 
 
 @pytest.mark.slow
@@ -82,22 +58,22 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
     rng = random.Random(world)
     saving = 0
     for kill in range(KILLS):
-        before = len(read_progress(killed))
         processes = start_all(coco_root, killed, options, world)
-        if kill % 5:  # somewhere in training, saving and evaluation
-            wait_for(lambda: len(read_progress(killed)) > before or ended(processes), step=0.01)
-            time.sleep(rng.uniform(0, 0.8))
-        elif kill % 2:  # while a checkpoint is written
-            wait_for(lambda: any(killed.glob("*.partial")) or ended(processes), step=0.0002)
-        else:  # on the way to the training
-            time.sleep(rng.uniform(0, 1.5))
         victim = rng.choice(processes)
+        if kill % 8 == 0:  # on the way to the training
+            time.sleep(rng.uniform(0, 1.5))
+        elif kill % 3 == 0:  # while a checkpoint is written, by the first process
+            victim = processes[0]
+            wait_until_it_saves(killed, processes)
+        else:  # somewhere in training, saving and evaluation
+            wait_until_it_trains(killed, processes)
+            time.sleep(rng.uniform(0, 0.8))
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         saving += any(killed.glob("*.partial"))
         statuses = end_all(processes)  # the others notice by themselves
         assert victim.exitcode == -signal.SIGKILL, read_output(killed)[-3000:]
-        assert all(status for status in statuses), read_output(killed)[-3000:]
+        assert all(statuses), read_output(killed)[-3000:]
     assert saving > 0
     assert end_all(start_all(coco_root, killed, options, world)) == [0] * world
     assert end_all(reference) == [0] * world
@@ -110,6 +86,15 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
     numbered = sorted(path.name for path in killed.glob("model_0*.pth"))
     assert numbered == ["model_0000139.pth", "model_0000144.pth", "model_0000149.pth"]
     assert not list(killed.glob("*.partial"))
+
+
+def wait_until_it_trains(out: Path, processes: list[BaseProcess]) -> None:
+    before = len(read_progress(out))
+    wait_for(lambda: len(read_progress(out)) > before or ended(processes), step=0.01)
+
+
+def wait_until_it_saves(out: Path, processes: list[BaseProcess]) -> None:
+    wait_for(lambda: any(out.glob("*.partial")) or ended(processes), step=0.0002)
 
 
 def ended(processes: list[BaseProcess]) -> bool:

@@ -65,6 +65,7 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
         SystemExit: with one of the statuses above. What is no known reason to fail keeps its
             traceback.
     """
+    run = partial(_end_on_signal, run)
     if dist.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
             _exit("torchrun says how many processes there are: leave out --num-gpus and the like.")
@@ -91,6 +92,11 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
         if signals:  # before the process was ready for them
             _exit("interrupted before the start.", status=INTERRUPTED)
         _exit(f"{error}. Start again with --resume.", status=1)
+
+
+def _end_on_signal(run: Run, args: argparse.Namespace) -> Any:
+    with exit_on_signal():
+        return run(args)
 
 
 def _pass_on(signals: list[int], number: int, frame: FrameType | None) -> None:
@@ -131,8 +137,7 @@ def _join_torchrun() -> None:
 def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
     """``run(args)`` in this process alone; raises what :func:`launch_or_exit` does."""
     try:
-        with exit_on_signal():
-            return run(args)
+        return run(args)
     except Interrupted as error:
         _exit(error.message, status=INTERRUPTED)
     except (FileNotWrittenError, FloatingPointError) as error:

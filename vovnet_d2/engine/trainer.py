@@ -255,7 +255,10 @@ class Trainer(DefaultTrainer):
             self._trainer.data_loader.place = self._place
         elif self.start_iter > 0:
             logger.warning("The training data start anew: their loader is no TrainingStream.")
-        with self._request.listen():
+        # Loss functions that are scripts are compiled after some calls, which changes their last
+        # bit: on a CPU, a training that was resumed would differ.
+        compiled = torch.device(self.cfg.MODEL.DEVICE).type != "cpu"
+        with self._request.listen(), torch.jit.optimized_execution(compiled):
             TrainerBase.train(self, self.start_iter, self.max_iter)
         return self._last_eval_results
 
