@@ -124,7 +124,7 @@ def test_registered(register: Callable[..., None]) -> None:
 
 
 def slow_eleven_point_ap(objects: dict[str, list[Object]], found, label: str) -> float:
-    """Detections ``(image, score, box)`` against the objects of a class, from the devkit's rules."""
+    """Detections ``(image, score, box)`` against the objects of a class, by the devkit's rules."""
 
     def iou(a, b) -> float:
         w = min(a[2], b[2]) - max(a[0], b[0]) + 1
