@@ -78,6 +78,25 @@ _BASES = {
     "a file that is no config": "_BASE_: /etc/hostname",
     "a zero byte": '_BASE_: "a\\0b"',
 }
+# Keys of MODEL.VOVNET
+_NETWORKS = {
+    "no variant": "CONV_BODY: V-40",
+    "no stem": "STEM: round",
+    "no eSE": "ESE: some",
+    "widths of 0": "STAGE_MID_CHANNELS: [0, 8, 8, 8]",
+    "three widths": "STAGE_MID_CHANNELS: [8, 8, 8]",
+    "widths of text": "STAGE_OUT_CHANNELS: [a, b, c, d]",
+    "negative layers": "LAYERS_PER_BLOCK: -1",
+    "residual of text": "RESIDUAL: maybe",
+    "no norm": "NORM: Nothing",
+    "no output": "OUT_FEATURES: [stage9]",
+    "no outputs": "OUT_FEATURES: []",
+    "no deformable groups": "DEFORMABLE_GROUPS: 0",
+    "no dilation": "STAGE5_DILATION: 3",
+    "deformable stages of two": "STAGE_WITH_DCN: [true, false]",
+}
+_BACKBONE = "BACKBONE: {FREEZE_AT: 0, NAME: build_vovnet_fpn_backbone}"
+_TRAINABLE = f"MODEL: {{VOVNET: {{NORM: BN}}, {_BACKBONE}}}\n"
 _VALUES = {
     "unknown key": "MODEL: {VOVNETT: {}}",
     "unknown deep key": "MODEL: {VOVNET: {CONV_BODDY: V-39}}",
@@ -95,27 +114,14 @@ _VALUES = {
     "a set": "OUTPUT_DIR: !!set {a}",
     "no meta-architecture": "MODEL: {META_ARCHITECTURE: Nothing}",
     "no backbone": "MODEL: {BACKBONE: {NAME: __import__}}",
-    "no variant": "MODEL: {VOVNET: {CONV_BODY: V-40}}",
-    "no stem": "MODEL: {VOVNET: {STEM: round}}",
-    "no eSE": "MODEL: {VOVNET: {ESE: some}}",
-    "widths of 0": "MODEL: {VOVNET: {STAGE_MID_CHANNELS: [0, 8, 8, 8]}}",
-    "three widths": "MODEL: {VOVNET: {STAGE_MID_CHANNELS: [8, 8, 8]}}",
-    "widths of text": "MODEL: {VOVNET: {STAGE_OUT_CHANNELS: [a, b, c, d]}}",
-    "negative layers": "MODEL: {VOVNET: {LAYERS_PER_BLOCK: -1}}",
-    "residual of text": "MODEL: {VOVNET: {RESIDUAL: maybe}}",
-    "no norm": "MODEL: {VOVNET: {NORM: Nothing}}",
-    "no output": "MODEL: {VOVNET: {OUT_FEATURES: [stage9]}}",
-    "no outputs": "MODEL: {VOVNET: {OUT_FEATURES: []}}",
-    "no deformable groups": "MODEL: {VOVNET: {DEFORMABLE_GROUPS: 0}}",
-    "no dilation": "MODEL: {VOVNET: {STAGE5_DILATION: 3}}",
-    "deformable stages of two": "MODEL: {VOVNET: {STAGE_WITH_DCN: [true, false]}}",
     "no batch": "SOLVER: {IMS_PER_BATCH: 0}",
     "no device": "MODEL: {DEVICE: abacus}",
-    "no data": "DATASETS: {TRAIN: []}",
-    "unknown data": "DATASETS: {TRAIN: [nothing]}",
-    "a name for names": "DATASETS: {TRAIN: digits_train}",
+    "no data": _TRAINABLE + "DATASETS: {TRAIN: []}",
+    "unknown data": _TRAINABLE + "DATASETS: {TRAIN: [nothing]}",
+    "a name for names": _TRAINABLE + "DATASETS: {TRAIN: digits_train}",
     "no precision": "SOLVER: {AMP: {ENABLED: true, DTYPE: float8}}",
     "missing weights": "MODEL: {WEIGHTS: nowhere.pth}",
+    **{k: f"MODEL: {{{_BACKBONE}, VOVNET: {{{v}}}}}" for k, v in _NETWORKS.items()},
 }
 MALFORMED_CONFIGS: dict[str, bytes] = {
     **{f"no YAML: {k}": v.encode() for k, v in _NO_YAML.items()},

@@ -109,6 +109,7 @@ def require_a_sentence(capsys: pytest.CaptureFixture) -> None:
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, error
     assert len(lines[0]) < 2000
+    assert "are frozen" not in lines[0]  # said of any config that is otherwise good
 
 
 def test_the_watch_sees(sandbox: Path) -> None:

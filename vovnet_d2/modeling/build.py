@@ -8,6 +8,7 @@ Nothing else in the package's modeling reads a config.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -58,9 +59,8 @@ def _vovnet_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
             "right after get_cfg()."
         )
     node = cfg.MODEL.VOVNET
-    overrides = {f.name: node.get(f.name.upper()) for f in fields(VoVNetSpec)}
     return {
-        "spec": get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None}),
+        "spec": _find_spec(node),
         "in_channels": input_shape.channels,
         "norm": node.NORM,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -69,6 +69,20 @@ def _vovnet_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         "with_modulated_dcn": node.WITH_MODULATED_DCN,
         "deformable_groups": node.DEFORMABLE_GROUPS,
     }
+
+
+def _find_spec(node: CfgNode) -> VoVNetSpec:
+    overrides = {f.name: node.get(f.name.upper()) for f in fields(VoVNetSpec)}
+    try:
+        return get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None})
+    except ValueError as error:
+        # A field's name is its key's, in capitals.
+        message = re.sub(r"VoVNetSpec\.\w+", lambda m: _key(m[0]), str(error))
+        raise ValueError(message) from error
+
+
+def _key(field: str) -> str:
+    return f"MODEL.VOVNET.{field.partition('.')[2].upper()}"
 
 
 def _build_fpn(

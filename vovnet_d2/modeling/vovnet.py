@@ -162,6 +162,8 @@ class VoVNet(Backbone):
         super().__init__()
         spec = get_spec(spec)
         _check_arguments(spec, in_channels, num_classes, stage5_dilation, stage_with_dcn)
+        if deformable_groups < 1:
+            raise ValueError(f"deformable_groups is {deformable_groups}: give at least 1.")
         self.spec = spec
         self.num_classes = num_classes
         self._out_features = _check_out_features(out_features, num_classes)

@@ -154,19 +154,20 @@ def _note_unused(
 
 
 def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
-    assert one.fixed is not None
-    assert other.fixed is not None
     findings = Findings()
-    mine, theirs = (
-        [c["name"] for c in sorted(s.fixed["categories"], key=lambda c: c["id"])]
-        for s in (one, other)
-    )
+    mine, theirs = _category_names(one), _category_names(other)
     if mine != theirs:
         only = sorted(set(mine) ^ set(theirs))
         findings.add("categories_differ", f"in one only: {only}" if only else "in their order")
     if leaked := compare_files(one.files, other.files, findings):
         _drop_images(one, leaked)
     return findings
+
+
+def _category_names(checked: CheckedSet) -> list[str]:
+    """In the order of the network's outputs."""
+    assert checked.fixed is not None
+    return [c["name"] for c in sorted(checked.fixed["categories"], key=lambda c: c["id"])]
 
 
 def _drop_images(checked: CheckedSet, names: set[str]) -> None:
