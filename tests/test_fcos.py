@@ -50,6 +50,12 @@ def assemble(cfg: CfgNode, **arguments: object) -> fcos.FCOS:
     )
 
 
+def let_it_find(model: FCOS) -> None:
+    """Scores of untrained heads are all alike and below the threshold, and their boxes empty."""
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    torch.nn.init.constant_(model.head.bbox_pred.bias, 1.0)
+
+
 def sample() -> dict[str, object]:
     instances = Instances((128, 160))
     instances.gt_boxes = Boxes([[8.0, 16.0, 72.0, 80.0], [40.0, 8.0, 150.0, 120.0]])
@@ -108,9 +114,7 @@ def test_equals_detectron2s(defaults: bool) -> None:
     for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
-    # Predictions of untrained heads are all alike, and below the threshold.
-    for layer in (model.head.cls_score, model.head.bbox_pred):
-        torch.nn.init.normal_(layer.weight, std=0.2)
+    let_it_find(model)
     peer.load_state_dict(model.state_dict())
     with torch.no_grad():
         found, wanted = model.eval()(inputs)[0]["instances"], peer.eval()(inputs)[0]["instances"]
@@ -119,6 +123,20 @@ def test_equals_detectron2s(defaults: bool) -> None:
     assert torch.equal(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
     assert torch.equal(found.scores, wanted.scores)
     assert torch.equal(found.pred_classes, wanted.pred_classes)
+
+
+def test_boxes_are_float32_in_mixed_precision() -> None:
+    """Close to those of float32, as bfloat16 has no pixels beyond 256."""
+    model = build_model(thin_config()).eval()
+    let_it_find(model)
+    inputs = [sample()]
+    with torch.no_grad():
+        exact = model(inputs)[0]["instances"].pred_boxes.tensor
+        with torch.autocast("cpu", torch.bfloat16):
+            boxes = model(inputs)[0]["instances"].pred_boxes.tensor
+    assert boxes.dtype == exact.dtype == torch.float32
+    nearest = (boxes[:, None] - exact).abs().amax(dim=2).amin(dim=1)
+    assert nearest.median() < 0.25
 
 
 def test_shipped_config_equals_detectron2s_but_for_the_backbone() -> None:

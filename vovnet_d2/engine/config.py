@@ -91,6 +91,8 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
+    if path.endswith(".py"):
+        raise ValueError(f"{path} is a LazyConfig: tools/lazyconfig_train_net.py runs it.")
     try:
         cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
     except FileNotFoundError as error:

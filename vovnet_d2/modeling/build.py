@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a config to arguments: the backbones as Detectron2 builds them by name.
 
-Nothing else in the package's modeling reads a config.
+Of the rest of the package's modeling only the meta-architectures read a config, in ``from_config``.
 """
 
 from __future__ import annotations

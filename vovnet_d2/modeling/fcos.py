@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
+from torch import Tensor
 
 __all__ = ["FCOS"]
 
@@ -64,6 +65,13 @@ class FCOS(fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def _transpose_dense_predictions(
+        self, predictions: list[list[Tensor]], dims_per_anchor: list[int]
+    ) -> list[list[Tensor]]:
+        # In mixed precision Detectron2 would compute boxes and losses in the predictions' type.
+        predictions = [[level.float() for level in levels] for levels in predictions]
+        return super()._transpose_dense_predictions(predictions, dims_per_anchor)
 
 
 # Another project may have taken the name, or Detectron2 itself one day.
