@@ -47,6 +47,7 @@ KEYPOINTS = {
     "MODEL.CHANNELS_LAST": False,
     "MODEL.ROI_HEADS.NUM_CLASSES": 1,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "TEST.DETECTIONS_PER_IMAGE": 5,  # their heat maps are enlarged to the size of the box
 }
 DETECTORS = {
     "Mask R-CNN": (MASK_RCNN, {}),
