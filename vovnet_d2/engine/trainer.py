@@ -363,9 +363,10 @@ class Trainer(DefaultTrainer):
             return f"Training diverged at iteration {self.iter}. {error}"
         iteration = self.iter
         state = f"nonfinite_{iteration:07d}"
-        self.iter = iteration - 1  # to which the parameters, the optimizer and the schedule belong
+        # To which the parameters, the optimizer and the schedule belong:
+        self.iter = self._trainer.iter = iteration - 1
         self.checkpointer.write(state, iteration=self.iter)
-        self.iter = iteration
+        self.iter = self._trainer.iter = iteration
         rate = self.optimizer.param_groups[0]["lr"]
         before = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
         return (

@@ -1,0 +1,165 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The stream of training samples: Detectron2's, entered at any place."""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from engine_runs import MASK_RCNN, tiny_config
+from PIL import Image
+
+from vovnet_d2.data.stream import Place, TrainingStream, build_detection_stream
+
+pytest_plugins = ["engine_fixtures"]
+
+RNG = np.random.default_rng(0)
+SIZES = RNG.integers(40, 60, (23, 2)).tolist()
+RECORDS = [{"file_name": f"{i}.jpg", "height": h, "width": w} for i, (h, w) in enumerate(SIZES)]
+FACTORS = torch.tensor(RNG.uniform(1, 3, 23))
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "shuffled": lambda **seed: TrainingSampler(23, **seed),
+    "repeated": lambda **seed: RepeatFactorTrainingSampler(FACTORS, **seed),
+}
+
+
+class Records(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(RECORDS)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return RECORDS[index]
+
+
+def augment(record: dict[str, Any]) -> dict[str, Any]:
+    """Draws from every global generator."""
+    drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+    return record | {"drawn": drawn}
+
+
+def build(sampler: str = "shuffled", batch_size: int = 4, **options: Any) -> TrainingStream:
+    options = {"collate_fn": list, "seed": 7, "mapper": augment} | options
+    return TrainingStream(Records(), SAMPLERS[sampler], batch_size, **options)
+
+
+def take(stream: TrainingStream, number: int) -> list[Any]:
+    return list(itertools.islice(iter(stream), number))
+
+
+@pytest.fixture
+def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def become(rank: int, world: int) -> None:
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_world_size", lambda: world)
+        monkeypatch.setattr(comm, "all_gather", lambda value: [value] * world)
+
+    return become
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_batches_are_detectron2s(
+    rank_of: Callable[[int, int], None], sampler: str, grouped: bool, world: int
+) -> None:
+    positions = []
+    for rank in range(world):
+        rank_of(rank, world)
+        stream = build(sampler, 4 * world, group_by_shape=grouped)
+        batches = list(itertools.islice(stream.batches(stream.place), 30))
+        np.random.seed(7)  # noqa: NPY002
+        seed = comm.shared_random_seed()
+        indices = iter(SAMPLERS[sampler](seed=seed))
+        if grouped:
+            records = ({"index": i, **RECORDS[i]} for i in indices)
+            expected = iter(AspectRatioGroupedDataset(records, 4))
+            expected = [[record["index"] for record in next(expected)] for _ in batches]
+        else:
+            expected = [list(itertools.islice(indices, 4)) for _ in batches]
+        assert [[index for _, index in batch] for batch in batches] == expected
+        positions += [position for batch in batches for position, _ in batch]
+    assert len(set(positions)) == len(positions) == 30 * 4 * world
+    if not grouped:
+        assert sorted(positions) == list(range(len(positions)))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_any_place_can_be_entered(grouped: bool) -> None:
+    whole = take(build(group_by_shape=grouped), 20)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    for batches in (0, 1, 7, 19):
+        stream = build(group_by_shape=grouped, num_workers=2 if batches == 7 else 0)
+        stream.place = Place(7, 0, batches, 4, 1)
+        assert take(stream, 20 - batches) == whole[batches:]
+    # What else draws from the generators is not disturbed.
+    now = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert now == states
+    drawn = [record["drawn"] for batch in whole for record in batch]
+    assert len({tuple(values) for values in drawn}) == len(drawn)
+    assert take(build(seed=8, group_by_shape=grouped), 20) != whole
+
+
+def test_another_division_uses_no_sample_twice(rank_of: Callable[[int, int], None]) -> None:
+    before = build(batch_size=4)
+    used = [
+        sample for batch in itertools.islice(before.batches(before.place), 5) for sample in batch
+    ]
+    place = Place(7, 0, 5, 4, 1).shared_by(2, batch_size=6)
+    assert place == Place(7, 20, 0, 6, 2)
+    assert Place(7, 20, 3, 6, 2).num_samples == 38
+    for rank in range(2):
+        rank_of(rank, 2)
+        used += itertools.chain(*itertools.islice(build(batch_size=6).batches(place), 4))
+    rank_of(0, 1)
+    indices = itertools.islice(build().batches(Place(7, 0, 0, 1, 1)), len(used))
+    assert sorted(used) == list(itertools.chain(*indices))
+
+
+def test_items_that_cannot_be_used_are_replaced() -> None:
+    def mapper(record: dict[str, Any]) -> dict[str, Any] | None:
+        return None if int(record["file_name"][:-4]) % 2 else augment(record)
+
+    batches = take(build(mapper=mapper), 12)
+    assert take(build(mapper=mapper, num_workers=2), 12) == batches
+    assert {int(record["file_name"][:-4]) % 2 for batch in batches for record in batch} == {0}
+    untouched = take(build(), 12)
+    for found, plain in zip(itertools.chain(*batches), itertools.chain(*untouched), strict=True):
+        assert (found == plain) == (mapper(plain) is not None)
+    with pytest.raises(ValueError, match="cannot be used, nor can any of 100 others"):
+        take(build(mapper=lambda record: None), 1)
+
+
+def test_shapes_that_records_do_not_tell_are_those_of_the_files(tmp_path: Path) -> None:
+    records = []
+    for turned in (False, True):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if turned else 1
+        path = tmp_path / f"{turned}.jpg"
+        Image.new("RGB", (30, 20)).save(path, exif=exif)
+        records.append({"file_name": str(path)})
+    stream = build_detection_stream(
+        tiny_config(MASK_RCNN, tmp_path), dataset=records, mapper=lambda record: record
+    )
+    batches = itertools.islice(stream.batches(stream.place), 8)
+    assert {tuple(index for _, index in batch) for batch in batches} == {(0, 0), (1, 1)}
+
+
+def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "3")
+    np.random.seed(3)  # noqa: NPY002
+    theirs = itertools.islice(iter(build_detection_train_loader(cfg)), 6)
+    ours = take(build_detection_stream(cfg), 6)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert [r["file_name"] for r in found] == [r["file_name"] for r in expected]
+        for record, other in zip(found, expected, strict=True):
+            assert record["image"].shape == other["image"].shape
+            assert len(record["instances"]) == len(other["instances"])
