@@ -110,7 +110,8 @@ def gmacs(model: nn.Module, size: int = 224) -> float:
             module.register_forward_hook(
                 lambda m, _, output: counted.append(output.numel() * m.weight[0].numel())
             )
-    model(torch.zeros(1, 3, size, size, device="meta"))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size, device="meta"))
     return round(sum(counted) / 1e9, 3)
 
 
@@ -656,7 +657,8 @@ def test_traced_graphs(structure):
     with torch.no_grad():
         expected = model(x)
         assert_same_maps(make_fx(model)(x)(x), expected, tolerance=0)
-        assert_same_maps(torch.jit.trace(model, x, strict=False)(x), expected, tolerance=0)
+        # Graphs multiply and add one after the other, in plain operators.
+        assert_same_maps(torch.jit.trace(model, x, strict=False)(x), expected, tolerance=1e-14)
 
 
 # Initialisation

@@ -68,6 +68,7 @@ def _vovnet_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         "stage_with_dcn": node.STAGE_WITH_DCN,
         "with_modulated_dcn": node.WITH_MODULATED_DCN,
         "deformable_groups": node.DEFORMABLE_GROUPS,
+        "checkpoint_blocks": node.CHECKPOINT_BLOCKS,
     }
 
 

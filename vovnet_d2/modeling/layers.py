@@ -7,13 +7,17 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
+
+from .convolution import ConvNormAct, is_traced, needs_gradient
 
 __all__ = [
     "NORMS",
@@ -51,7 +55,7 @@ def conv_norm_act(
     norm: Norm,
     stride: int = 1,
     dilation: int = 1,
-    conv_class: type[Conv2d] = Conv2d,
+    conv_class: type[Conv2d] = ConvNormAct,
     **conv_args: int | bool,
 ) -> Conv2d:
     """Convolution, norm and ReLU; the map keeps its size at stride 1. A bias stands only where no
@@ -59,7 +63,7 @@ def conv_norm_act(
 
     Args:
         norm: a name of :data:`NORMS` or a callable from a channel number to a module.
-        conv_class: :class:`detectron2.layers.Conv2d` or a subclass.
+        conv_class: a subclass of :class:`detectron2.layers.Conv2d`.
         conv_args: further arguments of ``conv_class``.
     """
     conv = conv_class(
@@ -197,15 +201,99 @@ class EffectiveSE(nn.Module):
         self.fc = Conv2d(channels, channels, kernel_size=1)
         weight_init.c2_msra_fill(self.fc)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            x: (N, C, H, W). Where no gradient is asked for, the result takes its memory.
+            residual: (N, C, H, W), added to the result.
+        """
+        inputs = (x, self.fc.weight, self.fc.bias, residual)
+        if needs_gradient(*inputs) and not is_traced():
+            return _Excitation.apply(*inputs)[0]
+        gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+        if is_traced():
+            return x * gate if residual is None else residual + x * gate
+        return x.mul_(gate) if residual is None else torch.addcmul(residual, x, gate, out=x)
+
+
+class _Excitation(torch.autograd.Function):
+    """Effective squeeze-excitation, its passes over the map as few as can be in either direction."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean = x.mean((2, 3))
+        logits = F.linear(mean, weight.flatten(1).to(x.dtype), bias.to(x.dtype))
+        gate = F.hardsigmoid(logits)[:, :, None, None]
+        y = x * gate if residual is None else torch.addcmul(residual, x, gate)
+        return y, mean, logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, weight, bias, residual = inputs
+        _, mean, logits = output
+        ctx.mark_non_differentiable(mean, logits)
+        ctx.save_for_backward(x, weight, mean, logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, logits = ctx.saved_tensors
+        of_gate = (gradient * x).sum((2, 3))
+        of_logits = torch.ops.aten.hardsigmoid_backward(of_gate, logits)
+        of_mean = of_logits @ weight.flatten(1).to(x.dtype)
+        gate, of_each = (t[:, :, None, None] for t in (F.hardsigmoid(logits), of_mean))
+        gradients = (
+            torch.addcmul(of_each / math.prod(x.shape[2:]), gradient, gate),
+            (of_logits.t() @ mean).to(weight.dtype).view_as(weight),
+            of_logits.sum(0).to(weight.dtype),
+            gradient,
+        )
+        needed = ctx.needs_input_grad
+        return tuple(g if n else None for g, n in zip(gradients, needed, strict=True))
 
 
 def downsample(x: torch.Tensor) -> torch.Tensor:
     """3x3 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil((H-1)/2), ceil((W-1)/2)).
 
-    The same as ``max_pool2d(x, 3, 2, ceil_mode=True)``, which export back ends lack, to the bit on
-    maps without negative values, such as those that come from a ReLU: the one row and column of
-    zeros is seen only by windows that ceil mode would let stand over the edge.
+    It is ``max_pool2d(x, 3, 2, ceil_mode=True)``. Graphs, as export back ends lack this mode, get
+    the same to the bit for maps without negative values, such as those that come from a ReLU: the
+    one row and column of zeros is seen only by windows that ceil mode would let stand over the edge.
     """
-    return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
+    if is_traced():
+        return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
+    return _Downsampling.apply(x)[0] if needs_gradient(x) else F.max_pool2d(x, **_POOLING)
+
+
+_POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (0, 0), "ceil_mode": True}
+
+
+class _Downsampling(torch.autograd.Function):
+    """Max-pooling that keeps the places of the maxima, in half the bytes, and not the map."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, places = F.max_pool2d_with_indices(x, **_POOLING)
+        return y, places.int()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        (x,), (_, places) = inputs, output
+        ctx.mark_non_differentiable(places)
+        ctx.save_for_backward(places)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.shape = x.shape
+        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> torch.Tensor:
+        (places,) = ctx.saved_tensors
+        # Of the map, the operator takes the shape alone.
+        x = torch.empty(
+            ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.memory_format
+        )
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient, x, *list(_POOLING.values())[:3], (1, 1), True, places.long()
+        )

@@ -28,6 +28,7 @@ from .layers import (
     conv_norm_act,
     downsample,
 )
+from .recomputation import recomputed
 from .specs import STAGE_NAMES, VoVNetSpec, get_spec
 
 __all__ = ["OSABlock", "VoVNet", "VoVNetStem"]
@@ -105,18 +106,23 @@ class OSABlock(CNNBlockBase):
         self.layers = nn.ModuleList(layer(i, o) for i, o in pairwise(widths))
         aggregated = in_channels + num_layers * mid_channels
         self.aggregation = conv_norm_act(aggregated, out_channels, 1, norm=norm)
-        self.ese = EffectiveSE(out_channels) if ese else nn.Identity()
+        self.ese = EffectiveSE(out_channels) if ese else None
+
+    downsample = staticmethod(downsample)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.stride == 2:
-            x = downsample(x)
+            x = self.downsample(x)
         features = [x]
         y = self.reduction(x)
         for layer in self.layers:
             y = layer(y)
             features.append(y)
-        y = self.ese(self.aggregation(torch.cat(features, dim=1)))
-        return x + y if self.residual else y
+        y = self.aggregation(*features)
+        residual = x if self.residual else None
+        if self.ese is not None:
+            return self.ese(y, residual)
+        return y if residual is None else residual + y
 
 
 class VoVNet(Backbone):
@@ -135,6 +141,7 @@ class VoVNet(Backbone):
         stage_with_dcn: Sequence[bool] = (False, False, False, False),
         with_modulated_dcn: bool = False,
         deformable_groups: int = 1,
+        checkpoint_blocks: bool = False,
     ):
         """
         Args:
@@ -154,6 +161,8 @@ class VoVNet(Backbone):
                 deformable.
             with_modulated_dcn: whether deformable convolutions are modulated (DCNv2).
             deformable_groups: groups of channels that share the offsets of such a convolution.
+            checkpoint_blocks: whether training keeps the stem's and each OSA block's input alone
+                and computes them a second time in the backward pass.
 
         Raises:
             ValueError: an unknown variant, norm or feature, a number out of range, or a
@@ -166,6 +175,7 @@ class VoVNet(Backbone):
             raise ValueError(f"deformable_groups is {deformable_groups}: give at least 1.")
         self.spec = spec
         self.num_classes = num_classes
+        self.checkpoint_blocks = checkpoint_blocks
         self._out_features = _check_out_features(out_features, num_classes)
         order = ["stem", *STAGE_NAMES]
         num_stages = max(4 if f == "linear" else order.index(f) for f in self._out_features)
@@ -221,8 +231,14 @@ class VoVNet(Backbone):
         if x.dim() != 4:
             raise ValueError(f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}.")
         outputs = {}
+        recompute = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
         for name in ("stem", *self.stage_names):
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            if recompute:
+                for block in [stage] if name == "stem" else stage:
+                    x = recomputed(block, x)
+            else:
+                x = stage(x)
             if name in self._out_features:
                 outputs[name] = x
         if "linear" in self._out_features:

@@ -1,0 +1,228 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What training computes and what it keeps, against the network as commonly written."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from reference import STRUCTURES, TABLE, random_state, thin
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vovnet_d2 import VoVNet, VoVNetSpec
+from vovnet_d2.analysis.saved_memory import saved_bytes
+from vovnet_d2.benchmark.plain import plain
+from vovnet_d2.modeling.convolution import Geometry, convolve
+from vovnet_d2.modeling.layers import EffectiveSE, downsample
+
+STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
+NET = thin(STRUCTURES["eSE in all"])
+
+
+def build(net=NET, norm="FrozenBN", **args) -> VoVNet:
+    model = VoVNet(VoVNetSpec(**vars(net)), norm=norm, out_features=STAGES, **args)
+    model.load_state_dict(random_state(net), strict=False)
+    return model.train()
+
+
+def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of the parameters, in the order of their names."""
+    model.zero_grad()
+    sum(y.float().square().mean() for y in model(x).values()).backward()
+    return [parameter.grad for _, parameter in sorted(model.named_parameters())]
+
+
+def error(gradients: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Root mean square over all parameters, relative."""
+    pairs = list(zip(gradients, exact, strict=True))
+    difference = sum((g.double() - e).square().sum() for g, e in pairs)
+    return (difference / sum(e.square().sum() for _, e in pairs)).sqrt().item()
+
+
+# The pieces
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+GEOMETRIES = {
+    "plain": ((1, 1), (1, 1), (1, 1), 1),
+    "strided": ((2, 2), (1, 1), (1, 1), 1),
+    "dilated": ((1, 1), (2, 2), (2, 2), 1),
+    "in groups": ((1, 1), (1, 1), (1, 1), 2),
+}
+# The larger of the weight and the map takes no scaling: of 7x9 pixels, of 1x1.
+each_size = pytest.mark.parametrize("size", [(7, 9), (1, 1)], ids=str)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@each_size
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("widths", [(4,), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_gradients_of_a_convolution(geometry, widths, scaled, size, relu):
+    geometry = Geometry(*GEOMETRIES[geometry])
+    maps = [tensor(2, width, *size) for width in widths]
+    weight = tensor(4, sum(widths) // geometry.groups, 3, 3)
+    bias = tensor(4).requires_grad_(not scaled)
+    scale = tensor(4).detach() if scaled else None
+
+    def peer(weight, bias, *maps):
+        x = F.conv2d(torch.cat(maps, 1), weight, None, *geometry)
+        x = (x if scale is None else x * scale[:, None, None]) + bias[:, None, None]
+        return x.relu() if relu else x
+
+    def function(weight, bias, *maps):
+        return convolve(maps, weight, scale, bias, geometry, relu=relu)
+
+    torch.testing.assert_close(function(weight, bias, *maps), peer(weight, bias, *maps))
+    assert torch.autograd.gradcheck(function, (weight, bias, *maps))
+
+
+def test_gradients_that_are_not_asked_for():
+    maps = [tensor(1, 2, 5, 5), tensor(1, 2, 5, 5).detach()]
+    weight = tensor(3, 4, 3, 3).requires_grad_(False)
+    y = convolve(maps, weight, None, None, Geometry(*GEOMETRIES["plain"]), relu=True)
+    y.sum().backward()
+    assert maps[0].grad.any()
+    assert maps[1].grad is weight.grad is None
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_of_squeeze_excitation(residual):
+    module = EffectiveSE(4).double()
+    offset = torch.tensor([-40.0, -1, 1, 40])[:, None, None]  # both ends of the hard sigmoid
+    inputs = (tensor(2, 4, 5, 3), *((tensor(2, 4, 5, 3),) if residual else ()))
+
+    def function(weight, bias, x, *residual):
+        parameters = {"fc.weight": weight, "fc.bias": bias}
+        return torch.func.functional_call(module, parameters, (x + offset, *residual))
+
+    assert torch.autograd.gradcheck(function, (*module.parameters(), *inputs))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_pooling(memory_format):
+    x = tensor(2, 3, 9, 12).detach().contiguous(memory_format=memory_format).requires_grad_()
+    assert torch.autograd.gradcheck(downsample, (x,))
+
+
+def test_fp32_is_as_exact_as_separate_norms():
+    """Of one layer: further on, a value near zero may pass a ReLU in one and not in the other."""
+    for pixels in (32, 4):
+        model = build(NET).stage4[0].layers[1]
+        peer = plain(model)
+        exact = copy.deepcopy(peer).double()
+        x = torch.randn(2, model.in_channels, pixels, pixels)
+        inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        inputs.append(x.double().requires_grad_())
+        outputs = [m(i) for m, i in zip((model, peer, exact), inputs, strict=True)]
+        results = []
+        for m, i, y in zip((model, peer, exact), inputs, outputs, strict=True):
+            y.square().mean().backward()
+            results.append([[y.detach()], [i.grad], [m.weight.grad]])
+        for ours, theirs, truth in zip(*results, strict=True):
+            assert error(ours, truth) <= 2 * error(theirs, truth)
+
+
+# The network
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN", ""])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_equal_the_plain_network(structure, norm, recompute):
+    model = build(thin(STRUCTURES[structure]), norm, checkpoint_blocks=recompute).double()
+    peer = plain(model)
+    peer.checkpoint_blocks = False
+    x = torch.randn(2, 3, 65, 96, dtype=torch.float64)
+    exact = step(peer, x)
+    last = torch.channels_last
+    assert error(step(model, x), exact) <= 1e-12
+    assert error(step(model.to(memory_format=last), x.to(memory_format=last)), exact) <= 1e-12
+
+
+def test_recomputation_counts_each_batch_once():
+    model = build(norm="BN", checkpoint_blocks=True)
+    peer = plain(model)
+    peer.checkpoint_blocks = False
+    x = torch.randn(2, 3, 64, 64)
+    step(model, x)
+    step(peer, x)
+    expected = dict(peer.named_buffers())
+    assert expected["stage3.0.aggregation.norm.num_batches_tracked"] == 1
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, expected[name], msg=name)
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mixed_precision(dtype, recompute):
+    model = build(checkpoint_blocks=recompute)
+    peer = plain(model)
+    x = torch.randn(2, 3, 64, 64)
+    exact = step(copy.deepcopy(peer).double(), x.double())
+    with torch.autocast("cpu", dtype=dtype):
+        assert model(x)["stage5"].dtype == dtype
+        gradients, theirs = step(model, x), step(peer, x)
+    assert all(g.dtype == torch.float32 for g in gradients)
+    assert error(gradients, exact) <= 1.5 * error(theirs, exact)
+
+
+def test_distributed():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = build().double()
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        exact = step(plain(model), x)
+        assert error(step(DistributedDataParallel(model), x), exact) <= 1e-12
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled(recompute):
+    model = build(checkpoint_blocks=recompute)
+    peer = plain(model).double()
+    peer.checkpoint_blocks = False
+    x = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True)
+    assert error(step(compiled, x), step(peer, x.double())) <= 1e-5
+
+
+# Memory
+
+
+def test_saved_bytes():
+    """Of known pieces: each storage once, parameters not at all."""
+    conv = nn.Conv2d(3, 4, 1)
+    x = torch.randn(2, 3, 5, 7)
+    assert saved_bytes(conv, x) == 4 * x.numel()
+    assert saved_bytes(nn.Sequential(conv, nn.Sigmoid(), nn.Tanh()), x) == 4 * (2 * 3 + 2 * 8) * 35
+
+
+@pytest.mark.parametrize("variant", TABLE)
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_less_is_saved_than_by_the_plain_network(variant, norm):
+    model = build(thin(TABLE[variant]), norm)
+    x = torch.randn(2, 3, 128, 160)
+    reference = saved_bytes(plain(model), x)
+    assert saved_bytes(model, x) < reference
+    model.checkpoint_blocks = True
+    assert saved_bytes(model, x) < 0.35 * reference
+
+
+@pytest.mark.slow
+def test_saved_activations_of_the_full_network():
+    model = VoVNet("V-39-eSE", out_features=STAGES[1:]).train()
+    x = torch.randn(2, 3, 256, 320)
+    reference = saved_bytes(plain(model), x)
+    assert saved_bytes(model, x) <= 0.65 * reference
+    model.checkpoint_blocks = True
+    assert saved_bytes(model, x) <= 0.35 * reference

@@ -1,0 +1,38 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Activation checkpointing: blocks that run a second time in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["recomputed"]
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, of which only ``x`` is kept; the backward pass computes the rest anew.
+
+    Batch norms count each batch once. A block must draw no random numbers.
+    """
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    # torch.compile knows contexts of its own kind alone, so none is given where none is needed.
+    contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(norms))} if norms else {}
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+@contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms take no part of the batch into their running statistics."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
