@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2 import model_zoo
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
@@ -25,7 +24,7 @@ from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.report import format_table, write_report
 from vovnet_d2.benchmark.protocol import describe_environment
-from vovnet_d2.engine.config import find_config, load_config
+from vovnet_d2.engine.config import load_config, resolve_config
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 
@@ -83,16 +82,8 @@ def build_backbone(name: str) -> nn.Module:
 
 
 def build_detector(args: argparse.Namespace) -> tuple[nn.Module, int]:
-    path, trusted = args.config_file, args.allow_unsafe_yaml
-    try:
-        path = find_config(path)
-    except FileNotFoundError:
-        try:
-            path = model_zoo.get_config_file(path)
-        except RuntimeError:
-            pass  # in neither; the first error names the closest of ours
-        else:
-            trusted = True  # as much as Detectron2's code, beside which it lies
+    path, trusted = resolve_config(args.config_file)
+    trusted = trusted or args.allow_unsafe_yaml
     cfg = load_config(path, args.opts, allow_unsafe_yaml=trusted)
     cfg.MODEL.DEVICE = "meta"
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)

@@ -85,12 +85,14 @@ class Complexity:
         image_size: (height, width) of the input, after padding to what the network divides by.
         parts: in the order in which they run.
         total: of everything that ran.
+        layers: what is counted in it, one by one.
         notes: what was left out, and the number of regions that heads were run on.
     """
 
     image_size: tuple[int, int]
     parts: list[PartComplexity]
     total: PartComplexity
+    layers: list[LayerCost]
     notes: list[str]
 
 
@@ -126,6 +128,7 @@ def analyze(model: nn.Module, image_size: tuple[int, int], *, in_channels: int =
         image_size=(height, width),
         parts=[row for row in rows if row.parameters or row.multiply_adds],
         total=run.total(everything),
+        layers=run.layers(),
         notes=_notes(model, heads, everything),
     )
 
@@ -194,9 +197,11 @@ class _Run:
         peak = self.memory.peak["" if name == _OUTSIDE else name]
         return _sum(name, self.costs[name], parameters, shape, field, peak)
 
+    def layers(self) -> list[LayerCost]:
+        return list(chain.from_iterable(self.costs.values()))
+
     def total(self, parameters: Mapping[int, Tensor]) -> PartComplexity:
-        costs = list(chain.from_iterable(self.costs.values()))
-        return _sum("total", costs, parameters, None, None, max(self.memory.peak.values()))
+        return _sum("total", self.layers(), parameters, None, None, max(self.memory.peak.values()))
 
 
 def _sum(

@@ -17,14 +17,21 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 
-__all__ = ["describe_environment", "ratios", "time_interleaved", "write_csv"]
+__all__ = [
+    "describe_environment",
+    "interleaved_rounds",
+    "ratios",
+    "synchronize",
+    "time_interleaved",
+    "write_csv",
+]
 
 
 def describe_environment(device: torch.device | str) -> dict[str, str]:
@@ -86,26 +93,40 @@ def time_interleaved(
     Returns:
         for each case, one time per round, in seconds per call.
     """
-    device = torch.device(device)
-    times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(warmup):
         for case in cases.values():
             case()
+    rounds = list(interleaved_rounds(cases, device=device, repeats=repeats, calls=calls))
+    return {name: [times[name] for times in rounds] for name in cases}
+
+
+def interleaved_rounds(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str,
+    repeats: int,
+    calls: int = 1,
+) -> Iterator[dict[str, float]]:
+    """The rounds of :func:`time_interleaved` one by one, without warm-up: each case's seconds per
+    call. What has been measured is there already if a later round fails or is interrupted."""
+    device = torch.device(device)
     # torch.utils.benchmark.Timer warms up anew at every measurement, which triples short rounds.
     order = random.Random(0)
     for _ in range(repeats):
+        times = {}
         for name in order.sample(list(cases), len(cases)):
             case = cases[name]
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
                 case()
-            _synchronize(device)
-            times[name].append((time.perf_counter() - start) / calls)
-    return times
+            synchronize(device)
+            times[name] = (time.perf_counter() - start) / calls
+        yield times
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_vovnet_config, get_config_file
 
-__all__ = ["argument_parser", "find_config", "load_config"]
+__all__ = ["argument_parser", "find_config", "load_config", "resolve_config"]
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -56,6 +56,27 @@ def find_config(name: str) -> str:
         FileNotFoundError: there is neither.
     """
     return name if PathManager.isfile(name) else get_config_file(name)
+
+
+def resolve_config(name: str) -> tuple[str, bool]:
+    """As :func:`find_config`, and then of Detectron2's model zoo.
+
+    Returns:
+        the path, and whether it is Detectron2's own, whose Python tags are as trusted as its code.
+
+    Raises:
+        FileNotFoundError: there is none of these; the message names the closest of ours.
+    """
+    try:
+        return find_config(name), False
+    except FileNotFoundError:
+        from detectron2 import model_zoo  # slow, and rarely needed
+
+        try:
+            return model_zoo.get_config_file(name), True
+        except RuntimeError:
+            pass
+        raise
 
 
 def load_config(

@@ -1,0 +1,792 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: what it measures is held against known ratios, fakes and other counters."""
+
+import csv
+import json
+import statistics
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from vovnet_d2 import VoVNet
+from vovnet_d2.analysis import analyze
+from vovnet_d2.analysis.memory_access import LayerCost
+from vovnet_d2.benchmark import ceilings, energy, study
+from vovnet_d2.benchmark import command as tool
+from vovnet_d2.benchmark.ceilings import floor_seconds
+from vovnet_d2.benchmark.energy import NoEnergyMeter, NvmlCounter, NvmlPower, Rapl, find_meter
+from vovnet_d2.benchmark.memory import peak_memory
+from vovnet_d2.benchmark.networks import BACKBONES, Network, backbone, calibrate_norms, detector
+from vovnet_d2.benchmark.plots import plot_cell
+from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
+from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
+from vovnet_d2.benchmark.study import Plan, Study
+from vovnet_d2.benchmark.treatments import TREATMENTS, fold_norms
+from vovnet_d2.benchmark.workload import count_multiply_adds, training_step
+from vovnet_d2.engine.launch import run_or_exit
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------- protocol
+
+
+def test_rounds_take_all_cases_and_times_are_per_call():
+    calls = []
+    cases = {"short": lambda: calls.append("short"), "long": lambda: time.sleep(0.02)}
+    rounds = list(interleaved_rounds(cases, device="cpu", repeats=4, calls=2))
+    assert len(rounds) == 4
+    assert all(times.keys() == cases.keys() for times in rounds)
+    assert len(calls) == 8
+    assert all(0.02 <= times["long"] < 0.04 for times in rounds)
+    assert all(times["short"] < 0.01 for times in rounds)
+
+
+def test_an_interruption_leaves_the_rounds_before_it():
+    calls = []
+
+    def case():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    rounds: list[dict[str, float]] = []
+    with pytest.raises(KeyboardInterrupt):
+        rounds.extend(interleaved_rounds({"x": case}, device="cpu", repeats=5))
+    assert len(rounds) == 2
+
+
+def test_warmup_is_not_timed():
+    calls = []
+    times = time_interleaved({"x": lambda: calls.append(0)}, device="cpu", warmup=2, repeats=3)
+    assert len(calls) == 5
+    assert len(times["x"]) == 3
+
+
+# --------------------------------------------------------------------------------------- energy
+
+
+class FakeNvml:
+    """A GPU of 200 W, with and without an energy counter."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *, counter: bool = True, power: bool = True):
+        self.counter, self.power, self.begin = counter, power, time.perf_counter()
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-123"
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        if not self.counter:
+            raise self.NVMLError("Not Supported")
+        return round(200e3 * (time.perf_counter() - self.begin))
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        if not self.power:
+            raise self.NVMLError("No Permission")
+        return 200_000
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="123")
+    )
+
+
+@pytest.mark.parametrize(("counter", "expected"), [(True, NvmlCounter), (False, NvmlPower)])
+def test_gpu_energy(gpu, monkeypatch, counter, expected):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(counter=counter))
+    meter = find_meter(torch.device("cuda"))
+    assert isinstance(meter, expected)
+    begin = time.perf_counter()
+    meter.start()
+    time.sleep(0.25)
+    joules = meter.stop()
+    assert joules == pytest.approx(200 * (time.perf_counter() - begin), rel=0.05)
+    assert threading.active_count() == 1 or not getattr(meter, "thread", None).is_alive()
+
+
+def test_gpu_without_energy_says_why(gpu, monkeypatch):
+    nvml = FakeNvml(counter=False, power=False)
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
+    with pytest.raises(NoEnergyMeter, match=r"counter.*Not Supported; .*power.*No Permission"):
+        find_meter(torch.device("cuda"))
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    with pytest.raises(NoEnergyMeter, match="pip install nvidia-ml-py"):
+        find_meter(torch.device("cuda"))
+
+
+def rapl_tree(root: Path, domains: dict[str, tuple[str, int]]) -> Path:
+    for folder, (name, count) in domains.items():
+        (root / folder).mkdir(parents=True)
+        for file, text in {
+            "name": name,
+            "energy_uj": count,
+            "max_energy_range_uj": 999_999,
+        }.items():
+            (root / folder / file).write_text(f"{text}\n")
+    return root
+
+
+def test_rapl_counts_packages_and_memory_and_survives_the_wrap(tmp_path):
+    domains = {
+        "intel-rapl:0": ("package-0", 100),
+        "intel-rapl:0:0": ("core", 0),
+        "intel-rapl:0:1": ("dram", 900_000),
+        "intel-rapl:1": ("package-1", 0),
+        "intel-rapl:2": ("psys", 0),
+        "intel-rapl-mmio:0": ("package-0", 0),
+    }
+    root = rapl_tree(tmp_path / "powercap", domains)
+    (root / "intel-rapl").mkdir()
+    meter = Rapl(root)
+    assert meter.source == "RAPL's counters of dram, package-0, package-1"
+    meter.start()
+    for folder in domains:
+        (root / folder / "energy_uj").write_text("500000\n")
+    # The memory's counter went on to 1,000,000, which it shows as 0, and to 500,000.
+    assert meter.stop() == pytest.approx((499_900 + 600_000 + 500_000) / 1e6)
+
+
+def test_no_rapl_says_why(tmp_path, monkeypatch):
+    with pytest.raises(NoEnergyMeter, match=r"no energy counter of the processor \(RAPL\)"):
+        Rapl(tmp_path / "nothing")
+    root = rapl_tree(tmp_path, {"intel-rapl:0": ("package-0", 1)})
+    read = Path.read_text
+
+    def refuse(path: Path, *args: Any) -> str:
+        if path.name == "energy_uj":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(NoEnergyMeter, match="energy_uj may be read by root only"):
+        Rapl(root)
+
+
+def test_joules_per_call():
+    class Meter(energy.EnergyMeter):
+        def start(self) -> None:
+            self.calls = 0
+
+        def stop(self) -> float:
+            return 3.0 * self.calls
+
+    meter = Meter()
+
+    def call() -> None:
+        meter.calls += 1
+        time.sleep(0.005)
+
+    assert energy.joules_per_call(meter, call, device=CPU, seconds=0.03) == 3
+    assert meter.calls > 2
+    assert energy.joules_per_call(meter, call, device=CPU, seconds=0) == 3
+    assert meter.calls == 1
+
+
+# ------------------------------------------------------------------------- ceilings and memory
+
+
+def test_floor_by_hand():
+    # One layer is held up by its operations, the other by its bytes.
+    layers = [LayerCost(10, 20, 5, 8000), LayerCost(100, 200, 50, 10)]
+    seconds = floor_seconds(
+        layers,
+        batch=4,
+        element_size=2,
+        multiply_adds_per_second=1000,
+        bytes_per_second=100,
+    )
+    assert seconds == pytest.approx(4 * 8000 / 1000 + (4 * 300 + 50) * 2 / 100)
+
+
+def test_layers_add_up_to_the_total():
+    with torch.device("meta"):
+        complexity = analyze(VoVNet("V-19-slim-eSE"), (64, 64))
+    assert sum(c.multiply_adds for c in complexity.layers) == complexity.total.multiply_adds
+    assert sum(c.memory_access for c in complexity.layers) == complexity.total.memory_access
+
+
+def test_ceilings_do_the_work_that_they_claim(monkeypatch):
+    monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 64)
+    for ceiling in (
+        ceilings._product(CPU, torch.bfloat16),
+        ceilings._convolution(torch.bfloat16),
+        ceilings.matrix_ceiling(CPU, torch.bfloat16),
+    ):
+        assert count_multiply_adds(ceiling.call) == ceiling.work
+        assert ceiling.call().dtype == torch.bfloat16
+    monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 1000)
+    ceiling = ceilings.copy_ceiling(CPU)
+    assert ceiling.call().nbytes * 2 == ceiling.work == 2000
+
+
+def test_peak_memory_of_known_tensors():
+    mb = 2**20
+    model = nn.Linear(4, 4)
+
+    def call() -> None:
+        a = torch.zeros(4 * mb, dtype=torch.uint8)
+        b = torch.zeros(2 * mb, dtype=torch.uint8)
+        del a
+        c = torch.zeros(3 * mb, dtype=torch.uint8)
+        del b, c
+
+    assert peak_memory(call, model, CPU, before=0) == pytest.approx(6 * mb + 20 * 4, abs=2000)
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+def peer_parameters(name: str) -> int:
+    """Of the same network elsewhere, without its classifier."""
+    with torch.device("meta"):
+        if name.startswith("DenseNet"):
+            peer = timm.create_model(name.lower().replace("-", ""), num_classes=0)
+        elif name.startswith("ResNet"):
+            peer = torchvision.models.get_model(name.lower().replace("-", ""))
+            peer.fc = nn.Identity()
+        else:
+            peer = VoVNet(name, norm="BN")
+    return sum(p.numel() for p in peer.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone(name):
+    network = backbone(name)
+    with torch.device("meta"):
+        model = network.build()
+        complexity = analyze(model, (64, 64))
+        maps = model(torch.empty(1, 3, 64, 64))
+    assert complexity.total.parameters == peer_parameters(name)
+    assert [64 // m.shape[-1] for m in maps.values()] == [4, 8, 16, 32]
+
+
+# GMACs at 224x224 from published tables and independent counts.
+@pytest.mark.parametrize(
+    ("name", "gmacs"),
+    [
+        ("ResNet-50", 3.856),
+        ("ResNet-101", 7.568),
+        ("V-39-eSE", 7.075),
+        ("V-57-eSE", 8.935),
+        ("V-99-eSE", 16.495),
+        ("V-19-slim-dw-eSE", 0.398),
+    ],
+)
+def test_gflops(name, gmacs):
+    with torch.device("meta"):
+        complexity = analyze(backbone(name).build(), (224, 224))
+    assert complexity.total.multiply_adds / 1e9 == pytest.approx(gmacs, abs=6e-4)
+
+
+@pytest.mark.slow
+def test_densenet_gflops_are_fvcores():
+    peer = torchvision.models.densenet161().eval()
+    counted = FlopCountAnalysis(peer, torch.zeros(1, 3, 64, 64))
+    counted.unsupported_ops_warnings(False)
+    convolutions = counted.by_operator()["conv"]
+    with torch.device("meta"):
+        found = analyze(backbone("DenseNet-161").build(), (64, 64)).total.multiply_adds
+    assert found == convolutions
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("V-39-ese", r"No network 'V-39-ese'. Did you mean V-39-eSE"),
+        ("VGG", r"There are V-27-slim, .*timm:NAME"),
+        ("timm:ese_vovnet39", r"timm has no network 'ese_vovnet39'. Close to it: .*ese_vovnet39b"),
+    ],
+)
+def test_unknown_networks(name, message):
+    with pytest.raises(ValueError, match=message):
+        backbone(name).build()
+
+
+@pytest.mark.parametrize("name", ["V-19-slim-eSE", "ResNet-50"])
+def test_calibrated_maps_keep_their_size(name):
+    model = backbone(name).build()
+    image = torch.randn(2, 3, 128, 128)
+    calibrate_norms(model, image)
+    for maps in model(image).values():
+        assert 0.05 < maps.std() < 50
+
+
+# ------------------------------------------------------------------------------------ treatments
+
+
+@pytest.mark.parametrize(
+    ("name", "norms_left"),
+    [
+        ("timm:ese_vovnet19b_dw", 0),
+        ("timm:resnet18", 0),
+        # The first norm of each of 78 layers, those of 3 transitions and the last stand before a
+        # ReLU and a convolution.
+        pytest.param("DenseNet-161", 82, marks=pytest.mark.slow),
+    ],
+)
+def test_norms_of_peers_are_folded(name, norms_left):
+    model = backbone(name).build()
+    images = torch.randn(1, 3, 64, 64)
+    calibrate_norms(model, torch.randn(2, 3, 96, 96))
+    with torch.no_grad():
+        expected = model(images)
+        fold_norms(model, images)
+        found = model(images)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == norms_left
+    for key, maps in expected.items():
+        torch.testing.assert_close(found[key], maps, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_is_not_alone_is_not_folded():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"y": self.norm(y) + y}
+
+    model = Network().eval()
+    model.norm.running_mean += 1
+    with pytest.raises(ValueError, match="cannot be folded"):
+        fold_norms(model, torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_refusals(name):
+    treatment = TREATMENTS[name]
+    assert (treatment.refusal(CPU) is not None) == ("tf32" in name or "fp16" in name)
+
+
+def test_training_step_changes_weights_and_counts_thrice():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=4), nn.ConvTranspose2d(8, 4, 2)
+    )
+    wrapped = _Dict(model)
+    before = [p.clone() for p in model.parameters()]
+    step = training_step(wrapped, torch.randn(2, 3, 12, 12), TREATMENTS["plain"], CPU)
+    found = count_multiply_adds(step)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    first, grouped, transposed = (
+        2 * 8 * 10 * 10 * 27,
+        2 * 8 * 8 * 8 * 2 * 9,
+        2 * 8 * 8 * 8 * 4 * 4,
+    )
+    # The first layer's input needs no gradient.
+    assert found == 2 * first + 3 * grouped + 3 * transposed
+
+
+class _Dict(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.net(x)}
+
+
+# ----------------------------------------------------------------------------------------- study
+
+
+class Sleeper(nn.Module):
+    """Takes a time that is known."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if x.device.type != "meta":
+            time.sleep(self.seconds)
+        return {"y": self.conv(x)}
+
+
+def sleeper(name: str, seconds: float) -> Network:
+    return Network(name, lambda: Sleeper(seconds))
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 128)
+    monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 2**20)
+
+
+class SteadyMeter(energy.EnergyMeter):
+    """Ten joules for every measurement, whatever it is of."""
+
+    source = "a test"
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> float:
+        return 10.0
+
+
+def make_plan(**options: Any) -> Plan:
+    defaults: dict[str, Any] = {
+        "networks": [sleeper("slow", 0.03), sleeper("fast", 0.015)],
+        "sizes": [(64, 64)],
+        "batches": [2],
+        "warmup": 1,
+        "repeats": 3,
+        "energy_seconds": 0.0,
+    }
+    return Plan(**defaults | options)
+
+
+def run_study(**options: Any) -> Study:
+    result = Study(make_plan(**options))
+    result.run()
+    return result
+
+
+def test_rows_of_known_sleepers(monkeypatch):
+    monkeypatch.setattr(study, "find_meter", lambda device: SteadyMeter())
+    result = run_study(treatments=["plain", "fp16"])
+    rows = {(row["network"], row["treatment"]): row for row in result.rows}
+    slow, fast = rows["slow", "plain"], rows["fast", "plain"]
+    assert 30 <= slow["latency_ms"] < 45
+    assert slow["fps"] == pytest.approx(2 / (slow["latency_ms"] / 1e3))
+    assert fast["time_of_network"] == pytest.approx(0.5, abs=0.15)
+    assert fast["time_of_network_q1"] <= fast["time_of_network"] <= fast["time_of_network_q3"]
+    assert fast["reference_network"] == "slow"
+    assert slow["time_of_treatment"] == 1
+    assert slow["gflops"] == 64 * 64 * 4 * 27 / 1e9
+    assert slow["parameters_m"] == (4 * 27 + 4) / 1e6
+    assert slow["gflops_per_second"] == pytest.approx(slow["gflops"] * slow["fps"])
+    share = slow["gflops_per_second"] / slow["matrix_ceiling_gflops_per_second"]
+    assert slow["share_of_matrix_ceiling"] == pytest.approx(share, rel=0.5)
+    assert slow["share_of_floor"] >= slow["share_of_matrix_ceiling"] * 0.5
+    assert slow["joules_per_image"] == 5
+    assert slow["rounds"] == 3
+    assert rows["slow", "fp16"]["error"] == "float16 needs a GPU: on a CPU use bf16."
+    assert rows["slow", "fp16"]["latency_ms"] is None
+    assert "a test; idle power included" in result.protocol["energy"]
+
+
+def test_median_and_p95(monkeypatch):
+    series = [0.1 * i for i in range(1, 22)]
+
+    def rounds(calls, *, device, repeats):
+        for seconds in series:
+            yield dict.fromkeys(calls, seconds)
+
+    monkeypatch.setattr(study, "interleaved_rounds", rounds)
+    row = run_study(repeats=21).rows[0]
+    assert row["latency_ms"] == pytest.approx(1e3 * statistics.median(series))
+    percentiles = statistics.quantiles(series, n=20, method="inclusive")
+    assert row["latency_p95_ms"] == pytest.approx(1e3 * percentiles[18])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory"),
+        (RuntimeError("no kernel for that\nand more"), "no kernel for that"),
+    ],
+)
+def test_what_cannot_run_is_a_row(error, reason):
+    class Broken(Sleeper):
+        def forward(self, x):
+            if x.device.type != "meta" and x.shape[-1] == 64:
+                raise error
+            return super().forward(x)
+
+    rows = run_study(networks=[Network("broken", lambda: Broken(0)), sleeper("well", 0)]).rows
+    errors = {(row["network"], row["error"]) for row in rows}
+    assert errors == {("broken", reason), ("well", "")}
+    # The reference is broken, so that there is nothing to compare with.
+    assert all(row["time_of_network"] is None for row in rows)
+    assert "could not run" in format_table(rows)
+
+
+@pytest.mark.parametrize("where", [2, 9])
+def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where):
+    seen = []
+
+    def rounds(*args, **options):
+        for times in interleaved_rounds(*args, **options):
+            seen.append(times)
+            if len(seen) == where:
+                raise KeyboardInterrupt
+            yield times
+
+    monkeypatch.setattr(study, "interleaved_rounds", rounds)
+    result = run_study(repeats=4, modes=["inference", "training"], batches=[1, 2])
+    assert isinstance(result.interruption, KeyboardInterrupt)
+    cases = 4  # two networks, two treatments
+    assert [row["rounds"] for row in result.rows] == {
+        2: [1] * cases,
+        9: [4] * 2 * cases,
+    }[where]
+    markdown = next(p for p in write_study(result, tmp_path) if p.name == "README.md")
+    assert "- interrupted: these are the results up to then" in markdown.read_text()
+
+
+def test_references():
+    result = run_study(
+        references={"slow": "fast", "fast": "fast"},
+        treatments=["plain", "optimized"],
+        reference_treatment="optimized",
+    )
+    for row in result.rows:
+        assert row["reference_network"] == "fast"
+        assert row["reference_treatment"] == "optimized"
+    (row,) = (r for r in result.rows if (r["network"], r["treatment"]) == ("slow", "plain"))
+    assert row["time_of_network"] == pytest.approx(2, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"networks": [sleeper("a", 0), sleeper("a", 0)]}, "named twice"),
+        ({"treatments": ["best"]}, r"No treatment 'best': there are plain, .*compiled-fp16"),
+        ({"modes": ["sleep"]}, r"No mode 'sleep': there are inference, training"),
+        ({"references": {"slow": "x"}}, r"No reference network 'x': there are slow, fast"),
+        ({"accuracy": {"x": 1.0}}, r"No network with an accuracy 'x'"),
+        ({"reference_treatment": "bf16"}, r"No reference treatment 'bf16': there are plain"),
+        ({"batches": [0]}, "whole numbers from 1 up"),
+        ({"sizes": [(64, 0)]}, "whole numbers from 1 up"),
+    ],
+)
+def test_plans_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(**options)
+
+
+# ------------------------------------------------------------------------- real networks, thin
+
+
+TINY = [
+    *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.FPN.OUT_CHANNELS", "16"],
+    *["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8, 8, 8, 8)", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"],
+    *["MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
+    *["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"],
+    *["MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "TEST.DETECTIONS_PER_IMAGE", "5"],
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
+        "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
+    ],
+)
+def test_detectors(config):
+    network = detector(config, TINY)
+    rows = run_study(
+        networks=[network],
+        treatments=["plain", "optimized", "bf16"],
+        modes=["inference", "training"],
+        repeats=1,
+        batches=[1],
+    ).rows
+    assert [row["error"] for row in rows] == [""] * 6
+    assert {row["network"] for row in rows} == {Path(config).stem}
+    inference, training = rows[0], rows[3]
+    assert training["gflops"] > 2 * inference["gflops"]
+    assert len({row["parameters_m"] for row in rows}) == 1
+
+
+def test_a_detector_without_weights_finds_as_much_as_it_may():
+    model = detector("COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml", TINY).build()
+    model.eval()
+    calibrate_norms(model.backbone, torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        (found,) = model([{"image": torch.rand(3, 64, 64) * 255}])
+    assert len(found["instances"]) == 5
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def measured() -> Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ceilings._MATRIX_SIZE, "cpu", 64)
+        patch.setitem(ceilings._COPIED_BYTES, "cpu", 1000)
+        patch.setattr(study, "find_meter", lambda device: SteadyMeter())
+        return run_study(
+            treatments=["plain", "fp16"], accuracy={"slow": 30.5}, batches=[1, 2], repeats=2
+        )
+
+
+def test_files_parse_back(measured, tmp_path):
+    paths = {path.name: path for path in write_study(measured, tmp_path / "new")}
+    content = json.loads(paths["benchmark.json"].read_text())
+    assert content["conventions"] == CONVENTIONS
+    assert len(content["records"]) == len(measured.rows) == 8
+    protocol = {"date", "command", "device", "torch", "threads", "warm-up", "repeats", "energy"}
+    for record, row in zip(content["records"], measured.rows, strict=True):
+        assert record.items() >= row.items()
+        assert record.keys() >= protocol | {"dtype", "batch", "image_size", "memory"}
+    with paths["benchmark.csv"].open() as file:
+        lines = list(csv.DictReader(file))
+    for line, record in zip(lines, content["records"], strict=True):
+        assert {k: "" if v is None else str(v) for k, v in record.items()} == line
+    for cell in ("inference_64x64_batch1.png", "inference_64x64_batch2.png"):
+        assert f"![]({cell})" in paths["README.md"].read_text()
+        assert paths[cell].read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_parses_back(measured):
+    first, second = format_table(measured.rows).split("\n\n### ")[0:2]
+    heading, table = first.split("\n\n")
+    assert heading == "### inference, 64 × 64, batch 1"
+    assert second.startswith("inference, 64 × 64, batch 2")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    expected = [row for row in measured.rows if row["batch"] == 1]
+    assert len(rows) == len(expected)
+    for row, one in zip(rows, expected, strict=True):
+        assert row["network"] == one["network"]
+        assert row["could not run"] == one["error"]
+        if not one["error"]:
+            assert float(row["ms"]) == pytest.approx(one["latency_ms"], abs=0.005)
+            ratio = row["× network"]
+            assert float(ratio.split()[0]) == pytest.approx(one["time_of_network"], abs=5e-4)
+            assert ratio.endswith("of slow")
+
+
+def row_of(**values: Any) -> dict[str, Any]:
+    defaults = {"network": "a", "treatment": "plain", "fps": 10.0, "gflops": 5.0}
+    return (
+        defaults | {"gflops_per_second": 50.0, "accuracy": 40.0, "joules_per_image": 1.5} | values
+    )
+
+
+def test_four_plots():
+    rows = [row_of(), row_of(network="b", fps=20.0, accuracy=None)]
+    figure, left_out = plot_cell(rows, "title")
+    axes = [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
+    efficiency, joules = "computation efficiency (GFLOP/s)", "energy per image (J)"
+    assert axes == [
+        ("images per second", "accuracy"),
+        (efficiency, "accuracy"),
+        (joules, "accuracy"),
+        (efficiency, joules),
+    ]
+    assert left_out == []
+    points = [tuple(c.get_offsets()[0]) for c in figure.axes[3].collections]
+    assert points == [(50, 1.5), (50, 1.5)]
+    assert len(figure.axes[0].collections) == 1  # b's accuracy is not known
+
+
+def test_plots_without_accuracy_and_energy():
+    figure, left_out = plot_cell([row_of(accuracy=None, joules_per_image=None)], "title")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["GFLOPs (multiply-adds)"]
+    assert len(left_out) == 4
+    assert left_out[0] == (
+        "images per second are plotted against GFLOPs (multiply-adds), as the accuracy of no "
+        "network was given (--accuracy)."
+    )
+    assert "energy could not be measured" in left_out[3]
+
+
+# ------------------------------------------------------------------------------------------ tool
+
+
+def test_presets_are_plans():
+    for name, preset in tool.PRESETS.items():
+        args = tool.parse_arguments(["--preset", name, "--repeats", "7"])
+        assert args.repeats == 7
+        assert args.models == preset["models"]
+        if args.device.type == "cpu":
+            assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
+
+
+def test_tool(tmp_path, capsys):
+    words = ["--models", "V-19-slim-dw-eSE", "ResNet-50", "--sizes", "64x64", "--repeats", "2"]
+    words += ["--warmup", "1", "--accuracy", "ResNet-50=37.5", "--output", str(tmp_path)]
+    tool.run(tool.parse_arguments(words))
+    printed = capsys.readouterr().out
+    assert "warm-up: 1 calls" in printed
+    assert "| ResNet-50        | optimized" in printed
+    records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
+    assert [r["network"] for r in records if r["accuracy"] == 37.5] == ["ResNet-50"] * 2
+    assert "not available, because" in records[0]["energy"] or records[0]["joules_per_image"] > 0
+
+
+def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch):
+    def interrupt(self: Study) -> None:
+        self.interruption = KeyboardInterrupt()
+        self.rows = [{"error": "", **dict.fromkeys(study._COLUMNS)}]
+
+    written = []
+    monkeypatch.setattr(Study, "run", interrupt)
+    monkeypatch.setattr(tool, "write_study", lambda *args: written.append(args) or [])
+    monkeypatch.setattr(tool, "format_table", lambda rows: "")
+    with pytest.raises(KeyboardInterrupt):
+        tool.run(tool.parse_arguments(["--models", "V-39", "--output", str(tmp_path)]))
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Nothing to measure: give --models, --config-file or --preset"),
+        (["--models", "V-40"], "No network 'V-40'. Did you mean"),
+        (["--models", "V-39", "--treatments", "best"], "No treatment 'best'"),
+        (["--models", "V-39", "--reference", "a", "b"], "--reference names 2 networks for all"),
+        (["--models", "V-39", "--reference", "V-57"], "No reference network 'V-57'"),
+        (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes numbers"),
+        (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
+        (["--models", "V-39", "--batches", "0"], "whole numbers from 1 up"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_or_exit(tool.run, tool.parse_arguments(words))
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_accuracy_from_a_file(tmp_path):
+    file = tmp_path / "ap.csv"
+    file.write_text("network,accuracy\nV-39,33.5\n")
+    assert tool.read_accuracy([str(file), "b=1"]) == {"V-39": 33.5, "b": 1.0}
+    file.write_text("name,ap\nV-39,33.5\n")
+    with pytest.raises(ValueError, match="no CSV file with the columns network and accuracy"):
+        tool.read_accuracy([str(file)])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_treatment_on_a_gpu():
+    result = run_study(
+        networks=[backbone("V-19-slim-eSE")],
+        treatments=list(TREATMENTS),
+        modes=["inference", "training"],
+        device=torch.device("cuda"),
+    )
+    assert [row["error"] for row in result.rows] == [""] * 2 * len(TREATMENTS)
+    for row in result.rows:
+        assert 0 < row["share_of_matrix_ceiling"] < 1
+        assert row["peak_memory_mb"] > row["parameters_m"]

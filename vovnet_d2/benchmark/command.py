@@ -1,0 +1,227 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.launch import run_or_exit
+from .networks import BACKBONES, backbone, detector
+from .report import format_table, write_study
+from .study import MODES, Plan, Study
+from .treatments import TREATMENTS
+
+__all__ = ["main", "make_plan", "parse_arguments", "run"]
+
+_DESCRIPTION = """Networks side by side, by the VoVNet paper's six figures: GFLOPs, latency and FPS,
+parameters, peak memory, energy per image, computation efficiency. All cases are timed in turn,
+round after round, beside a large matrix product and a large copy: what the machine can do at most.
+
+    python tools/benchmark.py --models V-39-eSE ResNet-50 timm:ese_vovnet39b \\
+        --treatments plain optimized bf16 --sizes 480x640 800x1344 --batches 1 8
+    python tools/benchmark.py --preset resnet --output output/resnet    # V-39/R-50, V-57/R-101
+    python tools/benchmark.py --preset gpu --output output/gpu          # the whole table of a GPU
+    python tools/benchmark.py --config-file COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml \\
+        COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
+    python tools/benchmark.py --preset paper --accuracy V-39=33.5 ResNet-50=30.3 --output output/x
+
+Models: {backbones}, and timm:NAME for any of timm's.
+Treatments: {treatments}.
+"""
+
+_MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_{}_FPN_3x.yaml"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The backbones of the paper's Table 4, at its size.
+    "paper": {
+        "models": ["V-39", "ResNet-50", "DenseNet-201", "V-57", "ResNet-101", "DenseNet-161"],
+        "sizes": [(320, 320)],
+        "reference": ["ResNet-50", "V-57=ResNet-101", "DenseNet-161=ResNet-101"],
+    },
+    "resnet": {
+        "models": ["V-39", "ResNet-50", "V-57", "ResNet-101"],
+        "config_file": [_MASK_RCNN.format(n) for n in ("V_39", "R_50", "V_57", "R_101")],
+        "treatments": ["plain", "optimized", "bf16"],
+        "reference": [
+            "V-39=ResNet-50",
+            "ResNet-50=ResNet-50",
+            "V-57=ResNet-101",
+            "ResNet-101=ResNet-101",
+            "mask_rcnn_V_39_FPN_3x=mask_rcnn_R_50_FPN_3x",
+            "mask_rcnn_R_50_FPN_3x=mask_rcnn_R_50_FPN_3x",
+            "mask_rcnn_V_57_FPN_3x=mask_rcnn_R_101_FPN_3x",
+            "mask_rcnn_R_101_FPN_3x=mask_rcnn_R_101_FPN_3x",
+        ],
+    },
+    "gpu": {
+        "models": [
+            *("V-39-eSE", "V-57-eSE", "V-99-eSE", "V-19-slim-dw-eSE"),
+            *("ResNet-50", "ResNet-101", "timm:ese_vovnet39b"),
+        ],
+        "treatments": list(TREATMENTS),
+        "modes": list(MODES),
+        "batches": [1, 8],
+        "sizes": [(480, 640), (800, 1344)],
+        "device": torch.device("cuda"),
+        "warmup": 10,
+        "repeats": 50,
+    },
+}
+
+
+def image_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    described = _DESCRIPTION.format(
+        backbones=", ".join(BACKBONES), treatments=_describe_treatments()
+    )
+    parser = argparse.ArgumentParser(
+        description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="sets the defaults of the other options, but --output"
+    )
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=[], help="backbones")
+    parser.add_argument(
+        "--config-file",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="detectors: paths, or names in this package or in Detectron2's model zoo",
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="KEY VALUE", help="options of these configs"
+    )
+    parser.add_argument(
+        "--weights", action="store_true", help="load MODEL.WEIGHTS of these configs"
+    )
+    parser.add_argument(
+        "--allow-unsafe-yaml", action="store_true", help="accept Python tags in these files"
+    )
+    parser.add_argument("--norm", default="FrozenBN", help="of VoVNet and ResNet as backbones")
+    parser.add_argument("--treatments", nargs="+", default=["plain", "optimized"], metavar="NAME")
+    parser.add_argument("--modes", nargs="+", default=["inference"], choices=MODES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument(
+        "--sizes", nargs="+", type=image_size, default=[(480, 640)], metavar="HEIGHTxWIDTH"
+    )
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--warmup", type=int, default=3, help="calls that are not timed")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="network that the others are compared with, the first unless given; MODEL=NAME for "
+        "one of its own",
+    )
+    parser.add_argument(
+        "--reference-treatment", metavar="NAME", help="the first of --treatments unless given"
+    )
+    parser.add_argument(
+        "--accuracy",
+        nargs="+",
+        default=[],
+        metavar="NAME=AP",
+        help="of the networks, for the plots; or a CSV file with the columns network and accuracy",
+    )
+    parser.add_argument(
+        "--energy-seconds", type=float, default=2.0, help="that each case runs for its energy"
+    )
+    parser.add_argument("--output", type=Path, help="folder for JSON, CSV, Markdown and plots")
+    return parser
+
+
+def _describe_treatments() -> str:
+    return "; ".join(f"{t.name} ({t.description})" for t in TREATMENTS.values())
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line, or of ``words``; a preset's where they are not given."""
+    parser = argument_parser()
+    chosen, _ = parser.parse_known_args(words)
+    parser.set_defaults(**PRESETS.get(chosen.preset, {}))
+    return parser.parse_args(words)
+
+
+def read_references(words: list[str], names: list[str]) -> dict[str, str]:
+    """``["A", "B=C"]``: A for all networks but B, which C is for."""
+    general = [word for word in words if "=" not in word]
+    if len(general) > 1:
+        raise ValueError(f"--reference names {len(general)} networks for all: give one, or pairs.")
+    references = dict.fromkeys(names, general[0]) if general else {}
+    return references | dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def read_accuracy(words: list[str]) -> dict[str, float]:
+    pairs = []
+    for word in words:
+        if "=" in word:
+            pairs.append(word.rsplit("=", 1))
+            continue
+        with open(word, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        if not lines or not {"network", "accuracy"} <= lines[0].keys():
+            raise ValueError(f"{word} is no CSV file with the columns network and accuracy.")
+        pairs += [[line["network"], line["accuracy"]] for line in lines]
+    try:
+        return {name: float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"--accuracy takes numbers, NAME=AP: {' '.join(words)}") from None
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """
+    Raises:
+        FileNotFoundError, KeyError, ValueError: the arguments do not make sense.
+    """
+    if not args.models and not args.config_file:
+        raise ValueError("Nothing to measure: give --models, --config-file or --preset.")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use.")
+    networks = [backbone(name, norm=args.norm) for name in args.models]
+    networks += [
+        detector(file, args.options, weights=args.weights, unsafe=args.allow_unsafe_yaml)
+        for file in args.config_file
+    ]
+    return Plan(
+        networks=networks,
+        treatments=args.treatments,
+        modes=args.modes,
+        batches=args.batches,
+        sizes=args.sizes,
+        device=args.device,
+        warmup=args.warmup,
+        repeats=args.repeats,
+        references=read_references(args.reference, [network.name for network in networks]),
+        reference_treatment=args.reference_treatment,
+        accuracy=read_accuracy(args.accuracy),
+        energy_seconds=args.energy_seconds,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, and write what ``args`` ask for; also when interrupted on the way."""
+    study = Study(make_plan(args))
+    study.run()
+    print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
+    print(f"\n{format_table(study.rows)}\n")
+    if args.output and study.rows:
+        for path in write_study(study, args.output):
+            print(f"Wrote {path}.")
+    if study.interruption is not None:
+        raise study.interruption
+
+
+def main() -> None:
+    run_or_exit(run, parse_arguments())

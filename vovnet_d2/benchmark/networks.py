@@ -1,0 +1,173 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: backbones by name, and detectors by their config files.
+
+All have random weights, and norms with the statistics of random images, so that maps keep the size
+that they have in a trained network, whatever the depth and the precision. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torchvision.models
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, build_resnet_backbone
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from ..checkpoint import VoVNetCheckpointer
+from ..engine.config import load_config, resolve_config
+from ..modeling.specs import VOVNET_SPECS
+from ..modeling.vovnet import VoVNet
+
+__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector"]
+
+_TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class Network:
+    """
+    Attributes:
+        build: makes it on torch's current device, with random weights.
+        is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
+        load: loads its trained weights, where it has any.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    is_detector: bool = False
+    load: Callable[[nn.Module], object] | None = None
+
+
+def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
+    """A network that gives the maps of strides 4, 8, 16 and 32 as a dict.
+
+    Args:
+        name: a key of :data:`BACKBONES`, or ``"timm:NAME"`` for any network of timm's.
+        norm: of VoVNet and ResNet; DenseNet and timm's have BN.
+
+    Raises:
+        ValueError: there is no such network, or timm is needed and not installed.
+    """
+    if name.startswith(_TIMM):
+        return Network(name, lambda: _TimmFeatures(name.removeprefix(_TIMM)))
+    if name not in BACKBONES:
+        close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
+        meant = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(
+            f"No network {name!r}. {meant}There are {', '.join(BACKBONES)}, timm:NAME for timm's, "
+            "and detectors by --config-file."
+        )
+    return Network(name, lambda: BACKBONES[name](name, norm))
+
+
+def _vovnet(name: str, norm: str) -> nn.Module:
+    return VoVNet(name, norm=norm, out_features=["stage2", "stage3", "stage4", "stage5"])
+
+
+def _resnet(name: str, norm: str) -> nn.Module:
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH = int(name.partition("-")[2])
+    cfg.MODEL.RESNETS.NORM = norm
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+
+
+def _densenet(name: str, norm: str) -> nn.Module:
+    network = getattr(torchvision.models, name.lower().replace("-", ""))()
+    # Behind norm and ReLU, as the maps of the others are.
+    maps = [f"features.transition{i}.relu" for i in (1, 2, 3)] + ["features.norm5"]
+    return create_feature_extractor(network, maps)
+
+
+BACKBONES: dict[str, Callable[[str, str], nn.Module]] = {
+    **dict.fromkeys(VOVNET_SPECS, _vovnet),
+    **dict.fromkeys(("ResNet-50", "ResNet-101"), _resnet),
+    **dict.fromkeys(("DenseNet-161", "DenseNet-201"), _densenet),
+}
+"""Name to what builds it, from name and norm: this package's variants, Detectron2's ResNet and
+torchvision's DenseNet."""
+
+
+class _TimmFeatures(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{_TIMM}{name} needs timm: pip install timm") from error
+        if not timm.is_model(name):
+            close = get_close_matches(name, timm.list_models(), n=3)
+            raise ValueError(f"timm has no network {name!r}. Close to it: {', '.join(close)}.")
+        self.features = timm.create_model(name, features_only=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {str(index): maps for index, maps in enumerate(self.features(x))}
+
+
+def detector(
+    config_file: str, options: Sequence[str] = (), *, weights: bool = False, unsafe: bool = False
+) -> Network:
+    """A detector of a config file.
+
+    Random weights would leave the heads more to do in one network than in another, or nothing. So
+    without trained ones nothing is dropped for its score or its overlap, and every head gets as
+    many regions as the config allows.
+
+    Args:
+        config_file: a path, or a name in this package or in Detectron2's model zoo.
+        options: config options, ``[KEY, VALUE, ...]``.
+        weights: whether to load ``MODEL.WEIGHTS``.
+        unsafe: accept Python tags in the file.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: as :func:`load_config`.
+    """
+    path, trusted = resolve_config(config_file)
+    cfg = load_config(path, options, allow_unsafe_yaml=unsafe or trusted)
+    if not weights:
+        cfg.MODEL.RPN.NMS_THRESH = 1.0
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+            node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST = 0.0, 1.0
+
+    def build() -> nn.Module:
+        own = cfg.clone()
+        own.MODEL.DEVICE = torch.get_default_device().type
+        return META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)(own)
+
+    def load(model: nn.Module) -> object:
+        return VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+
+    name = config_file.rpartition("/")[2].removesuffix(".yaml")
+    return Network(name, build, is_detector=True, load=load if weights else None)
+
+
+def calibrate_norms(backbone: nn.Module, image: Tensor) -> None:
+    """Give each batch norm, frozen or not, the statistics of its input, in one forward pass.
+
+    Args:
+        image: (N, C, H, W).
+    """
+
+    def take_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        var, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))
+        # A channel without variance, in a map of one pixel for example, stays as it is.
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(torch.where(var > 0, var, 1.0))
+
+    backbone.eval()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, _BatchNorm | FrozenBatchNorm2d):
+                hooks.callback(module.register_forward_pre_hook(take_statistics).remove)
+        backbone(image)

@@ -1,0 +1,142 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A study as a table for the terminal, JSON, CSV and Markdown, with its plots beside it.
+
+Every file carries how and where its numbers were taken; in JSON and CSV each record does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from tabulate import tabulate
+
+from .memory import SOURCES
+from .plots import plot_cell
+from .protocol import write_csv
+from .study import Study
+
+__all__ = ["CONVENTIONS", "format_table", "write_study"]
+
+CONVENTIONS = {
+    "GFLOPs": "multiply-adds of convolutions, fully-connected layers and attention for one image, "
+    "in units of 10^9, as the VoVNet paper counts; of a detector's heads for the number of "
+    "regions that its config allows; in training with the backward pass",
+    "time": "of one call: median and 95th percentile of the rounds; FPS is the batch over the "
+    "median",
+    "J/image": "energy of one call over the batch",
+    "GFLOP/s": "GFLOPs of the batch over the median time (the paper's computation efficiency)",
+    "of matrix ceiling": "GFLOP/s over those of a large matrix product in the same dtype (on a CPU "
+    "of a 3x3 convolution, where that is faster), timed in the same rounds",
+    "of floor": "the sum, over the same layers, of the larger of the time for a layer's operations "
+    "at that ceiling and the time for its bytes at the speed of a large copy; over the time",
+    "× network, × treatment": "time over that of the reference network under the same treatment, "
+    "and over that of the same network under the reference treatment: median [quartiles] of the "
+    "ratios within each round",
+}
+"""How each column is taken."""
+
+# Column: its heading and the format of its numbers.
+_HEADINGS = {
+    "network": ("network", "{}"),
+    "treatment": ("treatment", "{}"),
+    "gflops": ("GFLOPs", "{:.2f}"),
+    "parameters_m": ("params (M)", "{:.2f}"),
+    "latency_ms": ("ms", "{:.2f}"),
+    "latency_p95_ms": ("p95 (ms)", "{:.2f}"),
+    "fps": ("FPS", "{:.2f}"),
+    "peak_memory_mb": ("memory (MB)", "{:.0f}"),
+    "joules_per_image": ("J/image", "{:.3g}"),
+    "gflops_per_second": ("GFLOP/s", "{:.1f}"),
+    "share_of_matrix_ceiling": ("of matrix ceiling", "{:.2f}"),
+    "share_of_floor": ("of floor", "{:.2f}"),
+    "time_of_network": ("× network", "{:.3f}"),
+    "time_of_treatment": ("× treatment", "{:.3f}"),
+    "accuracy": ("accuracy", "{:g}"),
+    "error": ("could not run", "{}"),
+}
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One GitHub table for each mode, image size and batch; columns without a value are left
+    out."""
+    cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["mode"], row["image_size"], row["batch"]), []).append(row)
+    parts = []
+    for (mode, size, batch), members in cells.items():
+        columns = [c for c in _HEADINGS if any(row[c] not in (None, "") for row in members)]
+        lines = [[_format(row, column) for column in columns] for row in members]
+        headings = [_HEADINGS[column][0] for column in columns]
+        table = tabulate(lines, headings, tablefmt="github", disable_numparse=True)
+        parts.append(f"### {mode}, {size.replace('x', ' × ')}, batch {batch}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _format(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if value is None:
+        return ""
+    text = _HEADINGS[column][1].format(value)
+    if column.startswith("time_of"):
+        text += f" [{row[column + '_q1']:.3f}, {row[column + '_q3']:.3f}]"
+        text += f" of {row[column.replace('time_of', 'reference')]}"
+    return text
+
+
+def write_study(study: Study, folder: Path) -> list[Path]:
+    """Write ``benchmark.json``, ``benchmark.csv``, ``README.md`` and a PNG of plots for each mode,
+    size and batch into ``folder``.
+
+    Returns:
+        the paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    protocol = {**study.protocol, "memory": SOURCES[study.plan.device.type]}
+    if study.interruption is not None:
+        protocol["interrupted"] = "these are the results up to then"
+    records = [{**row, **protocol} for row in study.rows]
+    json_path, csv, markdown = (
+        folder / name for name in ("benchmark.json", "benchmark.csv", "README.md")
+    )
+    content = {"conventions": CONVENTIONS, "records": records}
+    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_csv(csv, records)
+    plots, sentences = _write_plots(study, folder)
+    lines = [
+        "# Networks side by side",
+        "",
+        format_table(study.rows),
+        "",
+        *(f"![]({path.name})" for path in plots),
+        "",
+        *(f"- {name}: {value}" for name, value in (protocol | CONVENTIONS).items()),
+        *(f"- treatment {t.name}: {t.description}" for t in study.treatments()),
+        *(f"- {sentence}" for sentence in sentences),
+    ]
+    markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [json_path, csv, markdown, *plots]
+
+
+def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:
+    """The paths, and a sentence for each kind of plot that is left out."""
+    measured = [row for row in study.rows if not row["error"]]
+    cells = dict.fromkeys((row["mode"], row["image_size"], row["batch"]) for row in measured)
+    paths: list[Path] = []
+    sentences: dict[str, None] = {}
+    for cell in cells:
+        members = [r for r in measured if (r["mode"], r["image_size"], r["batch"]) == cell]
+        mode, size, batch = cell
+        protocol = study.protocol
+        title = f"{mode}, {size}, batch {batch}; {protocol['device']}, torch {protocol['torch']}"
+        figure, left_out = plot_cell(members, title)
+        path = folder / f"{mode}_{size}_batch{batch}.png"
+        figure.savefig(path)
+        plt.close(figure)
+        paths.append(path)
+        sentences |= dict.fromkeys(left_out)
+    return paths, list(sentences)

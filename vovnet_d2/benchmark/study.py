@@ -1,0 +1,439 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's six figures for networks side by side: work, speed, parameters, memory, energy and
+computation efficiency, every network under every treatment, for each mode, image size and batch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..analysis import Complexity, analyze
+from .ceilings import Ceiling, copy_ceiling, floor_seconds, matrix_ceiling
+from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
+from .memory import allocated, peak_memory
+from .networks import Network, calibrate_norms
+from .protocol import describe_environment, interleaved_rounds, ratios
+from .treatments import TREATMENTS, Treatment
+from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
+
+__all__ = ["MODES", "Plan", "Study"]
+
+MODES = ("inference", "training")
+_CALIBRATION, _FOLDING = (2, 3, 224, 224), (1, 3, 224, 224)
+_ENERGY_BLOCKS = 3
+_COPY = "copy"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Attributes:
+        networks: under different names.
+        treatments: names of :data:`TREATMENTS`.
+        modes: of :data:`MODES`.
+        sizes: (height, width) of the images, in pixels.
+        warmup: calls of each case before it is timed.
+        repeats: rounds of all cases.
+        references: network to the one that its times are compared with; of one that is not here,
+            the first.
+        reference_treatment: the one that a network's times are compared with; None is the first.
+        accuracy: network to its accuracy, measured elsewhere.
+        energy_seconds: how long each case runs for its energy, at least.
+    """
+
+    networks: Sequence[Network]
+    treatments: Sequence[str] = ("plain", "optimized")
+    modes: Sequence[str] = ("inference",)
+    batches: Sequence[int] = (1,)
+    sizes: Sequence[tuple[int, int]] = ((480, 640),)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    warmup: int = 3
+    repeats: int = 20
+    references: Mapping[str, str] = field(default_factory=dict)
+    reference_treatment: str | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    energy_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        names = [network.name for network in self.networks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"A network is named twice: {', '.join(names)}.")
+        _require(self.treatments, TREATMENTS, "treatment")
+        _require(self.modes, MODES, "mode")
+        _require([*self.references, *self.references.values()], names, "reference network")
+        _require(self.accuracy, names, "network with an accuracy")
+        if self.reference_treatment is not None:
+            _require([self.reference_treatment], self.treatments, "reference treatment")
+        numbers = [*self.batches, *(side for size in self.sizes for side in size), self.repeats]
+        if min(numbers) < 1 or self.warmup < 1:
+            raise ValueError("Batches, sizes, warm-up and repeats are whole numbers from 1 up.")
+
+    def reference_of(self, network: str) -> str:
+        return self.references.get(network, self.networks[0].name)
+
+
+def _require(names: Any, choices: Any, what: str) -> None:
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"No {what} {name!r}: there are {', '.join(choices)}.")
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What cases have in common that are compared."""
+
+    mode: str
+    size: tuple[int, int]
+    batch: int
+
+
+@dataclass(frozen=True)
+class _Case:
+    network: Network
+    treatment: Treatment
+    call: Callable[[], object]
+    peak_memory: int
+
+    @property
+    def name(self) -> str:
+        return _case_name(self.network.name, self.treatment.name)
+
+    @property
+    def matrix(self) -> str:
+        """Name of its matrix ceiling."""
+        return f"matrix {self.treatment.dtype} {self.treatment.tf32}"
+
+
+def _case_name(network: str, treatment: str) -> str:
+    return f"{network} {treatment}"
+
+
+class Study:
+    """Measures a plan.
+
+    Attributes:
+        rows: one per network, treatment, mode, size and batch, as far as measured; a case that
+            cannot run has the reason under ``"error"``, and no numbers.
+        interruption: what ended :meth:`run` early: Ctrl-C or another signal.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.rows: list[dict[str, Any]] = []
+        self.interruption: BaseException | None = None
+        self._models: dict[str, nn.Module] = {}
+        self._complexities: dict[tuple[str, tuple[int, int]], Complexity] = {}
+
+    @cached_property
+    def meter(self) -> EnergyMeter | NoEnergyMeter:
+        try:
+            return find_meter(self.plan.device)
+        except NoEnergyMeter as reason:
+            return reason
+
+    @cached_property
+    def protocol(self) -> dict[str, str]:
+        """What all rows have in common: hardware, versions, command, and how they were taken."""
+        plan, meter = self.plan, self.meter
+        energy = (
+            f"not available, because {meter}"
+            if isinstance(meter, NoEnergyMeter)
+            else f"{meter.source}; idle power included; median of {_ENERGY_BLOCKS} blocks of at "
+            f"least {plan.energy_seconds:g} s in all"
+        )
+        return describe_environment(plan.device) | {
+            "warm-up": f"{plan.warmup} calls",
+            "repeats": f"{plan.repeats} rounds of all cases, in random order",
+            "energy": energy,
+        }
+
+    def treatments(self) -> list[Treatment]:
+        return [TREATMENTS[name] for name in self.plan.treatments]
+
+    def run(self) -> None:
+        """Measure everything; when interrupted, keep what there is."""
+        plan = self.plan
+        cells = [_Cell(*values) for values in product(plan.modes, plan.sizes, plan.batches)]
+        cases = len(plan.networks) * len(plan.treatments)
+        try:
+            with tqdm(total=len(cells) * (cases + plan.repeats), unit="step") as bar:
+                for cell in cells:
+                    self._measure(cell, bar)
+        except (KeyboardInterrupt, SystemExit) as interruption:  # a signal may raise the latter
+            self.interruption = interruption
+
+    def _measure(self, cell: _Cell, bar: tqdm) -> None:
+        bar.set_description(f"{cell.mode}, batch {cell.batch}, {_times(cell.size)}")
+        cases: list[_Case] = []
+        for network, name in product(self.plan.networks, self.plan.treatments):
+            bar.set_postfix_str(_case_name(network.name, name))
+            try:
+                cases.append(self._prepare(cell, network, TREATMENTS[name]))
+            except (RuntimeError, ValueError) as error:
+                self.rows.append(self._row(cell, network, TREATMENTS[name], error=_reason(error)))
+                gc.collect()
+                if self.plan.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            bar.update()
+        if not cases:
+            bar.update(self.plan.repeats)
+            return
+        bar.set_postfix_str("")
+        ceilings = self._ceilings(cases)
+        calls = {case.name: case.call for case in cases}
+        calls |= {name: ceiling.call for name, ceiling in ceilings.items()}
+        rounds: list[dict[str, float]] = []
+        joules: dict[str, float] = {}
+        try:
+            for times in interleaved_rounds(
+                calls, device=self.plan.device, repeats=self.plan.repeats
+            ):
+                rounds.append(times)
+                bar.update()
+            joules = self._joules(cases)
+        finally:
+            if rounds:
+                series = {name: [one[name] for one in rounds] for name in calls}
+                for case in cases:
+                    self.rows.append(self._measured_row(cell, case, series, ceilings, joules))
+
+    def _prepare(self, cell: _Cell, network: Network, treatment: Treatment) -> _Case:
+        """Make a case and warm it up."""
+        device, training = self.plan.device, cell.mode == "training"
+        if reason := treatment.refusal(device):
+            raise _Refused(reason)
+        before = allocated(device)
+        images = random_images(cell.batch, cell.size, device)
+        original = self._model(network)
+        if training:
+            model = treatment.for_training(original).to(device)
+        else:
+            model = treatment.for_inference(original, torch.randn(_FOLDING)).to(device)
+        inputs: Any = images
+        if network.is_detector:
+            inputs = detector_inputs(model, images)
+        elif not treatment.plain:
+            inputs = images.to(memory_format=torch.channels_last)
+        make = training_step if training else inference
+        call = make(model, inputs, treatment, device)
+        for _ in range(self.plan.warmup):
+            call()
+        return _Case(network, treatment, call, peak_memory(call, model, device, before=before))
+
+    def _model(self, network: Network) -> nn.Module:
+        """On the CPU; never changed."""
+        if network.name not in self._models:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = network.build()
+                if network.load:
+                    network.load(model)
+                else:
+                    calibrate_norms(getattr(model, "backbone", model), torch.randn(_CALIBRATION))
+            self._models[network.name] = model
+        return self._models[network.name]
+
+    def _complexity(self, network: Network, size: tuple[int, int]) -> Complexity:
+        if (network.name, size) not in self._complexities:
+            with torch.device("meta"):
+                model = network.build()
+            self._complexities[network.name, size] = analyze(model, size)
+        return self._complexities[network.name, size]
+
+    def _ceilings(self, cases: Sequence[_Case]) -> dict[str, Ceiling]:
+        device = self.plan.device
+        ceilings = {_COPY: copy_ceiling(device)}
+        for case in cases:
+            if case.matrix not in ceilings:
+                with torch.no_grad():
+                    ceiling = matrix_ceiling(device, case.treatment.dtype)
+                call = _under(case.treatment.precision, device, ceiling.call)
+                ceilings[case.matrix] = Ceiling(call, ceiling.work, ceiling.description)
+        for ceiling in ceilings.values():
+            ceiling.call()
+        return ceilings
+
+    def _joules(self, cases: Sequence[_Case]) -> dict[str, float]:
+        """Of one call of each case; nothing where it cannot be measured."""
+        meter = self.meter
+        if isinstance(meter, NoEnergyMeter):
+            return {}
+        seconds = self.plan.energy_seconds / _ENERGY_BLOCKS
+        blocks = [
+            {
+                case.name: joules_per_call(
+                    meter, case.call, device=self.plan.device, seconds=seconds
+                )
+                for case in cases
+            }
+            for _ in range(_ENERGY_BLOCKS)
+        ]
+        return {
+            case.name: float(np.median([block[case.name] for block in blocks])) for case in cases
+        }
+
+    def _multiply_adds(self, network: Network, cell: _Cell) -> float:
+        """For one image: in training with the backward pass, counted in a real step."""
+        if cell.mode == "inference":
+            return self._complexity(network, cell.size).total.multiply_adds
+        cpu, plain = torch.device("cpu"), TREATMENTS["plain"]
+        key = network.name, cell.size
+        if key not in self._training_counts:
+            model = copy.deepcopy(self._model(network)).train()
+            images = random_images(1, cell.size, cpu)
+            inputs = detector_inputs(model, images) if network.is_detector else images
+            self._training_counts[key] = count_multiply_adds(
+                training_step(model, inputs, plain, cpu)
+            )
+        return self._training_counts[key]
+
+    @cached_property
+    def _training_counts(self) -> dict[Any, float]:
+        return {}
+
+    def _measured_row(
+        self,
+        cell: _Cell,
+        case: _Case,
+        times: Mapping[str, Sequence[float]],
+        ceilings: Mapping[str, Ceiling],
+        joules: Mapping[str, float],
+    ) -> dict[str, Any]:
+        network, seconds = case.network, np.array(times[case.name])
+        multiply_adds = self._multiply_adds(network, cell)
+        rate = ceilings[case.matrix].work / np.array(times[case.matrix])
+        bandwidth = ceilings[_COPY].work / np.array(times[_COPY])
+        floor_share = None
+        if cell.mode == "inference":
+            layers = self._complexity(network, cell.size).layers
+            size = case.treatment.dtype.itemsize
+            floors = [
+                floor_seconds(
+                    layers,
+                    batch=cell.batch,
+                    element_size=size,
+                    multiply_adds_per_second=r,
+                    bytes_per_second=b,
+                )
+                for r, b in zip(rate, bandwidth, strict=True)
+            ]
+            floor_share = float(np.median(floors / seconds))
+        latency = float(np.median(seconds))
+        per_call = joules.get(case.name)
+        reference = _case_name(self.plan.reference_of(network.name), case.treatment.name)
+        own = _case_name(network.name, self.plan.reference_treatment or self.plan.treatments[0])
+        return self._row(
+            cell,
+            network,
+            case.treatment,
+            gflops=multiply_adds / 1e9,
+            latency_ms=latency * 1e3,
+            latency_p95_ms=float(np.percentile(seconds, 95)) * 1e3,
+            fps=cell.batch / latency,
+            peak_memory_mb=case.peak_memory / 1e6,
+            joules_per_image=None if per_call is None else per_call / cell.batch,
+            gflops_per_second=cell.batch * multiply_adds / latency / 1e9,
+            share_of_matrix_ceiling=float(
+                np.median(cell.batch * multiply_adds / seconds / rate),
+            ),
+            share_of_floor=floor_share,
+            matrix_ceiling=ceilings[case.matrix].description,
+            matrix_ceiling_gflops_per_second=float(np.median(rate)) / 1e9,
+            copy_gb_per_second=float(np.median(bandwidth)) / 1e9,
+            rounds=len(seconds),
+            **_compare("network", self.plan.reference_of(network.name), seconds, times, reference),
+            **_compare("treatment", own.removeprefix(network.name + " "), seconds, times, own),
+        )
+
+    def _row(
+        self, cell: _Cell, network: Network, treatment: Treatment, **measured: Any
+    ) -> dict[str, Any]:
+        accuracy = self.plan.accuracy.get(network.name)
+        parameters = self._complexity(network, cell.size).total.parameters
+        row = dict.fromkeys(_COLUMNS) | {
+            "network": network.name,
+            "treatment": treatment.name,
+            "mode": cell.mode,
+            "dtype": str(treatment.dtype).removeprefix("torch."),
+            "batch": cell.batch,
+            "image_size": _times(cell.size),
+            "parameters_m": parameters / 1e6,
+            "accuracy": accuracy,
+            "error": "",
+        }
+        assert measured.keys() <= row.keys()
+        return row | measured
+
+
+_COLUMNS = (
+    *("network", "treatment", "mode", "dtype", "batch", "image_size"),
+    *("gflops", "parameters_m", "latency_ms", "latency_p95_ms", "fps", "peak_memory_mb"),
+    *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
+    *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),
+    *("reference_treatment", "time_of_treatment", "time_of_treatment_q1", "time_of_treatment_q3"),
+    *(
+        "matrix_ceiling",
+        "matrix_ceiling_gflops_per_second",
+        "copy_gb_per_second",
+        "rounds",
+        "accuracy",
+        "error",
+    ),
+)
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, _Refused):
+        return str(error)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "out of memory" if "can't allocate memory" in first else first
+
+
+def _under(
+    context: Callable[[torch.device], Any], device: torch.device, call: Callable[[], object]
+) -> Callable[[], object]:
+    def under() -> object:
+        with context(device):
+            return call()
+
+    return under
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _compare(
+    kind: str,
+    reference: str,
+    seconds: Any,
+    times: Mapping[str, Sequence[float]],
+    reference_case: str,
+) -> dict[str, Any]:
+    """Median and quartiles of the ratios of each round; none where the reference cannot run."""
+    if reference_case not in times:
+        return {}
+    q1, middle, q3 = np.percentile(ratios(seconds, times[reference_case]), (25, 50, 75))
+    return {
+        f"reference_{kind}": reference,
+        f"time_of_{kind}": float(middle),
+        f"time_of_{kind}_q1": float(q1),
+        f"time_of_{kind}_q3": float(q3),
+    }

@@ -1,0 +1,167 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How a network is treated before it is timed: as it is written, or by what makes it fast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..modeling.inference import optimize_for_inference
+from .plain import plain
+
+__all__ = ["TREATMENTS", "Treatment", "fold_norms"]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """
+    Attributes:
+        description: what is done, in inference and in training.
+        plain: leave the network as it is written: separate norms, NCHW.
+        dtype: what it computes in; in training other types than float32 stand for autocast.
+        compile: by torch.compile.
+        tf32: let a GPU round float32 operands to TF32.
+    """
+
+    name: str
+    description: str
+    plain: bool = False
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    tf32: bool = False
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why this cannot run on ``device``; None if it can."""
+        if self.tf32 and device.type != "cuda":
+            return "TF32 is a mode of GPUs."
+        if self.dtype == torch.float16 and device.type == "cpu":
+            return "float16 needs a GPU: on a CPU use bf16."
+        if self.dtype == torch.bfloat16 and device.type == "cuda":
+            return None if torch.cuda.is_bf16_supported() else "This GPU has no bfloat16."
+        return None
+
+    def for_inference(self, model: nn.Module, inputs: Tensor) -> nn.Module:
+        """A copy of ``model`` to infer with.
+
+        Args:
+            inputs: (N, C, H, W), what its backbone can run on.
+        """
+        if self.plain:
+            return plain(model).eval().requires_grad_(False)
+        model = copy.deepcopy(model).eval()
+        fold_norms(getattr(model, "backbone", model), inputs)
+        return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
+
+    def for_training(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` to train, as the trainer would have it."""
+        if self.plain:
+            return plain(model).train()
+        model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+        if self.compile:
+            getattr(model, "backbone", model).compile()
+        return model
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """What a training step runs under."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+    @contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """What every call runs under: whether a GPU uses TF32."""
+        if device.type != "cuda":
+            yield
+            return
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        before = [backend.allow_tf32 for backend in backends]
+        for backend in backends:
+            backend.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            for backend, allowed in zip(backends, before, strict=True):
+                backend.allow_tf32 = allowed
+
+
+def _by_name(*treatments: Treatment) -> dict[str, Treatment]:
+    return {treatment.name: treatment for treatment in treatments}
+
+
+_FAST = "norms folded, channels-last; in training as the trainer has it"
+
+TREATMENTS = _by_name(
+    Treatment("plain", "eager float32, separate norms, NCHW", plain=True),
+    Treatment("plain-tf32", "as plain, on a GPU with TF32", plain=True, tf32=True),
+    Treatment("optimized", f"float32: {_FAST}"),
+    Treatment("optimized-tf32", "as optimized, on a GPU with TF32", tf32=True),
+    Treatment("bf16", f"bfloat16: {_FAST}", dtype=torch.bfloat16),
+    Treatment("fp16", f"float16: {_FAST}", dtype=torch.float16),
+    Treatment("compiled", "as optimized, compiled", compile=True),
+    Treatment("compiled-bf16", "as bf16, compiled", dtype=torch.bfloat16, compile=True),
+    Treatment("compiled-fp16", "as fp16, compiled", dtype=torch.float16, compile=True),
+)
+
+
+def fold_norms(model: nn.Module, inputs: Tensor) -> None:
+    """Fold each batch norm that takes just what a convolution gives, wherever the two stand, so
+    that the networks of torchvision and timm are treated as Detectron2's are.
+
+    Args:
+        model: in evaluation mode; changed in place.
+        inputs: what ``model`` runs on, before and after.
+
+    Raises:
+        ValueError: something else reads a convolution's output, so that the result changed.
+    """
+    # Who follows whom is seen in a forward pass, by the identity of tensors.
+    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    readers: dict[nn.Conv2d, list[nn.Module]] = {}
+
+    def note_output(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        made_by[id(output)] = conv, output
+
+    def note_input(module: nn.Module, args: tuple[object, ...]) -> None:
+        for tensor in args:
+            if id(tensor) in made_by:
+                readers.setdefault(made_by[id(tensor)][0], []).append(module)
+
+    hooks = []
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            hooks.append(module.register_forward_hook(note_output))
+        if not list(module.children()) or isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_pre_hook(note_input))
+    with torch.no_grad():
+        expected = model(inputs)
+    for hook in hooks:
+        hook.remove()
+    for conv, modules in readers.items():
+        if (
+            len(modules) == 1
+            and isinstance(norm := modules[0], _BatchNorm)
+            and norm.track_running_stats
+        ):
+            _fold(model, conv, norm)
+    with torch.no_grad():
+        found = model(inputs)
+    for name, maps in expected.items():
+        if not torch.allclose(found[name], maps, rtol=1e-3, atol=1e-3 * float(maps.std())):
+            raise ValueError("The norms of this network cannot be folded: its maps change.")
+
+
+def _fold(model: nn.Module, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    # timm's norms carry an activation.
+    rest = nn.Sequential(*norm.children())
+    model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+    model.set_submodule(names[norm], rest if len(rest) else nn.Identity())

@@ -1,0 +1,136 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed: one inference, or one training step, on random images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..analysis.memory_access import layer_cost
+from ..analysis.observe import observe
+from .treatments import Treatment
+
+__all__ = [
+    "count_multiply_adds",
+    "detector_inputs",
+    "inference",
+    "random_images",
+    "training_step",
+]
+
+_OBJECTS = 8  # per image, about as many as in COCO
+_LEARNING_RATE = 1e-6  # the weights of a network that is only timed should stay finite
+
+
+def random_images(batch: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """(batch, 3, height, width), normalised."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def detector_inputs(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """What Detectron2's data loader gives: the images with values from 0 to 255, and, for a model
+    in training mode, boxes, masks, keypoints and labels for the heads that it has."""
+    height, width = images.shape[-2:]
+    inputs = []
+    for image in images:
+        record = {"image": image * 50 + 128, "height": height, "width": width}
+        if model.training:
+            record["instances"] = _random_objects(model, height, width).to(image.device)
+            semantic: Any = getattr(model, "sem_seg_head", None)
+            if semantic is not None:
+                record["sem_seg"] = torch.zeros(
+                    height, width, dtype=torch.long, device=image.device
+                )
+        inputs.append(record)
+    return inputs
+
+
+def _random_objects(model: nn.Module, height: int, width: int) -> Instances:
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([width, height])
+    corner = torch.rand(_OBJECTS, 2, generator=generator) * size * 0.7
+    sides = (torch.rand(_OBJECTS, 2, generator=generator) * 0.25 + 0.05) * size
+    boxes = torch.cat([corner, corner + sides], dim=1)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(boxes)
+    instances.gt_classes = torch.zeros(_OBJECTS, dtype=torch.long)
+    heads: Any = getattr(model, "roi_heads", None)
+    if getattr(heads, "mask_on", False):
+        x0, y0, x1, y1 = boxes.unbind(1)
+        corners = torch.stack([x0, y0, x1, y0, x1, y1, x0, y1], dim=1)
+        instances.gt_masks = PolygonMasks([[polygon.numpy()] for polygon in corners])
+    if getattr(heads, "keypoint_on", False):
+        number = heads.keypoint_head.num_keypoints
+        centres = (corner + sides / 2)[:, None].expand(-1, number, -1)
+        visible = torch.full((_OBJECTS, number, 1), 2.0)
+        instances.gt_keypoints = Keypoints(torch.cat([centres, visible], dim=2))
+    return instances
+
+
+def inference(
+    model: nn.Module, inputs: Any, treatment: Treatment, device: torch.device
+) -> Callable[[], object]:
+    """A function that runs ``model`` on ``inputs`` without autograd."""
+
+    def call() -> object:
+        with torch.inference_mode(), treatment.precision(device):
+            return model(inputs)
+
+    return call
+
+
+def training_step(
+    model: nn.Module, inputs: Any, treatment: Treatment, device: torch.device
+) -> Callable[[], object]:
+    """A function that runs one step: forward, backward, SGD with momentum.
+
+    The loss is a detector's own, or the sum of the means of a backbone's maps.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=_LEARNING_RATE, momentum=0.9)
+    scaler = torch.amp.GradScaler(device.type, enabled=treatment.dtype == torch.float16)
+
+    def call() -> object:
+        with treatment.precision(device):
+            with treatment.autocast(device), EventStorage():
+                outputs = model(inputs)
+                loss = sum(value.float().mean() for value in outputs.values())
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return loss
+
+    return call
+
+
+def count_multiply_adds(call: Callable[[], object]) -> int:
+    """Of the convolutions, fully-connected layers and attention in ``call``, the backward pass
+    included."""
+    counter = _Counter()
+    with observe(counter):
+        call()
+    return counter.multiply_adds
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.multiply_adds = 0
+
+    def observe(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        if func._overloadpacket == torch.ops.aten.convolution_backward:
+            # torch's own count takes grouped convolutions for dense ones. The gradients of input
+            # and weight cost as much as the convolution, each.
+            gradient, features, weight, *_, transposed, _, _, wanted = args
+            places = features if transposed else gradient
+            self.multiply_adds += sum(wanted[:2]) * places.numel() * weight[0].numel()
+        elif (cost := layer_cost(func, args, kwargs, out)) is not None:
+            self.multiply_adds += cost.multiply_adds
