@@ -77,9 +77,10 @@ def _draw_by_iteration(curves: Mapping[str, np.ndarray]) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure()
         styles = iter(_line_styles(len(curves)))
+        curves = {name: _thin(points) for name, points in curves.items()}
         for name, points in curves.items():
             color, dashes = (_INK, "-") if name == "total_loss" else next(styles)
-            x, y = _thin(points).T
+            x, y = points.T
             axes.plot(x, y, dashes, color=color, label=name, marker="o" if len(x) < 20 else None)
         values = np.concatenate([points[:, 1] for points in curves.values()])
         values = values[np.isfinite(values)]
