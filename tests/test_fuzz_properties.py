@@ -84,7 +84,7 @@ def test_many_specs_build_what_they_say(spec: VoVNetSpec) -> None:
     check_spec(spec)
 
 
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=100, **FUZZ)
 @given(specs, st.sampled_from(list(GOOD_FIELDS)), anything)
 def test_other_values_of_a_field_are_refused(spec: VoVNetSpec, field: str, value: Any) -> None:
     fields = {**vars(spec), field: value}
@@ -201,7 +201,7 @@ def check_bytes(tmp_path: Any, data: bytes, place: float, drop: int) -> None:
         require_sentence(error)
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 @given(data=st.binary(max_size=20), place=st.floats(0, 1), drop=st.integers(0, 20))
 def test_damaged_files_are_read_or_refused(
     tmp_path: Any, data: bytes, place: float, drop: int
@@ -244,7 +244,8 @@ def check_config_value(tmp_path: Any, key: tuple[str, ...], value: Any) -> None:
     except (FileNotFoundError, KeyError, ValueError) as error:
         return require_sentence(error)
     path.write_text(cfg.dump())  # as a run writes it, to be given to another
-    assert load_config(str(path)).dump() == cfg.dump()
+    again = load_config(str(path))
+    assert repr(yaml.safe_load(again.dump())) == repr(yaml.safe_load(cfg.dump()))
     return None
 
 

@@ -136,22 +136,22 @@ def _check_archive(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
-            if "constants.pkl" in names:
-                raise ValueError(
-                    f"{path} is a TorchScript program: save the state_dict() of the model that it "
-                    "was made from."
-                )
-            if "data.pkl" not in names:
-                raise ValueError(
-                    f"{path} is a zip archive without PyTorch's weights in it: unpack it first."
-                )
-            for record in archive.infolist():
+            for record in archive.infolist() if "data.pkl" in names else []:
                 if record.CRC:  # torch.save can be told to write none
                     with archive.open(record) as file:
                         while file.read(2**20):
                             pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # zipfile raises what comes to it, OSError included
         raise ValueError(f"{path} {_DAMAGED}") from error
+    if "constants.pkl" in names:
+        raise ValueError(
+            f"{path} is a TorchScript program: save the state_dict() of the model that it was made "
+            "from."
+        )
+    if "data.pkl" not in names:
+        raise ValueError(
+            f"{path} is a zip archive without PyTorch's weights in it: unpack it first."
+        )
 
 
 def _why_torch_failed(error: Exception) -> str:
