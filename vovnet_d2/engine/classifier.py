@@ -192,6 +192,10 @@ class ClassifierTrainer(Trainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
         return AccuracyEvaluator()
 
+    @classmethod
+    def main_metric(cls, cfg: CfgNode) -> str | None:
+        return "classification/top1" if cfg.DATASETS.TEST else None
+
     def build_hooks(self) -> list[HookBase | None]:
         """All but the best checkpoint: a rate that falls to zero ends with the best weights."""
         return [hook for hook in super().build_hooks() if not isinstance(hook, BestCheckpointer)]

@@ -21,6 +21,10 @@ __all__ = ["argument_parser", "find_config", "load_config", "resolve_config"]
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's usual arguments and this package's, all of which precede the config options."""
     parser = default_argument_parser()
+    parser.epilog += (
+        "\nExit status: 0 done, 1 failed on the way, 2 a mistake in what was asked for,\n"
+        "75 ended by SIGTERM, SIGUSR1 or Ctrl-C: the same command with --resume goes on.\n"
+    )
     group = parser.add_argument_group("added by vovnet_d2")
     group.add_argument(
         "--auto-scale-lr",

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..data.mapper import build_mapper
@@ -144,6 +145,12 @@ class Trainer(DefaultTrainer):
             )
         else:
             self._trainer = AgreedSteps(model, data_loader, optimizer, request=self._request)
+        self._norm_statistics = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            for buffer in module.buffers()
+        ]
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = VoVNetCheckpointer(
             model,
@@ -168,7 +175,7 @@ class Trainer(DefaultTrainer):
         """Detectron2's, in its order, and the best checkpoint before the writers."""
         cfg = self.cfg
         self._checkpointing = Checkpointing(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        period, metric = cfg.TEST.EVAL_PERIOD, main_metric(cfg)
+        period, metric = cfg.TEST.EVAL_PERIOD, self.main_metric(cfg)
         found: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             own = cfg.clone()
@@ -264,17 +271,17 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
-        skipping = self._skipped_steps < self.cfg.SOLVER.MAX_SKIPPED_STEPS
-        buffers = [buffer.clone() for buffer in self.model.buffers()] if skipping else []
+        statistics = [buffer.clone() for buffer in self._norm_statistics]
         try:
             super().run_step()
         except NonFiniteLossError as error:
-            record = self._record_nonfinite(error)
-            if not skipping:
-                raise FloatingPointError(self._explain_nonfinite(error, record)) from error
-            # The norms have averaged over what was not finite.
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            # Norms have averaged over what was not finite.
+            for buffer, before in zip(self._norm_statistics, statistics, strict=True):
                 buffer.copy_(before)
+            images = comm.gather(self._image_names())
+            record = self._record_nonfinite(error, images)
+            if self._skipped_steps >= self.cfg.SOLVER.MAX_SKIPPED_STEPS:
+                raise FloatingPointError(self._explain_nonfinite(error, images, record)) from error
             self._skipped_steps += 1
             logger.warning(
                 "Iteration %d is skipped, number %d of the %d that SOLVER.MAX_SKIPPED_STEPS "
@@ -340,9 +347,8 @@ class Trainer(DefaultTrainer):
 
     # Losses that are not finite
 
-    def _record_nonfinite(self, error: NonFiniteLossError) -> str:
-        """Write down what is known of this step; all processes call it. Returns the file's path."""
-        images = comm.gather(self._image_names())
+    def _record_nonfinite(self, error: NonFiniteLossError, images: list[list[str]]) -> str:
+        """Write down what is known of this step, and return the file's path."""
         if not comm.is_main_process():
             return ""
         rate = self.optimizer.param_groups[0]["lr"]
@@ -357,7 +363,9 @@ class Trainer(DefaultTrainer):
         place = replace(self._place, batches=self._place.batches + self.iter - self.start_iter)
         return [loader.name(index) for _, index in next(loader.batches(place))]
 
-    def _explain_nonfinite(self, error: NonFiniteLossError, record: str) -> str:
+    def _explain_nonfinite(
+        self, error: NonFiniteLossError, images: list[list[str]], record: str
+    ) -> str:
         self.gather_rank_states()
         if not comm.is_main_process():
             return f"Training diverged at iteration {self.iter}. {error}"
@@ -371,11 +379,12 @@ class Trainer(DefaultTrainer):
         before = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
         return (
             f"Training diverged at iteration {iteration}. {error}\n"
-            f"Losses: {error.losses}; learning rate: {rate:.3g}; the images are in {record}.\n"
+            f"Losses of each process: {error.losses}; learning rate: {rate:.3g}.\n"
+            f"Images of each process: {images}.\n"
             f"Losses of the iteration before: {before or 'there was none'}.\n"
             f"{explain(self.cfg, rate=rate)}\n"
-            f"The state before the step is in {state}.pth: with this name in the file "
-            "last_checkpoint, --resume makes the step again.\n"
+            f"All this is in {record}, and the state before the step in {state}.pth: with this "
+            "name in the file last_checkpoint, --resume makes the step again.\n"
             f"Last checkpoint: {self.checkpointer.get_checkpoint_file() or 'none was saved'}."
         )
 
@@ -423,6 +432,11 @@ class Trainer(DefaultTrainer):
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = stay_until_dismissed
         return loader
+
+    @classmethod
+    def main_metric(cls, cfg: CfgNode) -> str | None:
+        """See :func:`vovnet_d2.engine.evaluation.main_metric`."""
+        return main_metric(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
