@@ -100,7 +100,7 @@ def test_down_block_pools_in_ceil_mode() -> None:
 
 
 def test_ssd_extra_without_padding() -> None:
-    block = SSDExtra(6, 8, norm="BN", stride=1)
+    block = SSDExtra(6, 8, norm="BN", stride=1).eval()
     assert block(torch.randn(1, 6, 5, 5)).shape == (1, 8, 3, 3)
     assert block(torch.randn(1, 6, 3, 3)).shape == (1, 8, 1, 1)
 
@@ -116,24 +116,24 @@ def test_residual_block_projects_at_equal_widths() -> None:
     block = ResidualBlock(8, 8, 2, norm="BN").eval()
     x = torch.randn(1, 8, 4, 4)
     assert not torch.equal(block.shortcut(x), x)
-    assert torch.equal(
-        block(x), (block.shortcut(x) + block.conv3(block.conv2(block.conv1(x)))).relu()
-    )
+    branch = block.conv3(block.conv2(block.conv1(x)))
+    assert torch.equal(block(x), (block.shortcut(x) + branch).relu())
 
 
 def test_initialisation() -> None:
     model = build_tiny("refinedet")
-    added = [model.backbone.extras, model.head.tcb]
-    for module in added:
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                assert layer.weight.std() == pytest.approx(0.01, rel=0.2)
-    for layer in [*model.backbone.bottom_up.modules(), *model.head.modules()]:
-        if isinstance(layer, Predictor) or (
-            isinstance(layer, nn.Conv2d) and layer in set(model.backbone.bottom_up.modules())
-        ):
+    xavier, gaussian = set(), set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             bound = math.sqrt(3 / layer.weight[0].numel())  # Caffe's Xavier
-            assert bound * 0.9 < layer.weight.abs().max() <= bound
+            if bound * 0.9 < layer.weight.abs().max() <= bound:
+                xavier.add(name)
+            elif layer.weight.std().item() == pytest.approx(0.01, rel=0.2):
+                gaussian.add(name)
+    convs = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)}
+    predictors = {n for n, m in model.named_modules() if isinstance(m, Predictor)}
+    assert xavier == predictors | {n for n in convs if n.startswith("backbone.bottom_up.")}
+    assert gaussian == convs - xavier
 
 
 # At work ------------------------------------------------------------------------------------------
@@ -280,14 +280,11 @@ def test_refinedet_losses(thresholds: tuple[float, float]) -> None:
 
 def test_unlikely_anchors_have_no_score() -> None:
     model = build_tiny("refinedet", MODEL__SINGLE_SHOT__SCORE_THRESH_TEST=0.0).eval()
-    for level in model.head.arm.levels:  # objectness 0 everywhere but on the finest map
-        with torch.no_grad():
-            level.logits.weight.zero_()
-            bias = level.logits.bias.view(-1, 2)
-            bias[:, 0], bias[:, 1] = (
-                (0.0, 0.0) if level is model.head.arm.levels[0] else (-9.0, 9.0)
-            )
     with torch.no_grad():
+        for index, level in enumerate(model.head.arm.levels):
+            level.logits.weight.zero_()
+            # Objectness 0.5 on the finest map, and none elsewhere.
+            level.logits.bias.view(-1, 2)[:, 1] = 0 if index == 0 else 18
         found = model([{"image": samples()[0]["image"]}])[0]["instances"]
         model.objectness_threshold = 0.6
         assert len(model([{"image": samples()[0]["image"]}])[0]["instances"]) == 0

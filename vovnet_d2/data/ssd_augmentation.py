@@ -206,7 +206,7 @@ class SamplerCrop(T.Augmentation):
         """A crop, XYXY in whole pixels; all trials are drawn at once."""
         if len(boxes) == 0:
             return None
-        scale = np.random.uniform(*self.scale, self.trials)
+        scale = np.random.uniform(self.scale[0], self.scale[1], self.trials)
         low, high = self.aspect_ratio
         # Within the image.
         ratio = np.random.uniform(np.maximum(low, scale**2), np.minimum(high, scale**-2))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_common_optimizer
 from torch import nn
@@ -16,7 +18,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Detectron2's optimizer for the config's ``SOLVER``. A model may have a method
     ``solver_overrides``; see :meth:`SingleShotDetector.solver_overrides`."""
     optimizer = build_common_optimizer(cfg, model)
-    overrides = model.solver_overrides() if hasattr(model, "solver_overrides") else []
+    find_overrides: Any = getattr(model, "solver_overrides", list)
+    overrides = find_overrides()
     moved = {id(parameter) for group in overrides for parameter in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
