@@ -86,9 +86,8 @@ def _draw_by_iteration(curves: Mapping[str, np.ndarray]) -> Markup:
         values = values[np.isfinite(values)]
         axes.set_ylim(min(0, values.min()), 1.06 * max(values.max(), 0) or 1)
         axes.set_xlabel("iteration")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if len(curves) > 1:
-            _add_legend(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+        _add_legend(axes)
         return _to_svg(figure)
 
 
