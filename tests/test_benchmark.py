@@ -32,7 +32,12 @@ from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
 from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
 from vovnet_d2.benchmark.study import Plan, Study
 from vovnet_d2.benchmark.treatments import TREATMENTS, fold_norms
-from vovnet_d2.benchmark.workload import count_multiply_adds, training_step
+from vovnet_d2.benchmark.workload import (
+    count_multiply_adds,
+    detector_inputs,
+    random_images,
+    training_step,
+)
 from vovnet_d2.engine.launch import run_or_exit
 
 CPU = torch.device("cpu")
@@ -612,12 +617,17 @@ def test_detectors(config):
     assert len({row["parameters_m"] for row in rows}) == 1
 
 
-def test_a_detector_without_weights_finds_as_much_as_it_may():
+def test_heads_without_weights_get_all_the_regions_that_they_may():
     model = detector("COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml", TINY).build()
-    model.eval()
-    calibrate_norms(model.backbone, torch.randn(1, 3, 64, 64))
+    calibrate_norms(model.eval(), random_images(2, (64, 64), CPU))
+    regions = {}
+    for name in ("box_head", "mask_head"):
+        getattr(model.roi_heads, name).register_forward_pre_hook(
+            lambda head, args, name=name: regions.update({name: len(args[0])})
+        )
     with torch.no_grad():
-        (found,) = model([{"image": torch.rand(3, 64, 64) * 255}])
+        (found,) = model(detector_inputs(model, random_images(1, (128, 128), CPU)))
+    assert regions == {"box_head": 20, "mask_head": 5}
     assert len(found["instances"]) == 5
 
 

@@ -27,6 +27,8 @@ from ..checkpoint import VoVNetCheckpointer
 from ..engine.config import load_config, resolve_config
 from ..modeling.specs import VOVNET_SPECS
 from ..modeling.vovnet import VoVNet
+from .plain import plain
+from .workload import as_pixels
 
 __all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector"]
 
@@ -152,11 +154,13 @@ def detector(
     return Network(name, build, is_detector=True, load=load if weights else None)
 
 
-def calibrate_norms(backbone: nn.Module, image: Tensor) -> None:
-    """Give each batch norm, frozen or not, the statistics of its input, in one forward pass.
+def calibrate_norms(model: Any, images: Tensor) -> None:
+    """Give each batch norm of a backbone, frozen or not, the statistics of its input, in one
+    forward pass.
 
     Args:
-        image: (N, C, H, W).
+        model: a backbone, or a detector with one.
+        images: (N, C, H, W), normalised.
     """
 
     def take_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -165,9 +169,13 @@ def calibrate_norms(backbone: nn.Module, image: Tensor) -> None:
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(torch.where(var > 0, var, 1.0))
 
-    backbone.eval()
+    body = getattr(model, "backbone", model).eval()
+    if body is not model:
+        images = (as_pixels(images) - model.pixel_mean) / model.pixel_std
+    written_out = plain(body)  # in which every norm is called
     with ExitStack() as hooks, torch.no_grad():
-        for module in backbone.modules():
+        for module in written_out.modules():
             if isinstance(module, _BatchNorm | FrozenBatchNorm2d):
                 hooks.callback(module.register_forward_pre_hook(take_statistics).remove)
-        backbone(image)
+        written_out(images)
+    body.load_state_dict(written_out.state_dict())

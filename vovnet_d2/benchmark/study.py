@@ -240,7 +240,7 @@ class Study:
                 if network.load:
                     network.load(model)
                 else:
-                    calibrate_norms(getattr(model, "backbone", model), torch.randn(_CALIBRATION))
+                    calibrate_norms(model, torch.randn(_CALIBRATION))
             self._models[network.name] = model
         return self._models[network.name]
 

@@ -17,6 +17,7 @@ from ..analysis.observe import observe
 from .treatments import Treatment
 
 __all__ = [
+    "as_pixels",
     "count_multiply_adds",
     "detector_inputs",
     "inference",
@@ -33,13 +34,18 @@ def random_images(batch: int, size: tuple[int, int], device: torch.device) -> Te
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
+def as_pixels(images: Tensor) -> Tensor:
+    """Normalised images with values from about 0 to 255."""
+    return images * 50 + 128
+
+
 def detector_inputs(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     """What Detectron2's data loader gives: the images with values from 0 to 255, and, for a model
     in training mode, boxes, masks, keypoints and labels for the heads that it has."""
     height, width = images.shape[-2:]
     inputs = []
     for image in images:
-        record = {"image": image * 50 + 128, "height": height, "width": width}
+        record = {"image": as_pixels(image), "height": height, "width": width}
         if model.training:
             record["instances"] = _random_objects(model, height, width).to(image.device)
             semantic: Any = getattr(model, "sem_seg_head", None)
