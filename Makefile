@@ -44,6 +44,7 @@ $(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
 
 demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
 	$(PY) tools/train_net.py --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml OUTPUT_DIR output/demo
+	$(PY) tools/report.py output/demo
 
 doctor: ## say what is installed, what is missing, and what mends it
 	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) tools/doctor.py
