@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint types test test-slow doctor clean
+.PHONY: help setup demo lint types test test-slow fuzz doctor clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,11 @@ test: setup lint types ## lint, types and the fast tests
 
 test-slow: setup ## the tests that take longer
 	$(PY) -m pytest -m "slow and not gpu"
+
+fuzz: setup ## feed damaged files to what reads files from outside, a minute for each reader
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[fuzz]'
+	for reader in annotations config weights image; do \
+		$(PY) tests/fuzz/fuzz_readers.py $$reader -max_total_time=60 || exit 1; done
 
 clean: ## remove caches and build products; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
