@@ -4,7 +4,10 @@
 
 import builtins
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import engine_runs
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
@@ -20,7 +24,7 @@ from module_facts import differences
 from omegaconf import DictConfig
 from torch import nn
 
-from vovnet_d2 import get_config_file
+from vovnet_d2 import VOVNET_SPECS, get_config_file
 from vovnet_d2.data.stream import TrainingStream
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser, main, run
@@ -187,6 +191,31 @@ def test_file(name: str) -> None:
     assert len(lines) <= 25, "a config is a small diff over what it imports"
 
 
+def test_files_work_wherever_they_are(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "lazy", tmp_path / "elsewhere")
+    moved = load_lazy_config(str(tmp_path / "elsewhere" / Path(MASK_RCNN).relative_to("lazy")))
+    assert to_cfg(moved) == to_cfg(lazy(MASK_RCNN))
+
+
+def test_another_variant_by_its_name() -> None:
+    config = load_lazy_config(MASK_RCNN, ["model.backbone.bottom_up.spec=V-19-eSE"])
+    assert to_cfg(config).MODEL.VOVNET.CONV_BODY == "V-19-eSE"
+    with torch.device("meta"):
+        model = instantiate(config, "model")
+    assert model.backbone.bottom_up.spec == VOVNET_SPECS["V-19-eSE"]
+
+
+def test_what_the_engine_reads_of_detectron2s_own_file() -> None:
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
+    own = to_cfg(load_lazy_config(model_zoo.get_config_file(f"{name}.py")))
+    cfg = load_config(model_zoo.get_config_file(f"{name}.yaml"))
+    for key in ("BASE_LR", "MAX_ITER", "IMS_PER_BATCH", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        assert own.SOLVER[key] == cfg.SOLVER[key]
+    for key in ("WEIGHTS", "MASK_ON", "PIXEL_MEAN", "META_ARCHITECTURE"):
+        assert own.MODEL[key] == cfg.MODEL[key]
+    assert (own.DATASETS.TRAIN, own.DATASETS.TEST) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+
+
 # The tool -----------------------------------------------------------------------------------------
 
 # What makes the Mask R-CNN and the RetinaNet train for three iterations on the miniature.
@@ -351,7 +380,7 @@ def test_a_file_that_cannot_be_used(
 
 
 def test_the_yaml_tool_names_the_other_one() -> None:
-    with pytest.raises(ValueError, match="tools/lazyconfig_train_net.py runs it"):
+    with pytest.raises(ValueError, match="is a LazyConfig: tools/lazyconfig_train_net"):
         load_config(MASK_RCNN)
 
 
@@ -367,3 +396,18 @@ def test_divergence_names_the_keys_of_the_config(
     assert "train.clip_gradients.enabled True" in error
     assert "SOLVER." not in error
     assert "--auto-scale-lr" not in error
+
+
+@pytest.mark.slow
+def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
+    """In two processes, each of which loads the file."""
+    tool = Path(__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
+    words = ["--num-gpus", "2", "--dist-url", "auto", "--config-file", MASK_RCNN]
+    command = [sys.executable, str(tool), *words, *TINY, f"train.output_dir={tmp_path}"]
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(coco_root), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "World size: 2" in done.stdout
+    assert "| coco_2017_val | segm" in done.stdout
+    assert f"python {tool} --num-gpus 2" in (tmp_path / "results.md").read_text()

@@ -23,11 +23,11 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
+from ..checkpoint.atomic import remove_leftovers
 from ..data import register_digits
 from ..data.stream import TrainingStream, stay_until_dismissed
 from .checks import (
@@ -35,13 +35,13 @@ from .checks import (
     check_data,
     check_initialisation,
     check_run,
-    choose_device,
 )
 from .config import find_config
 from .evaluation import check_evaluators
 from .launch import launch_or_exit
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
+from .run import _check_device, _find_last_checkpoint, _start_logging
 from .trainer import Trainer, report_loaded
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
@@ -191,10 +191,11 @@ def _train_or_evaluate(
 
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
-    for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    _start_logging(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
+        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
     training = not args.eval_only
-    last = VoVNetCheckpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    last = _find_last_checkpoint(cfg.OUTPUT_DIR)
     if training and last and not args.resume:
         logger.warning(
             "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
@@ -202,7 +203,7 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
             cfg.OUTPUT_DIR,
             os.path.basename(last),
         )
-    choose_device(cfg)
+    _check_device(cfg)
     check_run(cfg, training=training)
     backbone = instantiate(config, "model.backbone")
     resuming = args.resume and bool(last)
