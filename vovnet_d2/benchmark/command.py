@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
 from .networks import BACKBONES, backbone, detector
 from .report import format_table, write_study
@@ -213,7 +214,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what ``args`` ask for; also when interrupted on the way."""
     study = Study(make_plan(args))
-    study.run()
+    with exit_on_signal():
+        study.run()
     print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
     print(f"\n{format_table(study.rows)}\n")
     if args.output and study.rows:
