@@ -24,7 +24,7 @@ THIN = [
     *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8,8,8,8)", "MODEL.VOVNET.STAGE_OUT_CHANNELS"],
     *["(8,8,8,8)", "MODEL.VOVNET.NORM", "GN", "TEST.EVAL_PERIOD", "0", "SEED", "3"],
     *["DATALOADER.NUM_WORKERS", "1", "SOLVER.IMS_PER_BATCH", "8", "PRETRAIN.IMAGE_SIZE", "32"],
-    *["SOLVER.CHECKPOINT_PERIOD", "20", "SOLVER.CHECKPOINTS_KEPT", "2", "MODEL.DEVICE", "cpu"],
+    *["SOLVER.CHECKPOINT_PERIOD", "10", "SOLVER.CHECKPOINTS_KEPT", "2", "MODEL.DEVICE", "cpu"],
 ]
 
 
@@ -99,7 +99,7 @@ def test_a_signal_ends_with_a_checkpoint_and_a_status(
         first = (tmp_path / "last_checkpoint").read_text()
         for pid in descendants(process.pid) if to_all else [process.pid]:
             os.kill(pid, number)
-        status = process.wait(60)
+        status = process.wait(120)
     output = (tmp_path / "output").read_text()
     assert status == (1 if launcher == "torchrun" else INTERRUPTED), output[-3000:]
     last = (tmp_path / "last_checkpoint").read_text()
@@ -131,9 +131,9 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
     """Two of torchrun's agents. The processes of one are killed, and after a resume stopped, which
     is what a cut cable looks like; the other ends in time, and says why. Both resume."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    iterations = 800
+    iterations = 300
     with running(whole, iterations, launcher=(*TORCHRUN, "--standalone")) as process:
-        assert process.wait(240) == 0, (whole / "output").read_text()[-3000:]
+        assert process.wait(400) == 0, (whole / "output").read_text()[-3000:]
 
     last = ""
     for number in (signal.SIGKILL, signal.SIGSTOP):
@@ -150,7 +150,7 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
         last = (cut / "last_checkpoint").read_text()
     with two_machines(cut, iterations, "log") as machines:
         for machine in machines:
-            assert machine.wait(240) == 0, (cut / "log").read_text()[-3000:]
+            assert machine.wait(400) == 0, (cut / "log").read_text()[-3000:]
     assert "Resumed from" in (cut / "log").read_text()
     assert_equal(load(cut / "model_final.pth"), load(whole / "model_final.pth"))
 

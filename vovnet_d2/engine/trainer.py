@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -217,6 +218,7 @@ class Trainer(DefaultTrainer):
                         return evaluate()
             except Interrupted as interrupted:
                 signal = interrupted.signal
+                clear_frames(interrupted.__traceback__)  # which hold the data loader's workers
             self._checkpointing.end_evaluation(signal)
 
         return run
@@ -265,8 +267,11 @@ class Trainer(DefaultTrainer):
         # Loss functions that are scripts are compiled after some calls, which changes their last
         # bit: on a CPU, a training that was resumed would differ.
         compiled = torch.device(self.cfg.MODEL.DEVICE).type != "cpu"
-        with self._request.listen(), torch.jit.optimized_execution(compiled):
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+        try:
+            with self._request.listen(), torch.jit.optimized_execution(compiled):
+                TrainerBase.train(self, self.start_iter, self.max_iter)
+        finally:
+            self._trainer._data_loader_iter_obj = None  # its workers end
         return self._last_eval_results
 
     def run_step(self) -> None:
