@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""RefineDet and DSOD on the digits, each with VoVNet and with a peer under the same recipe.
+
+    python benchmarks/single_shot_on_digits.py --work output/single_shot_on_digits
+
+Run from the repository's root, on a machine that does nothing else. What is finished in the folder
+of --work is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from matplotlib.figure import Figure
+from seeded_runs import describe, run_once
+from tabulate import tabulate
+
+from vovnet_d2.analysis.complexity import analyze
+from vovnet_d2.benchmark.protocol import write_csv
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.pictures import read_metrics
+
+# Detector to its networks and their configs.
+RUNS = {
+    "RefineDet": {
+        "VoVNet-27-slim": "configs/Digits/refinedet192_V_27_slim_600.yaml",
+        "ResNet-50": "configs/Digits/refinedet192_R_50_600.yaml",
+    },
+    "DSOD": {
+        "VoVNet-27-slim": "configs/Digits/dsod192_V_27_slim_600.yaml",
+        "DenseNet-67": "configs/Digits/dsod192_DenseNet_67_600.yaml",
+    },
+}
+METRICS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/single_shot_on_digits"),
+        help="folder for curves.csv, curves.png and README.md",
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rows = run_all(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_csv(args.output / "curves.csv", rows)
+    draw(rows).savefig(args.output / "curves.png", dpi=120)
+    report = write_report(args, rows)
+    (args.output / "README.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+def run_all(args: argparse.Namespace) -> list[Row]:
+    rows = []
+    for detector, networks in RUNS.items():
+        for network, config in networks.items():
+            folder = args.work / f"{detector}_{network}"
+            run_once("train_net", config, folder, {"SEED": args.seed})
+            iterations = load_config(config).SOLVER.MAX_ITER
+            labels = {"detector": detector, "network": network}
+            rows += read_run(folder, labels, iterations)
+    return rows
+
+
+def read_run(folder: Path, labels: Row, iterations: int) -> list[Row]:
+    series = read_metrics(str(folder / "metrics.json"))
+    curves = {name: dict(series[key]) for key, name in METRICS.items()}
+    # The evaluation at the end is logged one later than those on the way.
+    return [
+        {
+            **labels,
+            "iteration": min(i + 1, iterations),
+            **{name: curve[i] for name, curve in curves.items()},
+        }
+        for i in next(iter(curves.values()))
+    ]
+
+
+def draw(rows: list[Row]) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for panel, (detector, networks) in zip(
+        figure.subplots(1, 2, sharey=True), RUNS.items(), strict=True
+    ):
+        for network in networks:
+            own = [r for r in rows if (r["detector"], r["network"]) == (detector, network)]
+            panel.plot([r["iteration"] for r in own], [r["AP50"] for r in own], "o-", label=network)
+        panel.set_title(f"{detector}: box AP50 on digits_val", fontsize=10)
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right")
+    figure.axes[0].set_ylabel("AP50 (%)")
+    figure.axes[0].set_ylim(0, 100)
+    return figure
+
+
+def write_report(args: argparse.Namespace, rows: list[Row]) -> str:
+    last = {(r["detector"], r["network"]): r for r in rows}
+    table = [
+        [
+            detector,
+            network,
+            *cost(RUNS[detector][network]),
+            *(f"{row[m]:.1f}" for m in METRICS.values()),
+        ]
+        for (detector, network), row in last.items()
+    ]
+    headers = ["detector", "network", "parameters (M)", "multiply-adds (G)", *METRICS.values()]
+    protocol = {
+        "data": "200 images of digits_val, whose digits are not among those of training; box AP",
+        "recipe": "configs/Digits/Base-RefineDet.yaml and Base-DSOD.yaml, from scratch",
+        "seed": f"{args.seed}, one run each",
+    }
+    return "\n\n".join(
+        [
+            "# RefineDet and DSOD on the digits",
+            tabulate(table, headers, tablefmt="pipe", disable_numparse=True),
+            "![](curves.png)",
+            describe(protocol) + "\n",
+        ]
+    )
+
+
+def cost(config: str) -> list[str]:
+    cfg = load_config(config, ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    total = analyze(model, (cfg.INPUT.FIXED_SIZE,) * 2).total
+    return [f"{total.parameters / 1e6:.2f}", f"{total.multiply_adds / 1e9:.2f}"]
+
+
+if __name__ == "__main__":
+    main()
