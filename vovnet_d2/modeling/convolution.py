@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ConvNormAct", "Geometry", "convolve", "is_traced", "needs_gradient"]
+__all__ = ["ConvNormAct", "Geometry", "convolve", "is_relu", "is_traced", "needs_gradient"]
 
 
 class Geometry(NamedTuple):
@@ -24,6 +24,10 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        return cls(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
 
 
 class ConvNormAct(Conv2d):
@@ -46,14 +50,17 @@ class ConvNormAct(Conv2d):
             shift = norm.bias - norm.running_mean * scale
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
             norm = None
-        relu = norm is None and self.activation in (F.relu_, F.relu)
-        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
-        x = convolve(maps, self.weight, scale, bias, geometry, relu=relu)
+        relu = norm is None and is_relu(self.activation)
+        x = convolve(maps, self.weight, scale, bias, Geometry.of(self), relu=relu)
         if norm is not None:
             x = norm(x)
         if self.activation is not None and not relu:
             x = self.activation(x)
         return x
+
+
+def is_relu(activation: Any) -> bool:
+    return activation in (F.relu_, F.relu) or isinstance(activation, nn.ReLU)
 
 
 def is_traced() -> bool:
@@ -81,7 +88,7 @@ def convolve(
         weight: (out, in / groups, height, width), in any precision: where it is another than the
             maps', it is scaled first and rounded then.
         scale: (out,), or None.
-        bias: (out,), added after scaling, or None.
+        bias: (out,), added after scaling; None only without ``scale``.
     """
     device = maps[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -105,6 +112,7 @@ def _forward(
     if scale is None or is_traced() or _weight_is_smaller(weight, x, geometry):
         y = F.conv2d(x, _scale(weight, scale, dim=0).to(x.dtype), bias, *geometry)
     else:
+        assert bias is not None, "a norm has a shift"
         y = F.conv2d(x, weight.to(x.dtype), None, *geometry)
         scale, shift = (t.to(x.dtype)[:, None, None] for t in (scale, bias))
         torch.addcmul(shift, y, scale, out=y)

@@ -217,7 +217,7 @@ class EffectiveSE(nn.Module):
 
 
 class _Excitation(torch.autograd.Function):
-    """Effective squeeze-excitation, its passes over the map as few as can be in either direction."""
+    """Effective squeeze-excitation with as few passes over the map as can be, either way."""
 
     @staticmethod
     def forward(
@@ -231,7 +231,7 @@ class _Excitation(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, weight, bias, residual = inputs
+        x, weight, *_ = inputs
         _, mean, logits = output
         ctx.mark_non_differentiable(mean, logits)
         ctx.save_for_backward(x, weight, mean, logits)
@@ -258,15 +258,14 @@ def downsample(x: torch.Tensor) -> torch.Tensor:
     """3x3 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil((H-1)/2), ceil((W-1)/2)).
 
     It is ``max_pool2d(x, 3, 2, ceil_mode=True)``. Graphs, as export back ends lack this mode, get
-    the same to the bit for maps without negative values, such as those that come from a ReLU: the
-    one row and column of zeros is seen only by windows that ceil mode would let stand over the edge.
+    the same to the bit for maps without negative values, such as those that come from a ReLU: one
+    row and column of zeros is seen only by windows that ceil mode would let stand over the edge.
     """
     if is_traced():
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
-    return _Downsampling.apply(x)[0] if needs_gradient(x) else F.max_pool2d(x, **_POOLING)
-
-
-_POOLING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (0, 0), "ceil_mode": True}
+    if needs_gradient(x):
+        return _Downsampling.apply(x)[0]
+    return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
 
 
 class _Downsampling(torch.autograd.Function):
@@ -274,7 +273,7 @@ class _Downsampling(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, places = F.max_pool2d_with_indices(x, **_POOLING)
+        y, places = F.max_pool2d_with_indices(x, (3, 3), (2, 2), ceil_mode=True)
         return y, places.int()
 
     @staticmethod
@@ -295,5 +294,5 @@ class _Downsampling(torch.autograd.Function):
             ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.memory_format
         )
         return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient, x, *list(_POOLING.values())[:3], (1, 1), True, places.long()
+            gradient, x, [3, 3], [2, 2], [0, 0], [1, 1], True, places.long()
         )

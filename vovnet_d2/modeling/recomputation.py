@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 __all__ = ["recomputed"]
 
@@ -21,8 +22,13 @@ def recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
     # torch.compile knows contexts of its own kind alone, so none is given where none is needed.
-    contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(norms))} if norms else {}
-    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+    contexts = partial(_contexts, norms) if norms else noop_context_fn
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Of the first run of a block, and of the second."""
+    return nullcontext(), _statistics_kept(norms)
 
 
 @contextmanager

@@ -1,0 +1,158 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions of inference on a CPU: oneDNN's own order of the weights, ReLU and sums fused.
+
+They are the operators that torch.compile puts in, called without compiling, at any size. Where they
+do not apply (on a GPU, in a graph, with gradients, in mixed precision), the plain ones are called.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+from .convolution import ConvNormAct, is_relu, is_traced, needs_gradient
+
+__all__ = ["PackedConv2d", "pack_convolutions"]
+
+_SIZES = 64  # of maps, for which a layer remembers the order of its weight
+_LARGE = 32 * 2**20  # bytes of a concatenation from which adding up its parts is faster
+
+
+class PackedConv2d(ConvNormAct):
+    """A convolution whose weight does not change."""
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        if not self._is_packable(maps):
+            return super().forward(*maps)
+        fused = is_relu(self.activation)
+        y = self._convolve(maps, "relu" if fused else "none")
+        return y if fused or self.activation is None else self.activation(y)
+
+    def _is_packable(self, maps: Sequence[Tensor]) -> bool:
+        dtype = self.weight.dtype
+        for x in maps:
+            if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
+                return False
+        return (
+            self.norm is None
+            and self.weight.device.type == "cpu"
+            and dtype in _supported_dtypes()
+            and not is_traced()
+            and not torch.is_autocast_enabled("cpu")
+            and not needs_gradient(self.weight, self.bias, *maps)
+        )
+
+    def _convolve(self, maps: Sequence[Tensor], activation: str) -> Tensor:
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+        # A sum of parts would be rounded to a lower precision after each.
+        if len(maps) > 1 and (
+            self.weight.dtype != torch.float32 or sum(x.nbytes for x in maps) < _LARGE
+        ):
+            maps = [torch.cat(maps, dim=1)]
+        weights = self._packed_weights(maps)
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        last = len(maps) - 1
+        y = torch.ops.mkldnn._convolution_pointwise.default(
+            maps[0], weights[0], self.bias, *geometry, "none" if last else activation, [], ""
+        )
+        # Each part of the sum is added where it belongs: nothing is concatenated.
+        for number in range(1, last + 1):
+            then = activation if number == last and activation != "none" else None
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                y, maps[number], weights[number], None, *geometry, "add", 1.0, then, [], None
+            )
+        return y
+
+    def _packed_weights(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The weight as oneDNN wants it for maps of these shapes, split as they are.
+
+        There are many sizes of maps and very few orders of weights: each order is made once.
+        """
+        packed = self.__dict__.setdefault("_packed", {})
+        key = tuple([x.shape for x in maps])
+        if (known := packed.get(key)) is not None:
+            return known
+        parts = [self.weight]
+        if len(maps) > 1:
+            parts = list(self.weight.split([x.shape[1] for x in maps], dim=1))
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        weights = [
+            torch.ops.mkldnn._reorder_convolution_weight(
+                part.contiguous(memory_format=torch.channels_last), *geometry, x.shape
+            )
+            for part, x in zip(parts, maps, strict=True)
+        ]
+        for others in list(packed.values()):
+            if len(others) == len(weights):
+                pairs = zip(others, weights, strict=True)
+                weights = [o if _same_order(o, w) else w for o, w in pairs]
+        if len(packed) >= _SIZES:
+            packed.clear()
+        packed[key] = weights
+        return weights
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.__dict__.pop("_packed", None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__.pop("_packed", None)
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+@cache
+def _supported_dtypes() -> set[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        dtypes.add(torch.float16)
+    return dtypes
+
+
+def _same_order(first: Tensor, second: Tensor) -> bool:
+    describe = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return torch.equal(describe(first), describe(second))
+
+
+def pack_convolutions(model: nn.Module) -> None:
+    """Make every convolution of ``model`` a :class:`PackedConv2d`, with the ReLU that follows it.
+
+    Subclasses of ``nn.Conv2d`` that are not known compute something of their own, and stay.
+    """
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, Conv2d, ConvNormAct) and _is_simple(module):
+            # By its class alone: hooks, names and shared modules stay as they are.
+            module.__class__ = PackedConv2d
+            for name in ("norm", "activation"):
+                setattr(module, name, getattr(module, name, None))
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for sequence in [m for m in model.modules() if type(m) is nn.Sequential]:
+        for (_, conv), (name, relu) in pairwise(list(sequence.named_children())):
+            if (
+                type(conv) is PackedConv2d
+                and type(relu) is nn.ReLU
+                and conv.norm is conv.activation is None
+                and uses[id(conv)] == uses[id(sequence)]
+                and not conv._forward_hooks
+            ):
+                conv.activation = F.relu_
+                sequence.add_module(name, nn.Identity())
+
+
+def _is_simple(conv: nn.Module) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
