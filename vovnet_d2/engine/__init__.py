@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluation on top of Detectron2's trainer, hooks and evaluators."""
 
-from .config import argument_parser, load_config
-from .detection import main, run
+from .config import load_config
+from .detection import argument_parser, main, run
 from .evaluation import build_evaluator
 from .trainer import Trainer
 

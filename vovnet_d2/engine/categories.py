@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from ..data import register_digits
+from ..data.own import register_own_data
 from .checks import find_num_classes
 
 __all__ = ["find_metadata"]
@@ -24,8 +25,12 @@ def find_metadata(cfg: CfgNode) -> Metadata:
     They are those of the first data set in ``DATASETS.TEST``, then ``DATASETS.TRAIN``, that is
     registered and has as many categories as the network. Where there is none, the names are
     numbers from 0, and a warning says so.
+
+    Raises:
+        ValueError: ``DATASETS.OWN`` is not what it should be.
     """
     register_digits()
+    register_own_data(cfg.DATASETS.OWN)
     obstacles = []
     for name in dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)):
         if not (obstacle := _find_obstacle(cfg, name)):

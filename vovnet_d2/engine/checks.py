@@ -29,9 +29,11 @@ __all__ = [
     "check_all_loaded",
     "check_config",
     "check_data",
+    "check_data_sets",
     "check_initialisation",
     "choose_device",
     "find_num_classes",
+    "instance_class_keys",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,9 +146,24 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
             checked.append((name, metadata))
 
 
+def check_data_sets(cfg: CfgNode, key: str) -> None:
+    """The part of :func:`check_data` that holds whatever the network.
+
+    Args:
+        key: "TRAIN" or "TEST", whose data sets are to be there.
+    """
+    names = cfg.DATASETS[key]
+    _check_names(f"DATASETS.{key}", names, required=True)
+    for name in names:
+        _load_metadata(name, evaluated=False)
+
+
 def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
     if required and not names:
-        raise ValueError(f"{key} is empty: give --config-file, or {key} \"('name',)\".")
+        raise ValueError(
+            f"{key} is empty: give --config-file, or {key} \"('name',)\", or files of your own "
+            f"(--{'train' if key == 'DATASETS.TRAIN' else 'val'}-json, see --help)."
+        )
     if isinstance(names, str):
         raise ValueError(f"{key} must be a list of names: write {key} \"('{names}',)\".")
     for name in names:
@@ -154,8 +171,9 @@ def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
             close = get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.4)
             hint = f" Close to it: {', '.join(close)}." if close else ""
             raise KeyError(
-                f"Data set {name!r} of {key} is not registered.{hint} Data of one's own is "
-                "registered with detectron2.data.datasets.register_coco_instances."
+                f"Data set {name!r} of {key} is not registered.{hint} Data of one's own "
+                "are given with --train-json and the like, see --help, or registered by a script "
+                "with detectron2.data.datasets.register_coco_instances."
             )
 
 
@@ -194,6 +212,11 @@ def _paths(metadata: Metadata, evaluated: bool) -> list[str]:
 
 def _describe_missing(name: str, missing: Sequence[str]) -> str:
     what = ", ".join(map(os.path.abspath, missing))
+    if MetadataCatalog.get(name).get("own_data_set"):
+        return (
+            f"Data set {name} is not where DATASETS.OWN has it; missing: {what}. Say where it is "
+            "now with --train-json and --train-images, or --val-json and --val-images."
+        )
     root = os.environ.get("DETECTRON2_DATASETS")
     where = f"which is {root}" if root else f"unset, so {os.path.abspath('datasets')}"
     return (
@@ -208,6 +231,12 @@ def find_num_classes(cfg: CfgNode) -> dict[str, int]:
     meta-architecture whose keys are not known here."""
     nodes = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {})
     return {kind: cfg.MODEL[node].NUM_CLASSES for kind, node in nodes.items()}
+
+
+def instance_class_keys() -> list[str]:
+    """The keys of the numbers of categories of all heads that detect objects."""
+    nodes = {kinds["thing_classes"] for kinds in _NUM_CLASSES.values() if "thing_classes" in kinds}
+    return [f"MODEL.{node}.NUM_CLASSES" for node in sorted(nodes)]
 
 
 def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:

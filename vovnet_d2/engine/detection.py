@@ -8,20 +8,30 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from ..data import register_digits
+from ..data.own import register_own_data
 from ..data.voc import register_voc
+from . import config
 from .checks import check_data, check_initialisation
-from .config import argument_parser
 from .evaluation import check_evaluators
 from .launch import launch_or_exit
+from .own_data import add_own_data_arguments, use_own_data
 from .run import Task, run_task
 from .trainer import Trainer
 
-__all__ = ["main", "run"]
+__all__ = ["argument_parser", "main", "register_data", "run"]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Those that all trainings share, and those for data of one's own."""
+    parser = config.argument_parser()
+    add_own_data_arguments(parser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,12 +51,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """What each process does; see :func:`run_task`."""
+    return run_task(Task(Trainer, partial(_check, args)), args)
+
+
+def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
+    """Make the data sets known that a config may name; complete it by those of the user's files.
+
+    Args:
+        args: of :func:`argument_parser`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: see :func:`use_own_data` and :func:`register_own_data`.
+    """
     register_digits()
     register_voc()
-    return run_task(Task(Trainer, _check), args)
+    use_own_data(cfg, args, training=training)
+    register_own_data(cfg.DATASETS.OWN)
 
 
-def _check(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
+def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: bool) -> None:
     check_initialisation(cfg, training=training, resuming=resuming)
+    register_data(cfg, args, training=training)
     check_evaluators(cfg)
     check_data(cfg, training=training)

@@ -26,6 +26,7 @@ from detectron2.evaluation import (
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..data.own import complete_categories
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
@@ -135,8 +136,11 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if faster:
         from .faster_coco import FasterCOCOEvaluator
 
-        return FasterCOCOEvaluator(name, output_dir=folder)
-    return COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
+        evaluator = FasterCOCOEvaluator(name, output_dir=folder)
+    else:
+        evaluator = COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
+    complete_categories(evaluator._coco_api, MetadataCatalog.get(name))
+    return evaluator
 
 
 def _sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import DatasetCatalog
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from ..checkpoint.atomic import atomic_write
 from ..data import register_digits
+from ..data.own import OwnDataSet, register_own_data
 from ..engine.pictures import SCORES
 from .average_precision import METRICS, AveragePrecision, evaluate
 from .detections import Detections, read_detections
@@ -76,7 +78,8 @@ class _Evaluation:
 def write_page(folder: Path, output: Path | None = None, *, score_threshold: float = 0.5) -> Path:
     """Write a page about a run. What the run did not leave is missing there, with a sentence.
 
-    The data sets of ``DATASETS.TEST`` have to be registered, as the digits and Detectron2's are.
+    The data sets of ``DATASETS.TEST`` have to be registered, as the digits and Detectron2's are, or
+    in its ``DATASETS.OWN``.
 
     Args:
         folder: ``OUTPUT_DIR`` of a run, finished or not.
@@ -98,6 +101,9 @@ def write_page(folder: Path, output: Path | None = None, *, score_threshold: flo
     if not output.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
     register_digits()
+    own = map(OwnDataSet.from_config, run.setting("DATASETS.OWN", []))
+    # Files that were named with --annotations stand for theirs.
+    register_own_data([o.to_config() for o in own if o.name not in DatasetCatalog])
     page = _render(run, score_threshold)
     with atomic_write(output) as partial:
         Path(partial).write_text(page, encoding="utf-8")

@@ -1,0 +1,387 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Annotation files of one's own, from the command line to predictions without them."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from engine_runs import MASK_RCNN, RETINANET, TINY, read_log
+from pycocotools.coco import COCO
+
+from vovnet_d2 import Predictor
+from vovnet_d2.data import build_digits
+from vovnet_d2.data.own import OwnDataSet, register_own_data
+from vovnet_d2.data.own_files import read_contents
+from vovnet_d2.demo import main as demo
+from vovnet_d2.engine import argument_parser, load_config, run
+from vovnet_d2.engine.checks import check_data, check_data_sets
+from vovnet_d2.engine.detection import register_data
+from vovnet_d2.report import write_page
+
+pytest_plugins = ["engine_fixtures"]
+
+FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
+# Of the digits; 7 does not occur, and the file to evaluate on does not list it.
+IDS = {"0": 5, "1": 4, "2": 30, "3": 12, "4": 8, "5": 60, "6": 41, "7": 22, "8": 9, "9": 3}
+MISSING = "7"
+NAMES = sorted(IDS, key=IDS.__getitem__)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as somebody's own files: shuffled ids with gaps, a category that does not occur,
+    an image without annotations, and one with a crowd only."""
+    root = tmp_path_factory.mktemp("own")
+    build_digits(root, num_train=14, num_val=8, image_size=96, digit_size=(16, 48))
+    for split in ("train", "val"):
+        source = root / "digits" / "annotations" / f"instances_{split}.json"
+        content = json.loads(source.read_text())
+        name = {category["id"]: category["name"] for category in content["categories"]}
+        first, second = (image["id"] for image in content["images"][:2])
+        kept = []
+        for annotation in content["annotations"]:
+            label = name[annotation["category_id"]]
+            if label == MISSING or annotation["image_id"] == first:
+                continue
+            if annotation["image_id"] == second:
+                annotation["iscrowd"] = 1
+                mask = COCO(source).annToRLE(annotation)
+                counts = mask["counts"].decode()
+                annotation["segmentation"] = {"size": mask["size"], "counts": counts}
+            kept.append(annotation | {"category_id": IDS[label]})
+        content["annotations"] = kept
+        content["categories"] = [
+            {"id": number, "name": label}
+            for label, number in IDS.items()
+            if split == "train" or label != MISSING
+        ]
+        (root / f"{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def flags(root: Path, *splits: str) -> list[str]:
+    words = []
+    for split in splits:
+        words += [f"--{split}-json", str(root / f"{split}.json")]
+        words += [f"--{split}-images", str(root / "digits" / split)]
+    return words
+
+
+BOTH = ("train", "val")
+
+
+def setup(config: str, words: list[str], *options: str, training: bool = True) -> Any:
+    """The config that a run has."""
+    args = argument_parser().parse_args(["--config-file", config, *words, *options])
+    cfg = load_config(config, args.opts)
+    register_data(cfg, args, training=training)
+    return cfg
+
+
+# The whole way
+
+
+def launch(config: str, *words: str) -> dict[str, Any]:
+    return run(argument_parser().parse_args(["--config-file", config, *words]))
+
+
+def test_train_then_evaluate_and_predict_without_the_flags(
+    catalogs: None,
+    fresh_logging: None,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(digits)  # the paths are relative
+    words = [word.replace(f"{digits}/", "") for word in flags(digits, *BOTH)]
+    out = tmp_path / "output"
+    options = [*TINY, "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(96,)"]
+    trained = launch(MASK_RCNN, *words, *options, "OUTPUT_DIR", str(out))
+    log = read_log(out)
+    assert "train.json: 10 categories, 14 images, " in log
+    assert "2 images without objects, or with crowds only, are left out of the training" in log
+    assert "3 iterations of 2 images are 0.5 epochs of the 12 images. The schedule is" in log
+
+    found = json.loads((out / "inference" / "coco_instances_results.json").read_text())
+    assert {result["category_id"] for result in found} <= set(IDS.values())
+    assert f"AP-{MISSING}" in trained["segm"]
+    assert np.isnan(trained["segm"][f"AP-{MISSING}"])
+
+    monkeypatch.chdir(tmp_path)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    config, weights = str(out / "config.yaml"), str(out / "model_final.pth")
+    evaluated = launch(config, "--eval-only", "MODEL.WEIGHTS", weights)
+    assert str(evaluated) == str(trained)
+
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    assert f"AP-{MISSING}" not in write_page(out).read_text()
+    assert "own_val" in write_page(out).read_text()
+
+    # On a machine that has the config and the weights alone:
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    moved = tmp_path / "elsewhere.yaml"
+    moved.write_text((out / "config.yaml").read_text().replace(str(digits), "/nowhere"))
+    predictor = Predictor(str(moved), weights)
+    assert predictor.metadata.thing_classes == NAMES
+    image = digits / "digits" / "val" / "000003.png"
+    instances = predictor(image)["instances"]
+    expected = [r for r in found if r["image_id"] == 4]
+    scores = sorted(result["score"] for result in expected)
+    assert sorted(instances.scores.tolist()) == pytest.approx(scores, abs=1e-5)
+
+    words = ["--config-file", str(moved), "--input", str(image), "--score-threshold", "0"]
+    words += ["--json", str(tmp_path / "found.json"), "--opts", "MODEL.WEIGHTS", weights]
+    with pytest.raises(SystemExit) as caught:
+        demo(words)
+    assert caught.value.code == 0
+    told = json.loads((tmp_path / "found.json").read_text())
+    best = max(expected, key=lambda result: result["score"])
+    assert max(told, key=lambda result: result["score"])["category_id"] == best["category_id"]
+
+
+def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> None:
+    """Where no category is missing in the list, the records are those of load_coco_json."""
+    setup(FASTER_RCNN, flags(digits, *BOTH))
+    json_file, images = str(digits / "train.json"), str(digits / "digits" / "train")
+    assert DatasetCatalog.get("own_train") == load_coco_json(json_file, images, "plain")
+    own, plain = MetadataCatalog.get("own_train"), MetadataCatalog.get("plain")
+    assert own.thing_classes == plain.thing_classes == NAMES
+    assert own.thing_dataset_id_to_contiguous_id == plain.thing_dataset_id_to_contiguous_id
+    counts = [0] * len(NAMES)
+    for record in DatasetCatalog.get("own_val"):
+        for annotation in record["annotations"]:
+            counts[annotation["category_id"]] += 1
+    truth = COCO(digits / "val.json")
+    assert counts == [len(truth.getAnnIds(catIds=[IDS[name]])) for name in NAMES]
+
+
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
+def test_every_head_has_the_number_of_categories(catalogs: None, digits: Path, config: str) -> None:
+    cfg = setup(config, flags(digits, *BOTH))
+    nodes = (node for node in cfg.MODEL.values() if isinstance(node, dict))
+    counts = [node["NUM_CLASSES"] for node in nodes if "NUM_CLASSES" in node]
+    stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    assert sorted(counts) == sorted([stuff, *[10] * (len(counts) - 1)])
+    check_data(cfg, training=True)
+    restored = load_config()
+    restored.merge_from_other_cfg(type(cfg)(yaml.safe_load(cfg.dump())))
+    assert restored.DATASETS.OWN == cfg.DATASETS.OWN
+
+
+# What is given
+
+
+def test_without_validation(catalogs: None, digits: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = setup(FASTER_RCNN, flags(digits, "train"))
+    assert cfg.DATASETS.TEST == ()
+    assert [entry["name"] for entry in cfg.DATASETS.OWN] == ["own_train"]
+    assert "Nothing is evaluated, neither on the way nor at the end" in caplog.text
+
+
+def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path) -> None:
+    """The config of a training, and another file: categories are the training's."""
+    cfg = setup(FASTER_RCNN, flags(digits, "train"))
+    trained = tmp_path / "config.yaml"
+    trained.write_text(cfg.dump())
+    cfg = setup(str(trained), flags(digits, "val"), training=False)
+    assert cfg.DATASETS.TEST == ("own_val",)
+    assert MetadataCatalog.get("own_val").thing_classes == NAMES
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+
+
+def test_ids_of_another_numbering(catalogs: None, digits: Path, tmp_path: Path) -> None:
+    """The same names in the same order, counted from 0 in the file to evaluate on."""
+    content = json.loads((digits / "train.json").read_text())
+    numbers = {IDS[name]: number for number, name in enumerate(NAMES)}
+    for category in content["categories"]:
+        category["id"] = numbers[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = numbers[annotation["category_id"]]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    words = [*flags(digits, "train"), "--val-json", str(tmp_path / "val.json")]
+    setup(FASTER_RCNN, [*words, "--val-images", str(digits / "digits" / "train")])
+    labels = [
+        [[a["category_id"] for a in record["annotations"]] for record in DatasetCatalog.get(name)]
+        for name in ("own_train", "own_val")
+    ]
+    assert labels[0] == labels[1]
+
+
+def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> None:
+    entry = OwnDataSet("own_train", "a.json", "a", ("cat",), (1,)).to_config()
+    register_own_data([entry])
+    register_own_data([entry])
+    assert MetadataCatalog.get("own_train").thing_classes == ["cat"]
+    setup(FASTER_RCNN, flags(digits, "train"))
+    assert MetadataCatalog.get("own_train").thing_classes == NAMES
+    DatasetCatalog.register("theirs", list)
+    with pytest.raises(ValueError, match="'theirs', which is that of another data set"):
+        register_own_data([entry | {"name": "theirs"}])
+    for wrong in (7, {"name": "a"}, entry | {"category_ids": []}):
+        with pytest.raises(ValueError, match=r"DATASETS\.OWN has"):
+            register_own_data([wrong])
+
+
+@pytest.mark.parametrize(
+    ("iterations", "level"), [(3, logging.WARNING), (72, logging.INFO), (900, logging.WARNING)]
+)
+def test_epochs(
+    catalogs: None, digits: Path, caplog: pytest.LogCaptureFixture, iterations: int, level: int
+) -> None:
+    options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", str(iterations)]
+    with caplog.at_level(logging.INFO, "vovnet_d2"):
+        setup(FASTER_RCNN, flags(digits, *BOTH), *options)
+    (record,) = (record for record in caplog.records if "epochs" in record.message)
+    assert f"{iterations} iterations of 2 images are {iterations / 6:,.1f} epochs" in record.message
+    assert record.levelno == level
+    assert ("(COCO's 1x schedule is 12 epochs: 72 iterations here)" in record.message) == (
+        level == logging.WARNING
+    )
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train-json", "a.json"], "--train-json and --train-images go together"),
+        (["--val-images", "a"], "--val-json and --val-images go together"),
+        (["--train-json", "a.json", "--train-images", "."], r"no annotation file /.*/a\.json"),
+    ],
+)
+def test_missing_words(catalogs: None, words: list[str], message: str) -> None:
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        setup(FASTER_RCNN, words)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (FASTER_RCNN, ["DATASETS.TRAIN", "('a',)"], "DATASETS.TRAIN follows from --train/val-json"),
+        (RETINANET, ["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES follows"),
+        ("COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml", [], "PanopticFPN learns from"),
+        ("COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml", [], "SemanticSegmentor learns"),
+        ("COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml", [], "keypoint_flip_map"),
+    ],
+)
+def test_configs_that_it_does_not_go_with(
+    catalogs: None, digits: Path, config: str, options: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        setup(config, flags(digits, *BOTH), *options)
+
+
+def _set(section: str, key: str, value: Any) -> Callable[[dict], None]:
+    return lambda content: content[section][0].__setitem__(key, value)
+
+
+SPOILT: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "no list": (lambda c: c.pop("images"), r'missing or no lists \("images" is missing\)'),
+    "no object": (lambda c: c["images"].append(7), r"entries that are no objects \(images\[14\]"),
+    "empty": (lambda c: c["annotations"].clear(), "has no annotations"),
+    "no width": (lambda c: c["images"][0].pop("width"), r"images\[0\] has no width"),
+    "text for id": (_set("annotations", "category_id", "4"), r"annotations\[0\] has category_id"),
+    "three numbers": (_set("annotations", "bbox", [1, 2, 3]), r"\[0\] has bbox \[1, 2, 3\]"),
+    "category": (_set("annotations", "category_id", 7), r"\[0\] is of category 7, which is not"),
+    "one name": (_set("categories", "name", "3"), "two categories with the id .* or the name '3'"),
+    "encoded mask": (_set("annotations", "iscrowd", 0), r"1 masks that are not polygons but RLE"),
+    "no segmentation": (
+        lambda c: [a.pop("segmentation") for a in c["annotations"] if not a["iscrowd"]],
+        r"objects without a mask.*MODEL.MASK_ON False",
+    ),
+    "crowds only": (
+        lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
+        "no image with an object that is no crowd",
+    ),
+    "other folder": (
+        lambda c: [i.update(file_name="a.jpg") for i in c["images"]],
+        "does not hold the images of .*'a.jpg' is the first",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_files_that_cannot_be_used(catalogs: None, digits: Path, tmp_path: Path, name: str) -> None:
+    spoil, message = SPOILT[name]
+    content = json.loads((digits / "train.json").read_text())
+    spoil(content)
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    words = ["--train-json", str(tmp_path / "train.json")]
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
+        setup(MASK_RCNN, [*words, "--train-images", str(digits / "digits" / "train")])
+    assert "\n" not in caught.value.args[0]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"images":', "GIF89a"])
+def test_a_file_that_is_something_else(
+    catalogs: None, digits: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "train.json").write_text(text)
+    words = ["--train-json", str(tmp_path / "train.json"), "--train-images", str(digits)]
+    with pytest.raises(ValueError, match=r"train\.json is not in COCO's format.*check_dataset"):
+        setup(FASTER_RCNN, words)
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: str) -> None:
+    content = json.loads((digits / "train.json").read_text())
+    del content["annotations"][3][key]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    images = str(digits / "digits" / "train")
+    read_contents(str(path), images, evaluated=False)
+    with pytest.raises(ValueError, match=rf"annotations\[3\] has no {key}\. .*check_dataset"):
+        read_contents(str(path), images, evaluated=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ({"id": 5, "name": "0"}, {"id": 5, "name": "zero"}, "category 5, 'zero', and .* has '0'"),
+        ({"id": 5, "name": "0"}, {"id": 6, "name": "0"}, "category 6, '0', and .* has it under 5"),
+        ({"id": 5, "name": "0"}, {"id": 1, "name": "a"}, "category 1, 'a', .* none of that id or"),
+    ],
+)
+def test_validation_categories_unlike_the_training_ones(
+    catalogs: None, digits: Path, tmp_path: Path, old: dict, new: dict, message: str
+) -> None:
+    content = json.loads((digits / "val.json").read_text())
+    content["categories"][content["categories"].index(old)] = new
+    for annotation in content["annotations"]:
+        if annotation["category_id"] == old["id"]:
+            annotation["category_id"] = new["id"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    words = [*flags(digits, "train"), "--val-json", str(tmp_path / "val.json")]
+    with pytest.raises(ValueError, match=message):
+        setup(FASTER_RCNN, [*words, "--val-images", str(digits / "digits" / "val")])
+
+
+def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_path: Path) -> None:
+    """The config is of an earlier run."""
+    copy = tmp_path / "train.json"
+    copy.write_text((digits / "train.json").read_text())
+    words = ["--train-json", str(copy), "--train-images", str(digits / "digits" / "train")]
+    cfg = setup(FASTER_RCNN, words)
+    content = json.loads(copy.read_text())
+    content["annotations"][0]["category_id"] = 77
+    copy.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="annotation of category 77, which is none of the 10"):
+        DatasetCatalog.get("own_train")
+    copy.write_text("[]")
+    with pytest.raises(ValueError, match=r"train\.json is not in COCO's format \("):
+        DatasetCatalog.get("own_train")
+    copy.unlink()
+    with pytest.raises(FileNotFoundError, match=r"not where DATASETS\.OWN has it.*--train-json"):
+        check_data_sets(cfg, "TRAIN")

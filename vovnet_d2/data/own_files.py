@@ -1,0 +1,149 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An annotation file of one's own, read to know what to set up for it.
+
+What would stop or spoil a run is refused at its first place; tools/check_dataset.py lists all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .check.problems import PROBLEMS, Findings
+from .check.reading import SECTIONS, read_annotation_file
+from .check.values import are_numbers, is_number, is_whole
+
+__all__ = ["Contents", "read_contents"]
+
+_HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes a corrected copy."
+_NUM_LOOKED_FOR = 20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """
+    Attributes:
+        categories: names by id, in the order of ids.
+        num_images: images, listed.
+        num_trainable: images with an annotation that is no crowd.
+        num_annotations: crowds included.
+        num_crowds: of these.
+        num_without_mask: annotations that are no crowds and have no segmentation.
+        num_encoded_masks: annotations that are no crowds and have RLE for one.
+    """
+
+    categories: dict[int, str]
+    num_images: int
+    num_trainable: int
+    num_annotations: int
+    num_crowds: int
+    num_without_mask: int
+    num_encoded_masks: int
+
+
+def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
+    """
+    Args:
+        json: annotation file.
+        images: folder of the images.
+        evaluated: whether it is to be evaluated on, for which pycocotools needs more than training.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or it does not hold the images.
+        ValueError: the file is not in COCO's format.
+    """
+    if not os.path.isfile(json):
+        raise FileNotFoundError(f"There is no annotation file {json}.")
+    if not os.path.isdir(images):
+        raise FileNotFoundError(f"There is no folder of images {images}.")
+    findings = Findings()
+    content = read_annotation_file(Path(json), findings)
+    for problem, examples in findings.examples.items():
+        raise ValueError(
+            f"{json} is not in COCO's format: {PROBLEMS[problem].title} ({examples[0]}). {_HINT}"
+        )
+    assert content is not None
+    for section in SECTIONS:
+        _check_fields(json, section, content[section], evaluated)
+    _look_for_images(json, images, [image["file_name"] for image in content["images"]])
+    return _count(json, content)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_box(value: Any) -> bool:
+    return are_numbers(value) and len(value) == 4
+
+
+_Fields = dict[str, Callable[[Any], bool]]
+_FIELDS: dict[str, _Fields] = {
+    "categories": {"id": is_whole, "name": _is_text},
+    "images": {"id": is_whole, "file_name": _is_text, "height": is_whole, "width": is_whole},
+    "annotations": {
+        "id": is_whole,
+        "image_id": is_whole,
+        "category_id": is_whole,
+        "bbox": _is_box,
+    },
+}
+_FIELDS_TO_EVALUATE: _Fields = {"area": is_number, "iscrowd": lambda value: value in (0, 1)}
+
+
+def _check_fields(json: str, section: str, records: list[dict[str, Any]], evaluated: bool) -> None:
+    required = _FIELDS[section]
+    if section == "annotations" and evaluated:
+        required = required | _FIELDS_TO_EVALUATE
+    if not records:
+        raise ValueError(f"{json} has no {section}. {_HINT}")
+    for index, record in enumerate(records):
+        for key, is_valid in required.items():
+            if key not in record or not is_valid(record[key]):
+                found = f"{key} {record[key]!r:.60}" if key in record else f"no {key}"
+                raise ValueError(f"{json}: {section}[{index}] has {found}. {_HINT}")
+
+
+def _look_for_images(json: str, folder: str, names: list[str]) -> None:
+    """Not for all of them: a training names the ones that are missing."""
+    if not any(os.path.exists(os.path.join(folder, name)) for name in names[:_NUM_LOOKED_FOR]):
+        raise FileNotFoundError(
+            f"{folder} does not hold the images of {json}, where {names[0]!r} is the first: the "
+            "file names are relative to the folder."
+        )
+
+
+def _count(json: str, content: dict[str, Any]) -> Contents:
+    categories: dict[int, str] = {}
+    for category in sorted(content["categories"], key=lambda c: c["id"]):
+        if category["id"] in categories or category["name"] in categories.values():
+            raise ValueError(
+                f"{json} has two categories with the id {category['id']} or the name "
+                f"{category['name']!r}. {_HINT}"
+            )
+        categories[category["id"]] = category["name"]
+    annotations = content["annotations"]
+    for index, annotation in enumerate(annotations):
+        if annotation["category_id"] not in categories:
+            known = ", ".join(str(category) for category in islice(categories, 10))
+            raise ValueError(
+                f"{json}: annotations[{index}] is of category {annotation['category_id']}, which "
+                f"is not among its categories ({known}{', ...' if len(categories) > 10 else ''}). "
+                f"{_HINT}"
+            )
+    objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    listed = {image["id"] for image in content["images"]}
+    return Contents(
+        categories=categories,
+        num_images=len(content["images"]),
+        num_trainable=len(listed & {annotation["image_id"] for annotation in objects}),
+        num_annotations=len(annotations),
+        num_crowds=len(annotations) - len(objects),
+        num_without_mask=sum(not annotation.get("segmentation") for annotation in objects),
+        num_encoded_masks=sum(isinstance(a.get("segmentation"), dict) for a in objects),
+    )
