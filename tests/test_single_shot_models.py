@@ -361,7 +361,7 @@ def test_refinedet_errors(options: dict[str, Any], message: str) -> None:
     [
         ({"MODEL__SINGLE_SHOT__IN_FEATURES": []}, "asks for nothing"),
         ({"MODEL__SINGLE_SHOT__EXTRA_TYPE": "fpn"}, "'fpn': choose from dsod, ssd"),
-        ({"MODEL__SINGLE_SHOT__EXTRA_STRIDES": [2]}, "one stride for each"),
+        ({"MODEL__SINGLE_SHOT__EXTRA_STRIDES": [2]}, "one for each"),
         ({"MODEL__SINGLE_SHOT__ANCHOR_STEPS": [8, 16]}, "2 steps for 6 maps"),
     ],
 )

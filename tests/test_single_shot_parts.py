@@ -144,6 +144,14 @@ def test_anchors_without_second_size() -> None:
     assert generator.num_anchors == [3]
 
 
+def test_anchors_of_a_map_that_is_used_twice() -> None:
+    twice = SSDAnchorGenerator(sizes=[[30, 60, 60, 112]], aspect_ratios=[[2, 3]], strides=[16])
+    once = SSDAnchorGenerator(sizes=[[30, 60], [60, 112]], aspect_ratios=[[2, 3]], strides=[16, 16])
+    assert twice.num_anchors == [12]
+    (found,) = twice.cell_anchors
+    assert torch.equal(found, torch.cat(list(once.cell_anchors)))
+
+
 # Coding -------------------------------------------------------------------------------------------
 
 

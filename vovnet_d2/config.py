@@ -131,7 +131,7 @@ def _single_shot_defaults() -> CfgNode:
     """Of the meta-architectures SingleShotDetector and RefineDet."""
     node = CfgNode()
     node.NUM_CLASSES = 80  # without background
-    # Maps of the backbone that are read, the finest first. One may be named twice.
+    # Maps of the backbone that are read, the finest first.
     node.IN_FEATURES = ["stage3", "stage4", "stage5"]
     # Norm of the layers that are added to the backbone.
     node.NORM = "BN"
@@ -151,10 +151,12 @@ def _single_shot_defaults() -> CfgNode:
     node.NMS_THRESH_TEST = 0.45
     # The rest is SingleShotDetector's only.
     # Stages behind the last map: their output widths, "dsod" (half pooled) or "ssd" (1x1, 3x3), and
-    # for "ssd" strides of 2, or 1 for a 3x3 without padding; none means 2 throughout.
+    # for "ssd" strides of 2, or 1 for a 3x3 without padding (none means 2 throughout), and widths
+    # between 1x1 and 3x3 (none means half of the output's).
     node.EXTRA_CHANNELS = [256, 256, 256]
     node.EXTRA_TYPE = "dsod"
     node.EXTRA_STRIDES = []
+    node.EXTRA_REDUCED_CHANNELS = []
     # Pixels from one place of a map to the next as `SSDAnchorGenerator` counts them, one for each
     # map; none takes the maps' strides.
     node.ANCHOR_STEPS = []

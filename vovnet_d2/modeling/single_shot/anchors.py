@@ -26,6 +26,7 @@ class SSDAnchorGenerator(DefaultAnchorGenerator):
 
     The arguments are those of :class:`DefaultAnchorGenerator`, but that ``sizes`` holds one or two
     sizes for each map, in pixels, and ``aspect_ratios`` are width / height, without their inverses.
+    Four sizes are two such pairs for a map that is used twice, as Pelee's finest is.
     """
 
     @classmethod
@@ -44,10 +45,12 @@ class SSDAnchorGenerator(DefaultAnchorGenerator):
         self, sizes: Sequence[float] = (30, 60), aspect_ratios: Sequence[float] = (2,)
     ) -> torch.Tensor:
         """The boxes (number, 4) of one place, around the origin, XYXY in pixels."""
-        size, *second = sizes
-        shapes = [(size, size)] + [(math.sqrt(size * s),) * 2 for s in second]
-        for ratio in aspect_ratios:
-            long, short = size * math.sqrt(ratio), size / math.sqrt(ratio)
-            shapes += [(long, short), (short, long)]
+        shapes: list[tuple[float, float]] = []
+        for index in range(0, len(sizes), 2):
+            size, *second = sizes[index : index + 2]
+            shapes += [(size, size)] + [(math.sqrt(size * s),) * 2 for s in second]
+            for ratio in aspect_ratios:
+                long, short = size * math.sqrt(ratio), size / math.sqrt(ratio)
+                shapes += [(long, short), (short, long)]
         half = torch.tensor(shapes) / 2
         return torch.cat([-half, half], dim=1)

@@ -39,7 +39,7 @@ class BackboneWithExtras(Backbone):
         """
         super().__init__()
         self.bottom_up = bottom_up
-        self.in_features = tuple(dict.fromkeys(in_features))
+        self.in_features = tuple(in_features)
         self.extras = nn.ModuleDict({f"extra{i}": e for i, e in enumerate(extras, start=1)})
         self._size_divisibility = max(size_divisibility, bottom_up.size_divisibility)
 
@@ -103,18 +103,27 @@ class DSODExtra(CNNBlockBase):
 
 
 class SSDExtra(CNNBlockBase):
-    """SSD's extra layers: a 1x1 convolution to half the width, then a 3x3."""
+    """SSD's extra layers: a 1x1 convolution to fewer channels, then a 3x3."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, norm: Norm, stride: int = 2):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: Norm,
+        reduced_channels: int | None = None,
+        stride: int = 2,
+    ):
         """
         Args:
+            reduced_channels: width between the two, by default half of ``out_channels``.
             stride: 2, or 1 for a 3x3 convolution without padding, which takes a map of 5x5 to 3x3
                 and one of 3x3 to 1x1.
         """
         super().__init__(in_channels, out_channels, stride)
-        half = out_channels // 2
-        self.reduce = conv_norm(in_channels, half, 1, norm=norm)
-        self.conv = conv_norm(half, out_channels, 3, norm=norm, stride=stride)
+        reduced = reduced_channels or out_channels // 2
+        self.reduce = conv_norm(in_channels, reduced, 1, norm=norm)
+        self.conv = conv_norm(reduced, out_channels, 3, norm=norm, stride=stride)
         if stride == 1:
             self.conv.padding = (0, 0)
 

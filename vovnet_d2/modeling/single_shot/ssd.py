@@ -223,12 +223,17 @@ def common_arguments(
 
 
 def _extra_options(node: CfgNode) -> list[tuple[int, dict[str, int]]]:
-    widths, strides = node.EXTRA_CHANNELS, node.EXTRA_STRIDES
-    if not strides:
-        return [(width, {}) for width in widths]
-    if len(strides) != len(widths) or node.EXTRA_TYPE != "ssd":
-        raise ValueError(
-            f"MODEL.SINGLE_SHOT.EXTRA_STRIDES is {list(strides)}: give one stride for each of "
-            f"EXTRA_CHANNELS {list(widths)}, and only with EXTRA_TYPE ssd, or none."
-        )
-    return [(w, {"stride": s}) for w, s in zip(widths, strides, strict=True)]
+    options: list[tuple[int, dict[str, int]]] = [(width, {}) for width in node.EXTRA_CHANNELS]
+    for key, argument in (("STRIDES", "stride"), ("REDUCED_CHANNELS", "reduced_channels")):
+        values = node[f"EXTRA_{key}"]
+        if not values:
+            continue
+        if len(values) != len(options) or node.EXTRA_TYPE != "ssd":
+            raise ValueError(
+                f"MODEL.SINGLE_SHOT.EXTRA_{key} is {list(values)}: give one for each of "
+                f"EXTRA_CHANNELS {list(node.EXTRA_CHANNELS)}, and only with EXTRA_TYPE ssd, or "
+                "none."
+            )
+        for (_, arguments), value in zip(options, values, strict=True):
+            arguments[argument] = value
+    return options
