@@ -62,6 +62,7 @@ def _train(root: Path, out: Path, options: list[str], rank: int, world: int, por
     descriptor = os.open(out / f"output.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as ordinarily
     torch.set_num_threads(1)
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
