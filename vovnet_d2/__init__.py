@@ -3,6 +3,7 @@
 """VoVNet and VoVNetV2 as backbones for Detectron2. Importing the package registers them."""
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 try:
     import detectron2
@@ -27,7 +28,9 @@ from .modeling.build import register_backbones
 from .modeling.inference import optimize_for_inference
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
 from .modeling.vovnet import VoVNet
-from .predictor import Predictor
+
+if TYPE_CHECKING:
+    from .predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -43,3 +46,12 @@ __all__ = [
     "optimize_for_inference",
     "register_backbones",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What trains and evaluates stands behind it, which a user of the backbones need not wait for.
+    if name == "Predictor":
+        from .predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
