@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
+from ..modeling.inference import optimize_for_inference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
 from .interruption import is_lost_connection
@@ -77,7 +78,8 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         report_loaded(checkpointer, cfg, resume=args.resume)
         if not args.allow_partial:
             check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
-        results = task.trainer.test_all(cfg, model)
+        evaluated = optimize_for_inference(model) if cfg.TEST.OPTIMIZE else model
+        results = task.trainer.test_all(cfg, evaluated)
     else:
         trainer = task.trainer(cfg, **options)
         trainer.resume_or_load(resume=args.resume)
