@@ -1,0 +1,193 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a data set, and what is on them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from coco_tree import COLORS
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import BoxMode
+from engine_runs import FASTER_RCNN, MASK_RCNN, TINY, tiny_config
+from PIL import Image
+
+from vovnet_d2.engine import Trainer, data_pictures
+from vovnet_d2.engine.data_pictures_command import main
+
+pytest_plugins = ["engine_fixtures"]
+
+
+@pytest.fixture
+def overlays(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What Detectron2 was asked to draw, picture by picture."""
+    calls: list[dict] = []
+    original = data_pictures.Visualizer.overlay_instances
+
+    def record(self: object, **words: object) -> object:
+        calls.append(words)
+        return original(self, **words)
+
+    monkeypatch.setattr(data_pictures.Visualizer, "overlay_instances", record)
+    return calls
+
+
+def draw(*words: object) -> None:
+    main([str(word) for word in words])
+
+
+def write_results(path: Path, *, shift: float = 0.0, **changes: object) -> list[dict]:
+    """The annotations of the miniature's validation set as results, moved to the right."""
+    results = []
+    for record in DatasetCatalog.get("coco_2017_val"):
+        for number, annotation in enumerate(record["annotations"]):
+            x, y, w, h = annotation["bbox"]
+            result = {"image_id": record["image_id"], "category_id": list(COLORS)[number % 3]}
+            result |= {"bbox": [x + shift, y, w, h], "score": 0.9 - 0.5 * (number == 2)}
+            results.append(result | changes)
+    path.write_text(json.dumps(results))
+    return results
+
+
+def test_annotations(coco: Path, tmp_path: Path, overlays: list[dict]) -> None:
+    """A file for each image, among them one without annotations and one with a crowd."""
+    draw("annotations", tmp_path / "out", "--dataset", "coco_2017_train")
+    records = DatasetCatalog.get("coco_2017_train")
+    names = [f"{i:03d}_{Path(r['file_name']).stem}.png" for i, r in enumerate(records, 1)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    annotated = [record for record in records if record["annotations"]]
+    assert len(annotated) == len(records) - 1
+    assert len(overlays) == len(annotated)
+    for record, words in zip(annotated, overlays, strict=True):
+        crowds = [annotation["iscrowd"] for annotation in record["annotations"]]
+        assert [label.endswith("|crowd") for label in words["labels"]] == crowds
+        assert len(words["masks"]) == len(crowds)
+    picture = np.asarray(Image.open(tmp_path / "out" / names[1]).resize((80, 64)))
+    plain = np.asarray(Image.open(records[1]["file_name"]))
+    assert np.abs(picture.astype(float) - plain).mean() < 8  # nothing is drawn
+
+
+def test_training_samples_are_those_of_the_trainer(
+    coco: Path, tmp_path: Path, overlays: list[dict]
+) -> None:
+    cfg = tiny_config(MASK_RCNN, tmp_path, "INPUT.MIN_SIZE_TRAIN", "(48, 64)")
+    drawn = list(data_pictures.draw_training_samples(cfg, number=5))
+    stream = iter(Trainer.build_train_loader(cfg))
+    samples = [sample for _ in range(3) for sample in next(stream)][:5]
+    assert [name for name, _ in drawn] == [sample["file_name"] for sample in samples]
+    assert {sample["image"].shape[1] for sample in samples} == {48, 64}
+    for (_, pixels), sample, words in zip(drawn, samples, overlays, strict=True):
+        instances = sample["instances"]
+        torch.testing.assert_close(words["boxes"].tensor, instances.gt_boxes.tensor)
+        assert len(words["masks"]) == len(words["labels"]) == len(instances)
+        rgb = convert_image_to_rgb(sample["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
+        small = Image.fromarray(pixels).resize(rgb.shape[1::-1], Image.Resampling.BOX)
+        difference = np.abs(np.asarray(small, dtype=float) - rgb)
+        for box in instances.gt_boxes:
+            x0, y0, x1, y1 = box.int().tolist()
+            difference[max(y0 - 9, 0) : y1 + 9, max(x0 - 9, 0) : x1 + 9] = 0  # and its label
+        assert difference.max() < 120
+        assert difference.mean() < 4
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_results(coco: Path, tmp_path: Path, overlays: list[dict], masks: bool) -> None:
+    results = write_results(tmp_path / "results.json", shift=5)
+    if masks:
+        for result in results:
+            x, y, w, h = result["bbox"]
+            result["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        (tmp_path / "results.json").write_text(json.dumps(results))
+    words = ["results", tmp_path / "sheet.png", "--config-file", FASTER_RCNN]
+    draw(*words, "--results", tmp_path / "results.json")
+    assert Image.open(tmp_path / "sheet.png").size[0] > 400
+    truths, found = overlays[::2], overlays[1::2]  # side by side
+    records = [r for r in DatasetCatalog.get("coco_2017_val") if r["annotations"]]
+    assert len(truths) == len(found) == len(records)
+    for record, shown in zip(records, found, strict=True):
+        kept = [r for r in results if r["image_id"] == record["image_id"] and r["score"] >= 0.5]
+        boxes = [BoxMode.convert(r["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for r in kept]
+        assert shown["boxes"].tensor.tolist() == pytest.approx(np.array(boxes))
+        assert shown["labels"] == ["person 90%", "stop sign 90%"][: len(kept)]
+        assert (shown["masks"] is not None) == masks
+
+
+def test_unreadable_images_are_named_and_skipped(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((coco / "coco" / "annotations" / "instances_train2017.json").read_text())
+    images = tmp_path / "images"
+    images.mkdir()
+    for image in content["images"]:
+        source = coco / "coco" / "train2017" / image["file_name"]
+        (images / image["file_name"]).write_bytes(source.read_bytes())
+    gone, cut, outside = (content["images"][i] for i in (0, 3, 4))
+    (images / gone["file_name"]).unlink()
+    (images / cut["file_name"]).write_bytes(b"GIF89a")
+    outside["file_name"] = "../train.json"
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    own = ["--train-json", tmp_path / "train.json", "--train-images", images]
+    draw("annotations", tmp_path / "out", *own)
+    told = capsys.readouterr()
+    for name in (gone["file_name"], cut["file_name"], "../train.json"):
+        assert name in told.out + told.err
+    assert "Drew 3 pictures of own_train" in told.out
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+    outside["file_name"] = cut["file_name"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    options = ["--opts", *TINY, "MODEL.DEVICE", "cpu"]
+    sheet = tmp_path / "sheet.jpg"
+    draw("training", sheet, "--config-file", FASTER_RCNN, *own, "--number", "6", *options)
+    told = capsys.readouterr()
+    assert cut["file_name"] in told.out + told.err
+    assert "Drew 6 pictures of own_train" in told.out
+    Image.open(sheet).verify()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["annotations"], "DATASETS.TRAIN is empty: give --config-file"),
+        (["annotations", "--dataset", "coco_2017_trian"], "not registered. Close to it: coco"),
+        (["annotations", "--number", "0"], "--number is 0"),
+        (["results", "--dataset", "coco_2017_val"], "--results and results go together"),
+        (["results", "--results", "gone.json", "--dataset", "coco_2017_val"], "no file gone.json"),
+    ],
+)
+def test_mistakes_are_a_sentence(
+    coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        draw(words[0], tmp_path / "out", *words[1:])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "results.json is no JSON"),
+        ('{"a": 1}', "not in COCO's results format"),
+        ("[{}]", "not in COCO's results format"),
+        ({"image_id": 5}, "image_id 5, which coco_2017_val does not have"),
+        ({"category_id": 12}, "category_id 12, which coco_2017_val does not have"),
+    ],
+)
+def test_results_that_do_not_fit(
+    coco: Path, tmp_path: Path, content: str | dict, message: str
+) -> None:
+    path = tmp_path / "results.json"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        write_results(path, **content)
+    with pytest.raises(ValueError, match=message):
+        list(data_pictures.draw_results("coco_2017_val", path, number=3, min_score=0.5))

@@ -1,0 +1,111 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``tools/visualize_data.py``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from .checks import check_data, check_data_sets
+from .config import load_config
+from .detection import register_data
+from .launch import run_or_exit
+from .own_data import add_own_data_arguments
+
+__all__ = ["main"]
+
+_SHEETS = (".png", ".jpg", ".jpeg", ".pdf")
+
+_DESCRIPTION = """\
+Draw a data set without a screen: its annotations, or samples as training sees them, or results
+beside the annotations. Images that cannot be read are named and skipped.
+
+    python tools/visualize_data.py annotations drawn/ --config-file output/config.yaml
+    python tools/visualize_data.py training samples.png --config-file Digits/mask_rcnn_R_50_FPN.yaml
+    python tools/visualize_data.py results drawn/ --config-file output/config.yaml \\
+        --results output/inference/coco_instances_results.json
+"""
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("annotations", "training", "results"))
+    parser.add_argument(
+        "output",
+        type=Path,
+        help=f"folder; or, with {', '.join(_SHEETS)}, one sheet of all pictures",
+    )
+    parser.add_argument("--config-file", default="", help="YAML file, or its name among ours")
+    parser.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="registered data set (default: the first that the config trains on; for results, "
+        "evaluates on)",
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="in COCO's results format")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.5, help="of results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--number", type=int, default=16, metavar="N", help="of pictures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="config options; last of all"
+    )
+    add_own_data_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Args:
+        argv: the arguments, by default those of the program that is running.
+
+    Raises:
+        SystemExit: with status 2, where they do not fit.
+    """
+    run_or_exit(_run, _argument_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        from . import data_pictures
+    except ImportError as error:
+        raise ImportError(
+            f"Drawing needs OpenCV and matplotlib ({error}): pip install 'vovnet_d2[demo]'."
+        ) from error
+
+    if args.number < 1:
+        raise ValueError(f"--number is {args.number}: it must be at least 1.")
+    if (args.what == "results") != (args.results is not None):
+        raise ValueError("--results and results go together: give both.")
+    setup_logger(name="vovnet_d2")
+    cfg = load_config(args.config_file, args.opts)
+    key = "TEST" if args.what == "results" else "TRAIN"
+    if args.dataset:
+        cfg.DATASETS[key] = (args.dataset,)
+    register_data(cfg, args, training=args.what == "training")
+    if args.what == "training":
+        check_data(cfg, training=True)
+    else:
+        check_data_sets(cfg, key)
+    name = cfg.DATASETS[key][0]
+    if args.what == "annotations":
+        drawn = data_pictures.draw_annotations(name, number=args.number)
+    elif args.what == "training":
+        drawn = data_pictures.draw_training_samples(cfg, number=args.number)
+    else:
+        drawn = data_pictures.draw_results(
+            name, args.results, number=args.number, min_score=args.score_threshold
+        )
+    write = data_pictures.write_contact_sheet
+    if args.output.suffix.lower() not in _SHEETS:
+        write = data_pictures.write_pictures
+    print(f"Drew {write(args.output, drawn)} pictures of {name} to {args.output}.")
