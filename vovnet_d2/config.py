@@ -69,6 +69,8 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # Evaluate in mixed precision.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)
+    # Evaluate (--eval-only) what vovnet_d2.optimize_for_inference makes of the model, in float32.
+    cfg.TEST.setdefault("OPTIMIZE", False)
     # Who evaluates COCO-format data sets: "pycocotools", "faster-coco-eval" (the same results in
     # less time), or "auto", which is faster-coco-eval where it is installed.
     cfg.TEST.setdefault("COCO_API", "auto")
