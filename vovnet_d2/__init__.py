@@ -22,8 +22,8 @@ with warnings.catch_warnings():
 
 from .checkpoint import VoVNetCheckpointer, convert_state_dict
 from .config import add_vovnet_config, get_config_file
-from .modeling import fcos as _fcos  # noqa: F401; registers FCOS
-from .modeling import single_shot as _single_shot  # registers RefineDet, SingleShotDetector
+from .modeling import fcos as _fcos  # noqa: F401 - registers FCOS
+from .modeling import single_shot as _single_shot  # noqa: F401 - RefineDet, SSD
 from .modeling.build import register_backbones
 from .modeling.inference import optimize_for_inference
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
