@@ -16,7 +16,7 @@ from torch import nn
 from ..layers import Norm
 from .layers import conv_norm
 
-__all__ = ["BackboneWithExtras", "DSODExtra", "SSDExtra"]
+__all__ = ["BackboneWithExtras", "DSODExtra", "SSDExtra", "norm_relu_conv"]
 
 
 class BackboneWithExtras(Backbone):
