@@ -91,7 +91,7 @@ def _vovnet_defaults() -> CfgNode:
     # 2 keeps stage5 at stage4's resolution (output stride 16), as RES5_DILATION does for ResNet.
     node.STAGE5_DILATION = 1
     # Keep only the input of the stem and of each OSA block for the backward pass, which computes
-    # them a second time: about a third of the memory for a third more time in the backbone.
+    # them a second time: a sixth of the memory for activations, and one more forward pass.
     node.CHECKPOINT_BLOCKS = False
     # What P6 and P7 of `build_retinanet_vovnet_fpn_backbone` are made from: "stage5" or "p5".
     node.TOP_BLOCK_IN_FEATURE = "stage5"
