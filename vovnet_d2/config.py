@@ -38,6 +38,10 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     for name, defaults in (
         ("SINGLE_SHOT", _single_shot_defaults()),
         ("REFINEDET", _refinedet_defaults()),
+        ("TIMM", _timm_defaults()),
+        ("TORCHVISION", _torchvision_defaults()),
+        ("DENSENET67", _densenet67_defaults()),
+        ("PELEENET", _peleenet_defaults()),
     ):
         cfg.MODEL.setdefault(name, CfgNode())
         for key, value in defaults.items():
@@ -184,6 +188,50 @@ def _refinedet_defaults() -> CfgNode:
     node.EXTRA_CHANNELS = 512
     node.TCB_CHANNELS = 256
     node.HEAD_CHANNELS = 1024
+    return node
+
+
+def _timm_defaults() -> CfgNode:
+    """Of `build_timm_backbone` and its forms with FPN."""
+    node = CfgNode()
+    node.NAME = ""  # as timm.create_model takes it
+    # Maps to return, named after their strides: "stage1" of stride 2 to "stage5" of stride 32.
+    node.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    # "BN" leaves the network's norms as they are; batch norms can be "FrozenBN" or "SyncBN".
+    node.NORM = "BN"
+    # Start from timm's weights. INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be theirs.
+    node.PRETRAINED = False
+    # What P6 and P7 of `build_retinanet_timm_fpn_backbone` are made from: "stage5" or "p5".
+    node.TOP_BLOCK_IN_FEATURE = "stage5"
+    # Further arguments of timm.create_model by their names, {drop_path_rate: 0.1} for example.
+    node.ARGUMENTS = CfgNode(new_allowed=True)
+    return node
+
+
+def _torchvision_defaults() -> CfgNode:
+    """Of `build_torchvision_backbone`."""
+    node = CfgNode()
+    node.NAME = ""  # as torchvision.models.get_model takes it
+    # Nodes whose outputs are returned, one of each stride, the finest first; their maps are named
+    # after the strides, as MODEL.TIMM's.
+    node.NODES = []
+    # As MODEL.TIMM's.
+    node.NORM = "BN"
+    node.PRETRAINED = False
+    return node
+
+
+def _densenet67_defaults() -> CfgNode:
+    node = CfgNode()
+    node.NORM = "BN"
+    return node
+
+
+def _peleenet_defaults() -> CfgNode:
+    node = CfgNode()
+    node.NORM = "BN"
+    # Any of "stem", "stage2" (stride 4) to "stage5" (stride 32).
+    node.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
     return node
 
 

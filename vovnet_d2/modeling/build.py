@@ -19,13 +19,23 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
+from .baselines.densenet import DenseNet67
+from .baselines.peleenet import PeleeNet
+from .baselines.timm_backbone import TimmBackbone
+from .baselines.torchvision_backbone import TorchvisionBackbone
 from .fpn import attach_fpn, strided_top_block
 from .specs import VoVNetSpec, get_spec
 from .vovnet import VoVNet
 
 __all__ = [
+    "build_densenet67_backbone",
     "build_fcos_vovnet_fpn_backbone",
+    "build_peleenet_backbone",
+    "build_retinanet_timm_fpn_backbone",
     "build_retinanet_vovnet_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+    "build_torchvision_backbone",
     "build_vovnet_backbone",
     "build_vovnet_classifier",
     "build_vovnet_fpn_backbone",
@@ -86,45 +96,105 @@ def _key(field: str) -> str:
     return f"MODEL.VOVNET.{field.partition('.')[2].upper()}"
 
 
-def _build_fpn(
-    cfg: CfgNode, input_shape: ShapeSpec, make_top_block: Callable[[VoVNet], nn.Module | None]
-) -> FPN:
-    bottom_up = build_vovnet_backbone(cfg, input_shape)
+def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None) -> FPN:
     return attach_fpn(
         bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-        top_block=make_top_block(bottom_up),
+        top_block=top_block,
     )
+
+
+def _build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone, in_feature: str) -> FPN:
+    top_block = strided_top_block(bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, in_feature)
+    return _build_fpn(cfg, bottom_up, top_block)
 
 
 def build_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """VoVNet with FPN, P6 by max-pooling of P5: for Faster, Mask, Keypoint and Cascade R-CNN."""
-    return _build_fpn(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
+    return _build_fpn(cfg, build_vovnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 def build_retinanet_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """VoVNet with FPN, P6 and P7 by strided convolutions from
     ``MODEL.VOVNET.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
-    return _build_fpn(
-        cfg,
-        input_shape,
-        lambda bottom_up: strided_top_block(
-            bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE
-        ),
-    )
+    bottom_up = build_vovnet_backbone(cfg, input_shape)
+    return _build_retinanet_fpn(cfg, bottom_up, cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE)
 
 
 def build_fcos_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """VoVNet with FPN and ``MODEL.FCOS.TOP_LEVELS`` levels made from P5: for FCOS."""
-    return _build_fpn(
-        cfg,
-        input_shape,
-        lambda bottom_up: strided_top_block(
-            bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, "p5", cfg.MODEL.FCOS.TOP_LEVELS
-        ),
+    bottom_up = build_vovnet_backbone(cfg, input_shape)
+    top_block = strided_top_block(
+        bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, "p5", cfg.MODEL.FCOS.TOP_LEVELS
+    )
+    return _build_fpn(cfg, bottom_up, top_block)
+
+
+# The networks that VoVNet is compared with.
+
+
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """The network of timm's that ``MODEL.TIMM`` names."""
+    node = cfg.MODEL.TIMM
+    return TimmBackbone(
+        node.NAME,
+        in_channels=input_shape.channels,
+        out_features=node.OUT_FEATURES,
+        norm=node.NORM,
+        pretrained=node.PRETRAINED,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        arguments=node.ARGUMENTS,
+    )
+
+
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """timm's network with FPN, as :func:`build_vovnet_fpn_backbone` has it."""
+    return _build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """timm's network with FPN, P6 and P7 by strided convolutions from
+    ``MODEL.TIMM.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
+    bottom_up = build_timm_backbone(cfg, input_shape)
+    return _build_retinanet_fpn(cfg, bottom_up, cfg.MODEL.TIMM.TOP_BLOCK_IN_FEATURE)
+
+
+def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:
+    """The network of torchvision's that ``MODEL.TORCHVISION`` names.
+
+    Raises:
+        ValueError: the input has not three channels, which torchvision's networks take.
+    """
+    if input_shape.channels != 3:
+        raise ValueError(
+            f"torchvision's networks take images of 3 channels, not {input_shape.channels}: timm "
+            "has networks that take any number (build_timm_backbone)."
+        )
+    node = cfg.MODEL.TORCHVISION
+    return TorchvisionBackbone(
+        node.NAME,
+        node.NODES,
+        norm=node.NORM,
+        pretrained=node.PRETRAINED,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+
+
+def build_densenet67_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DenseNet67:
+    """DSOD's own backbone, with ``MODEL.DENSENET67.NORM``; ``FREEZE_AT`` does not apply."""
+    return DenseNet67(in_channels=input_shape.channels, norm=cfg.MODEL.DENSENET67.NORM)
+
+
+def build_peleenet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PeleeNet:
+    """PeleeNet as ``MODEL.PELEENET`` describes it."""
+    return PeleeNet(
+        in_channels=input_shape.channels,
+        norm=cfg.MODEL.PELEENET.NORM,
+        out_features=cfg.MODEL.PELEENET.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
 
 
@@ -133,6 +203,12 @@ _BUILDERS: tuple[Callable[[CfgNode, ShapeSpec], Backbone], ...] = (
     build_vovnet_fpn_backbone,
     build_retinanet_vovnet_fpn_backbone,
     build_fcos_vovnet_fpn_backbone,
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+    build_retinanet_timm_fpn_backbone,
+    build_torchvision_backbone,
+    build_densenet67_backbone,
+    build_peleenet_backbone,
 )
 
 

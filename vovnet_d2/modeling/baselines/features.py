@@ -1,0 +1,184 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the adapters of timm and torchvision share: a foreign network as a backbone.
+
+Their maps are named as VoVNet's are: "stage2" is the last one of stride 4, "stage5" of stride 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+from torch.nn.modules.batchnorm import SyncBatchNorm
+
+__all__ = [
+    "FeatureBackbone",
+    "convert_norms",
+    "freeze",
+    "maps_on_meta",
+    "parameters_behind",
+    "stage_name",
+]
+
+
+class FeatureBackbone(Backbone):
+    """A network that returns its maps in a list, as a backbone."""
+
+    def __init__(
+        self, network: nn.Module, shapes: Mapping[str, ShapeSpec], *, channels_last: bool = False
+    ):
+        """
+        Args:
+            network: takes (N, C, H, W).
+            shapes: of the maps that it returns, in their order.
+            channels_last: whether the maps are (N, H, W, C).
+        """
+        super().__init__()
+        self.network = network
+        self._shapes = dict(shapes)
+        self._channels_last = channels_last
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(N, C, H, W) to the maps of :meth:`output_shape`."""
+        maps = self.network(x)
+        if self._channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return dict(zip(self._shapes, maps, strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return dict(self._shapes)
+
+
+def stage_name(stride: int) -> str:
+    """ "stage3" for stride 8, and so on.
+
+    Raises:
+        ValueError: a stride that is no power of 2.
+    """
+    if stride & (stride - 1):
+        raise ValueError(
+            f"The network has a map of stride {stride}. Backbones need powers of 2: choose another "
+            "network."
+        )
+    return f"stage{stride.bit_length() - 1}"
+
+
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """A norm of timm's, which carries dropout and an activation, frozen."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def _freeze_norms(module: nn.Module) -> nn.Module:
+    # Detectron2's conversion alone would drop the activation.
+    if isinstance(module, nn.BatchNorm2d | SyncBatchNorm) and hasattr(module, "act"):
+        frozen = FrozenBatchNormAct2d.convert_frozen_batchnorm(module)
+        frozen.drop, frozen.act = module.drop, module.act
+        return frozen
+    if isinstance(module, nn.BatchNorm2d | SyncBatchNorm):
+        return FrozenBatchNorm2d.convert_frozen_batchnorm(module)
+    for name, child in module.named_children():
+        module.add_module(name, _freeze_norms(child))
+    return module
+
+
+def convert_norms(
+    network: nn.Module, norm: str, synchronise: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """
+    Args:
+        norm: "BN" leaves the network's norms as they are; "FrozenBN" and "SyncBN" take the place of
+            its batch norms, and of these only.
+        synchronise: makes "SyncBN" of a network.
+
+    Returns:
+        the network, changed in place.
+
+    Raises:
+        ValueError: another ``norm``.
+    """
+    converters = {"BN": lambda module: module, "FrozenBN": _freeze_norms, "SyncBN": synchronise}
+    if norm not in converters:
+        raise ValueError(
+            f"NORM is {norm!r}, but the network brings its own: choose BN, which leaves it as it "
+            "is, or FrozenBN or SyncBN for batch norms."
+        )
+    return converters[norm](network)
+
+
+def maps_on_meta(
+    network: nn.Module, size: tuple[int, int], in_channels: int
+) -> tuple[Sequence[torch.Tensor], dict[str, torch.Tensor]]:
+    """What a network returns for an image of (H, W), and the parameters that it comes from, all on
+    the meta device, where nothing is computed. The network is left as it is."""
+    parameters = {
+        name: torch.empty_like(p, device="meta", requires_grad=True)
+        for name, p in network.named_parameters()
+    }
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in network.named_buffers()}
+    image = torch.empty(1, in_channels, *size, device="meta")
+    training = network.training
+    with torch.enable_grad():
+        maps = torch.func.functional_call(network.eval(), {**parameters, **buffers}, (image,))
+    network.train(training)
+    return maps, parameters
+
+
+def parameters_behind(
+    network: nn.Module, size: tuple[int, int], in_channels: int, maps: Iterable[int]
+) -> set[str]:
+    """Names of the parameters that some of the network's maps are computed from.
+
+    Args:
+        size: (H, W) of an image that it takes.
+        maps: indices of the maps.
+    """
+    found, parameters = maps_on_meta(network, size, in_channels)
+    total = torch.stack([found[index].sum() for index in maps]).sum()
+    gradients = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    return {name for name, gradient in pairs if gradient is not None}
+
+
+def freeze(
+    network: nn.Module,
+    freeze_at: int,
+    strides: Sequence[int],
+    behind: Callable[[Iterable[int]], set[str]],
+) -> None:
+    """Freeze what the maps of stride 2 to the power of ``freeze_at``, and finer ones, are computed
+    from: parameters take no gradient and batch norms become frozen ones.
+
+    Args:
+        freeze_at: 0 freezes nothing, 1 up to stride 2, 2 up to stride 4, and so on.
+        strides: of the network's maps.
+        behind: gives the names of the parameters behind the maps of these indices.
+
+    Raises:
+        ValueError: there is no map so fine.
+    """
+    if freeze_at <= 0:
+        return
+    maps = [index for index, stride in enumerate(strides) if stride <= 2**freeze_at]
+    if not maps:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, which freezes up to stride {2**freeze_at}, "
+            f"but the maps have strides {', '.join(map(str, strides))}: set it to 0, which freezes "
+            "nothing, or so that it reaches one of them."
+        )
+    frozen = behind(maps)
+    for name, parameter in network.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    for name, module in list(network.named_modules()):
+        owned = [p for p, _ in module.named_parameters(prefix=name)]
+        if isinstance(module, nn.BatchNorm2d | SyncBatchNorm) and owned and frozen >= {*owned}:
+            network.set_submodule(name, _freeze_norms(module))

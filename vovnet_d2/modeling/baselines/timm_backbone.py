@@ -1,0 +1,151 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of timm (pytorch-image-models) as backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from .features import FeatureBackbone, convert_norms, freeze, parameters_behind, stage_name
+
+__all__ = ["TimmBackbone"]
+
+_PROBE_SIZE = 256
+
+
+class TimmBackbone(FeatureBackbone):
+    """A network of timm's through its feature extraction, the last map of each stride."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        in_channels: int = 3,
+        out_features: Sequence[str] = ("stage2", "stage3", "stage4", "stage5"),
+        norm: str = "BN",
+        pretrained: bool = False,
+        freeze_at: int = 0,
+        arguments: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            name: as ``timm.create_model`` takes it, "resnet50" or "resnet50.a1_in1k".
+            out_features: maps to return; layers that none of them needs are left out where timm's
+                extraction can do so.
+            norm: see :func:`convert_norms`.
+            pretrained: download timm's weights, except on the meta device, which holds none. Images
+                must be normalised as ``timm.get_pretrained_cfg(name)`` says.
+            freeze_at: see :func:`freeze`.
+            arguments: further ones of ``timm.create_model``, such as ``drop_path_rate``.
+
+        Raises:
+            ValueError: timm is not installed, or has no such network, map or weights, or the
+                network cannot return maps or takes images of one size only.
+            FileNotFoundError: the weights cannot be had.
+        """
+        timm = _import_timm()
+        arguments = {"in_chans": in_channels, **(arguments or {})}
+        outline = _outline(timm, name, arguments)
+        strides = outline.feature_info.reduction()
+        # Of several maps of one stride, the last stays.
+        indices = {stage_name(stride): index for index, stride in enumerate(strides)}
+        missing = [feature for feature in out_features if feature not in indices]
+        if missing or not out_features:
+            raise ValueError(
+                f"{name} of timm has no map {', '.join(missing) or '(none asked for)'}: choose "
+                f"from {', '.join(indices)}."
+            )
+        ordered = sorted(out_features, key=lambda feature: indices[feature])
+        shapes = {
+            feature: ShapeSpec(
+                channels=outline.feature_info.channels()[indices[feature]],
+                stride=strides[indices[feature]],
+            )
+            for feature in ordered
+        }
+        channels_last = str(getattr(outline, "output_fmt", "NCHW")).endswith("NHWC")
+        taken = [outline.feature_info.out_indices[indices[feature]] for feature in ordered]
+        network = _create(timm, name, taken, pretrained, arguments)
+        network = convert_norms(network, norm, _synchronise)
+        size = _image_size(arguments)
+        freeze(
+            network,
+            freeze_at,
+            strides,
+            lambda maps: parameters_behind(outline, size, arguments["in_chans"], maps),
+        )
+        super().__init__(network, shapes, channels_last=channels_last)
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ValueError("This backbone needs timm: pip install timm") from error
+    return timm
+
+
+def _outline(timm: Any, name: str, arguments: Mapping[str, Any]) -> Any:
+    """The network with all its maps, without memory."""
+    if not timm.is_model(name):
+        architecture = name.partition(".")[0]
+        close = get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"Close to it: {', '.join(close)}." if close else "timm.list_models() lists them."
+        raise ValueError(f"timm has no network {name!r}. {hint}")
+    try:
+        with torch.device("meta"):
+            outline = timm.create_model(name, features_only=True, **arguments)
+    except Exception as error:  # each network refuses in its own way
+        raise ValueError(
+            f"timm cannot make a feature extractor of {name!r} with the arguments "
+            f"{dict(arguments)}: {error}"
+        ) from error
+    if "img_size" not in arguments and any(
+        getattr(module, "strict_img_size", False) for module in outline.modules()
+    ):
+        raise ValueError(
+            f"{name} of timm takes images of one size only, unless ARGUMENTS has dynamic_img_size: "
+            "True; or give the size, img_size, there and have all images brought to it."
+        )
+    return outline
+
+
+def _create(
+    timm: Any, name: str, taken: Sequence[int], pretrained: bool, arguments: Mapping[str, Any]
+) -> nn.Module:
+    if pretrained and not timm.is_model_pretrained(name):
+        raise ValueError(
+            f"timm has no trained weights of {name!r}: set PRETRAINED to False, or choose from "
+            f"those that timm.list_pretrained() lists."
+        )
+    loads = pretrained and torch.get_default_device().type != "meta"
+    try:
+        return timm.create_model(
+            name, features_only=True, out_indices=tuple(taken), pretrained=loads, **arguments
+        )
+    except Exception as error:
+        own = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
+        if not loads or own:  # such as a full disk
+            raise
+        raise FileNotFoundError(
+            f"timm's weights of {name!r} are not on this machine and cannot be downloaded "
+            f"({type(error).__name__}). Put them into the Hugging Face hub's cache, or set "
+            "PRETRAINED to False and MODEL.WEIGHTS to a file of yours."
+        ) from error
+
+
+def _image_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    size = arguments.get("img_size", _PROBE_SIZE)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _synchronise(network: nn.Module) -> nn.Module:
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(network)

@@ -1,0 +1,140 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The classifiers of torchvision as backbones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+from torchvision import models
+
+from .features import (
+    FeatureBackbone,
+    convert_norms,
+    freeze,
+    maps_on_meta,
+    parameters_behind,
+    stage_name,
+)
+
+__all__ = ["TorchvisionBackbone"]
+
+_IMAGE_SIZE = (512, 512)
+
+
+class TorchvisionBackbone(FeatureBackbone):
+    """A network of torchvision's, cut off at some of its nodes."""
+
+    def __init__(
+        self,
+        name: str,
+        nodes: Sequence[str],
+        *,
+        norm: str = "BN",
+        pretrained: bool = False,
+        freeze_at: int = 0,
+    ):
+        """
+        Args:
+            name: as ``torchvision.models.get_model`` takes it, "shufflenet_v2_x1_0".
+            nodes: what to return, the finest first, by the names that
+                ``torchvision.models.feature_extraction.get_graph_node_names`` gives, or parts of
+                them that end at a dot. What none of them needs is left out.
+            norm: see :func:`convert_norms`.
+            pretrained: download torchvision's default weights, except on the meta device, which
+                holds none. Images must be normalised as these weights' ``transforms()`` do.
+            freeze_at: see :func:`freeze`.
+
+        Raises:
+            ValueError: there is no such network, node or weights; or a node's output is no map, or
+                of the same stride as another's.
+            FileNotFoundError: the weights cannot be had.
+        """
+        network = convert_norms(
+            _create(name, pretrained), norm, nn.SyncBatchNorm.convert_sync_batchnorm
+        )
+        network = _extract(network, name, nodes)
+        shapes = _shapes(network, nodes)
+        freeze(
+            network,
+            freeze_at,
+            [shape.stride or 0 for shape in shapes.values()],
+            lambda maps: parameters_behind(network, _IMAGE_SIZE, 3, maps),
+        )
+        super().__init__(network, shapes)
+
+
+class _Nodes(nn.Module):
+    """A traced network whose outputs are a list."""
+
+    def __init__(self, graph: nn.Module):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return list(self.graph(x).values())
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    if name not in (available := models.list_models(module=models)):
+        close = get_close_matches(name, available, n=3)
+        hint = f"Close to it: {', '.join(close)}" if close else f"There are {', '.join(available)}"
+        raise ValueError(f"torchvision has no network {name!r}. {hint}.")
+    loads = pretrained and torch.get_default_device().type != "meta"
+    try:
+        return models.get_model(name, weights="DEFAULT" if loads else None)
+    except OSError as error:
+        if not loads or (error.errno and not isinstance(error, ConnectionError)):
+            raise  # such as a full disk
+        raise FileNotFoundError(
+            f"torchvision's weights of {name!r} are not on this machine and cannot be downloaded "
+            f"({error}). Put them into the folder checkpoints of torch.hub.get_dir(), or set "
+            "PRETRAINED to False and MODEL.WEIGHTS to a file of yours."
+        ) from error
+
+
+def _extract(network: nn.Module, name: str, nodes: Sequence[str]) -> nn.Module:
+    # Late, as it imports torch.fx, which takes long.
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    try:
+        if nodes:
+            return _Nodes(create_feature_extractor(network, list(nodes)))
+    except ValueError as error:
+        known = get_graph_node_names(network)[1]
+        for node in nodes:
+            if not any(other == node or other.startswith(f"{node}.") for other in known):
+                close = ", ".join(get_close_matches(node, known, n=3, cutoff=0.4) or known)
+                raise ValueError(
+                    f"{name} of torchvision has no node {node!r}. Close to it: {close}."
+                ) from error
+        raise
+    raise ValueError(
+        f"NODES is empty: choose what {name} returns from "
+        f"{', '.join(get_graph_node_names(network)[1])}."
+    )
+
+
+def _shapes(network: nn.Module, nodes: Sequence[str]) -> dict[str, ShapeSpec]:
+    """The shapes of a network's maps, seen in them."""
+    maps, _ = maps_on_meta(network, _IMAGE_SIZE, 3)
+    shapes: dict[str, ShapeSpec] = {}
+    for node, output in zip(nodes, maps, strict=True):
+        if output.dim() != 4 or min(output.shape[2:]) < 2:
+            raise ValueError(
+                f"Node {node} gives {tuple(output.shape)}, which is no map: choose an earlier one."
+            )
+        # Without padding, maps are a little smaller than their stride says.
+        stride = 2 ** round(math.log2(_IMAGE_SIZE[0] / output.shape[2]))
+        feature = stage_name(stride)
+        if feature in shapes:
+            raise ValueError(
+                f"Node {node} has stride {stride}, as another one: choose one node of each stride."
+            )
+        shapes[feature] = ShapeSpec(channels=output.shape[1], stride=stride)
+    return shapes
