@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the figures of the pages in docs/, by the commands that the pages name beside them.
 
-What needs a GPU is left as it is where there is none. Run it from the repository's root, on a
-machine that does nothing else: some of the figures are of times.
+What needs a GPU is left as it is where there is none; a network that is trained already is not
+trained again. Run it from the repository's root, on a machine that does nothing else: some of the
+figures are of times.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ import torch
 DOCS = Path("docs")
 
 
-def commands(page: Path) -> list[str]:
-    """The commands of a page that write figures."""
-    lines = page.read_text(encoding="utf-8").splitlines()
+FIGURES = f"--output {DOCS}/figures"
+TRAININGS = "OUTPUT_DIR output/docs"
+
+
+def commands(page: Path, *kinds: str) -> list[str]:
+    """The commands of a page that contain one of ``kinds``; by default those of figures."""
+    lines = (line.strip() for line in page.read_text(encoding="utf-8").splitlines())
     return [
-        line.strip()
+        line
         for line in lines
-        if line.strip().startswith("python tools/") and f"--output {DOCS}/figures" in line
+        if line.startswith("python tools/") and any(kind in line for kind in kinds or [FIGURES])
     ]
 
 
@@ -36,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     failed = []
     for page in sorted(DOCS.glob("*.md")):
-        for command in commands(page):
+        for command in commands(page, TRAININGS, FIGURES):
             if args.only not in command:
                 continue
             print(f"\n{command}", flush=True)
