@@ -187,4 +187,7 @@ def test_memory_and_open_files_stay(
     means = memory[200:].reshape(9, 200).mean(axis=1)
     print("resident MB by 200 steps:", (means / 1e6).round(1), "open files:", set(files[200:]))
     assert means.max() / means.min() < 1.02
-    assert len(set(files[200:].tolist())) == 1
+    # A log or a checkpoint may be open at the moment of counting, and is not after the next steps.
+    medians = np.median(files[200:].reshape(9, 200), axis=1)
+    assert set(medians.tolist()) == {files.min()}
+    assert files.max() - files.min() < 5
