@@ -75,7 +75,7 @@ def test_exported(tmp_path: Path, kind: str, format: str) -> None:
     for name, parameter in model.head.named_parameters():
         if "logits" in name and parameter.dim() > 1:
             # Scores that differ, so that rounding does not choose among boxes.
-            parameter.data *= {"refinedet": 400, "dsod": 4}[kind]
+            parameter.data *= {"refinedet": 4000, "dsod": 4}[kind]
     target = select_target(model, "detector")
     program = load(format, export(target, format, tmp_path / "detector").path)
     for picture in pictures():
