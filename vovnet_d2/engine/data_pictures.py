@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT_SIDE = 300  # pixels to enlarge small images to; the labels stay the same
 _COLUMNS = 4
+_SHEET_WIDTH = 16.0  # inches
 _MAX_UNREADABLE = 1000
 
 
@@ -126,7 +128,7 @@ def _read(
     for record in records:
         try:
             for root in image_roots([name]):
-                resolve_inside(root, record["file_name"])
+                resolve_inside(root, os.path.abspath(record["file_name"]))
             yield record, np.ascontiguousarray(read_image(record["file_name"])[:, :, ::-1])
         except (FileNotFoundError, ValueError) as error:
             logger.warning("Skipped: %s", error)
@@ -236,10 +238,10 @@ def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
     pictures = list(drawn)
     if not pictures:
         return 0
-    columns = min(_COLUMNS, len(pictures))
+    ratio = float(np.mean([pixels.shape[0] / pixels.shape[1] for _, pixels in pictures]))
+    columns = max(1, round(_COLUMNS * min(1.0, ratio / 0.75)))  # fewer of two pictures side by side
     rows = -(-len(pictures) // columns)
-    ratio = np.mean([pixels.shape[0] / pixels.shape[1] for _, pixels in pictures])
-    size = (4 * columns, rows * (4 * float(ratio) + 0.3))
+    size = (_SHEET_WIDTH, rows * (_SHEET_WIDTH / columns * ratio + 0.3))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:

@@ -1,0 +1,139 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes do what one does with the whole batch, and the Slurm script starts them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fault_runs import free_port
+from mean_loss_training import TRAINERS, parse, train
+
+from vovnet_d2.data import build_digits
+
+pytest_plugins = ["engine_fixtures"]
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("mean_loss_training.py")
+DOCS = ROOT / "docs" / "several_machines.md"
+ENVIRONMENT = {
+    **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+    "VOVNET_D2_TIMEOUT": "120",
+}
+LAUNCHERS = {
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
+    "detectron2": ([], ["--num-gpus", "2", "--dist-url", "auto"]),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a small training set."""
+    root = tmp_path_factory.mktemp("data")
+    build_digits(root, num_train=16, num_val=1, image_size=96, digit_size=(16, 48))
+    images = root / "digits" / "train"
+    annotations = root / "digits" / "annotations" / "instances_train.json"
+    return ["--train-json", str(annotations), "--train-images", str(images)]
+
+
+@pytest.fixture(scope="module")
+def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """All parameters after the training in one process, by precision."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(parse(*files, "OUTPUT_DIR", str(folder)))
+    return read_parameters(folder)
+
+
+def read_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in TRAINERS:
+        model = torch.load(folder / name / "model_final.pth", weights_only=True)["model"]
+        assert {str(tensor.dtype) for tensor in model.values()} == {f"torch.{name}"}
+        found[name] = torch.cat([tensor.double().flatten() for tensor in model.values()])
+    return found
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one(
+    files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, launcher: str
+) -> None:
+    """In float64 the order of sums is all that is left of a difference; in float32 it is as large
+    as that of one process from its float64 self."""
+    before, after = LAUNCHERS[launcher]
+    command = [sys.executable, *before, str(SCRIPT), *after, *files, "OUTPUT_DIR", str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in TRAINERS:
+        assert "World size: 2" in (tmp_path / name / "log.txt").read_text()
+    shared = read_parameters(tmp_path)
+    rounding = distance(alone["float32"], alone["float64"])
+    differences = {name: distance(shared[name], alone[name]) for name in TRAINERS}
+    print(f"{launcher}: {differences}; float32 from float64 in one process: {rounding:.3g}")
+    # A double has 29 bits more.
+    assert differences["float64"] < 2**-29 * 100 * rounding
+    assert differences["float32"] < 4 * rounding
+
+
+@pytest.mark.slow
+def test_half_the_batch_is_something_else(
+    files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, fresh_logging: None
+) -> None:
+    """What processes would do that did not share their gradients."""
+    train(parse(*files, "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(tmp_path)))
+    rounding = distance(alone["float32"], alone["float64"])
+    assert distance(read_parameters(tmp_path)["float64"], alone["float64"]) > 100 * rounding
+
+
+# Slurm
+
+SRUN = """#!/bin/bash
+# Stands for Slurm's: two nodes, which are this machine.
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+wait $first && wait $second
+"""
+SCONTROL = "#!/bin/bash\necho localhost\necho localhost\n"
+
+
+def slurm_script() -> str:
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    return script
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_docs(files: list[str], tmp_path: Path) -> None:
+    """Its own lines, with two nodes of one process each and a training of 20 steps."""
+    script = slurm_script()
+    assert script.count("--nproc-per-node 8") == 1
+    script = script.replace("--nproc-per-node 8", "--nproc-per-node 1")
+    script = re.sub(r"tools/train_net\.py.*", "", script, flags=re.DOTALL)
+    script += f"{SCRIPT} {' '.join(files)} OUTPUT_DIR {tmp_path / 'run'}\n"
+    script = script.replace("29500", str(free_port()))
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "job.sh": script}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    search = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a[1-2]"}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "job.sh")],
+        env={**os.environ, **ENVIRONMENT, **slurm, "PATH": search},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "World size: 2" in (tmp_path / "run" / "float32" / "log.txt").read_text()
+    assert (tmp_path / "run" / "float64" / "model_final.pth").is_file()
