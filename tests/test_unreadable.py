@@ -176,6 +176,37 @@ def test_links_cannot_leave_the_folder(coco_copy: Path, tmp_path: Path) -> None:
     assert ReadableOnly(mapper)(record) is not None
 
 
+def test_relative_paths_cannot_leave_a_relative_folder(
+    coco_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(coco_copy)  # as Detectron2's data sets are in datasets/ by default
+    Path("train2017/link.jpg").symlink_to(images(coco_copy, "val2017")[0])
+    inside = f"train2017/{images(coco_copy)[0].name}"
+    shutil.copy(inside, "secret.jpg")
+    guarded = ReadableOnly(
+        DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), True), roots=["train2017"]
+    )
+    assert guarded({"file_name": inside, "height": 64, "width": 80}) is not None
+    for name in ("train2017/../secret.jpg", "train2017/link.jpg"):
+        with pytest.raises(UnreadableImageError, match="leads out of the folder"):
+            guarded({"file_name": name, "height": 64, "width": 80})
+
+
+def test_damaged_semantic_labels_are_named(coco_copy: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.png"
+    Image.effect_noise((80, 64), 9).save(labels)
+    record = {"file_name": str(images(coco_copy)[0]), "height": 64, "width": 80}
+    record["sem_seg_file_name"] = str(labels)
+    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    assert "sem_seg" in ReadableOnly(mapper)(record)
+    data = bytearray(labels.read_bytes())
+    data[len(data) // 2] ^= 255  # which Detectron2 reads as other labels, or none
+    labels.write_bytes(data)
+    with pytest.raises(UnreadableImageError, match=r"labels\.png cannot be used"):
+        ReadableOnly(mapper)(record)
+    assert ReadableOnly(mapper, max_skipped=1)(record) is None
+
+
 def test_roots(coco_copy: Path) -> None:
     both = ["coco_2017_train", "coco_2017_val"]
     assert image_roots(both) == [str(coco_copy / "train2017"), str(coco_copy / "val2017")]

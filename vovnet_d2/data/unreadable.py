@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ class ReadableOnly:
     ):
         """
         Args:
-            mapper: reads ``record["file_name"]``.
+            mapper: reads ``record["file_name"]`` and, of a data set with semantic labels,
+                ``record["sem_seg_file_name"]``.
             roots: folders; an image outside all of them is an error. None are no restriction.
             max_skipped: how many images may be left out, in this process and its workers.
         """
@@ -83,21 +85,25 @@ class ReadableOnly:
                 it is outside the folders.
         """
         self._require_inside(record["file_name"])
+        files = [record[key] for key in ("file_name", "sem_seg_file_name") if key in record]
         try:
-            _verify_png(record["file_name"])
+            for file in files:
+                _verify_png(file)
             return self.mapper(record)
         except Exception as error:
-            if not (reason := _why_unreadable(record)):
-                raise  # of the augmentation, say: no fault of the file
-            self._skip(record["file_name"], reason, error)
-            return None
+            for file in files:
+                if reason := _why_unreadable(file, record):
+                    self._skip(file, reason, error)
+                    return None
+            raise  # of the augmentation, say: no fault of the files
 
     def _require_inside(self, file_name: str) -> None:
         if not self.roots:
             return
+        path = os.path.abspath(file_name)  # it may be relative, but not to the folder
         for root in self.roots:
             try:
-                resolve_inside(root, file_name)
+                resolve_inside(root, path)
             except ValueError:
                 continue
             return
@@ -144,12 +150,14 @@ def _verify_png(file_name: str) -> None:
             Image.open(file).verify()
 
 
-def _why_unreadable(record: dict[str, Any]) -> str:
-    """Why an image cannot be read, or its size is not the one in the annotations; or nothing."""
+def _why_unreadable(file_name: str, record: dict[str, Any]) -> str:
+    """Why a file of the record cannot be read, or the size of its image is not the one in the
+    annotations; or nothing."""
     try:
-        with Image.open(record["file_name"]) as image:
+        with Image.open(file_name) as image:
             image.load()
-        check_image_size(record, read_image(record["file_name"], "BGR"))
+        if file_name == record["file_name"]:
+            check_image_size(record, read_image(file_name, "BGR"))
     except SizeMismatchError as error:
         return " ".join(str(error).split()).rstrip(".")
     except Exception as error:  # Pillow's decoders raise what comes to them
