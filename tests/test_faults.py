@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log
 from fault_runs import assert_equal, load
 from test_pretrain import launch as launch_classifier
 from test_pretrain import write_images
+from torch import nn
 
+from vovnet_d2.checkpoint import VoVNetCheckpointer
 from vovnet_d2.checkpoint.atomic import FileNotWrittenError, atomic_write, remove_leftovers
 from vovnet_d2.checkpoint.writing import Metadata, save_weights
 from vovnet_d2.engine import Trainer, argument_parser
@@ -88,8 +91,37 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
         Path(partial).write_text(str(1 / 0))
     (tmp_path / "file.123.partial").write_text("left by a kill")
+    (tmp_path / "download.partial").write_text("somebody else's")
     assert remove_leftovers(tmp_path) == ["file.123.partial"]
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["download.partial", "file"]
+
+
+def test_a_file_is_written_where_folders_cannot_be_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems."""
+    flush = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with atomic_write(tmp_path / "file") as partial:
+        Path(partial).write_text("new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("history", ['["../important.pth", "model_0.pth"]', "{}", "[", "[1]"])
+def test_no_file_outside_the_folder_is_removed(tmp_path: Path, history: str) -> None:
+    (tmp_path / "important.pth").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints.json").write_text(history)
+    checkpointer = VoVNetCheckpointer(nn.Linear(1, 1), str(tmp_path / "run"), max_to_keep=1)
+    checkpointer.save("model_1")
+    assert (tmp_path / "important.pth").exists()
+    assert (tmp_path / "run" / "model_1.pth").exists()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers"]
@@ -35,7 +35,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
         yield partial
         _flush_to_disk(partial)
         os.replace(partial, path)
-        _flush_to_disk(os.path.dirname(path) or ".")  # the new name
+        with suppress(OSError):  # some network file systems cannot do this for a folder
+            _flush_to_disk(os.path.dirname(path) or ".")  # the new name
     except (OSError, RuntimeError) as error:
         if (reason := _why_not_written(error)) is None:
             raise
@@ -50,7 +51,8 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
     Returns:
         their names.
     """
-    found = sorted(Path(folder).glob(f"*{_SUFFIX}"))
+    # A user's own .partial files, of a download, say, have no process's number.
+    found = sorted(p for p in Path(folder).glob(f"*.*{_SUFFIX}") if p.stem.split(".")[-1].isdigit())
     for partial in found:
         partial.unlink(missing_ok=True)
     return [partial.name for partial in found]

@@ -227,9 +227,14 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
     def _read_history(self) -> list[str]:
         try:
-            return json.loads(Path(self.save_dir, _HISTORY).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            names = json.loads(Path(self.save_dir, _HISTORY).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return []
+        # Files are removed by these names, so none may lead out of the folder.
+        plain = isinstance(names, list) and all(
+            isinstance(name, str) and name == os.path.basename(name) for name in names
+        )
+        return names if plain else []
 
     def _write_history(self, names: list[str]) -> None:
         self._write_text(_HISTORY, json.dumps(names) + "\n")
