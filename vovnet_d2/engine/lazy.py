@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import os
 import shlex
 import sys
 import time
@@ -26,12 +25,9 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from ..checkpoint import VoVNetCheckpointer
-from ..checkpoint.atomic import remove_leftovers
 from ..data import register_digits
 from ..data.stream import TrainingStream, stay_until_dismissed
 from .checks import (
-    check_all_loaded,
     check_data,
     check_initialisation,
     check_run,
@@ -41,8 +37,8 @@ from .evaluation import check_evaluators
 from .launch import launch_or_exit
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
-from .run import _check_device, _find_last_checkpoint, _start_logging
-from .trainer import Trainer, report_loaded
+from .run import check_device, open_output_dir, train_or_evaluate
+from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
@@ -166,44 +162,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
-        results, model = _train_or_evaluate(LazyTrainer.of(config), cfg, args)
+        results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
     if comm.is_main_process():
         write_report(cfg, model, results, args=args, seconds=time.perf_counter() - start)
     return results
 
 
-def _train_or_evaluate(
-    trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace
-) -> tuple[dict[str, Any], nn.Module]:
-    options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
-    if not args.eval_only:
-        trainer = trainer_class(cfg, **options)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train(), trainer.checkpointer.model
-    model = trainer_class.build_model(cfg)
-    checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    report_loaded(checkpointer, cfg, resume=args.resume)
-    if not args.allow_partial:
-        check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
-    return trainer_class.test_all(cfg, model), model
-
-
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
-    _start_logging(cfg.OUTPUT_DIR)
-    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
-        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
+    last = open_output_dir(cfg, args, key="train.output_dir")
     training = not args.eval_only
-    last = _find_last_checkpoint(cfg.OUTPUT_DIR)
-    if training and last and not args.resume:
-        logger.warning(
-            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
-            "with it instead, add --resume; to keep it, set another train.output_dir.",
-            cfg.OUTPUT_DIR,
-            os.path.basename(last),
-        )
-    _check_device(cfg)
+    check_device(cfg)
     check_run(cfg, training=training)
     backbone = instantiate(config, "model.backbone")
     resuming = args.resume and bool(last)

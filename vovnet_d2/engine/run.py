@@ -30,7 +30,7 @@ from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
 
-__all__ = ["Task", "run_task"]
+__all__ = ["Task", "check_device", "open_output_dir", "run_task", "train_or_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,26 +70,66 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     """
     start = time.perf_counter()
     cfg = _set_up(task, args)
-    options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
-    if args.eval_only:
-        model = task.trainer.build_model(cfg)
-        checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        report_loaded(checkpointer, cfg, resume=args.resume)
-        if not args.allow_partial:
-            check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
-        evaluated = optimize_for_inference(model) if cfg.TEST.OPTIMIZE else model
-        results = task.trainer.test_all(cfg, evaluated)
-    else:
-        trainer = task.trainer(cfg, **options)
-        trainer.resume_or_load(resume=args.resume)
-        results = trainer.train()
-        model = trainer.checkpointer.model  # without DistributedDataParallel around it
+    results, model = train_or_evaluate(task.trainer, cfg, args)
     if comm.is_main_process():
         seconds = time.perf_counter() - start
         write_report(cfg, model, results, args=args, seconds=seconds)
         verify_results(cfg, results)
     return results
+
+
+def train_or_evaluate(
+    trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace
+) -> tuple[dict[str, Any], nn.Module]:
+    """
+    Args:
+        args: with ``eval_only``, ``resume``, ``allow_partial`` and ``allow_pickle``.
+
+    Returns:
+        the results of the last evaluation, and the model as it is at the end.
+
+    Raises:
+        see :func:`run_task`.
+    """
+    options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
+    if not args.eval_only:
+        trainer = trainer_class(cfg, **options)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+        return results, trainer.checkpointer.model  # without DistributedDataParallel around it
+    model = trainer_class.build_model(cfg)
+    checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    report_loaded(checkpointer, cfg, resume=args.resume)
+    if not args.allow_partial:
+        check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
+    evaluated = optimize_for_inference(model) if cfg.TEST.OPTIMIZE else model
+    return trainer_class.test_all(cfg, evaluated), model
+
+
+def open_output_dir(cfg: CfgNode, args: argparse.Namespace, *, key: str = "OUTPUT_DIR") -> str:
+    """Start the log in ``OUTPUT_DIR``, tidy up after a killed run, and warn of one that would be
+    overwritten.
+
+    Args:
+        key: what the user calls the folder.
+
+    Returns:
+        the last checkpoint there; empty if there is none.
+    """
+    _start_logging(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
+        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
+    last = Checkpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    if last and not args.eval_only and not args.resume:
+        logger.warning(
+            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
+            "with it instead, add --resume; to keep it, set another %s.",
+            cfg.OUTPUT_DIR,
+            os.path.basename(last),
+            key,
+        )
+    return last
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
@@ -98,25 +138,14 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml, "add_config": task.add_config}
     written = load_config(path, **load_args)
     cfg = load_config(path, args.opts, **load_args)
-    _start_logging(cfg.OUTPUT_DIR)
-    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
-        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
+    last = open_output_dir(cfg, args)
     if args.auto_scale_lr:
         cfg = scale_to_batch(written, args.opts)
     elif not args.eval_only:
         warn_of_unscaled_batch(written, cfg)
     cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
-    _check_device(cfg)
-
+    check_device(cfg)
     training = not args.eval_only
-    last = _find_last_checkpoint(cfg.OUTPUT_DIR)
-    if training and last and not args.resume:
-        logger.warning(
-            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
-            "with it instead, add --resume; to keep it, set another OUTPUT_DIR.",
-            cfg.OUTPUT_DIR,
-            os.path.basename(last),
-        )
     check_config(cfg, training=training)
     task.check(cfg, training=training, resuming=args.resume and bool(last))
     cfg.freeze()
@@ -124,7 +153,12 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _check_device(cfg: CfgNode) -> None:
+def check_device(cfg: CfgNode) -> None:
+    """Settle ``MODEL.DEVICE``; see :func:`choose_device`.
+
+    Raises:
+        ValueError: there is no such device, or several processes cannot share it.
+    """
     choose_device(cfg)
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
@@ -146,7 +180,3 @@ def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     told = isinstance(error, FileNotWrittenError | FloatingPointError)
     return error is None or not (told or is_lost_connection(error))
-
-
-def _find_last_checkpoint(output_dir: str) -> str:
-    return Checkpointer(nn.Identity(), output_dir).get_checkpoint_file()
