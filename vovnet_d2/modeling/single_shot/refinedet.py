@@ -18,7 +18,7 @@ from .heads import RefineDetHead
 from .layers import ResidualBlock, fill_xavier
 from .losses import single_shot_losses
 from .matching import assign_targets
-from .ssd import SingleShotDetector, common_arguments, taps
+from .ssd import SingleShotDetector, arguments_from_config, taps
 
 __all__ = ["RefineDet"]
 
@@ -65,7 +65,7 @@ class RefineDet(SingleShotDetector):
             bottom_up, node.IN_FEATURES, [extra], size_divisibility=2 * strides[-1]
         )
         features = list(backbone.output_shape())
-        arguments = common_arguments(cfg, backbone, features)
+        arguments = arguments_from_config(cfg, backbone, features)
         head = RefineDetHead(
             [shape.channels for shape in taps(backbone, features)],
             arguments["anchor_generator"].num_anchors,

@@ -100,7 +100,7 @@ class SingleShotDetector(DenseDetector):
         backbone = BackboneWithExtras(bottom_up, node.IN_FEATURES, extras)
         fill_xavier(backbone)
         features = [*node.IN_FEATURES, *backbone.extras]
-        arguments = common_arguments(cfg, backbone, features)
+        arguments = arguments_from_config(cfg, backbone, features)
         shapes = taps(backbone, features)
         head = SSDHead(
             [shape.channels for shape in shapes],
@@ -199,7 +199,7 @@ def taps(backbone: Backbone, names: Sequence[str]) -> list[Any]:
     return [shapes[name] for name in names]
 
 
-def common_arguments(
+def arguments_from_config(
     cfg: CfgNode, backbone: BackboneWithExtras, features: Sequence[str]
 ) -> dict[str, Any]:
     """The arguments of :class:`SingleShotDetector` that RefineDet shares, all but the head."""
