@@ -284,6 +284,8 @@ def check_initialisation(
             "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
         )
+    if cfg.MODEL.get(_backbone_node(cfg), {}).get("PRETRAINED", False):
+        return
     backbone = backbone or build_backbone(cfg)
     frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
@@ -291,8 +293,8 @@ def check_initialisation(
         raise ValueError(
             f"MODEL.WEIGHTS is empty and parts of the backbone are frozen, {frozen[0]} for one: "
             "they would keep their random values, and the loss would diverge. Either give weights"
-            f"{_suggest_weights(cfg)}, or train from scratch with {_norm_key(cfg)} BN (or GN) and "
-            "MODEL.BACKBONE.FREEZE_AT 0."
+            f"{_suggest_weights(cfg)}, or train from scratch with "
+            f"MODEL.{_backbone_node(cfg)}.NORM BN (or GN) and MODEL.BACKBONE.FREEZE_AT 0."
         )
 
 
@@ -318,5 +320,9 @@ def _suggest_weights(cfg: CfgNode) -> str:
     return f" (MODEL.WEIGHTS {names[0]}; see the config files of {cfg.MODEL.VOVNET.CONV_BODY})"
 
 
-def _norm_key(cfg: CfgNode) -> str:
-    return "MODEL.RESNETS.NORM" if "resnet" in cfg.MODEL.BACKBONE.NAME else "MODEL.VOVNET.NORM"
+def _backbone_node(cfg: CfgNode) -> str:
+    """The part of ``cfg.MODEL`` that describes its backbone."""
+    nodes = {"resnet": "RESNETS", "timm": "TIMM", "torchvision": "TORCHVISION"}
+    nodes |= {"densenet67": "DENSENET67", "peleenet": "PELEENET"}
+    found = [node for word, node in nodes.items() if word in cfg.MODEL.BACKBONE.NAME]
+    return found[0] if found else "VOVNET"

@@ -56,7 +56,7 @@ def strided_top_block(
     if in_feature not in channels:
         raise ValueError(
             f"Top levels cannot be made from {in_feature!r}: choose from {', '.join(channels)}; "
-            "a stage must be among MODEL.VOVNET.OUT_FEATURES."
+            "a stage must be among the backbone's OUT_FEATURES."
         )
     block = LastLevelP6P7 if num_levels == 2 else LastLevelP6
     return block(channels[in_feature], fpn_channels, in_feature)
@@ -84,7 +84,7 @@ def attach_fpn(
         raise ValueError(
             f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing) or 'nothing'}, but the backbone "
             f"returns {', '.join(available)}: choose from these, or add to "
-            "MODEL.VOVNET.OUT_FEATURES."
+            "the backbone's OUT_FEATURES."
         )
     strides = [available[name].stride for name in in_features]
     if any(following != 2 * stride for stride, following in pairwise(strides)):

@@ -55,10 +55,9 @@ class TorchvisionBackbone(FeatureBackbone):
                 of the same stride as another's.
             FileNotFoundError: the weights cannot be had.
         """
-        network = convert_norms(
-            _create(name, pretrained), norm, nn.SyncBatchNorm.convert_sync_batchnorm
-        )
-        network = _extract(network, name, nodes)
+        network = _extract(_create(name, pretrained), name, nodes)
+        # After tracing, which cannot follow Detectron2's frozen norms.
+        network = convert_norms(network, norm, nn.SyncBatchNorm.convert_sync_batchnorm)
         shapes = _shapes(network, nodes)
         freeze(
             network,
