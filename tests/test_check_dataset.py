@@ -644,9 +644,19 @@ def test_the_miniature_coco_is_clean(tmp_path: Path, capsys) -> None:
             ["--train-json", "{json}", "--train-images", "{images}", "--fix", "no/where"],
             "no folder no",
         ),
+        (
+            ["--train-json", "{json}", "--train-images", "{images}", "--json", "no/where"],
+            "no folder no",
+        ),
     ],
 )
-def test_mistakes(data: DataSet, words: list[str], message: str, capsys) -> None:
+def test_mistakes(
+    data: DataSet, words: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*args: object) -> None:
+        pytest.fail("images were read before the arguments were found wrong")
+
+    monkeypatch.setattr("vovnet_d2.data.check.records.inspect_files", look)
     data.write()
     before = data.json.read_bytes()
     words = [word.format(json=data.json, images=data.images) for word in words]

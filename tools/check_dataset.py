@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vovnet_d2.checkpoint.atomic import FileNotWrittenError, atomic_write
 from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
@@ -25,6 +26,7 @@ from vovnet_d2.data.check import (
     find_registered,
     format_report,
     report_to_json,
+    require_free,
     write_fixed,
 )
 
@@ -74,13 +76,23 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     return sources
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Find mistakes in them before images are read, which may take long."""
+    for path in args.fix or []:
+        require_free(path)
+    if args.json and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {args.json.parent} to write {args.json} to.")
+
+
 def run(args: argparse.Namespace) -> int:
     sources = find_sources(args)
+    check_outputs(args)
     checked, between = check_data_sets(sources, resize=(args.min_size, args.max_size))
     print(format_report(checked, between, fixing=bool(args.fix)))
     report = report_to_json(checked, between)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        with atomic_write(args.json) as partial:
+            Path(partial).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for one, path in zip(checked, args.fix or [], strict=bool(args.fix)):
         print(write_fixed(one, path))
     return 1 if report["problems"] else 0
@@ -89,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(argument_parser().parse_args(argv))
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error.args[0]}", file=sys.stderr)
+    except (FileNotFoundError, FileNotWrittenError, KeyError, ValueError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ...checkpoint.atomic import atomic_write
 from .annotations import repair_annotations
 from .files import ImageFile
 from .leakage import compare_files
@@ -28,7 +29,14 @@ from .problems import Findings
 from .reading import SECTIONS, read_annotation_file
 from .records import note_contents, repair_categories, repair_images
 
-__all__ = ["CheckedSet", "Source", "check_data_sets", "find_registered", "write_fixed"]
+__all__ = [
+    "CheckedSet",
+    "Source",
+    "check_data_sets",
+    "find_registered",
+    "require_free",
+    "write_fixed",
+]
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,18 @@ def _drop_images(checked: CheckedSet, names: set[str]) -> None:
     checked.files = {name: file for name, file in checked.files.items() if name not in names}
 
 
+def require_free(path: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: there is no folder for this file.
+        ValueError: the path is taken.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another name for the corrected copy.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path} to.")
+
+
 def write_fixed(checked: CheckedSet, path: Path) -> str:
     """Write the corrected copy of a set's annotation file, whole or not at all.
 
@@ -189,23 +209,17 @@ def write_fixed(checked: CheckedSet, path: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        FileNotWrittenError: the disk is full, say.
         ValueError: the path is taken, or nothing is left to write.
     """
-    if path.exists():
-        raise ValueError(f"{path} exists already: choose another name for the corrected copy.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path} to.")
+    require_free(path)
     fixed = checked.fixed
     if fixed is None or all(annotation["iscrowd"] for annotation in fixed["annotations"]):
         raise ValueError(
             f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."
         )
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(fixed, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as partial:
+        Path(partial).write_text(json.dumps(fixed, ensure_ascii=False), encoding="utf-8")
     left = [
         f"{len(fixed[section])} of {checked.counts[section]} {section}"
         for section in reversed(SECTIONS)
