@@ -20,6 +20,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log
 from fault_runs import assert_equal, load
+from fvcore.nn.precise_bn import get_bn_modules
 from test_pretrain import launch as launch_classifier
 from test_pretrain import write_images
 from torch import nn
@@ -402,6 +403,21 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     with pytest.raises(FloatingPointError, match="iteration 2"):
         launch(FASTER_RCNN, tmp_path, "--resume", *EIGHT)
     assert broken_loss[3] == broken_loss[2]
+
+
+def test_norms_are_as_before_a_skipped_step(
+    coco: Path, tmp_path: Path, broken_loss: list[list[str]], after: Any
+) -> None:
+    """Those too that have got other buffers on the way, as by PreciseBN."""
+
+    def exchange(trainer: Trainer) -> None:
+        for norm in get_bn_modules(trainer.model):
+            norm.running_mean = norm.running_mean.clone()
+
+    options = [*EIGHT, "SOLVER.MAX_ITER", "4", "SOLVER.MAX_SKIPPED_STEPS", "2"]
+    with after(0, exchange):
+        launch(FASTER_RCNN, tmp_path, *options)
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path / FINAL)["model"].values())
 
 
 def test_some_steps_may_be_skipped(

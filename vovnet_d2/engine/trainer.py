@@ -146,12 +146,7 @@ class Trainer(DefaultTrainer):
             )
         else:
             self._trainer = AgreedSteps(model, data_loader, optimizer, request=self._request)
-        self._norm_statistics = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in module.buffers()
-        ]
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = VoVNetCheckpointer(
             model,
@@ -276,13 +271,15 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
-        statistics = [buffer.clone() for buffer in self._norm_statistics]
+        # Not found beforehand: the hook PreciseBN puts others in their place.
+        statistics = [buffer for norm in self._norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in statistics]
         try:
             super().run_step()
         except NonFiniteLossError as error:
             # Norms have averaged over what was not finite.
-            for buffer, before in zip(self._norm_statistics, statistics, strict=True):
-                buffer.copy_(before)
+            for buffer, value in zip(statistics, before, strict=True):
+                buffer.copy_(value)
             images = comm.gather(self._image_names())
             record = self._record_nonfinite(error, images)
             if self._skipped_steps >= self.cfg.SOLVER.MAX_SKIPPED_STEPS:
