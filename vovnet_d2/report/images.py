@@ -85,7 +85,7 @@ def draw_tile(detections: Detections, matches: ImageMatches) -> Tile:
     name = os.path.basename(path)
     try:
         image = detection_utils.read_image(path, format="RGB")
-    except (OSError, ValueError):  # missing, or no picture: Pillow's errors are OSErrors
+    except Exception:  # missing, or no picture: Pillow's decoders raise what comes to them
         return Tile(name, None, None, matches)
     found = dict(matches.pairs)
     sought = {j: i for i, j in matches.pairs}
