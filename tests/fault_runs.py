@@ -10,16 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
 from engine_runs import FASTER_RCNN, TINY
 
 from vovnet_d2.engine import Trainer, main
+from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
 
 TIMEOUT = 20  # seconds that processes wait for each other
 
@@ -78,6 +82,38 @@ def _train(root: Path, out: Path, options: list[str], rank: int, world: int, por
     sys.argv = ["train_net.py"]
     options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(out), *options]
     main(["--config-file", FASTER_RCNN, "--resume", *options])
+
+
+def make_steps(rank: int, world: int, port: int, results: Queue) -> None:
+    """Make four steps of one parameter, as one process of several. In the last one's second step
+    the loss is not a number, in its third an error is raised, and in its fourth it gets a signal.
+    Puts its rank, and of each step the error, the signal and the parameter, into ``results``."""
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    parameter = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(parameter.weight)
+
+    class Model(torch.nn.Module):
+        def forward(self, step: int) -> dict[str, torch.Tensor]:
+            if step == 2 and rank == world - 1:
+                raise FloatingPointError
+            factor = float("nan") if step == 1 and rank == world - 1 else 1.0
+            return {"loss": parameter.weight.sum() * factor}
+
+    optimizer = torch.optim.SGD(parameter.parameters(), lr=0.25)
+    trainer = AgreedSteps(Model(), range(4), optimizer)
+    told = []
+    with EventStorage():
+        for trainer.iter in range(4):
+            if trainer.iter == 3 and rank == world - 1:
+                trainer.request.signal = "SIGTERM"
+            error = ""
+            try:
+                trainer.run_step()
+            except NonFiniteLossError as caught:
+                error = str(caught)
+            told.append((error, trainer.stop_signal, parameter.weight.item()))
+    results.put((rank, told))
 
 
 class Progress(HookBase):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interruptions through the launchers, lost machines, and a long run."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_runs import assert_equal, free_port, load, read_progress, start, wait_for
+from fault_runs import assert_equal, free_port, load, make_steps, read_progress, start, wait_for
 
 from vovnet_d2.engine.interruption import INTERRUPTED
 
@@ -124,6 +125,28 @@ def test_torchrun_restarts_what_was_killed(tmp_path: Path) -> None:
 
 def is_child(pid: int, parent: int) -> bool:
     return f"PPid:\t{parent}\n" in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.slow
+def test_processes_agree_on_each_step() -> None:
+    """What is wrong in one of them keeps all from changing the parameters."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_runs"])
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=make_steps, args=(r, 2, port, results)) for r in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=90) for _ in processes)
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert found[0] == found[1]
+    assert found[0] == [
+        ("", None, 0.75),
+        ("loss is nan.", None, 0.75),
+        ("FloatingPointError.", None, 0.75),
+        ("", "SIGTERM", 0.5),
+    ]
 
 
 @pytest.mark.slow

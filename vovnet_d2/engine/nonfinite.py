@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
@@ -96,11 +97,13 @@ class AgreedSteps(SimpleTrainer):
         try:
             losses = self.forward(data)
         except FloatingPointError as error:  # Detectron2's, of proposals
-            reason = str(error)
+            reason = str(error) or type(error).__name__
+        signal, reasons = self.request.signal, [reason]
         # Before the backward pass, in which processes wait for each other.
-        of_all = comm.all_gather((reason, self.request.signal))
-        self.stop_signal = next((signal for _, signal in of_all if signal), None)
-        reasons = [reason for reason, _ in of_all]
+        if _in_any_process(bool(reason or signal)):
+            of_all = comm.all_gather((reason, signal))
+            self.stop_signal = next((signal for _, signal in of_all if signal), None)
+            reasons = [reason for reason, _ in of_all]
         if losses is None or any(reasons):
             raise NonFiniteLossError([{} for _ in reasons], next(filter(None, reasons)))
         return losses if isinstance(losses, dict) else {"total_loss": losses}
@@ -108,9 +111,18 @@ class AgreedSteps(SimpleTrainer):
     @staticmethod
     def _require_finite(losses: dict[str, torch.Tensor]) -> None:
         values = {name: loss.detach().float().item() for name, loss in losses.items()}
-        of_all = comm.all_gather(values)
-        if not all(math.isfinite(sum(values.values())) for values in of_all):
-            raise NonFiniteLossError(of_all)
+        if _in_any_process(not math.isfinite(sum(values.values()))):
+            raise NonFiniteLossError(comm.all_gather(values))
+
+
+def _in_any_process(flag: bool) -> bool:
+    """Whether it is set in one of them. Asked in each step, and so of a tensor on the CPU: to
+    gather objects takes several times as long."""
+    if comm.get_world_size() == 1:
+        return flag
+    found = torch.tensor(flag, dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+    return bool(found)
 
 
 def write_record(
