@@ -136,7 +136,7 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if faster:
         from .faster_coco import FasterCOCOEvaluator
 
-        evaluator = FasterCOCOEvaluator(name, output_dir=folder)
+        evaluator: COCOEvaluator = FasterCOCOEvaluator(name, output_dir=folder)
     else:
         evaluator = COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
     complete_categories(evaluator._coco_api, MetadataCatalog.get(name))
