@@ -105,7 +105,8 @@ def _run(args: argparse.Namespace) -> None:
         drawn = data_pictures.draw_results(
             name, args.results, number=args.number, min_score=args.score_threshold
         )
-    write = data_pictures.write_contact_sheet
-    if args.output.suffix.lower() not in _SHEETS:
-        write = data_pictures.write_pictures
-    print(f"Drew {write(args.output, drawn)} pictures of {name} to {args.output}.")
+    if args.output.suffix.lower() in _SHEETS:
+        count = data_pictures.write_contact_sheet(args.output, drawn)
+    else:
+        count = data_pictures.write_pictures(args.output, drawn)
+    print(f"Drew {count} pictures of {name} to {args.output}.")
