@@ -141,8 +141,8 @@ def _apply_override(config: DictConfig, override: str) -> None:
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
     if not isinstance(node, DictConfig):
         return
-    for key in node:
-        yield f"{prefix}{key}"
+    for key in map(str, node):
+        yield prefix + key
         yield from _leaves(node._get_node(key), f"{prefix}{key}.")
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-# Faster R-CNN with FPN, as Base-RCNN-VoVNet-FPN.yaml. The input is that of the weights published for
-# Detectron2: BGR, with Detectron2's mean.
+# Faster R-CNN with FPN, as Base-RCNN-VoVNet-FPN.yaml. The input is that of the weights published
+# for Detectron2: BGR, with Detectron2's mean.
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN
