@@ -100,7 +100,7 @@ def test_wrong_number_of_top_levels(num_levels):
 
 @pytest.mark.parametrize("in_feature", ["stage5", "res5", "p6"])
 def test_wrong_source_of_top_levels(in_feature):
-    message = f"from '{in_feature}': choose from stage2, stage3, p5; a stage must be among MODEL."
+    message = f"from '{in_feature}': choose from stage2, stage3, p5; a stage must be among the"
     with pytest.raises(ValueError, match=re.escape(message)):
         strided_top_block(backbone(["stage2", "stage3"]), 16, in_feature)
 
