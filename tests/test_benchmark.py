@@ -118,6 +118,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("counter", "expected"), [(True, NvmlCounter), (False, NvmlPower)])
 def test_gpu_energy(gpu, monkeypatch, counter, expected):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(counter=counter))
+    threads = threading.active_count()
     meter = find_meter(torch.device("cuda"))
     assert isinstance(meter, expected)
     begin = time.perf_counter()
@@ -125,7 +126,7 @@ def test_gpu_energy(gpu, monkeypatch, counter, expected):
     time.sleep(0.25)
     joules = meter.stop()
     assert joules == pytest.approx(200 * (time.perf_counter() - begin), rel=0.05)
-    assert threading.active_count() == 1 or not getattr(meter, "thread", None).is_alive()
+    assert threading.active_count() == threads
 
 
 def test_gpu_without_energy_says_why(gpu, monkeypatch):
@@ -452,7 +453,7 @@ class SteadyMeter(energy.EnergyMeter):
 
 def make_plan(**options: Any) -> Plan:
     defaults: dict[str, Any] = {
-        "networks": [sleeper("slow", 0.03), sleeper("fast", 0.015)],
+        "networks": [sleeper("slow", 0.06), sleeper("fast", 0.03)],
         "sizes": [(64, 64)],
         "batches": [2],
         "warmup": 1,
@@ -473,7 +474,7 @@ def test_rows_of_known_sleepers(monkeypatch):
     result = run_study(treatments=["plain", "fp16"])
     rows = {(row["network"], row["treatment"]): row for row in result.rows}
     slow, fast = rows["slow", "plain"], rows["fast", "plain"]
-    assert 30 <= slow["latency_ms"] < 45
+    assert 60 <= slow["latency_ms"] < 90
     assert slow["fps"] == pytest.approx(2 / (slow["latency_ms"] / 1e3))
     assert fast["time_of_network"] == pytest.approx(0.5, abs=0.15)
     assert fast["time_of_network_q1"] <= fast["time_of_network"] <= fast["time_of_network_q3"]

@@ -258,7 +258,7 @@ def test_evaluating_nothing() -> None:
         (["TEST.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
         (
             ["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"],
-            "TEST.AUG.ENABLED False for RetinaNet",
+            "for GeneralizedRCNN without keypoints only: set TEST.AUG.ENABLED False",
         ),
     ],
 )

@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.utils import comm
 
 from vovnet_d2.engine import argument_parser, launch
 from vovnet_d2.modeling.specs import get_spec
@@ -103,3 +106,15 @@ def test_torchrun_tells_a_mistake_in_a_sentence() -> None:
     assert finished.returncode != 0
     assert "[rank 0] error: No config file 'no_such.yaml'" in finished.stderr
     assert "vovnet_d2/engine/run.py" not in finished.stderr
+
+
+def test_the_timeout_holds_for_objects_beside_nccl_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setenv("VOVNET_D2_TIMEOUT", "7")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options) or "group")
+    monkeypatch.setattr(comm, "_get_global_gloo_group", comm._get_global_gloo_group)
+    launch._limit_waits()
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=7)}]
+    assert comm._get_global_gloo_group() == "group"

@@ -39,7 +39,7 @@ __all__ = [
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 _NUM_REPLACEMENTS = 100
-_FAREWELL = 20  # seconds
+_FAREWELL = 300  # seconds, in which the step at hand ends
 
 Sample = tuple[int, int]  # position, index in the data set
 

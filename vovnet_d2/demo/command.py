@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> int:
     if not (args.output or args.json or args.show):
         raise ValueError("Nothing would be kept of the results: add --output, --json or --show.")
-    # All that can be wrong with the arguments is found before the network is loaded.
+    # What is wrong with the inputs and the config is found before the network is loaded.
     config = find_config(args.config_file)
     cfg = load_config(config, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
     source = _open_source(args)

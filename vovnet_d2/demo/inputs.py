@@ -140,7 +140,7 @@ class Video:
             yield frame
         if not count:
             skip(f"{path} is not a video that can be read.")
-        elif self.total and count < self.total:
+        elif self.total and count < self.total - self.fps:  # what is announced may be an estimate
             skip(f"{path} ends after {count} of the {self.total} frames that it announces.")
 
 

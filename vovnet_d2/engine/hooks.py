@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
+from ..checkpoint.reading import read_checkpoint
 from ..data.stream import TrainingStream
 from ..data.unreadable import ReadableOnly
 from .interruption import Interrupted
@@ -138,7 +138,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0 and os.path.isfile(self._path):
-            saved = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                saved = read_checkpoint(self._path)
+            except ValueError as error:
+                logger.warning("%s The best checkpoint is sought anew from here on.", error)
+                saved = {}
             if saved.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = saved["value"], saved["iteration"]
         if self._val_metric in self.trainer.storage.latest():  # made up for just now

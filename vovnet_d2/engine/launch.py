@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import FrameType
@@ -96,7 +97,16 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
 
 def _end_on_signal(run: Run, args: argparse.Namespace) -> Any:
     with exit_on_signal():
+        _limit_waits()
         return run(args)
+
+
+def _limit_waits() -> None:
+    """Beside NCCL's group Detectron2 has one of gloo for what is no tensor, which it leaves at
+    torch's timeout of half an hour: give it ours."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        group = dist.new_group(backend="gloo", timeout=_timeout())
+        comm._get_global_gloo_group = lambda: group
 
 
 def _pass_on(signals: list[int], number: int, frame: FrameType | None) -> None:
@@ -104,12 +114,14 @@ def _pass_on(signals: list[int], number: int, frame: FrameType | None) -> None:
     signals.append(number)
     for process in multiprocessing.active_children():
         assert process.pid is not None  # it is started
-        os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _timeout() -> timedelta:
     """How long a process waits for another that does not answer: VOVNET_D2_TIMEOUT, in seconds,
-    from the environment, or Detectron2's half an hour. One that has ended is noticed at once."""
+    from the environment, or Detectron2's half an hour. One that has ended is noticed at once, but
+    on GPUs perhaps by the launcher alone, which then ends the others."""
     value = os.environ.get("VOVNET_D2_TIMEOUT", "")
     if not value:
         return DEFAULT_TIMEOUT

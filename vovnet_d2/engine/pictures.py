@@ -35,7 +35,8 @@ def read_metrics(path: str) -> Series:
     """Detectron2's ``metrics.json`` as ``{name: [(iteration, value), ...]}``.
 
     Runs append to the file. A run that starts anew or resumes takes the place of what an earlier
-    one wrote for the same iterations. A line that was cut, as by a kill, is left out.
+    one wrote for the same iterations. A line that was cut, as by a kill, is left out, as is any
+    other that Detectron2 does not write.
     """
     series: Series = {}
     last = -1
@@ -44,6 +45,8 @@ def read_metrics(path: str) -> Series:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
+                continue
+            if not isinstance(row, dict) or "iteration" not in row:
                 continue
             iteration = row.pop("iteration")
             if "total_loss" in row:  # rows of evaluations are not in order
