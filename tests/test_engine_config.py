@@ -6,6 +6,7 @@ import pytest
 
 import vovnet_d2
 from vovnet_d2.engine import argument_parser, load_config
+from vovnet_d2.engine.config import find_config
 
 RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_3x.yaml"
 
@@ -94,3 +95,15 @@ def test_every_argument_is_explained() -> None:
     assert not args.allow_partial
     assert not args.allow_unsafe_yaml
     assert args.opts == ["SOLVER.IMS_PER_BATCH", "2"]
+
+
+def test_a_misspelt_file_of_ones_own_is_looked_for_where_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Close to it: output/config\.yaml"):
+        find_config("output/confg.yaml")
+    with pytest.raises(FileNotFoundError, match=r"mask_rcnn_V_39_eSE_FPN_3x\.yaml"):
+        find_config("COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_3.yaml")

@@ -278,8 +278,12 @@ def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path
     launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
     assert f"Nothing to resume in {tmp_path}: started from random weights." in read_log(tmp_path)
     assert "starts anew" not in read_log(tmp_path)
+    before = (tmp_path / "metrics.json").read_text()
     launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
     assert "holds a run, up to model_final.pth: this one starts anew" in read_log(tmp_path)
+    # The curves of the one are not continued by the other's.
+    assert (tmp_path / "metrics.json.before").read_text() == before
+    assert before not in (tmp_path / "metrics.json").read_text()
 
 
 # The best weights

@@ -115,6 +115,7 @@ def call(*words: str) -> None:
         ([], "MODEL.WEIGHTS is empty and parts of the backbone are frozen"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "set MODEL.ROI_HEADS.NUM_CLASSES 80"),
         (["DATASETS.TRAIN", "('coco',)"], "Data set 'coco' of DATASETS.TRAIN is not registered"),
+        (["DATASETS.TEST", "('mine',)"], "Data set 'mine' of DATASETS.TEST is not registered"),
         (["MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
         (
             ["MODEL.DEVICE", "gpu"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -57,9 +58,19 @@ def find_config(name: str) -> str:
     """The path of a config file: ``name`` itself, or of this package's file of that name.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is neither; the message names the closest ones.
     """
-    return name if PathManager.isfile(name) else get_config_file(name)
+    if PathManager.isfile(name):
+        return name
+    try:
+        return get_config_file(name)
+    except FileNotFoundError as error:
+        beside = [str(path) for path in Path(name).parent.glob("*.*")]
+        if not (close := get_close_matches(str(Path(name)), beside, n=3, cutoff=0.8)):
+            raise
+        raise FileNotFoundError(
+            f"There is no config file {name}. Close to it: {', '.join(close)}."
+        ) from error
 
 
 def resolve_config(name: str) -> tuple[str, bool]:

@@ -73,5 +73,5 @@ def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> 
 def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: bool) -> None:
     check_initialisation(cfg, training=training, resuming=resuming)
     register_data(cfg, args, training=training)
-    check_evaluators(cfg)
     check_data(cfg, training=training)
+    check_evaluators(cfg)

@@ -177,9 +177,9 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     backbone = instantiate(config, "model.backbone")
     resuming = args.resume and bool(last)
     check_initialisation(cfg, training=training, resuming=resuming, backbone=backbone)
+    check_data(cfg, training=training)
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
-    check_data(cfg, training=training)
     cfg.freeze()
     path = find_config(args.config_file)
     default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))

@@ -93,6 +93,8 @@ def train_or_evaluate(
     """
     options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
     if not args.eval_only:
+        if not args.resume and comm.is_main_process():
+            _put_aside(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
         trainer = trainer_class(cfg, **options)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
@@ -105,6 +107,12 @@ def train_or_evaluate(
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
     evaluated = optimize_for_inference(model) if cfg.TEST.OPTIMIZE else model
     return trainer_class.test_all(cfg, evaluated), model
+
+
+def _put_aside(path: str) -> None:
+    """Detectron2 appends to this file, where the run that begins would be one with those before."""
+    if os.path.isfile(path):
+        os.replace(path, f"{path}.before")
 
 
 def open_output_dir(cfg: CfgNode, args: argparse.Namespace, *, key: str = "OUTPUT_DIR") -> str:

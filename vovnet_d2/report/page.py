@@ -231,6 +231,7 @@ def _show_evaluation(
     try:
         detections = read_detections(run, dataset, suffix)
     except MissingPart as error:
+        logger.warning("%s is left out. %s", title, error)
         return _Evaluation(title, missing=str(error), recorded=_tabulate_recorded_classes(recorded))
     shown = _Evaluation(title)
     for task in detections.tasks:
