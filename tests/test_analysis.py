@@ -391,9 +391,8 @@ ZOO_KINDS = {
 def detector(config_file: str, *options: Any) -> nn.Module:
     arguments = ["--config-file", config_file, *map(str, options)]
     with torch.device("meta"):
-        return analyze_model.build_detector(analyze_model.argument_parser().parse_args(arguments))[
-            0
-        ]
+        parsed = analyze_model.argument_parser().parse_args(arguments)
+        return analyze_model.build_from_config(parsed)[0]
 
 
 @pytest.mark.parametrize("config_file", ZOO_KINDS)
@@ -460,6 +459,34 @@ def test_what_cannot_be_counted_is_said() -> None:
 
 def run_tool(*arguments: str) -> None:
     analyze_model.main(analyze_model.argument_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "backbone", "size"),
+    [
+        ("CIFAR_networks_digits.yaml", ["PRETRAIN.IMAGE_SIZE", "32"], "DenseNet-40", "32 x 32"),
+        ("CIFAR_networks_digits.yaml", ["PRETRAIN.NETWORK", "OSA-5x43"], "OSA-5x43", "16 x 16"),
+    ],
+)
+def test_tool_takes_classifiers(
+    config: str, options: list[str], backbone: str, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_tool("--config-file", f"Classification/{config}", *options)
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title.endswith(f"image of {size}")
+    run_tool("--backbone", backbone, "--image-size", *size.split(" x "))
+    assert table == capsys.readouterr().out.splitlines()[1:]
+
+
+def test_tool_takes_1000_classes_where_there_are_no_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_tool("--config-file", "Classification/Base-Classification.yaml")
+    printed = capsys.readouterr().out
+    network = VoVNet("V-39-eSE", norm="BN", num_classes=1000)
+    learned = sum(parameter.numel() for parameter in network.parameters())
+    assert f"{learned / 1e6:.3f}" in printed
+    assert "1000 classes" in printed
 
 
 def test_tool_writes_the_same_numbers_everywhere(

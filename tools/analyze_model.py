@@ -24,6 +24,7 @@ from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.report import format_table, write_report
 from vovnet_d2.benchmark.protocol import describe_environment
+from vovnet_d2.data.classification import class_names
 from vovnet_d2.engine.config import load_config, resolve_config
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
@@ -43,7 +44,11 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a variant of VoVNet, or a CIFAR classifier: %(choices)s",
     )
     parser.add_argument(
-        "--image-size", nargs=2, type=int, default=(800, 1344), metavar=("HEIGHT", "WIDTH")
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="by default 800 1344, or what a classifier's config says",
     )
     parser.add_argument("--output", type=Path, help="folder for complexity.csv, .json and .png")
     parser.add_argument(
@@ -60,10 +65,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"Config options, {args.opts[0]} here, go with --config-file.")
     with torch.device("meta"):
         if args.backbone:
-            model, channels = build_backbone(args.backbone), 3
+            model, channels, size = build_backbone(args.backbone), 3, (800, 1344)
         else:
-            model, channels = build_detector(args)
-    complexity = analyze(model, tuple(args.image_size), in_channels=channels)
+            model, channels, size = build_from_config(args)
+    complexity = analyze(model, tuple(args.image_size or size), in_channels=channels)
     name = args.backbone or args.config_file
     print(f"{name}, image of {' x '.join(map(str, complexity.image_size))}\n")
     print(format_table(complexity))
@@ -81,13 +86,34 @@ def build_backbone(name: str) -> nn.Module:
     return VoVNet(name, out_features=["stage2", "stage3", "stage4", "stage5"])
 
 
-def build_detector(args: argparse.Namespace) -> tuple[nn.Module, int]:
+def build_from_config(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[int, int]]:
+    """The network, its number of input channels, and the size of image that it is for."""
     path, trusted = resolve_config(args.config_file)
     trusted = trusted or args.allow_unsafe_yaml
-    cfg = load_config(path, args.opts, allow_unsafe_yaml=trusted)
+    try:
+        cfg = load_config(path, args.opts, allow_unsafe_yaml=trusted)
+    except KeyError as error:
+        if "PRETRAIN" not in error.args[0]:
+            raise
+        return build_classifier(path, args, trusted)
     cfg.MODEL.DEVICE = "meta"
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-    return model, len(cfg.MODEL.PIXEL_MEAN)
+    return model, len(cfg.MODEL.PIXEL_MEAN), (800, 1344)
+
+
+def build_classifier(
+    path: str, args: argparse.Namespace, trusted: bool
+) -> tuple[nn.Module, int, tuple[int, int]]:
+    # Here, as it needs timm.
+    from vovnet_d2.engine.classifier import build_network
+    from vovnet_d2.engine.pretrain import add_pretraining_config
+
+    cfg = load_config(path, args.opts, allow_unsafe_yaml=trusted, add_config=add_pretraining_config)
+    data, side = cfg.PRETRAIN.DATA, cfg.PRETRAIN.IMAGE_SIZE
+    if not data:
+        print("PRETRAIN.DATA is empty: 1000 classes are taken.\n")
+    cfg.PRETRAIN.NUM_CLASSES = len(class_names(data, cfg.DATASETS.TEST[0])) if data else 1000
+    return build_network(cfg), 3, (side, side)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from ..modeling.build import build_vovnet_classifier
 from .hooks import BestCheckpointer
 from .trainer import Trainer
 
-__all__ = ["AccuracyEvaluator", "ClassifierTrainer", "ImageClassifier"]
+__all__ = ["AccuracyEvaluator", "ClassifierTrainer", "ImageClassifier", "build_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class ClassifierTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> ImageClassifier:
         model = ImageClassifier(
-            _build_network(cfg),
+            build_network(cfg),
             input_format=cfg.INPUT.FORMAT,
             pixel_mean=cfg.MODEL.PIXEL_MEAN,
             pixel_std=cfg.MODEL.PIXEL_STD,
@@ -201,7 +201,8 @@ class ClassifierTrainer(Trainer):
         return [hook for hook in super().build_hooks() if not isinstance(hook, BestCheckpointer)]
 
 
-def _build_network(cfg: CfgNode) -> nn.Module:
+def build_network(cfg: CfgNode) -> nn.Module:
+    """The classifier that ``PRETRAIN.NETWORK`` names, for ``PRETRAIN.NUM_CLASSES`` classes."""
     num_classes = cfg.PRETRAIN.NUM_CLASSES
     if cfg.PRETRAIN.NETWORK != "VoVNet":
         return CifarClassifier(cfg.PRETRAIN.NETWORK, num_classes=num_classes)
