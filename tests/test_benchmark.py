@@ -554,6 +554,8 @@ def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where):
 
 def test_references():
     result = run_study(
+        # Long, as what is to be seen is more than what a busy machine adds.
+        networks=[sleeper("slow", 0.2), sleeper("fast", 0.1)],
         references={"slow": "fast", "fast": "fast"},
         treatments=["plain", "optimized"],
         reference_treatment="optimized",

@@ -152,7 +152,7 @@ def captured(
         )
     for name, module in readers.items():
         module.register_forward_pre_hook(
-            lambda m, inputs, name=name: taken.update({name: inputs[0].clone()})
+            lambda m, inputs, name=name: taken.update({name: torch.cat(inputs, dim=1)})
         )
     with torch.no_grad():
         model.eval()(torch.rand(1, 3, size, size))
