@@ -388,11 +388,16 @@ ZOO_KINDS = {
 }
 
 
-def detector(config_file: str, *options: Any) -> nn.Module:
+def build(config_file: str, *options: Any) -> tuple[nn.Module, int, tuple[int, int]]:
     arguments = ["--config-file", config_file, *map(str, options)]
     with torch.device("meta"):
-        parsed = analyze_model.argument_parser().parse_args(arguments)
-        return analyze_model.build_from_config(parsed)[0]
+        return analyze_model.build_from_config(
+            analyze_model.argument_parser().parse_args(arguments)
+        )
+
+
+def detector(config_file: str, *options: Any) -> nn.Module:
+    return build(config_file, *options)[0]
 
 
 @pytest.mark.parametrize("config_file", ZOO_KINDS)
@@ -535,6 +540,7 @@ def all_configs() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("config_file", all_configs())
 def test_every_config(config_file: str) -> None:
-    found = analyze(detector(config_file), (256, 320))
+    model, _, size = build(config_file)
+    found = analyze(model, size if size[0] == size[1] else (256, 320))
     assert found.total.multiply_adds > 0
     assert not [note for note in found.notes if "parameters of" in note]

@@ -48,7 +48,7 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="by default 800 1344, or what a classifier's config says",
+        help="by default 800 1344, or the square that a config says",
     )
     parser.add_argument("--output", type=Path, help="folder for complexity.csv, .json and .png")
     parser.add_argument(
@@ -98,7 +98,8 @@ def build_from_config(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[i
         return build_classifier(path, args, trusted)
     cfg.MODEL.DEVICE = "meta"
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-    return model, len(cfg.MODEL.PIXEL_MEAN), (800, 1344)
+    fixed = cfg.INPUT.FIXED_SIZE
+    return model, len(cfg.MODEL.PIXEL_MEAN), (fixed, fixed) if fixed else (800, 1344)
 
 
 def build_classifier(
