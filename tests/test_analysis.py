@@ -525,15 +525,17 @@ def test_tool_errors() -> None:
 
 
 def all_configs() -> list[str]:
-    """But for those of classifiers, which tools/pretrain_net.py reads, and of Detectron2's own
-    deformable convolution, which needs its compiled part and a GPU."""
+    """But for those of classifiers, which tools/pretrain_net.py reads, of Detectron2's own deformable
+    convolution, which needs its compiled part and a GPU, and what others are based on."""
     ours = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
     theirs = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
     return [
         str(path.relative_to(root))
         for root in (ours, theirs)
         for path in sorted(root.glob("*/*.yaml"))
-        if path.parent.name != "Classification" and "dconv" not in path.name
+        if path.parent.name != "Classification"
+        and "dconv" not in path.name
+        and not path.name.startswith("Base-")
     ]
 
 
