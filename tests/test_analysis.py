@@ -525,8 +525,8 @@ def test_tool_errors() -> None:
 
 
 def all_configs() -> list[str]:
-    """But for those of classifiers, which tools/pretrain_net.py reads, of Detectron2's own deformable
-    convolution, which needs its compiled part and a GPU, and what others are based on."""
+    """But for those of classifiers, which tools/pretrain_net.py reads, of Detectron2's own
+    deformable convolution, which needs its compiled part and a GPU, and what others build on."""
     ours = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
     theirs = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
     return [
