@@ -198,12 +198,14 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         """Make a file the one to resume from, and remove the oldest beyond ``max_to_keep``."""
         names = [name for name in self._read_history() if name != last_filename_basename]
         names.append(last_filename_basename)
+        self._write_history(names)
+        self._write_tag(last_filename_basename)
         counted = [name for name in names if name != "model_final.pth"]
         too_old = counted[: -self.max_to_keep] if self.max_to_keep > 0 else []
-        self._write_history([name for name in names if name not in too_old])
-        self._write_tag(last_filename_basename)
         for name in too_old:
             Path(self.save_dir, name).unlink(missing_ok=True)
+        if too_old:  # forgotten last, so that none is left behind by a kill before
+            self._write_history([name for name in names if name not in too_old])
 
     def _checkpoints_to_resume(self) -> list[str]:
         """Names, newest first."""
