@@ -38,6 +38,8 @@ class PackedConv2d(ConvNormAct):
         return y if fused or self.activation is None else self.activation(y)
 
     def _is_packable(self, maps: Sequence[Tensor]) -> bool:
+        if is_traced():  # first, as not all of the rest can be
+            return False
         dtype = self.weight.dtype
         for x in maps:
             if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
@@ -46,7 +48,6 @@ class PackedConv2d(ConvNormAct):
             self.norm is None
             and self.weight.device.type == "cpu"
             and dtype in _supported_dtypes()
-            and not is_traced()
             and not torch.is_autocast_enabled("cpu")
             and not needs_gradient(self.weight, self.bias, *maps)
         )

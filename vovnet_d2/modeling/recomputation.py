@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["recomputed"]
 
@@ -21,9 +21,9 @@ def recomputed(block: nn.Module, x: Tensor) -> Tensor:
     Batch norms count each batch once. A block must draw no random numbers.
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     # torch.compile knows contexts of its own kind alone, so none is given where none is needed.
-    contexts = partial(_contexts, norms) if norms else noop_context_fn
-    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return run(block, x, context_fn=partial(_contexts, norms)) if norms else run(block, x)
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
