@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from seeded_runs import describe, mean_and_spread, run_once
+from seeded_runs import describe, mean_and_spread, read_run, run_once
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.protocol import write_csv
@@ -72,22 +72,8 @@ def run_all(args: argparse.Namespace) -> list[Row]:
                 "TEST.EVAL_PERIOD": args.period,
             }
             run_once("train_net", DETECTOR, folder, options)
-            rows += read_run(folder, {"start": start, "seed": seed}, args.iterations)
+            rows += read_run(folder, {"start": start, "seed": seed}, args.iterations, METRICS)
     return rows
-
-
-def read_run(folder: Path, labels: Row, iterations: int) -> list[Row]:
-    series = read_metrics(str(folder / "metrics.json"))
-    curves = {name: dict(series[key]) for key, name in METRICS.items()}
-    # The evaluation at the end is logged one later than those on the way.
-    return [
-        {
-            **labels,
-            "iteration": min(i + 1, iterations),
-            **{name: curve[i] for name, curve in curves.items()},
-        }
-        for i in next(iter(curves.values()))
-    ]
 
 
 def values(rows: list[Row], start: str, metric: str) -> dict[int, list[float]]:

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from vovnet_d2.benchmark.protocol import describe_environment
+from vovnet_d2.engine.pictures import read_metrics
 
-__all__ = ["describe", "mean_and_spread", "run_once"]
+__all__ = ["describe", "mean_and_spread", "read_run", "run_once"]
 
 
 def run_once(tool: str, config: str, output_dir: Path, options: Mapping[str, object]) -> None:
@@ -35,6 +37,28 @@ def run_once(tool: str, config: str, output_dir: Path, options: Mapping[str, obj
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with open(output_dir / "stdout.txt", "w") as stdout:
         subprocess.run([sys.executable, *command], env=environment, stdout=stdout, check=True)
+
+
+def read_run(
+    folder: Path, labels: Mapping[str, Any], iterations: int, metrics: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The evaluations of a run of so many iterations, a row each.
+
+    Args:
+        labels: the columns before its "iteration".
+        metrics: name in metrics.json to name of the column.
+    """
+    series = read_metrics(str(folder / "metrics.json"))
+    curves = {name: dict(series[key]) for key, name in metrics.items()}
+    # The evaluation at the end is logged one later than those on the way.
+    return [
+        {
+            **labels,
+            "iteration": min(i + 1, iterations),
+            **{name: curve[i] for name, curve in curves.items()},
+        }
+        for i in next(iter(curves.values()))
+    ]
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:

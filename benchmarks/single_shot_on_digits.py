@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
-from seeded_runs import describe, run_once
+from seeded_runs import describe, read_run, run_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.benchmark.protocol import write_csv
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.pictures import read_metrics
 
 # Detector to its networks and their configs.
 RUNS = {
@@ -72,22 +71,8 @@ def run_all(args: argparse.Namespace) -> list[Row]:
             run_once("train_net", config, folder, {"SEED": args.seed})
             iterations = load_config(config).SOLVER.MAX_ITER
             labels = {"detector": detector, "network": network}
-            rows += read_run(folder, labels, iterations)
+            rows += read_run(folder, labels, iterations, METRICS)
     return rows
-
-
-def read_run(folder: Path, labels: Row, iterations: int) -> list[Row]:
-    series = read_metrics(str(folder / "metrics.json"))
-    curves = {name: dict(series[key]) for key, name in METRICS.items()}
-    # The evaluation at the end is logged one later than those on the way.
-    return [
-        {
-            **labels,
-            "iteration": min(i + 1, iterations),
-            **{name: curve[i] for name, curve in curves.items()},
-        }
-        for i in next(iter(curves.values()))
-    ]
 
 
 def draw(rows: list[Row]) -> Figure:

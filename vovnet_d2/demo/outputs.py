@@ -7,10 +7,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -35,16 +35,8 @@ _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "mp4v", ".mov": "mp4v", ".webm": "VP80"}
 
 
-class Sink(Protocol):
-    def __enter__(self) -> Sink: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
+class Sink(AbstractContextManager["Sink"]):
+    @abstractmethod
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """Take the picture (H, W, 3), BGR, that was made of a frame; False to stop the run."""
 
@@ -118,23 +110,7 @@ def _make_folder(path: Path) -> None:
 # Sinks
 
 
-class _Sink:
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
-
-    def write(self, frame: Frame, drawn: np.ndarray) -> bool:
-        raise NotImplementedError
-
-
-class PictureFiles(_Sink):
+class PictureFiles(Sink):
     """One file for each picture."""
 
     def __init__(self, targets: Sequence[Path]):
@@ -149,6 +125,9 @@ class PictureFiles(_Sink):
         for folder in dict.fromkeys(target.parent for target in targets):
             _make_folder(folder)
 
+    def __exit__(self, *error: object) -> None:
+        """Each file is complete already."""
+
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """
         Raises:
@@ -160,7 +139,7 @@ class PictureFiles(_Sink):
         return True
 
 
-class VideoFile(_Sink):
+class VideoFile(Sink):
     """A video, complete as soon as it is closed."""
 
     def __init__(self, path: Path, *, fps: float, codec: str | None = None):
@@ -181,12 +160,7 @@ class VideoFile(_Sink):
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._writer:
             self._writer.release()
 
@@ -226,7 +200,7 @@ class VideoFile(_Sink):
         return writer
 
 
-class Window(_Sink):
+class Window(Sink):
     """Shows one picture after the other; q or Escape ends the run."""
 
     def __init__(self, *, wait: bool):
@@ -251,12 +225,7 @@ class Window(_Sink):
                 "place of opencv-python-headless, or name an --output."
             ) from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         cv2.destroyWindow(self._title)
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:

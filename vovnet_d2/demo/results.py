@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -17,7 +17,7 @@ from .selection import Shown
 __all__ = ["ResultsFile"]
 
 
-class ResultsFile:
+class ResultsFile(AbstractContextManager["ResultsFile"]):
     """A list that grows detection by detection, and is valid JSON once it is closed.
 
     Each has ``file_name`` in addition to what COCO's format has. ``image_id`` is the image's place
@@ -39,15 +39,7 @@ class ResultsFile:
         self._category_ids = {number: category for category, number in ids.items()}
         self._separator = "[\n"
 
-    def __enter__(self) -> ResultsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
         self._file.close()
 

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +17,7 @@ from ..data.voc import register_voc
 from . import config
 from .checks import check_data, check_initialisation
 from .evaluation import check_evaluators
-from .launch import launch_or_exit
+from .launch import launch_command
 from .own_data import add_own_data_arguments, use_own_data
 from .run import Task, run_task
 from .trainer import Trainer
@@ -41,12 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments, by default those of the program that is running.
 
     Raises:
-        SystemExit: see :func:`launch_or_exit`.
+        SystemExit: see :func:`launch_command`.
     """
-    args = argument_parser().parse_args(argv)
-    if argv is None:
-        args.command = shlex.join(["python", *sys.argv])
-    launch_or_exit(run, args)
+    launch_command(run, argument_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

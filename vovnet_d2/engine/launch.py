@@ -21,9 +21,10 @@ import dis
 import errno
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -47,11 +48,30 @@ from .interruption import (
     is_lost_connection,
 )
 
-__all__ = ["launch_or_exit", "run_or_exit"]
+__all__ = ["launch_command", "launch_or_exit", "run_or_exit"]
 
 Run = Callable[[argparse.Namespace], Any]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def launch_command(
+    run: Run, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> None:
+    """:func:`launch_or_exit` with the arguments of a command line.
+
+    Args:
+        run: what a process does.
+        argv: the arguments, by default those of the program that is running, which is then
+            ``args.command``.
+
+    Raises:
+        SystemExit: as :func:`launch_or_exit` does.
+    """
+    args = parser.parse_args(argv)
+    if argv is None:
+        args.command = shlex.join(["python", *sys.argv])
+    launch_or_exit(run, args)
 
 
 def launch_or_exit(run: Run, args: argparse.Namespace) -> None:

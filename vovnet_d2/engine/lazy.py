@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
@@ -34,7 +32,7 @@ from .checks import (
 )
 from .config import find_config
 from .evaluation import check_evaluators
-from .launch import launch_or_exit
+from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
 from .run import check_device, open_output_dir, train_or_evaluate
@@ -124,12 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments, by default those of the program that is running.
 
     Raises:
-        SystemExit: see :func:`launch_or_exit`.
+        SystemExit: see :func:`launch_command`.
     """
-    args = lazy_argument_parser().parse_args(argv)
-    if argv is None:
-        args.command = shlex.join(["python", *sys.argv])
-    launch_or_exit(run, args)
+    launch_command(run, lazy_argument_parser(), argv)
 
 
 def lazy_argument_parser() -> argparse.ArgumentParser:

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -19,7 +17,7 @@ from ..modeling.baselines.cifar import CIFAR_SPECS
 from .checks import check_initialisation
 from .classifier import ClassifierTrainer
 from .config import argument_parser
-from .launch import launch_or_exit
+from .launch import launch_command
 from .run import Task, run_task
 
 __all__ = ["add_pretraining_config", "main", "run"]
@@ -58,10 +56,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of ``tools/pretrain_net.py``; as that of ``tools/train_net.py``."""
-    args = argument_parser().parse_args(argv)
-    if argv is None:
-        args.command = shlex.join(["python", *sys.argv])
-    launch_or_exit(run, args)
+    launch_command(run, argument_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
