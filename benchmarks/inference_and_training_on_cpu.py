@@ -28,8 +28,8 @@ from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.saved_memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
-from vovnet_d2.benchmark.treatments import fold_norms
 from vovnet_d2.modeling.convolution import ConvNormAct
+from vovnet_d2.modeling.folding import fold_norms
 from vovnet_d2.modeling.onednn import PackedConv2d
 
 STAGES = ("stage2", "stage3", "stage4", "stage5")
@@ -72,7 +72,7 @@ def against_timm(size: tuple[int, int], dtype: str, device: str) -> Cases:
     """Both folded and channels-last, at the same weights' shapes, without a classifier."""
     peer = timm.create_model("ese_vovnet39b", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     x = torch.randn(1, 3, *size, device=device)
-    fold_norms(peer, x)
+    fold_norms(peer)
     peer = peer.to(device, DTYPES[dtype], memory_format=torch.channels_last).requires_grad_(False)
     ours = optimize_for_inference(backbone("V-39-eSE", device), dtype=DTYPES[dtype])
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments here share: training runs, one after another, each done once."""
+"""What the experiments here share: training runs, each done once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,52 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from vovnet_d2.benchmark.protocol import describe_environment
 from vovnet_d2.engine.pictures import read_metrics
 
-__all__ = ["describe", "mean_and_spread", "read_run", "run_once"]
+__all__ = ["Run", "describe", "mean_and_spread", "read_run", "run_all_once", "run_once"]
 
 
-def run_once(tool: str, config: str, output_dir: Path, options: Mapping[str, object]) -> None:
+class Run(NamedTuple):
+    """A training by one of ``tools/``."""
+
+    tool: str
+    config: str
+    output_dir: Path
+    options: Mapping[str, object]
+
+
+def run_all_once(runs: Sequence[Run], jobs: int = 1) -> None:
+    """Train, ``jobs`` at a time, which share the cores, what is not finished already.
+
+    Raises:
+        subprocess.CalledProcessError: one failed; what it said stands above.
+    """
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run_once, *run, threads=threads) for run in runs]:
+            future.result()
+
+
+def run_once(
+    tool: str,
+    config: str,
+    output_dir: Path,
+    options: Mapping[str, object],
+    *,
+    threads: int | None = None,
+) -> None:
     """Train by one of ``tools/``, unless ``output_dir`` holds the finished run already.
+
+    Args:
+        threads: of the trainer; None is one for each core.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said stands above.
@@ -35,6 +69,8 @@ def run_once(tool: str, config: str, output_dir: Path, options: Mapping[str, obj
     output_dir.mkdir(parents=True, exist_ok=True)
     # Threads that wait without spinning leave the cores to the data loader's processes.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with open(output_dir / "stdout.txt", "w") as stdout:
         subprocess.run([sys.executable, *command], env=environment, stdout=stdout, check=True)
 
@@ -66,7 +102,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def describe(extra: Mapping[str, str]) -> str:
+def describe(extra: Mapping[str, str], device: torch.device | str = "cpu") -> str:
     """Hardware, versions, command and ``extra``, as lines of Markdown."""
-    environment = describe_environment("cpu") | extra
+    environment = describe_environment(device) | extra
     return "\n".join(f"- {name}: {value}" for name, value in environment.items())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
-from seeded_runs import describe, read_run, run_once
+from seeded_runs import Run, describe, read_run, run_all_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
@@ -53,6 +53,7 @@ def main() -> None:
         help="folder for curves.csv, curves.png and README.md",
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     args = parser.parse_args()
     rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -64,14 +65,18 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace) -> list[Row]:
+    options = {"SEED": args.seed}
+    runs = {
+        (detector, network): Run("train_net", config, args.work / f"{detector}_{network}", options)
+        for detector, networks in RUNS.items()
+        for network, config in networks.items()
+    }
+    run_all_once(list(runs.values()), args.jobs)
     rows = []
-    for detector, networks in RUNS.items():
-        for network, config in networks.items():
-            folder = args.work / f"{detector}_{network}"
-            run_once("train_net", config, folder, {"SEED": args.seed})
-            iterations = load_config(config).SOLVER.MAX_ITER
-            labels = {"detector": detector, "network": network}
-            rows += read_run(folder, labels, iterations, METRICS)
+    for (detector, network), run in runs.items():
+        labels = {"detector": detector, "network": network}
+        iterations = load_config(run.config).SOLVER.MAX_ITER
+        rows += read_run(run.output_dir, labels, iterations, METRICS)
     return rows
 
 

@@ -29,9 +29,10 @@ from vovnet_d2.benchmark.memory import peak_memory
 from vovnet_d2.benchmark.networks import BACKBONES, Network, backbone, calibrate_norms, detector
 from vovnet_d2.benchmark.plots import plot_cell
 from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
+from vovnet_d2.benchmark.published import PAPER_TABLES, format_paper_table
 from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
 from vovnet_d2.benchmark.study import Plan, Study
-from vovnet_d2.benchmark.treatments import TREATMENTS, fold_norms
+from vovnet_d2.benchmark.treatments import TREATMENTS
 from vovnet_d2.benchmark.workload import (
     count_multiply_adds,
     detector_inputs,
@@ -337,46 +338,6 @@ def test_calibrated_maps_keep_their_size(name):
 
 
 # ------------------------------------------------------------------------------------ treatments
-
-
-@pytest.mark.parametrize(
-    ("name", "norms_left"),
-    [
-        ("timm:ese_vovnet19b_dw", 0),
-        ("timm:resnet18", 0),
-        # The first norm of each of 78 layers, those of 3 transitions and the last stand before a
-        # ReLU and a convolution.
-        pytest.param("DenseNet-161", 82, marks=pytest.mark.slow),
-    ],
-)
-def test_norms_of_peers_are_folded(name, norms_left):
-    model = backbone(name).build()
-    images = torch.randn(1, 3, 64, 64)
-    calibrate_norms(model, torch.randn(2, 3, 96, 96))
-    with torch.no_grad():
-        expected = model(images)
-        fold_norms(model, images)
-        found = model(images)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == norms_left
-    for key, maps in expected.items():
-        torch.testing.assert_close(found[key], maps, rtol=1e-3, atol=1e-4)
-
-
-def test_a_norm_that_is_not_alone_is_not_folded():
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            y = self.conv(x)
-            return {"y": self.norm(y) + y}
-
-    model = Network().eval()
-    model.norm.running_mean += 1
-    with pytest.raises(ValueError, match="cannot be folded"):
-        fold_norms(model, torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", TREATMENTS)
@@ -685,6 +646,53 @@ def test_table_parses_back(measured):
             assert ratio.endswith("of slow")
 
 
+def test_the_papers_columns_have_both_figures():
+    table = PAPER_TABLES["table2"]
+    rows = [
+        {
+            **dict.fromkeys(study._COLUMNS),
+            **{"network": name, "treatment": "plain", "mode": "inference", "batch": 1},
+            **{"fps": fps, "parameters_m": 5.9871, "accuracy": accuracy},
+        }
+        for name, fps, accuracy in (
+            ("dsod300_V_27_slim_100k", 30.0, 70.25),
+            ("dsod300_DenseNet_67_100k", 12.0, None),
+            ("another", 1.0, None),
+        )
+    ]
+    text = format_paper_table(table, rows)
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    headings, _, ours, peer = [[cell.strip() for cell in line] for line in lines]
+    found = dict(zip(headings, ours, strict=True))
+    assert found["detector"] == "dsod300_V_27_slim_100k"
+    assert found["FPS"] == "30.0 (71)"
+    assert found["× FPS"] == "2.50 (2.029)"  # 71 / 35
+    assert found["#Param (M)"] == "5.99 (5.9)"
+    assert found["Energy (J/img)"] == "– (0.9)"
+    assert found["mAP"] == "70.2 (74.8)"
+    assert dict(zip(headings, peer, strict=True))["mAP"] == "– (73.6)"
+    assert text.splitlines()[0].startswith("## Table 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "work", "weights"), [("table2", 0.05, 0.03), ("table4", 0.002, 0.002)]
+)
+def test_the_papers_tables_are_measured(preset, work, weights, tmp_path, capsys):
+    """The paper's two columns that no machine changes."""
+    words = ["--preset", preset, "--warmup", "1", "--repeats", "1", "--output", str(tmp_path)]
+    tool.run(tool.parse_arguments(words))
+    records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
+    table = PAPER_TABLES[preset]
+    assert [r["error"] for r in records] == [""] * 2 * len(table.detectors)
+    for record, published in zip(records[::2], table.detectors.values(), strict=True):
+        assert record["gflops"] == pytest.approx(published.gflops, rel=work)
+        assert record["parameters_m"] == pytest.approx(published.parameters_m, rel=weights)
+    printed = format_paper_table(table, records)
+    assert printed in capsys.readouterr().out
+    assert printed in (tmp_path / "README.md").read_text()
+
+
 def row_of(**values: Any) -> dict[str, Any]:
     defaults = {"network": "a", "treatment": "plain", "fps": 10.0, "gflops": 5.0}
     return (
@@ -727,7 +735,7 @@ def test_presets_are_plans():
     for name, preset in tool.PRESETS.items():
         args = tool.parse_arguments(["--preset", name, "--repeats", "7"])
         assert args.repeats == 7
-        assert args.models == preset["models"]
+        assert args.models == preset.get("models", [])
         if args.device.type == "cpu":
             assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
 
@@ -769,6 +777,7 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch):
         (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes numbers"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
         (["--models", "V-39", "--batches", "0"], "whole numbers from 1 up"),
+        (["--models", "V-39", "--sizes", "own"], "No size of its own has V-39"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):

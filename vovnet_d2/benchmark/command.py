@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
-from .networks import BACKBONES, backbone, detector
+from .networks import BACKBONES, backbone, detector, network_name
+from .published import PAPER_TABLES, PaperTable, format_paper_table
 from .report import format_table, write_study
 from .study import MODES, Plan, Study
 from .treatments import TREATMENTS
@@ -30,7 +32,7 @@ round after round, beside a large matrix product and a large copy: what the mach
     python tools/benchmark.py --preset gpu --output output/gpu          # the whole table of a GPU
     python tools/benchmark.py --config-file COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml \\
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
-    python tools/benchmark.py --preset paper --accuracy V-39=33.5 ResNet-50=30.3 --output output/x
+    python tools/benchmark.py --preset table4 --output output/table4   # the paper's RefineDet320
 
 Models: {backbones}, and timm:NAME for any of timm's.
 Treatments: {treatments}.
@@ -39,11 +41,13 @@ Treatments: {treatments}.
 _MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_{}_FPN_3x.yaml"
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The backbones of the paper's Table 4, at its size.
-    "paper": {
-        "models": ["V-39", "ResNet-50", "DenseNet-201", "V-57", "ResNet-101", "DenseNet-161"],
-        "sizes": [(320, 320)],
-        "reference": ["ResNet-50", "V-57=ResNet-101", "DenseNet-161=ResNet-101"],
+    **{
+        name: {
+            "config_file": list(table.detectors),
+            "sizes": [None],
+            "reference": [network_name(table.reference)],
+        }
+        for name, table in PAPER_TABLES.items()
     },
     "resnet": {
         "models": ["V-39", "ResNet-50", "V-57", "ResNet-101"],
@@ -76,9 +80,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width)
+def image_size(text: str) -> tuple[int, int] | None:
+    if text == "own":
+        return None
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if sides is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither HEIGHTxWIDTH, as 480x640, nor own")
+    return int(sides[1]), int(sides[2])
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -113,7 +121,12 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--modes", nargs="+", default=["inference"], choices=MODES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument(
-        "--sizes", nargs="+", type=image_size, default=[(480, 640)], metavar="HEIGHTxWIDTH"
+        "--sizes",
+        nargs="+",
+        type=image_size,
+        default=[(480, 640)],
+        metavar="HEIGHTxWIDTH",
+        help="of the images; own is the size that each config fixes (INPUT.FIXED_SIZE)",
     )
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--warmup", type=int, default=3, help="calls that are not timed")
@@ -218,8 +231,11 @@ def run(args: argparse.Namespace) -> None:
         study.run()
     print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
     print(f"\n{format_table(study.rows)}\n")
+    table: PaperTable | None = PAPER_TABLES.get(args.preset)
+    if table:
+        print(f"{format_paper_table(table, study.rows)}\n")
     if args.output and study.rows:
-        for path in write_study(study, args.output):
+        for path in write_study(study, args.output, table):
             print(f"Wrote {path}.")
     if study.interruption is not None:
         raise study.interruption

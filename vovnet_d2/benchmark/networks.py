@@ -15,22 +15,22 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-import torchvision.models
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_resnet_backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..checkpoint import VoVNetCheckpointer
 from ..engine.config import load_config, resolve_config
+from ..modeling.baselines.timm_backbone import TimmBackbone
+from ..modeling.baselines.torchvision_backbone import TorchvisionBackbone
 from ..modeling.specs import VOVNET_SPECS
 from ..modeling.vovnet import VoVNet
 from .plain import plain
 from .workload import as_pixels
 
-__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector"]
+__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector", "network_name"]
 
 _TIMM = "timm:"
 
@@ -42,12 +42,14 @@ class Network:
         build: makes it on torch's current device, with random weights.
         is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
         load: loads its trained weights, where it has any.
+        size: (height, width) in pixels, of one that is made for images of one size.
     """
 
     name: str
     build: Callable[[], nn.Module]
     is_detector: bool = False
     load: Callable[[nn.Module], object] | None = None
+    size: tuple[int, int] | None = None
 
 
 def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
@@ -61,7 +63,7 @@ def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
         ValueError: there is no such network, or timm is needed and not installed.
     """
     if name.startswith(_TIMM):
-        return Network(name, lambda: _TimmFeatures(name.removeprefix(_TIMM)))
+        return Network(name, lambda: TimmBackbone(name.removeprefix(_TIMM)))
     if name not in BACKBONES:
         close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
         meant = f"Did you mean {' or '.join(close)}? " if close else ""
@@ -86,10 +88,9 @@ def _resnet(name: str, norm: str) -> nn.Module:
 
 
 def _densenet(name: str, norm: str) -> nn.Module:
-    network = getattr(torchvision.models, name.lower().replace("-", ""))()
     # Behind norm and ReLU, as the maps of the others are.
-    maps = [f"features.transition{i}.relu" for i in (1, 2, 3)] + ["features.norm5"]
-    return create_feature_extractor(network, maps)
+    nodes = [f"features.transition{i}.relu" for i in (1, 2, 3)] + ["features.norm5"]
+    return TorchvisionBackbone(name.lower().replace("-", ""), nodes)
 
 
 BACKBONES: dict[str, Callable[[str, str], nn.Module]] = {
@@ -101,22 +102,6 @@ BACKBONES: dict[str, Callable[[str, str], nn.Module]] = {
 torchvision's DenseNet."""
 
 
-class _TimmFeatures(nn.Module):
-    def __init__(self, name: str):
-        super().__init__()
-        try:
-            import timm
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{_TIMM}{name} needs timm: pip install timm") from error
-        if not timm.is_model(name):
-            close = get_close_matches(name, timm.list_models(), n=3)
-            raise ValueError(f"timm has no network {name!r}. Close to it: {', '.join(close)}.")
-        self.features = timm.create_model(name, features_only=True)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {str(index): maps for index, maps in enumerate(self.features(x))}
-
-
 def detector(
     config_file: str, options: Sequence[str] = (), *, weights: bool = False, unsafe: bool = False
 ) -> Network:
@@ -124,7 +109,8 @@ def detector(
 
     Random weights would leave the heads more to do in one network than in another, or nothing. So
     without trained ones nothing is dropped for its score or its overlap, and every head gets as
-    many regions as the config allows.
+    many regions as the config allows; a single-shot detector, which has no head behind its NMS,
+    drops everything before it.
 
     Args:
         config_file: a path, or a name in this package or in Detectron2's model zoo.
@@ -141,6 +127,7 @@ def detector(
         cfg.MODEL.RPN.NMS_THRESH = 1.0
         for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
             node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST = 0.0, 1.0
+        cfg.MODEL.SINGLE_SHOT.SCORE_THRESH_TEST = 1.0
 
     def build() -> nn.Module:
         own = cfg.clone()
@@ -150,8 +137,19 @@ def detector(
     def load(model: nn.Module) -> object:
         return VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
 
-    name = config_file.rpartition("/")[2].removesuffix(".yaml")
-    return Network(name, build, is_detector=True, load=load if weights else None)
+    side = cfg.INPUT.FIXED_SIZE
+    return Network(
+        network_name(config_file),
+        build,
+        is_detector=True,
+        load=load if weights else None,
+        size=(side, side) if side else None,
+    )
+
+
+def network_name(config_file: str) -> str:
+    """What a study calls the detector of a config file."""
+    return config_file.rpartition("/")[2].removesuffix(".yaml")
 
 
 def calibrate_norms(model: Any, images: Tensor) -> None:

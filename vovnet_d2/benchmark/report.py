@@ -18,6 +18,7 @@ from tabulate import tabulate
 from .memory import SOURCES
 from .plots import plot_cell
 from .protocol import write_csv
+from .published import PaperTable, format_paper_table
 from .study import Study
 
 __all__ = ["CONVENTIONS", "format_table", "write_study"]
@@ -44,6 +45,7 @@ CONVENTIONS = {
 _HEADINGS = {
     "network": ("network", "{}"),
     "treatment": ("treatment", "{}"),
+    "image_size": ("image", "{}"),
     "gflops": ("GFLOPs", "{:.2f}"),
     "parameters_m": ("params (M)", "{:.2f}"),
     "latency_ms": ("ms", "{:.2f}"),
@@ -66,10 +68,12 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     out."""
     cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["mode"], row["image_size"], row["batch"]), []).append(row)
+        cells.setdefault((row["mode"], row["sizes"], row["batch"]), []).append(row)
     parts = []
     for (mode, size, batch), members in cells.items():
         columns = [c for c in _HEADINGS if any(row[c] not in (None, "") for row in members)]
+        if all(row["image_size"] == size for row in members):
+            columns.remove("image_size")
         lines = [[_format(row, column) for column in columns] for row in members]
         headings = [_HEADINGS[column][0] for column in columns]
         table = tabulate(lines, headings, tablefmt="github", disable_numparse=True)
@@ -88,9 +92,12 @@ def _format(row: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def write_study(study: Study, folder: Path) -> list[Path]:
+def write_study(study: Study, folder: Path, paper_table: PaperTable | None = None) -> list[Path]:
     """Write ``benchmark.json``, ``benchmark.csv``, ``README.md`` and a PNG of plots for each mode,
     size and batch into ``folder``.
+
+    Args:
+        paper_table: goes into ``README.md``, filled in.
 
     Returns:
         the paths.
@@ -112,6 +119,7 @@ def write_study(study: Study, folder: Path) -> list[Path]:
         "",
         format_table(study.rows),
         "",
+        *([format_paper_table(paper_table, study.rows), ""] if paper_table else []),
         *(f"![]({path.name})" for path in plots),
         "",
         *(f"- {name}: {value}" for name, value in (protocol | CONVENTIONS).items()),
@@ -125,16 +133,16 @@ def write_study(study: Study, folder: Path) -> list[Path]:
 def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:
     """The paths, and a sentence for each kind of plot that is left out."""
     measured = [row for row in study.rows if not row["error"]]
-    cells = dict.fromkeys((row["mode"], row["image_size"], row["batch"]) for row in measured)
+    cells = dict.fromkeys((row["mode"], row["sizes"], row["batch"]) for row in measured)
     paths: list[Path] = []
     sentences: dict[str, None] = {}
     for cell in cells:
-        members = [r for r in measured if (r["mode"], r["image_size"], r["batch"]) == cell]
+        members = [r for r in measured if (r["mode"], r["sizes"], r["batch"]) == cell]
         mode, size, batch = cell
         protocol = study.protocol
         title = f"{mode}, {size}, batch {batch}; {protocol['device']}, torch {protocol['torch']}"
         figure, left_out = plot_cell(members, title)
-        path = folder / f"{mode}_{size}_batch{batch}.png"
+        path = folder / f"{mode}_{size.replace(' ', '_')}_batch{batch}.png"
         figure.savefig(path)
         plt.close(figure)
         paths.append(path)

@@ -30,7 +30,6 @@ from .workload import count_multiply_adds, detector_inputs, inference, random_im
 __all__ = ["MODES", "Plan", "Study"]
 
 MODES = ("inference", "training")
-_CALIBRATION, _FOLDING = (2, 3, 224, 224), (1, 3, 224, 224)
 _ENERGY_BLOCKS = 3
 _COPY = "copy"
 
@@ -42,7 +41,7 @@ class Plan:
         networks: under different names.
         treatments: names of :data:`TREATMENTS`.
         modes: of :data:`MODES`.
-        sizes: (height, width) of the images, in pixels.
+        sizes: (height, width) of the images, in pixels; None is each network's own.
         warmup: calls of each case before it is timed.
         repeats: rounds of all cases.
         references: network to the one that its times are compared with; of one that is not here,
@@ -56,7 +55,7 @@ class Plan:
     treatments: Sequence[str] = ("plain", "optimized")
     modes: Sequence[str] = ("inference",)
     batches: Sequence[int] = (1,)
-    sizes: Sequence[tuple[int, int]] = ((480, 640),)
+    sizes: Sequence[tuple[int, int] | None] = ((480, 640),)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     warmup: int = 3
     repeats: int = 20
@@ -75,7 +74,13 @@ class Plan:
         _require(self.accuracy, names, "network with an accuracy")
         if self.reference_treatment is not None:
             _require([self.reference_treatment], self.treatments, "reference treatment")
-        numbers = [*self.batches, *(side for size in self.sizes for side in size), self.repeats]
+        sizes = [size for size in self.sizes if size is not None]
+        homeless = [network.name for network in self.networks if network.size is None]
+        if len(sizes) < len(self.sizes) and homeless:
+            raise ValueError(
+                f"No size of its own has {', '.join(homeless)}: give --sizes HEIGHTxWIDTH."
+            )
+        numbers = [*self.batches, *(side for size in sizes for side in size), self.repeats]
         if min(numbers) < 1 or self.warmup < 1:
             raise ValueError("Batches, sizes, warm-up and repeats are whole numbers from 1 up.")
 
@@ -94,8 +99,17 @@ class _Cell:
     """What cases have in common that are compared."""
 
     mode: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     batch: int
+
+    def size_for(self, network: Network) -> tuple[int, int]:
+        size = self.size or network.size
+        assert size is not None, "a plan would not have it"
+        return size
+
+    @property
+    def size_name(self) -> str:
+        return _times(self.size) if self.size else "own size"
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ class Study:
             self.interruption = interruption
 
     def _measure(self, cell: _Cell, bar: tqdm) -> None:
-        bar.set_description(f"{cell.mode}, batch {cell.batch}, {_times(cell.size)}")
+        bar.set_description(f"{cell.mode}, batch {cell.batch}, {cell.size_name}")
         cases: list[_Case] = []
         for network, name in product(self.plan.networks, self.plan.treatments):
             bar.set_postfix_str(_case_name(network.name, name))
@@ -214,12 +228,12 @@ class Study:
         if reason := treatment.refusal(device):
             raise _Refused(reason)
         before = allocated(device)
-        images = random_images(cell.batch, cell.size, device)
+        images = random_images(cell.batch, cell.size_for(network), device)
         original = self._model(network)
         if training:
             model = treatment.for_training(original).to(device)
         else:
-            model = treatment.for_inference(original, torch.randn(_FOLDING)).to(device)
+            model = treatment.for_inference(original).to(device)
         inputs: Any = images
         if network.is_detector:
             inputs = detector_inputs(model, images)
@@ -240,7 +254,7 @@ class Study:
                 if network.load:
                     network.load(model)
                 else:
-                    calibrate_norms(model, torch.randn(_CALIBRATION))
+                    calibrate_norms(model, torch.randn(2, 3, *(network.size or (224, 224))))
             self._models[network.name] = model
         return self._models[network.name]
 
@@ -286,12 +300,12 @@ class Study:
     def _multiply_adds(self, network: Network, cell: _Cell) -> float:
         """For one image: in training with the backward pass, counted in a real step."""
         if cell.mode == "inference":
-            return self._complexity(network, cell.size).total.multiply_adds
+            return self._complexity(network, cell.size_for(network)).total.multiply_adds
         cpu, plain = torch.device("cpu"), TREATMENTS["plain"]
-        key = network.name, cell.size
+        key = network.name, cell.size_for(network)
         if key not in self._training_counts:
             model = copy.deepcopy(self._model(network)).train()
-            images = random_images(1, cell.size, cpu)
+            images = random_images(1, cell.size_for(network), cpu)
             inputs = detector_inputs(model, images) if network.is_detector else images
             self._training_counts[key] = count_multiply_adds(
                 training_step(model, inputs, plain, cpu)
@@ -316,7 +330,7 @@ class Study:
         bandwidth = ceilings[_COPY].work / np.array(times[_COPY])
         floor_share = None
         if cell.mode == "inference":
-            layers = self._complexity(network, cell.size).layers
+            layers = self._complexity(network, cell.size_for(network)).layers
             size = case.treatment.dtype.itemsize
             floors = [
                 floor_seconds(
@@ -360,14 +374,16 @@ class Study:
         self, cell: _Cell, network: Network, treatment: Treatment, **measured: Any
     ) -> dict[str, Any]:
         accuracy = self.plan.accuracy.get(network.name)
-        parameters = self._complexity(network, cell.size).total.parameters
+        size = cell.size_for(network)
+        parameters = self._complexity(network, size).total.parameters
         row = dict.fromkeys(_COLUMNS) | {
             "network": network.name,
             "treatment": treatment.name,
             "mode": cell.mode,
             "dtype": str(treatment.dtype).removeprefix("torch."),
             "batch": cell.batch,
-            "image_size": _times(cell.size),
+            "sizes": cell.size_name,
+            "image_size": _times(size),
             "parameters_m": parameters / 1e6,
             "accuracy": accuracy,
             "error": "",
@@ -377,7 +393,7 @@ class Study:
 
 
 _COLUMNS = (
-    *("network", "treatment", "mode", "dtype", "batch", "image_size"),
+    *("network", "treatment", "mode", "dtype", "batch", "sizes", "image_size"),
     *("gflops", "parameters_m", "latency_ms", "latency_p95_ms", "fps", "peak_memory_mb"),
     *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
     *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),

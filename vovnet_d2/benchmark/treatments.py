@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import nn
 
 from ..modeling.inference import optimize_for_inference
 from .plain import plain
 
-__all__ = ["TREATMENTS", "Treatment", "fold_norms"]
+__all__ = ["TREATMENTS", "Treatment"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,10 @@ class Treatment:
             return None if torch.cuda.is_bf16_supported() else "This GPU has no bfloat16."
         return None
 
-    def for_inference(self, model: nn.Module, inputs: Tensor) -> nn.Module:
-        """A copy of ``model`` to infer with.
-
-        Args:
-            inputs: (N, C, H, W), what its backbone can run on.
-        """
+    def for_inference(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` to infer with."""
         if self.plain:
             return plain(model).eval().requires_grad_(False)
-        model = copy.deepcopy(model).eval()
-        fold_norms(getattr(model, "backbone", model), inputs)
         return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
 
     def for_training(self, model: nn.Module) -> nn.Module:
@@ -110,58 +102,3 @@ TREATMENTS = _by_name(
     Treatment("compiled-bf16", "as bf16, compiled", dtype=torch.bfloat16, compile=True),
     Treatment("compiled-fp16", "as fp16, compiled", dtype=torch.float16, compile=True),
 )
-
-
-def fold_norms(model: nn.Module, inputs: Tensor) -> None:
-    """Fold each batch norm that takes just what a convolution gives, wherever the two stand, so
-    that the networks of torchvision and timm are treated as Detectron2's are.
-
-    Args:
-        model: in evaluation mode; changed in place.
-        inputs: what ``model`` runs on, before and after.
-
-    Raises:
-        ValueError: something else reads a convolution's output, so that the result changed.
-    """
-    # Who follows whom is seen in a forward pass, by the identity of tensors.
-    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    readers: dict[nn.Conv2d, list[nn.Module]] = {}
-
-    def note_output(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        made_by[id(output)] = conv, output
-
-    def note_input(module: nn.Module, args: tuple[object, ...]) -> None:
-        for tensor in args:
-            if id(tensor) in made_by:
-                readers.setdefault(made_by[id(tensor)][0], []).append(module)
-
-    hooks = []
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            hooks.append(module.register_forward_hook(note_output))
-        if not list(module.children()) or isinstance(module, _BatchNorm):
-            hooks.append(module.register_forward_pre_hook(note_input))
-    with torch.no_grad():
-        expected = model(inputs)
-    for hook in hooks:
-        hook.remove()
-    for conv, modules in readers.items():
-        if (
-            len(modules) == 1
-            and isinstance(norm := modules[0], _BatchNorm)
-            and norm.track_running_stats
-        ):
-            _fold(model, conv, norm)
-    with torch.no_grad():
-        found = model(inputs)
-    for name, maps in expected.items():
-        if not torch.allclose(found[name], maps, rtol=1e-3, atol=1e-3 * float(maps.std())):
-            raise ValueError("The norms of this network cannot be folded: its maps change.")
-
-
-def _fold(model: nn.Module, conv: nn.Conv2d, norm: _BatchNorm) -> None:
-    names = {module: name for name, module in model.named_modules()}
-    # timm's norms carry an activation.
-    rest = nn.Sequential(*norm.children())
-    model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-    model.set_submodule(names[norm], rest if len(rest) else nn.Identity())

@@ -8,13 +8,11 @@ import copy
 from functools import partial
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .allocation import keep_freed_memory
+from .folding import fold_norms
 from .onednn import pack_convolutions
 
 __all__ = ["optimize_for_inference"]
@@ -31,13 +29,13 @@ def optimize_for_inference(
 ) -> nn.Module:
     """A copy of a model that only infers, with the same interface and the same results.
 
-    Every batch norm that stands right behind its convolution, frozen or not, becomes part of the
-    convolution's weight and bias. In float32, results are as exact as the model's own. On a CPU,
-    convolutions are oneDNN's with weights laid out beforehand, so that nothing is compiled and any
-    size runs at full speed from its first image on. Graphs (export, tracing, ``torch.compile``) get
-    plain operators. From then on the process keeps freed memory for the next image, up to 2 GiB,
-    where its C library is glibc and there is no GPU. Weights are not to be changed in place, other
-    than by ``load_state_dict``.
+    Every batch norm behind a convolution that nothing else reads becomes part of it, as
+    :func:`.folding.fold_norms` tells. In float32, results are as exact as the model's own. On a
+    CPU, convolutions are oneDNN's with weights laid out beforehand, so that nothing is compiled and
+    any size runs at full speed from its first image on. Graphs (export, tracing, ``torch.compile``)
+    get plain operators. From then on the process keeps freed memory for the next image, up to 2
+    GiB, where its C library is glibc and there is no GPU. Weights are not to be changed in place,
+    other than by ``load_state_dict``.
 
     Args:
         model: a backbone, or a detector of Detectron2's with one. It is left as it is.
@@ -57,9 +55,7 @@ def optimize_for_inference(
         choices = ", ".join(map(str, _DTYPES))
         raise ValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Conv2d) and _is_foldable(module.norm):
-            _fold_norm(module)
+    fold_norms(model)
     model.float().to(memory_format=memory_format)
     for module in model.modules():
         if isinstance(module, BaseKeypointRCNNHead):  # which takes its maps to be contiguous
@@ -76,23 +72,6 @@ def optimize_for_inference(
     if compile:
         backbone.compile(dynamic=True)
     return model
-
-
-def _is_foldable(norm: nn.Module | None) -> bool:
-    # A batch norm without running statistics takes those of each batch.
-    return isinstance(norm, _BatchNorm | FrozenBatchNorm2d) and norm.running_mean is not None
-
-
-def _fold_norm(conv: Conv2d) -> None:
-    """Fold in float64, so that each weight is rounded once."""
-    norm = conv.norm
-    bias, scale, shift = (
-        None if t is None else t.double() for t in (conv.bias, norm.weight, norm.bias)
-    )
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    fused = fuse_conv_bn_weights(conv.weight.double(), bias, mean, var, norm.eps, scale, shift)
-    conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), False) for t in fused)
-    conv.norm = None
 
 
 def _cast_input(

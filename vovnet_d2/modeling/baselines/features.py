@@ -29,16 +29,23 @@ class FeatureBackbone(Backbone):
     """A network that returns its maps in a list, as a backbone."""
 
     def __init__(
-        self, network: nn.Module, shapes: Mapping[str, ShapeSpec], *, channels_last: bool = False
+        self,
+        network: nn.Module,
+        shapes: Mapping[str, ShapeSpec],
+        *,
+        image_shape: tuple[int, int, int],
+        channels_last: bool = False,
     ):
         """
         Args:
             network: takes (N, C, H, W).
             shapes: of the maps that it returns, in their order.
+            image_shape: (C, H, W) of an image that it takes for certain.
             channels_last: whether the maps are (N, H, W, C).
         """
         super().__init__()
         self.network = network
+        self.image_shape = image_shape
         self._shapes = dict(shapes)
         self._channels_last = channels_last
 

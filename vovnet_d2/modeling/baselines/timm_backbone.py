@@ -80,7 +80,8 @@ class TimmBackbone(FeatureBackbone):
             strides,
             lambda maps: parameters_behind(outline, size, arguments["in_chans"], maps),
         )
-        super().__init__(network, shapes, channels_last=channels_last)
+        image_shape = (arguments["in_chans"], *size)
+        super().__init__(network, shapes, image_shape=image_shape, channels_last=channels_last)
 
 
 def _import_timm() -> Any:

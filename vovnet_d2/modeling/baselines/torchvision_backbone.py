@@ -65,7 +65,7 @@ class TorchvisionBackbone(FeatureBackbone):
             [shape.stride or 0 for shape in shapes.values()],
             lambda maps: parameters_behind(network, _IMAGE_SIZE, 3, maps),
         )
-        super().__init__(network, shapes)
+        super().__init__(network, shapes, image_shape=(3, *_IMAGE_SIZE))
 
 
 class _Nodes(nn.Module):

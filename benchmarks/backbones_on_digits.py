@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""ResNet-50, V-39-eSE and V-19-slim-eSE under a Mask R-CNN on the digits, with the same recipe and
+several seeds: AP, AP by size, and the time of a training step.
+
+    python benchmarks/backbones_on_digits.py --work output/backbones_on_digits
+
+Run from the repository's root, on a machine that does nothing else. What is finished in the folder
+of --work is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from seeded_runs import Run, describe, mean_and_spread, read_run, run_all_once
+from tabulate import tabulate
+
+from vovnet_d2.benchmark.networks import detector
+from vovnet_d2.benchmark.protocol import write_csv
+from vovnet_d2.benchmark.study import Plan, Study
+
+CONFIGS = {
+    "ResNet-50": "configs/Digits/mask_rcnn_R_50_FPN.yaml",
+    "V-39-eSE": "configs/Digits/mask_rcnn_V_39_eSE_FPN.yaml",
+    "V-19-slim-eSE": "configs/Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml",
+}
+SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+METRICS = {
+    f"{task}/{name}": f"{kind} {name}"
+    for task, kind in (("bbox", "box"), ("segm", "mask"))
+    for name in ("AP", *SIZES)
+}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/backbones_on_digits"),
+        help="folder for curves.csv, sizes.png and README.md",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    args = parser.parse_args()
+    rows = run_all(args)
+    steps = time_steps(args.device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_csv(args.output / "curves.csv", rows)
+    last = [row for row in rows if row["iteration"] == args.iterations]
+    draw(last).savefig(args.output / "sizes.png", dpi=120)
+    report = write_report(args, last, steps)
+    (args.output / "README.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+def run_all(args: argparse.Namespace) -> list[Row]:
+    runs = {}
+    for seed in args.seeds:
+        for network, config in CONFIGS.items():
+            folder = args.work / f"{network}_{seed}"
+            options = {
+                "SEED": seed,
+                "SOLVER.MAX_ITER": args.iterations,
+                "TEST.EVAL_PERIOD": args.iterations // 3,
+                "MODEL.DEVICE": args.device,
+            }
+            runs[network, seed] = Run("train_net", config, folder, options)
+    run_all_once(list(runs.values()), args.jobs)
+    rows = []
+    for (network, seed), run in runs.items():
+        labels = {"network": network, "seed": seed}
+        rows += read_run(run.output_dir, labels, args.iterations, METRICS)
+    return rows
+
+
+def time_steps(device: torch.device) -> list[Row]:
+    """A row of the benchmark for each network, in the order of :data:`CONFIGS`: steps of eight
+    images, in turn."""
+    networks = [detector(config) for config in CONFIGS.values()]
+    plan = Plan(
+        networks=networks,
+        treatments=["optimized"],
+        modes=["training"],
+        batches=[8],
+        sizes=[(192, 192)],
+        device=device,
+        references=dict.fromkeys((n.name for n in networks), networks[0].name),
+    )
+    study = Study(plan)
+    study.run()
+    return study.rows
+
+
+def of_network(rows: list[Row], network: str, metric: str) -> list[float]:
+    """One value for each seed."""
+    return [row[metric] for row in rows if row["network"] == network]
+
+
+def draw(last: list[Row]) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for panel, kind in zip(figure.subplots(1, 2, sharey=True), ("box", "mask"), strict=True):
+        x = np.arange(1 + len(SIZES))
+        for i, network in enumerate(CONFIGS):
+            runs = [of_network(last, network, f"{kind} {name}") for name in ("AP", *SIZES)]
+            places = x + (i - 1) * 0.27
+            panel.bar(places, [np.mean(values) for values in runs], 0.25, label=network)
+            for place, values in zip(places, runs, strict=True):
+                panel.plot([place] * len(values), values, "k.", markersize=4)
+        panel.set_xticks(x, ["all", *SIZES.values()])
+        panel.set_title(f"{kind} AP by size; bars: mean, dots: the seeds", fontsize=10)
+        panel.grid(axis="y", alpha=0.3)
+    panel.legend()
+    figure.axes[0].set_ylabel("AP on digits_val (%)")
+    return figure
+
+
+def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) -> str:
+    table = []
+    for network, step in zip(CONFIGS, steps, strict=True):
+        cells = [mean_and_spread(of_network(last, network, name)) for name in METRICS.values()]
+        time = f"{step['latency_ms']:.0f}"
+        table.append([network, *cells, time, f"{step['time_of_network']:.2f}"])
+    headers = ["network", *METRICS.values(), "step (ms)", "step / ResNet-50's"]
+    protocol = {
+        "recipe": f"configs/Digits/Base-Mask-RCNN-FPN.yaml, from scratch, {args.iterations} "
+        "iterations instead of 600, for all",
+        "data": "200 images of digits_val, whose digits are not among those of training",
+        "sizes": "COCO's: small is less than 32x32 pixels, large more than 96x96",
+        "trainings": f"{args.jobs} at a time",
+        "seeds": f"{', '.join(map(str, args.seeds))}; mean ± sample standard deviation",
+        "step": "forward, backward and SGD with eight images of 192x192, as tools/benchmark.py "
+        f"times them: median of {steps[0]['rounds']} rounds of all networks in turn, and median "
+        "of the ratios within each round",
+    }
+    return "\n\n".join(
+        [
+            "# Backbones under a Mask R-CNN on the digits",
+            tabulate(table, headers, tablefmt="pipe", disable_numparse=True),
+            "![](sizes.png)",
+            what_is_seen(last),
+            describe(protocol, args.device) + "\n",
+        ]
+    )
+
+
+def what_is_seen(last: list[Row]) -> str:
+    """The advantage of V-39-eSE over ResNet-50 by size, seed by seed."""
+    sentences = []
+    for kind in ("box", "mask"):
+        gains = []
+        for name, size in SIZES.items():
+            ours, peer = (
+                of_network(last, network, f"{kind} {name}") for network in ("V-39-eSE", "ResNet-50")
+            )
+            differences = [a - b for a, b in zip(ours, peer, strict=True)]
+            gains.append(
+                f"{size} {median(differences):+.1f} ({min(differences):+.1f} to "
+                f"{max(differences):+.1f})"
+            )
+        sentences.append(f"{kind} AP: {', '.join(gains)}")
+    return (
+        "V-39-eSE less ResNet-50 with the same seed, median (least to greatest): "
+        f"{'; '.join(sentences)}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Norms folded into convolutions: how many are left, and that nothing changes but these."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vovnet_d2.benchmark.networks import backbone, calibrate_norms
+from vovnet_d2.engine import load_config
+from vovnet_d2.modeling.baselines.timm_backbone import TimmBackbone
+from vovnet_d2.modeling.folding import fold_norms
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm | FrozenBatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "norms_left"),
+    [
+        ("V-19-slim-dw-eSE", 0),
+        ("ResNet-50", 0),
+        ("timm:ese_vovnet19b_dw", 0),
+        ("timm:resnet18", 0),
+        # The first norm of each of 78 layers, those of 3 transitions and the last stand before a
+        # ReLU and a convolution.
+        pytest.param("DenseNet-161", 82, marks=pytest.mark.slow),
+    ],
+)
+def test_norms_of_backbones(name, norms_left):
+    model = backbone(name).build().eval()
+    calibrate_norms(model, torch.randn(2, 3, 96, 96))
+    assert_folded(model, torch.randn(1, 3, 64, 64), norms_left)
+
+
+def assert_folded(model: nn.Module, images: torch.Tensor, norms_left: int) -> None:
+    """Compared in float64, in which nothing else could differ."""
+    model, images = model.double(), images.double()
+    with torch.no_grad():
+        expected = model(images)
+        fold_norms(model)
+        found = model(images)
+    assert len(norms_of(model)) == norms_left
+    for key, maps in expected.items():
+        torch.testing.assert_close(found[key], maps, rtol=1e-6, atol=1e-9)
+
+
+def test_norms_with_an_activation():
+    """timm's carry one, frozen or not, which stays."""
+    model = TimmBackbone("ese_vovnet19b_dw", norm="FrozenBN").eval()
+    assert_folded(model, torch.randn(1, 3, 64, 64), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "norms_left"),
+    [
+        # Transposed convolutions among the rest.
+        ("Digits/refinedet192_V_27_slim_600.yaml", 0),
+        # Before each ReLU and convolution of the three extra stages: the first of each branch.
+        ("PascalVOC-Detection/dsod300_V_27_slim_100k.yaml", 6),
+        # Of DenseNet-67: each of 30 layers' first, 4 transitions' and that of the shortcut; and
+        # two for each of four extra stages.
+        ("PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml", 43),
+    ],
+)
+def test_norms_of_single_shot_detectors(config, norms_left):
+    model = build_model(load_config(config, ["MODEL.DEVICE", "cpu"])).eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms_of(model):
+        norm.running_mean.normal_(std=0.1, generator=generator)
+        norm.running_var.uniform_(0.5, 2.0, generator=generator)
+    model.double()
+    images = torch.randn(1, 3, 192, 192, dtype=torch.double, generator=generator)
+
+    def predictions() -> list[torch.Tensor]:
+        with torch.no_grad():
+            maps = list(model.backbone(images).values())
+            return [x for kind in model.head(maps) for x in kind]
+
+    expected = predictions()
+    fold_norms(model)
+    assert len(norms_of(model)) == norms_left
+    for found, wanted in zip(predictions(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+
+
+class Pair(nn.Module):
+    """A convolution and a norm, used as ``run`` says."""
+
+    def __init__(self, run: Callable[["Pair", torch.Tensor], dict[str, torch.Tensor]]):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.norm.running_mean += 1
+        self.norm.running_var *= 2
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.run(self, x)
+
+
+def test_a_pair_that_stands_alone():
+    model = Pair(lambda m, x: {"y": m.norm(m.conv(x))}).eval()
+    assert_folded(model, torch.randn(1, 3, 8, 8), 0)
+
+
+def also_added(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = m.conv(x)
+    return {"y": m.norm(y) + y}
+
+
+def changed_in_place(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"y": m.norm(m.conv(x).relu_())}
+
+
+def also_returned(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = m.conv(x)
+    return {"x": y, "y": m.norm(y)}
+
+
+def convolved_twice(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"y": m.norm(m.conv(m.conv(x)))}
+
+
+def normed_twice(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"y": m.norm(m.norm(m.conv(x)))}
+
+
+@pytest.mark.parametrize(
+    "run", [also_added, changed_in_place, also_returned, convolved_twice, normed_twice]
+)
+def test_a_pair_that_does_not(run):
+    assert_folded(Pair(run).eval(), torch.randn(1, 3, 8, 8), 1)
+
+
+def test_a_network_that_cannot_be_watched(caplog):
+    def run(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": m.norm(m.conv(x)) * float(x.sum().item() > 0)}
+
+    with caplog.at_level(logging.INFO):
+        assert_folded(Pair(run).eval(), torch.ones(1, 3, 8, 8), 1)
+    assert "Norms that stand alone are not folded" in caplog.text

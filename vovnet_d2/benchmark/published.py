@@ -1,0 +1,147 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The VoVNet paper's tables of detectors, and the same figures measured here beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from .networks import network_name
+
+__all__ = ["PAPER_TABLES", "PaperTable", "Published", "format_paper_table"]
+
+
+class Published(NamedTuple):
+    """One line of a table, under the names of a study's rows; the accuracy is VOC07's mAP or
+    COCO's AP, in percent."""
+
+    gflops: float
+    fps: float
+    parameters_m: float
+    peak_memory_mb: float
+    joules_per_image: float
+    gflops_per_second: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """
+    Attributes:
+        detectors: config file to what the paper has for it.
+        reference: config file of the one whose speed the others' is divided by.
+        accuracy: what the last column is.
+    """
+
+    title: str
+    detectors: Mapping[str, Published]
+    reference: str
+    accuracy: str
+
+
+PAPER_TABLES = {
+    "table2": PaperTable(
+        "Table 2 of the VoVNet paper: small detectors, 300 × 300, trained for VOC",
+        {
+            "PascalVOC-Detection/ssd300_MobileNet_120k.yaml": Published(
+                1.1, 37, 5.7, 766, 2.3, 42, 68.0
+            ),
+            "PascalVOC-Detection/pelee304_PeleeNet_120k.yaml": Published(
+                1.2, 35, 5.4, 1104, 2.4, 43, 70.9
+            ),
+            "PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml": Published(
+                5.3, 35, 5.9, 1294, 3.7, 189, 73.6
+            ),
+            "PascalVOC-Detection/dsod300_V_27_slim_100k.yaml": Published(
+                5.6, 71, 5.9, 825, 0.9, 400, 74.8
+            ),
+        },
+        reference="PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml",
+        accuracy="mAP",
+    ),
+    "table4": PaperTable(
+        "Table 4 of the VoVNet paper: RefineDet320, trained for COCO",
+        {
+            "COCO-Detection/refinedet320_R_50_400k.yaml": Published(
+                25.43, 23.2, 63.46, 2229, 5.3, 591.3, 30.3
+            ),
+            "COCO-Detection/refinedet320_DenseNet_201_400k.yaml": Published(
+                24.65, 12.0, 56.13, 3498, 9.9, 296.9, 32.5
+            ),
+            "COCO-Detection/refinedet320_V_39_400k.yaml": Published(
+                32.6, 25.0, 56.28, 2199, 4.8, 815.0, 33.5
+            ),
+            "COCO-Detection/refinedet320_R_101_400k.yaml": Published(
+                33.02, 17.5, 82.45, 3013, 7.5, 579.2, 32.0
+            ),
+            "COCO-Detection/refinedet320_DenseNet_161_400k.yaml": Published(
+                32.74, 12.8, 66.76, 3628, 10.0, 419.7, 33.5
+            ),
+            "COCO-Detection/refinedet320_V_57_400k.yaml": Published(
+                36.45, 21.2, 70.32, 2511, 5.9, 775.5, 33.9
+            ),
+        },
+        reference="COCO-Detection/refinedet320_R_50_400k.yaml",
+        accuracy="AP",
+    ),
+}
+"""Name of the preset to the table (VoVNet, arXiv 1904.09730, section 4), measured there on a
+TITAN X (Pascal), in Caffe."""
+
+_COLUMNS = {
+    "gflops": ("FLOPs (G)", "{:.2f}"),
+    "fps": ("FPS", "{:.1f}"),
+    "relative": ("× FPS", "{:.2f}"),
+    "parameters_m": ("#Param (M)", "{:.2f}"),
+    "peak_memory_mb": ("Memory (MB)", "{:.0f}"),
+    "joules_per_image": ("Energy (J/img)", "{:.1f}"),
+    "gflops_per_second": ("Comp. efficiency (GFLOP/s)", "{:.1f}"),
+}
+_SOURCE = (
+    "Measured here, and in brackets the paper's figures: a TITAN X (Pascal), Caffe. × FPS is the "
+    "speed over that of {reference}."
+)
+
+
+def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A GitHub table in the paper's columns for each treatment, mode and batch.
+
+    Args:
+        rows: a study's; networks that are not in the table are left out.
+    """
+    published = {network_name(file): line for file, line in table.detectors.items()}
+    reference = network_name(table.reference)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["network"] in published:
+            group = f"{row['mode']}, {row['treatment']}, batch {row['batch']}"
+            groups.setdefault(group, []).append(row)
+    headings = ["detector", *(heading for heading, _ in _COLUMNS.values()), table.accuracy]
+    parts = [f"## {table.title}", _SOURCE.format(reference=reference)]
+    for group, members in groups.items():
+        speeds = {row["network"]: row["fps"] for row in members}
+        lines = []
+        for row in members:
+            theirs = published[row["network"]]
+            ours = {**row, "relative": _ratio(row["fps"], speeds.get(reference))}
+            paper = theirs._asdict()
+            paper["relative"] = _ratio(theirs.fps, published[reference].fps)
+            cells = [_both(ours[c], paper[c], form) for c, (_, form) in _COLUMNS.items()]
+            accuracy = _both(row["accuracy"], theirs.accuracy, "{:.1f}")
+            lines.append([row["network"], *cells, accuracy])
+        text = tabulate(lines, headings, tablefmt="github", disable_numparse=True)
+        parts.append(f"### {group}\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value and reference else None
+
+
+def _both(ours: float | None, paper: float | None, form: str) -> str:
+    measured = "–" if ours is None else form.format(ours)
+    return measured if paper is None else f"{measured} ({paper:.4g})"
