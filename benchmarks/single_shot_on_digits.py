@@ -28,8 +28,8 @@ from vovnet_d2.engine import load_config
 # Detector to its networks and their configs.
 RUNS = {
     "RefineDet": {
-        "VoVNet-27-slim": "configs/Digits/refinedet192_V_27_slim_600.yaml",
-        "ResNet-50": "configs/Digits/refinedet192_R_50_600.yaml",
+        "VoVNet-27-slim": "configs/Digits/refinedet128_V_27_slim_2000.yaml",
+        "ResNet-18": "configs/Digits/refinedet128_R_18_2000.yaml",
     },
     "DSOD": {
         "VoVNet-27-slim": "configs/Digits/dsod192_V_27_slim_600.yaml",

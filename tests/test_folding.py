@@ -62,7 +62,7 @@ def test_norms_with_an_activation():
     ("config", "norms_left"),
     [
         # Transposed convolutions among the rest.
-        ("Digits/refinedet192_V_27_slim_600.yaml", 0),
+        ("Digits/refinedet128_V_27_slim_2000.yaml", 0),
         # Before each ReLU and convolution of the three extra stages: the first of each branch.
         ("PascalVOC-Detection/dsod300_V_27_slim_100k.yaml", 6),
         # Of DenseNet-67: each of 30 layers' first, 4 transitions' and that of the shortcut; and

@@ -18,6 +18,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import DatasetMapper
+from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from module_facts import differences
@@ -310,6 +311,28 @@ def test_detectron2s_own_loader(coco: Path, tmp_path: Path) -> None:
     yaml_cfg = load_config(twin(MASK_RCNN), ["SOLVER.IMS_PER_BATCH", "2", "SEED", "0"])
     expected = [sample["image_id"] for sample in next(iter(Trainer.build_train_loader(yaml_cfg)))]
     assert stream == expected
+
+
+@pytest.mark.parametrize("folder", ["train2017", "val2017"])
+def test_a_damaged_image_is_named(
+    catalogs: None,
+    fresh_logging: None,
+    coco_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+) -> None:
+    shutil.copytree(coco_root, tmp_path / "data")
+    register_all_coco(str(tmp_path / "data"))
+    for image in (tmp_path / "data" / "coco" / folder).iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(SystemExit) as caught:
+        main(["--config-file", MASK_RCNN, *TINY, f"train.output_dir={tmp_path / 'out'}"])
+    assert caught.value.code == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert f"coco/{folder}/" in sentence
+    assert "cannot be used" in sentence
 
 
 @pytest.mark.parametrize(

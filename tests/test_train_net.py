@@ -55,6 +55,29 @@ def test_thin_networks(coco: Path, tmp_path: Path, config: str) -> None:
     train_resume_evaluate(config, tmp_path, TINY)
 
 
+def test_the_fast_network_is_evaluated(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(RETINANET, tmp_path, options=TINY)
+    expected = read_predictions(tmp_path)
+    evaluated = []
+    test_all = Trainer.test_all.__func__
+    monkeypatch.setattr(
+        Trainer,
+        "test_all",
+        classmethod(lambda cls, cfg, model: evaluated.append(model) or test_all(cls, cfg, model)),
+    )
+    options = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "TEST.OPTIMIZE", "True"]
+    launch(RETINANET, tmp_path, "--eval-only", *options, options=TINY)
+    (model,) = evaluated
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.modules())
+    found = read_predictions(tmp_path)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one["image_id"] == other["image_id"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_shipped_configs(coco: Path, tmp_path: Path, config: str) -> None:

@@ -80,7 +80,7 @@ def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> N
             row[x],
             row[y],
             color=f"C{networks.index(row['network']) % 10}",
-            marker="osD^vP*Xp"[treatments.index(row["treatment"])],
+            marker="osD^vP*Xph"[treatments.index(row["treatment"])],
             s=45,
             label=f"{row['network']}, {row['treatment']}",
         )

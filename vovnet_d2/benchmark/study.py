@@ -225,7 +225,7 @@ class Study:
     def _prepare(self, cell: _Cell, network: Network, treatment: Treatment) -> _Case:
         """Make a case and warm it up."""
         device, training = self.plan.device, cell.mode == "training"
-        if reason := treatment.refusal(device):
+        if reason := treatment.refusal(device, training=training):
             raise _Refused(reason)
         before = allocated(device)
         images = random_images(cell.batch, cell.size_for(network), device)

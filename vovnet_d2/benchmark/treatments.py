@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.inference import optimize_for_inference
+from ..modeling.vovnet import VoVNet
 from .plain import plain
 
 __all__ = ["TREATMENTS", "Treatment"]
@@ -28,6 +29,7 @@ class Treatment:
         dtype: what it computes in; in training other types than float32 stand for autocast.
         compile: by torch.compile.
         tf32: let a GPU round float32 operands to TF32.
+        checkpoint: keep each block's input alone for the backward pass (of VoVNet).
     """
 
     name: str
@@ -36,9 +38,12 @@ class Treatment:
     dtype: torch.dtype = torch.float32
     compile: bool = False
     tf32: bool = False
+    checkpoint: bool = False
 
-    def refusal(self, device: torch.device) -> str | None:
+    def refusal(self, device: torch.device, *, training: bool) -> str | None:
         """Why this cannot run on ``device``; None if it can."""
+        if self.checkpoint and not training:
+            return "There is no backward pass to keep less for."
         if self.tf32 and device.type != "cuda":
             return "TF32 is a mode of GPUs."
         if self.dtype == torch.float16 and device.type == "cpu":
@@ -58,6 +63,9 @@ class Treatment:
         if self.plain:
             return plain(model).train()
         model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, VoVNet) and self.checkpoint:
+                module.checkpoint_blocks = True
         if self.compile:
             getattr(model, "backbone", model).compile()
         return model
@@ -98,6 +106,7 @@ TREATMENTS = _by_name(
     Treatment("optimized-tf32", "as optimized, on a GPU with TF32", tf32=True),
     Treatment("bf16", f"bfloat16: {_FAST}", dtype=torch.bfloat16),
     Treatment("fp16", f"float16: {_FAST}", dtype=torch.float16),
+    Treatment("checkpointed", "as optimized, with VoVNet's blocks run again", checkpoint=True),
     Treatment("compiled", "as optimized, compiled", compile=True),
     Treatment("compiled-bf16", "as bf16, compiled", dtype=torch.bfloat16, compile=True),
     Treatment("compiled-fp16", "as fp16, compiled", dtype=torch.float16, compile=True),

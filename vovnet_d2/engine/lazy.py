@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyCall
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_argument_parser, default_setup
@@ -25,6 +25,8 @@ from torch import nn
 
 from ..data import register_digits
 from ..data.stream import TrainingStream, stay_until_dismissed
+from ..data.unreadable import ReadableOnly, image_roots
+from ..data.voc import register_voc
 from .checks import (
     check_data,
     check_initialisation,
@@ -98,12 +100,15 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        return instantiate(cls.config, "dataloader.train")
+        config = copy.deepcopy(cls.config)
+        _name_unreadable_images(config.dataloader.train, cfg.DATASETS.TRAIN)
+        return instantiate(config, "dataloader.train")
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
         config = copy.deepcopy(cls.config)
         config.dataloader.test.dataset.names = dataset_name
+        _name_unreadable_images(config.dataloader.test, [dataset_name])
         loader = instantiate(config, "dataloader.test")
         loader.worker_init_fn = stay_until_dismissed
         return loader
@@ -113,6 +118,11 @@ class LazyTrainer(Trainer):
         if "evaluator" in cls.config.dataloader:
             return instantiate(cls.config, "dataloader.evaluator")
         return super().build_evaluator(cfg, dataset_name)
+
+
+def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
+    if "mapper" in loader:  # a loader of one's own may have none
+        loader.mapper = LazyCall(ReadableOnly)(mapper=loader.mapper, roots=image_roots(names))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,6 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     start = time.perf_counter()
     register_digits()
+    register_voc()
     config = load_lazy_config(args.config_file, args.opts)
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
