@@ -92,18 +92,20 @@ def run_all(args: argparse.Namespace) -> list[Row]:
 def time_steps(device: torch.device) -> list[Row]:
     """A row of the benchmark for each network, in the order of :data:`CONFIGS`: steps of eight
     images, in turn."""
-    networks = [detector(config) for config in CONFIGS.values()]
     plan = Plan(
-        networks=networks,
+        networks=[detector(config) for config in CONFIGS.values()],
         treatments=["optimized"],
         modes=["training"],
         batches=[8],
         sizes=[(192, 192)],
         device=device,
-        references=dict.fromkeys((n.name for n in networks), networks[0].name),
     )
     study = Study(plan)
     study.run()
+    if study.interruption is not None:
+        raise study.interruption
+    if reasons := [row["error"] for row in study.rows if row["error"]]:
+        raise RuntimeError("; ".join(reasons))
     return study.rows
 
 
@@ -138,8 +140,8 @@ def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) ->
         table.append([network, *cells, time, f"{step['time_of_network']:.2f}"])
     headers = ["network", *METRICS.values(), "step (ms)", "step / ResNet-50's"]
     protocol = {
-        "recipe": f"configs/Digits/Base-Mask-RCNN-FPN.yaml, from scratch, {args.iterations} "
-        "iterations instead of 600, for all",
+        "recipe": f"configs/Digits/Base-Mask-RCNN-FPN.yaml, from scratch, for all, "
+        f"{args.iterations} iterations",
         "data": "200 images of digits_val, whose digits are not among those of training",
         "sizes": "COCO's: small is less than 32x32 pixels, large more than 96x96",
         "trainings": f"{args.jobs} at a time",

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from seeded_runs import describe, mean_and_spread, run_once
+from seeded_runs import Run, describe, mean_and_spread, run_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis import analyze
@@ -68,7 +68,7 @@ def run_all(args: argparse.Namespace) -> list[Row]:
                 "SOLVER.MAX_ITER": args.iterations,
             }
             folder = args.work / f"{network}_{seed}"
-            run_once("pretrain_net", CONFIG, folder, options)
+            run_once(Run("pretrain_net", CONFIG, folder, options))
             series = read_metrics(str(folder / "metrics.json"))
             rows.append(
                 {

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from seeded_runs import describe, mean_and_spread, read_run, run_once
+from seeded_runs import Run, describe, mean_and_spread, read_run, run_once
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.protocol import write_csv
@@ -58,7 +58,7 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace) -> list[Row]:
     classifier = args.work / "classifier"
-    run_once("pretrain_net", CLASSIFIER, classifier, {})
+    run_once(Run("pretrain_net", CLASSIFIER, classifier, {}))
     weights = {"from scratch": "", "pretrained": classifier / "model_final.pth"}
     rows = []
     for seed in args.seeds:
@@ -71,7 +71,7 @@ def run_all(args: argparse.Namespace) -> list[Row]:
                 "SOLVER.WARMUP_ITERS": args.iterations // 3,
                 "TEST.EVAL_PERIOD": args.period,
             }
-            run_once("train_net", DETECTOR, folder, options)
+            run_once(Run("train_net", DETECTOR, folder, options))
             rows += read_run(folder, {"start": start, "seed": seed}, args.iterations, METRICS)
     return rows
 

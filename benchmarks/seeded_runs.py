@@ -9,12 +9,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from vovnet_d2.benchmark.protocol import describe_environment
 from vovnet_d2.engine.pictures import read_metrics
@@ -39,40 +40,54 @@ def run_all_once(runs: Sequence[Run], jobs: int = 1) -> None:
     """
     threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(run_once, *run, threads=threads) for run in runs]:
-            future.result()
+        futures = [pool.submit(run_once, run, threads=threads) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # of one of them, or Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def run_once(
-    tool: str,
-    config: str,
-    output_dir: Path,
-    options: Mapping[str, object],
-    *,
-    threads: int | None = None,
-) -> None:
-    """Train by one of ``tools/``, unless ``output_dir`` holds the finished run already.
+def run_once(run: Run, *, threads: int | None = None) -> None:
+    """Train, unless the folder holds the finished run already.
 
     Args:
         threads: of the trainer; None is one for each core.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said stands above.
+        ValueError: the run in the folder has other options.
     """
-    if (output_dir / "model_final.pth").exists():
-        print(f"{output_dir} is there already.", flush=True)
+    if (run.output_dir / "model_final.pth").exists():
+        _require_same(run)
+        print(f"{run.output_dir} is there already.", flush=True)
         return
-    pairs = {**options, "OUTPUT_DIR": output_dir}
-    command = [f"tools/{tool}.py", "--config-file", config, "--resume"]
+    pairs = {**run.options, "OUTPUT_DIR": run.output_dir}
+    command = [f"tools/{run.tool}.py", "--config-file", run.config, "--resume"]
     command += [str(word) for pair in pairs.items() for word in pair]
     print(shlex.join(["python", *command]), flush=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
     # Threads that wait without spinning leave the cores to the data loader's processes.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with open(output_dir / "stdout.txt", "w") as stdout:
+    with open(run.output_dir / "stdout.txt", "w") as stdout:
         subprocess.run([sys.executable, *command], env=environment, stdout=stdout, check=True)
+
+
+def _require_same(run: Run) -> None:
+    """A folder may be left of an earlier call with other arguments."""
+    config = yaml.safe_load((run.output_dir / "config.yaml").read_text(encoding="utf-8"))
+    for key, wanted in run.options.items():
+        value = config
+        for name in key.split("."):
+            value = value[name]
+        if str(value) != str(wanted):
+            raise ValueError(
+                f"{run.output_dir} holds a run with {key} {value}, not {wanted}: give another "
+                "folder for --work."
+            )
 
 
 def read_run(
@@ -98,8 +113,9 @@ def read_run(
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
-    """ "mean ± sample standard deviation"."""
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    """ "mean ± sample standard deviation", of one value the value."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def describe(extra: Mapping[str, str], device: torch.device | str = "cpu") -> str:

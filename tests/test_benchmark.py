@@ -665,18 +665,21 @@ def test_the_papers_columns_have_both_figures():
     rows = [
         {
             **dict.fromkeys(study._COLUMNS),
-            **{"network": name, "treatment": "plain", "mode": "inference", "batch": 1},
-            **{"fps": fps, "parameters_m": 5.9871, "accuracy": accuracy},
+            **{"network": name, "treatment": "plain", "mode": mode, "batch": 1},
+            **{"compared_at": size, "fps": fps, "parameters_m": 5.9871, "accuracy": accuracy},
         }
-        for name, fps, accuracy in (
-            ("dsod300_V_27_slim_100k", 30.0, 70.25),
-            ("dsod300_DenseNet_67_100k", 12.0, None),
-            ("another", 1.0, None),
+        for name, mode, size, fps, accuracy in (
+            ("dsod300_V_27_slim_100k", "inference", "own size", 30.0, 70.25),
+            ("dsod300_DenseNet_67_100k", "inference", "own size", 12.0, None),
+            ("dsod300_DenseNet_67_100k", "inference", "512x512", 4.0, None),
+            ("dsod300_DenseNet_67_100k", "training", "own size", 2.0, None),
+            ("another", "inference", "own size", 1.0, None),
         )
     ]
     text = format_paper_table(table, rows)
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    headings, _, ours, peer = [[cell.strip() for cell in line] for line in lines]
+    assert len(lines) == 4 + 3
+    headings, _, ours, peer = [[cell.strip() for cell in line] for line in lines[:4]]
     found = dict(zip(headings, ours, strict=True))
     assert found["detector"] == "dsod300_V_27_slim_100k"
     assert found["FPS"] == "30.0 (71)"

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vovnet_d2 import optimize_for_inference
 from vovnet_d2.benchmark.networks import backbone, calibrate_norms
 from vovnet_d2.engine import load_config
 from vovnet_d2.modeling.baselines.timm_backbone import TimmBackbone
@@ -55,6 +56,7 @@ def assert_folded(model: nn.Module, images: torch.Tensor, norms_left: int) -> No
 def test_norms_with_an_activation():
     """timm's carry one, frozen or not, which stays."""
     model = TimmBackbone("ese_vovnet19b_dw", norm="FrozenBN").eval()
+    calibrate_norms(model, torch.randn(2, 3, 96, 96))
     assert_folded(model, torch.randn(1, 3, 64, 64), 0)
 
 
@@ -105,8 +107,12 @@ class Pair(nn.Module):
         return self.run(self, x)
 
 
+def normed(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"y": m.norm(m.conv(x))}
+
+
 def test_a_pair_that_stands_alone():
-    model = Pair(lambda m, x: {"y": m.norm(m.conv(x))}).eval()
+    model = Pair(normed).eval()
     assert_folded(model, torch.randn(1, 3, 8, 8), 0)
 
 
@@ -132,11 +138,60 @@ def normed_twice(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"y": m.norm(m.norm(m.conv(x)))}
 
 
+def written_to(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = m.conv(x)
+    y[:, 0] = 0
+    return {"y": m.norm(y)}
+
+
 @pytest.mark.parametrize(
-    "run", [also_added, changed_in_place, also_returned, convolved_twice, normed_twice]
+    "run", [also_added, changed_in_place, also_returned, convolved_twice, normed_twice, written_to]
 )
 def test_a_pair_that_does_not(run):
     assert_folded(Pair(run).eval(), torch.randn(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize("part", ["conv", "norm"])
+def test_what_somebody_has_hooked_stays(part):
+    model = Pair(normed).eval()
+    getattr(model, part).register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert_folded(model, torch.randn(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_weight_that_is_made_anew_stays(change):
+    model = Pair(normed).eval()
+    change(model.conv)
+    assert_folded(model, torch.randn(1, 3, 8, 8), 1)
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_norm_that_does_more_stays(inside):
+    model = Pair(normed)
+    if inside:
+        model.conv, model.norm = Conv2d(3, 3, 1, norm=DoublingNorm(3)), nn.Identity()
+    else:
+        model.norm = DoublingNorm(3)
+    assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
+
+
+def test_nothing_is_rounded_to_less_than_float32():
+    model = backbone("ResNet-50").build().eval()
+    calibrate_norms(model, torch.randn(2, 3, 64, 64))
+    model.half()
+    found = optimize_for_inference(model).state_dict()
+    for name, tensor in optimize_for_inference(model.float()).state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_model_in_training_is_refused():
+    with pytest.raises(ValueError, match=r"call eval\(\)"):
+        fold_norms(Pair(normed))
 
 
 def test_a_network_that_cannot_be_watched(caplog):

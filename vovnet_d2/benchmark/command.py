@@ -34,7 +34,7 @@ round after round, beside a large matrix product and a large copy: what the mach
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
     python tools/benchmark.py --preset table4 --output output/table4   # the paper's RefineDet320
 
-Models: {backbones}, and timm:NAME for any of timm's.
+Models: {backbones}, and timm:NAME for any of timm's with maps of strides 4 to 32.
 Treatments: {treatments}.
 """
 

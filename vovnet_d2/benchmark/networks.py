@@ -56,13 +56,16 @@ def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
     """A network that gives the maps of strides 4, 8, 16 and 32 as a dict.
 
     Args:
-        name: a key of :data:`BACKBONES`, or ``"timm:NAME"`` for any network of timm's.
+        name: a key of :data:`BACKBONES`, or ``"timm:NAME"`` for any network of timm's that has
+            these maps.
         norm: of VoVNet and ResNet; DenseNet and timm's have BN.
 
     Raises:
-        ValueError: there is no such network, or timm is needed and not installed.
+        ValueError: there is no such network, it has no such maps, or timm is not installed.
     """
     if name.startswith(_TIMM):
+        with torch.device("meta"):  # to be refused before anything is measured
+            TimmBackbone(name.removeprefix(_TIMM))
         return Network(name, lambda: TimmBackbone(name.removeprefix(_TIMM)))
     if name not in BACKBONES:
         close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)

@@ -27,6 +27,7 @@ _PLOTS = (
     ("joules_per_image", "accuracy", None),
     ("gflops_per_second", "joules_per_image", None),
 )
+_MARKERS = "osD^vP*Xph"
 _MISSING = {
     "accuracy": "the accuracy of no network was given (--accuracy)",
     "joules_per_image": "energy could not be measured",
@@ -80,7 +81,7 @@ def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> N
             row[x],
             row[y],
             color=f"C{networks.index(row['network']) % 10}",
-            marker="osD^vP*Xph"[treatments.index(row["treatment"])],
+            marker=_MARKERS[treatments.index(row["treatment"]) % len(_MARKERS)],
             s=45,
             label=f"{row['network']}, {row['treatment']}",
         )

@@ -28,8 +28,10 @@ CONVENTIONS = {
     "in units of 10^9, as the VoVNet paper counts; of a detector's heads for the number of "
     "regions that its config allows; in training with the backward pass",
     "time": "of one call: median and 95th percentile of the rounds; FPS is the batch over the "
-    "median",
+    "median. Of detectors without trained weights nothing is dropped for its score or its overlap, "
+    "but of single-shot ones everything",
     "J/image": "energy of one call over the batch",
+    "compared_at": "the size of image that networks are compared at, or each one's own",
     "GFLOP/s": "GFLOPs of the batch over the median time (the paper's computation efficiency)",
     "of matrix ceiling": "GFLOP/s over those of a large matrix product in the same dtype (on a CPU "
     "of a 3x3 convolution, where that is faster), timed in the same rounds",
@@ -68,7 +70,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     out."""
     cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["mode"], row["sizes"], row["batch"]), []).append(row)
+        cells.setdefault((row["mode"], row["compared_at"], row["batch"]), []).append(row)
     parts = []
     for (mode, size, batch), members in cells.items():
         columns = [c for c in _HEADINGS if any(row[c] not in (None, "") for row in members)]
@@ -133,11 +135,11 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
 def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:
     """The paths, and a sentence for each kind of plot that is left out."""
     measured = [row for row in study.rows if not row["error"]]
-    cells = dict.fromkeys((row["mode"], row["sizes"], row["batch"]) for row in measured)
+    cells = dict.fromkeys((row["mode"], row["compared_at"], row["batch"]) for row in measured)
     paths: list[Path] = []
     sentences: dict[str, None] = {}
     for cell in cells:
-        members = [r for r in measured if (r["mode"], r["sizes"], r["batch"]) == cell]
+        members = [r for r in measured if (r["mode"], r["compared_at"], r["batch"]) == cell]
         mode, size, batch = cell
         protocol = study.protocol
         title = f"{mode}, {size}, batch {batch}; {protocol['device']}, torch {protocol['torch']}"

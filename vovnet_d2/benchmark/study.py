@@ -382,7 +382,7 @@ class Study:
             "mode": cell.mode,
             "dtype": str(treatment.dtype).removeprefix("torch."),
             "batch": cell.batch,
-            "sizes": cell.size_name,
+            "compared_at": cell.size_name,
             "image_size": _times(size),
             "parameters_m": parameters / 1e6,
             "accuracy": accuracy,
@@ -393,7 +393,7 @@ class Study:
 
 
 _COLUMNS = (
-    *("network", "treatment", "mode", "dtype", "batch", "sizes", "image_size"),
+    *("network", "treatment", "mode", "dtype", "batch", "compared_at", "image_size"),
     *("gflops", "parameters_m", "latency_ms", "latency_p95_ms", "fps", "peak_memory_mb"),
     *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
     *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),

@@ -59,13 +59,20 @@ class Treatment:
         return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
 
     def for_training(self, model: nn.Module) -> nn.Module:
-        """A copy of ``model`` to train, as the trainer would have it."""
+        """A copy of ``model`` to train, as the trainer would have it.
+
+        Raises:
+            ValueError: this treatment has nothing to do in it.
+        """
         if self.plain:
             return plain(model).train()
         model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
-        for module in model.modules():
-            if isinstance(module, VoVNet) and self.checkpoint:
-                module.checkpoint_blocks = True
+        if self.checkpoint:
+            bodies = [module for module in model.modules() if isinstance(module, VoVNet)]
+            if not bodies:
+                raise ValueError("It is no VoVNet, whose blocks could be run again.")
+            for body in bodies:
+                body.checkpoint_blocks = True
         if self.compile:
             getattr(model, "backbone", model).compile()
         return model

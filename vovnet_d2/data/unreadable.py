@@ -53,20 +53,21 @@ class ReadableOnly:
         mapper: Callable[[dict[str, Any]], Any],
         *,
         roots: Sequence[str] = (),
-        max_skipped: int = 0,
+        max_skipped: int | None = None,
     ):
         """
         Args:
             mapper: reads ``record["file_name"]`` and, of a data set with semantic labels,
                 ``record["sem_seg_file_name"]``.
             roots: folders; an image outside all of them is an error. None are no restriction.
-            max_skipped: how many images may be left out, in this process and its workers.
+            max_skipped: how many images may be left out, in this process and its workers; None is
+                none, and no error speaks of it.
         """
         self.mapper = mapper
         self.roots = roots
         # Shared with the workers: which images were left out, as hashes of their names, and the
         # number of these.
-        self._skipped = multiprocessing.Array("q", max(max_skipped, 1))
+        self._skipped = multiprocessing.Array("q", max(max_skipped or 0, 1))
         self._count = multiprocessing.Value("l", 0)
         self._max_skipped = max_skipped
 
@@ -84,6 +85,8 @@ class ReadableOnly:
             UnreadableImageError: the image cannot be read and there were too many before it, or
                 it is outside the folders.
         """
+        if "file_name" not in record:  # of a data set of one's own
+            return self.mapper(record)
         self._require_inside(record["file_name"])
         files = [record[key] for key in ("file_name", "sem_seg_file_name") if key in record]
         try:
@@ -118,7 +121,7 @@ class ReadableOnly:
             known = self._skipped[: self._count.value]
             if key in known:
                 return
-            if len(known) >= self._max_skipped:
+            if len(known) >= (self._max_skipped or 0):
                 raise UnreadableImageError(self._explain(file_name, reason)) from error
             self._skipped[self._count.value] = key
             self._count.value += 1
@@ -130,9 +133,14 @@ class ReadableOnly:
 
     def _explain(self, file_name: str, reason: str) -> str:
         before = f", and {self.count} were left out before it" if self.count else ""
+        way_out = (
+            ", and DATALOADER.MAX_UNREADABLE allows to leave out so many"
+            if self._max_skipped is not None
+            else ""
+        )
         return (
             f"{file_name} cannot be used: {reason}{before}. tools/check_dataset.py lists all such "
-            "images, and DATALOADER.MAX_UNREADABLE allows to leave out so many."
+            f"images{way_out}."
         )
 
 

@@ -121,7 +121,7 @@ class LazyTrainer(Trainer):
 
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
-    if "mapper" in loader:  # a loader of one's own may have none
+    if loader.get("mapper") is not None:  # a loader of one's own may have none
         loader.mapper = LazyCall(ReadableOnly)(mapper=loader.mapper, roots=image_roots(names))
 
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,38 +28,65 @@ _SIZE = (512, 512)  # of an image on the meta device, where size costs nothing
 
 
 def fold_norms(model: nn.Module) -> None:
-    """Fold every batch norm, frozen or not, that takes just what one convolution gives.
+    """Fold batch norms, frozen or not, that take just what one convolution gives.
 
     Those that Detectron2's convolutions hold are found anywhere. Those that are modules of their
-    own, as in the networks of timm and torchvision, are found in the backbone by watching it run
-    on the meta device; a backbone that cannot run there keeps them.
+    own behind a plain convolution, as in the networks of timm and torchvision, are found in the
+    backbone by watching it run on the meta device with one image; a backbone that cannot run there
+    keeps them.
 
     Args:
         model: a backbone or a detector, in evaluation mode; changed in place.
+
+    Raises:
+        ValueError: it is in training mode, in which norms take the statistics of each batch.
     """
+    if model.training:
+        raise ValueError("Norms are folded for inference: call eval() on the model first.")
     for module in model.modules():
         if isinstance(module, Conv2d | ConvTranspose2d) and _is_foldable(module.norm):
-            _fold(module, module.norm)
-            module.norm = None
+            if not _is_pristine(module) or not _is_pristine(module.norm):
+                continue
+            rest = _behind_normalisation(module.norm)
+            if rest is not None:
+                _fold(module, module.norm)
+                module.norm = rest if len(rest) else None
     backbone = getattr(model, "backbone", model)
     if not any(_is_foldable(module) for module in backbone.modules()):
         return
     try:
-        pairs = _norms_behind_convolutions(backbone)
+        pairs = _norms_behind_convolutions(model, backbone)
     except Exception as error:  # each network fails in its own way
         logging.getLogger(__name__).info("Norms that stand alone are not folded: %s", error)
         return
     names = {module: name for name, module in backbone.named_modules()}
     for conv, norm in pairs:
-        _fold(conv, norm)
-        # timm's norms carry dropout and an activation.
-        rest = nn.Sequential(*norm.children())
-        backbone.set_submodule(names[norm], rest if len(rest) else nn.Identity())
+        rest = _behind_normalisation(norm)
+        if rest is not None:
+            _fold(conv, norm)
+            backbone.set_submodule(names[norm], rest if len(rest) else nn.Identity())
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:
     # A batch norm without running statistics takes those of each batch.
     return isinstance(norm, _BatchNorm | FrozenBatchNorm2d) and norm.running_mean is not None
+
+
+def _is_pristine(module: nn.Module) -> bool:
+    """Whether nobody has put a hook on it, or another way of making its weight."""
+    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+
+
+def _behind_normalisation(norm: Any) -> nn.Sequential | None:
+    """What a norm does behind normalising, as timm's carry dropout and an activation; None if it
+    does more than its children tell."""
+    rest = nn.Sequential(*norm.children())
+    mean = norm.running_mean
+    x = torch.linspace(-3, 3, 4 * len(mean)).to(mean).view(1, len(mean), 2, 2)
+    with torch.no_grad():
+        y = F.batch_norm(x, mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        same = torch.allclose(rest(y.clone()), norm(x), rtol=1e-3, atol=1e-5)
+    return rest if same else None
 
 
 def _fold(conv: Any, norm: Any) -> None:
@@ -77,9 +107,12 @@ def _fold(conv: Any, norm: Any) -> None:
     conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), False) for t in fused)
 
 
-def _norms_behind_convolutions(backbone: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Each convolution whose output a batch norm takes and nothing else, with that norm."""
-    registered = Counter(module for _, module in backbone.named_modules(remove_duplicate=False))
+def _norms_behind_convolutions(
+    model: nn.Module, backbone: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Each convolution of the model's backbone whose output a batch norm takes and nothing else,
+    with that norm."""
+    registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     calls: Counter[nn.Module] = Counter()
     made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor, so that no other gets its id
     taken: list[tuple[int, nn.Module]] = []
@@ -104,6 +137,8 @@ def _norms_behind_convolutions(backbone: nn.Module) -> list[tuple[nn.Module, nn.
         if reads.count[key] == 1
         and key not in outside
         and calls[conv] == calls[norm] == registered[conv] == registered[norm] == 1
+        and _is_pristine(conv)
+        and _is_pristine(norm)
     ]
 
 
@@ -114,7 +149,7 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 
 
 class _Reads(TorchFunctionMode):
-    """Counts the functions that make a tensor from a tensor, by the latter's id."""
+    """Counts the functions that make something of a tensor, or change it, by its id."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +159,8 @@ class _Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        # Writing to a part of it returns nothing; what returns a shape or a flag reads no values.
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             self.count.update(
                 id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
             )
@@ -145,15 +181,14 @@ def _run_on_meta(
         for name, tensor in named
     }
     image = torch.empty(1, *_image_shape(backbone), device="meta")
-    hooks: list[Any] = []
-    for module in backbone.modules():
-        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        with torch.no_grad(), mode:
-            return torch.func.functional_call(backbone, tensors, (image,))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for module in backbone.modules():
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        return torch.func.functional_call(backbone, tensors, (image,))
 
 
 def _image_shape(backbone: nn.Module) -> tuple[int, int, int]:

@@ -54,9 +54,10 @@ def optimize_for_inference(
     if dtype not in _DTYPES:
         choices = ", ".join(map(str, _DTYPES))
         raise ValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # In float32 first, so that nothing that is folded is rounded to less.
+    model = copy.deepcopy(model).eval().requires_grad_(False).float()
     fold_norms(model)
-    model.float().to(memory_format=memory_format)
+    model.to(memory_format=memory_format)
     for module in model.modules():
         if isinstance(module, BaseKeypointRCNNHead):  # which takes its maps to be contiguous
             module.to(memory_format=torch.contiguous_format)
