@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +18,9 @@ import torch
 import yaml
 
 from vovnet_d2.benchmark.protocol import describe_environment
+from vovnet_d2.engine import load_config
 from vovnet_d2.engine.pictures import read_metrics
+from vovnet_d2.engine.pretrain import add_pretraining_config
 
 __all__ = ["Run", "describe", "mean_and_spread", "read_run", "run_all_once", "run_once"]
 
@@ -59,8 +61,9 @@ def run_once(run: Run, *, threads: int | None = None) -> None:
         subprocess.CalledProcessError: it failed; what it said stands above.
         ValueError: the run in the folder has other options.
     """
-    if (run.output_dir / "model_final.pth").exists():
+    if (run.output_dir / "config.yaml").exists():
         _require_same(run)
+    if (run.output_dir / "model_final.pth").exists():
         print(f"{run.output_dir} is there already.", flush=True)
         return
     pairs = {**run.options, "OUTPUT_DIR": run.output_dir}
@@ -77,17 +80,30 @@ def run_once(run: Run, *, threads: int | None = None) -> None:
 
 
 def _require_same(run: Run) -> None:
-    """A folder may be left of an earlier call with other arguments."""
-    config = yaml.safe_load((run.output_dir / "config.yaml").read_text(encoding="utf-8"))
-    for key, wanted in run.options.items():
-        value = config
-        for name in key.split("."):
-            value = value[name]
-        if str(value) != str(wanted):
+    """A folder may be left of an earlier call, or of an earlier state of the config."""
+    add_config = add_pretraining_config if run.tool == "pretrain_net" else None
+    options = [str(word) for pair in run.options.items() for word in pair]
+    wanted = load_config(run.config, options, add_config=add_config)
+    theirs = yaml.safe_load((run.output_dir / "config.yaml").read_text(encoding="utf-8"))
+    ours = yaml.safe_load(wanted.dump())
+    for key, value in _flatten(ours):
+        found = dict(_flatten(theirs)).get(key)
+        if found != value and key not in _WITHOUT_EFFECT:
             raise ValueError(
-                f"{run.output_dir} holds a run with {key} {value}, not {wanted}: give another "
+                f"{run.output_dir} holds a run with {key} {found}, not {value}: give another "
                 "folder for --work."
             )
+
+
+_WITHOUT_EFFECT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def read_run(

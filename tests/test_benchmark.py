@@ -504,6 +504,22 @@ def test_what_cannot_run_is_a_row(error, reason):
     assert "could not run" in format_table(rows)
 
 
+def test_images_that_are_too_small_are_a_row():
+    """Nor can its work be counted then."""
+
+    class Unpadded(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"map": super().forward(input)}
+
+    network = Network("wide", lambda: Unpadded(3, 4, 32))
+    first, second = run_study(
+        networks=[network], treatments=["plain"], sizes=[(16, 16), (40, 40)]
+    ).rows
+    assert "Kernel size can't be greater than actual input size" in first["error"]
+    assert second["error"] == ""
+    assert second["fps"] > 0
+
+
 @pytest.mark.parametrize("where", [2, 9])
 def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where):
     seen = []
@@ -683,7 +699,7 @@ def test_the_papers_columns_have_both_figures():
     found = dict(zip(headings, ours, strict=True))
     assert found["detector"] == "dsod300_V_27_slim_100k"
     assert found["FPS"] == "30.0 (71)"
-    assert found["× FPS"] == "2.50 (2.029)"  # 71 / 35
+    assert found["× FPS"] == "2.50 (2.03)"  # 71 / 35
     assert found["#Param (M)"] == "5.99 (5.9)"
     assert found["Energy (J/img)"] == "– (0.9)"
     assert found["mAP"] == "70.2 (74.8)"
@@ -794,7 +810,9 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch):
         (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes numbers"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
         (["--models", "V-39", "--batches", "0"], "whole numbers from 1 up"),
-        (["--models", "V-39", "--sizes", "own"], "No size of its own has V-39"),
+        (["--models", "V-39", "--options", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
+        (["--models", "V-39", "--output", __file__], "cannot be a folder: File exists"),
+        (["--models", "V-39", "--sizes", "own"], "V-39 has no size of its own"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):

@@ -119,12 +119,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output)
     report = export_and_check(target, args.format, folder, args.part, images, about=about)
     print(to_markdown(report))
-    if not any(_found(check) for export in report["exports"] for check in export["checks"]):
+    nothing = not any(_found(check) for export in report["exports"] for check in export["checks"])
+    if nothing:
         print("Nothing was detected, so no boxes were compared: give pictures with --images.")
     disagreeing = [export["file"] for export in report["exports"] if not export["agrees"]]
     if disagreeing:
         sys.exit(f"Not the same as eager: {', '.join(disagreeing)}.")
-    print(f"All agree with eager. Files and report: {folder / args.part}.*")
+    agreement = "All find nothing, as eager does" if nothing else "All agree with eager"
+    print(f"{agreement}. Files and report: {folder / args.part}.*")
 
 
 def _found(check: dict[str, Any]) -> bool:

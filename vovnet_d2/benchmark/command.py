@@ -32,7 +32,8 @@ round after round, beside a large matrix product and a large copy: what the mach
     python tools/benchmark.py --preset gpu --output output/gpu          # the whole table of a GPU
     python tools/benchmark.py --config-file COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml \\
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
-    python tools/benchmark.py --preset table4 --output output/table4   # the paper's RefineDet320
+    python tools/benchmark.py --preset table2 --output output/table2    # the paper's DSOD300
+    python tools/benchmark.py --preset table4 --output output/table4    # the paper's RefineDet320
 
 Models: {backbones}, and timm:NAME for any of timm's with maps of strides 4 to 32.
 Treatments: {treatments}.
@@ -89,13 +90,15 @@ def image_size(text: str) -> tuple[int, int] | None:
     return int(sides[1]), int(sides[2])
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and the defaults."""
+
+
 def argument_parser() -> argparse.ArgumentParser:
     described = _DESCRIPTION.format(
         backbones=", ".join(BACKBONES), treatments=_describe_treatments()
     )
-    parser = argparse.ArgumentParser(
-        description=described, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=described, formatter_class=_HelpFormatter)
     parser.add_argument(
         "--preset", choices=PRESETS, help="sets the defaults of the other options, but --output"
     )
@@ -117,9 +120,15 @@ def argument_parser() -> argparse.ArgumentParser:
         "--allow-unsafe-yaml", action="store_true", help="accept Python tags in these files"
     )
     parser.add_argument("--norm", default="FrozenBN", help="of VoVNet and ResNet as backbones")
-    parser.add_argument("--treatments", nargs="+", default=["plain", "optimized"], metavar="NAME")
-    parser.add_argument("--modes", nargs="+", default=["inference"], choices=MODES)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument(
+        "--treatments", nargs="+", default=["plain", "optimized"], metavar="NAME", help="see above"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=["inference"], choices=MODES, help="what is timed"
+    )
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[1], metavar="N", help="images in a call"
+    )
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -201,6 +210,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     if not args.models and not args.config_file:
         raise ValueError("Nothing to measure: give --models, --config-file or --preset.")
+    if not args.config_file and (args.options or args.weights or args.allow_unsafe_yaml):
+        raise ValueError("--options, --weights and --allow-unsafe-yaml go with --config-file.")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use.")
     networks = [backbone(name, norm=args.norm) for name in args.models]
@@ -224,9 +235,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
+def make_folder(path: Path) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be a folder: {error.strerror}.") from error
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what ``args`` ask for; also when interrupted on the way."""
     study = Study(make_plan(args))
+    if args.output:
+        make_folder(args.output)
     with exit_on_signal():
         study.run()
     print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")

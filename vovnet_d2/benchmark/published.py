@@ -120,7 +120,8 @@ def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> 
         if row["network"] in published and row["mode"] == "inference":
             group = f"{row['treatment']}, {row['compared_at']}, batch {row['batch']}"
             groups.setdefault(group, []).append(row)
-    headings = ["detector", *(heading for heading, _ in _COLUMNS.values()), table.accuracy]
+    columns = _COLUMNS | {"accuracy": (table.accuracy, "{:.1f}")}
+    headings = ["detector", *(heading for heading, _ in columns.values())]
     parts = [f"## {table.title}", _SOURCE.format(reference=reference)]
     for group, members in groups.items():
         speeds = {row["network"]: row["fps"] for row in members}
@@ -128,11 +129,10 @@ def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> 
         for row in members:
             theirs = published[row["network"]]
             ours = {**row, "relative": _ratio(row["fps"], speeds.get(reference))}
-            paper = theirs._asdict()
-            paper["relative"] = _ratio(theirs.fps, published[reference].fps)
-            cells = [_both(ours[c], paper[c], form) for c, (_, form) in _COLUMNS.items()]
-            accuracy = _both(row["accuracy"], theirs.accuracy, "{:.1f}")
-            lines.append([row["network"], *cells, accuracy])
+            relative = _ratio(theirs.fps, published[reference].fps)
+            paper = {**theirs._asdict(), "relative": f"{relative:.2f}"}
+            cells = [_both(ours[c], paper[c], form) for c, (_, form) in columns.items()]
+            lines.append([row["network"], *cells])
         text = tabulate(lines, headings, tablefmt="github", disable_numparse=True)
         parts.append(f"### {group}\n\n{text}")
     return "\n\n".join(parts)
@@ -142,6 +142,6 @@ def _ratio(value: float | None, reference: float | None) -> float | None:
     return value / reference if value and reference else None
 
 
-def _both(ours: float | None, paper: float | None, form: str) -> str:
-    measured = "–" if ours is None else form.format(ours)
-    return measured if paper is None else f"{measured} ({paper:.4g})"
+def _both(ours: float | None, paper: float | str, form: str) -> str:
+    """The paper's with as many digits as it prints."""
+    return f"{'–' if ours is None else form.format(ours)} ({paper})"

@@ -78,7 +78,7 @@ class Plan:
         homeless = [network.name for network in self.networks if network.size is None]
         if len(sizes) < len(self.sizes) and homeless:
             raise ValueError(
-                f"No size of its own has {', '.join(homeless)}: give --sizes HEIGHTxWIDTH."
+                f"{', '.join(homeless)} has no size of its own: give --sizes HEIGHTxWIDTH."
             )
         numbers = [*self.batches, *(side for size in sizes for side in size), self.repeats]
         if min(numbers) < 1 or self.warmup < 1:
@@ -325,16 +325,16 @@ class Study:
         joules: Mapping[str, float],
     ) -> dict[str, Any]:
         network, seconds = case.network, np.array(times[case.name])
+        complexity = self._complexity(network, cell.size_for(network))
         multiply_adds = self._multiply_adds(network, cell)
         rate = ceilings[case.matrix].work / np.array(times[case.matrix])
         bandwidth = ceilings[_COPY].work / np.array(times[_COPY])
         floor_share = None
         if cell.mode == "inference":
-            layers = self._complexity(network, cell.size_for(network)).layers
             size = case.treatment.dtype.itemsize
             floors = [
                 floor_seconds(
-                    layers,
+                    complexity.layers,
                     batch=cell.batch,
                     element_size=size,
                     multiply_adds_per_second=r,
@@ -352,6 +352,7 @@ class Study:
             network,
             case.treatment,
             gflops=multiply_adds / 1e9,
+            parameters_m=complexity.total.parameters / 1e6,
             latency_ms=latency * 1e3,
             latency_p95_ms=float(np.percentile(seconds, 95)) * 1e3,
             fps=cell.batch / latency,
@@ -374,8 +375,6 @@ class Study:
         self, cell: _Cell, network: Network, treatment: Treatment, **measured: Any
     ) -> dict[str, Any]:
         accuracy = self.plan.accuracy.get(network.name)
-        size = cell.size_for(network)
-        parameters = self._complexity(network, size).total.parameters
         row = dict.fromkeys(_COLUMNS) | {
             "network": network.name,
             "treatment": treatment.name,
@@ -383,8 +382,7 @@ class Study:
             "dtype": str(treatment.dtype).removeprefix("torch."),
             "batch": cell.batch,
             "compared_at": cell.size_name,
-            "image_size": _times(size),
-            "parameters_m": parameters / 1e6,
+            "image_size": _times(cell.size_for(network)),
             "accuracy": accuracy,
             "error": "",
         }

@@ -111,8 +111,9 @@ def _outline(timm: Any, name: str, arguments: Mapping[str, Any]) -> Any:
         getattr(module, "strict_img_size", False) for module in outline.modules()
     ):
         raise ValueError(
-            f"{name} of timm takes images of one size only, unless ARGUMENTS has dynamic_img_size: "
-            "True; or give the size, img_size, there and have all images brought to it."
+            f"{name} of timm takes images of one size only, unless MODEL.TIMM.ARGUMENTS has "
+            "dynamic_img_size: True; or give the size, img_size, there and have all images brought "
+            "to it."
         )
     return outline
 
