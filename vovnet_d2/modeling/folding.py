@@ -24,6 +24,8 @@ from .single_shot.layers import ConvTranspose2d
 
 __all__ = ["fold_norms"]
 
+logger = logging.getLogger(__name__)
+
 _SIZE = (512, 512)  # of an image on the meta device, where size costs nothing
 
 
@@ -45,26 +47,13 @@ def fold_norms(model: nn.Module) -> None:
         raise ValueError("Norms are folded for inference: call eval() on the model first.")
     for module in model.modules():
         if isinstance(module, Conv2d | ConvTranspose2d) and _is_foldable(module.norm):
-            if not _is_pristine(module) or not _is_pristine(module.norm):
-                continue
-            rest = _behind_normalisation(module.norm)
-            if rest is not None:
-                _fold(module, module.norm)
-                module.norm = rest if len(rest) else None
+            module.norm = _fold(module, module.norm)
     backbone = getattr(model, "backbone", model)
     if not any(_is_foldable(module) for module in backbone.modules()):
         return
-    try:
-        pairs = _norms_behind_convolutions(model, backbone)
-    except Exception as error:  # each network fails in its own way
-        logging.getLogger(__name__).info("Norms that stand alone are not folded: %s", error)
-        return
     names = {module: name for name, module in backbone.named_modules()}
-    for conv, norm in pairs:
-        rest = _behind_normalisation(norm)
-        if rest is not None:
-            _fold(conv, norm)
-            backbone.set_submodule(names[norm], rest if len(rest) else nn.Identity())
+    for conv, norm in _norms_behind_convolutions(model, backbone):
+        backbone.set_submodule(names[norm], _fold(conv, norm) or nn.Identity())
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:
@@ -89,8 +78,16 @@ def _behind_normalisation(norm: Any) -> nn.Sequential | None:
     return rest if same else None
 
 
-def _fold(conv: Any, norm: Any) -> None:
-    """Fold in float64, so that each weight is rounded once."""
+def _fold(conv: Any, norm: Any) -> nn.Module | None:
+    """Fold in float64, so that each weight is rounded once.
+
+    Returns:
+        what takes the norm's place: None, what it does behind normalising, or, where it cannot be
+        folded, the norm.
+    """
+    rest = _behind_normalisation(norm)
+    if rest is None or not (_is_pristine(conv) and _is_pristine(norm)):
+        return norm
     bias, scale, shift = (
         None if t is None else t.double() for t in (conv.bias, norm.weight, norm.bias)
     )
@@ -105,6 +102,7 @@ def _fold(conv: Any, norm: Any) -> None:
         transpose=isinstance(conv, nn.ConvTranspose2d),
     )
     conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), False) for t in fused)
+    return rest if len(rest) else None
 
 
 def _norms_behind_convolutions(
@@ -128,7 +126,11 @@ def _norms_behind_convolutions(
             reads.count[id(output)] = 0  # forget those of a tensor that had the id before
 
     reads = _Reads()
-    returned = _run_on_meta(backbone, note_call, note_output, reads)
+    try:
+        returned = _run_on_meta(backbone, note_call, note_output, reads)
+    except Exception as error:  # of a network of anybody's, each of which fails in its own way
+        logger.warning("Norms that stand alone are not folded, which is slower: %s", error)
+        return []
     outside = {id(leaf) for leaf in tree_leaves(returned)}
     return [
         (conv, norm)
@@ -137,8 +139,6 @@ def _norms_behind_convolutions(
         if reads.count[key] == 1
         and key not in outside
         and calls[conv] == calls[norm] == registered[conv] == registered[norm] == 1
-        and _is_pristine(conv)
-        and _is_pristine(norm)
     ]
 
 
