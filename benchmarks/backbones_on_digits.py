@@ -13,14 +13,13 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from seeded_runs import Run, describe, mean_and_spread, read_run, run_all_once
+from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_all_once
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.networks import detector
@@ -43,16 +42,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/backbones_on_digits"),
-        help="folder for curves.csv, sizes.png and README.md",
-    )
+    parser = experiment_parser(__file__, __doc__, "curves.csv, sizes.png and README.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")

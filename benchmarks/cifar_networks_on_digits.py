@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from seeded_runs import Run, describe, mean_and_spread, run_once
+from seeded_runs import Run, describe, experiment_parser, mean_and_spread, run_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis import analyze
@@ -34,15 +33,8 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/cifar_networks_on_digits"),
-        help="folder for runs.csv, README.md and a folder of connectivity for each network",
+    parser = experiment_parser(
+        __file__, __doc__, "runs.csv, README.md and a folder of connectivity for each network"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=450)

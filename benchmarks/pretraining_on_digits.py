@@ -13,12 +13,11 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from seeded_runs import Run, describe, mean_and_spread, read_run, run_once
+from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_once
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.protocol import write_csv
@@ -33,16 +32,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/pretraining_on_digits"),
-        help="folder for curves.csv, curves.png and README.md",
-    )
+    parser = experiment_parser(__file__, __doc__, "curves.csv, curves.png and README.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--period", type=int, default=50, help="iterations from test to test")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -22,7 +23,38 @@ from vovnet_d2.engine import load_config
 from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.pretrain import add_pretraining_config
 
-__all__ = ["Run", "describe", "mean_and_spread", "read_run", "run_all_once", "run_once"]
+__all__ = [
+    "Run",
+    "describe",
+    "experiment_parser",
+    "mean_and_spread",
+    "read_run",
+    "run_all_once",
+    "run_once",
+]
+
+_WITHOUT_EFFECT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+
+
+def experiment_parser(script: str, doc: str | None, files: str) -> argparse.ArgumentParser:
+    """With the folders that each experiment has.
+
+    Args:
+        script: the experiment's file, after which its folder in benchmarks/ is named.
+        doc: its docstring.
+        files: what is written there.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks") / Path(script).stem,
+        help=f"folder for {files}",
+    )
+    return parser
 
 
 class Run(NamedTuple):
@@ -84,18 +116,15 @@ def _require_same(run: Run) -> None:
     add_config = add_pretraining_config if run.tool == "pretrain_net" else None
     options = [str(word) for pair in run.options.items() for word in pair]
     wanted = load_config(run.config, options, add_config=add_config)
-    theirs = yaml.safe_load((run.output_dir / "config.yaml").read_text(encoding="utf-8"))
-    ours = yaml.safe_load(wanted.dump())
-    for key, value in _flatten(ours):
-        found = dict(_flatten(theirs)).get(key)
+    text = (run.output_dir / "config.yaml").read_text(encoding="utf-8")
+    theirs = dict(_flatten(yaml.safe_load(text)))
+    for key, value in _flatten(yaml.safe_load(wanted.dump())):
+        found = theirs.get(key)
         if found != value and key not in _WITHOUT_EFFECT:
             raise ValueError(
                 f"{run.output_dir} holds a run with {key} {found}, not {value}: give another "
                 "folder for --work."
             )
-
-
-_WITHOUT_EFFECT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

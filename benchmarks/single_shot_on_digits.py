@@ -12,13 +12,12 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
-from seeded_runs import Run, describe, read_run, run_all_once
+from seeded_runs import Run, describe, experiment_parser, read_run, run_all_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
@@ -42,16 +41,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/single_shot_on_digits"),
-        help="folder for curves.csv, curves.png and README.md",
-    )
+    parser = experiment_parser(__file__, __doc__, "curves.csv, curves.png and README.md")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ import torch
 
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
-from .networks import BACKBONES, backbone, detector, network_name
+from .networks import BACKBONES, backbone, detector
 from .published import PAPER_TABLES, PaperTable, format_paper_table
 from .report import format_table, write_study
 from .study import MODES, Plan, Study
@@ -44,9 +44,9 @@ _MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_{}_FPN_3x.yaml"
 PRESETS: dict[str, dict[str, Any]] = {
     **{
         name: {
-            "config_file": list(table.detectors),
+            "config_file": table.config_files,
             "sizes": [None],
-            "reference": [network_name(table.reference)],
+            "reference": [table.reference],
         }
         for name, table in PAPER_TABLES.items()
     },

@@ -30,7 +30,7 @@ from ..modeling.vovnet import VoVNet
 from .plain import plain
 from .workload import as_pixels
 
-__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector", "network_name"]
+__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector"]
 
 _TIMM = "timm:"
 
@@ -142,17 +142,12 @@ def detector(
 
     side = cfg.INPUT.FIXED_SIZE
     return Network(
-        network_name(config_file),
+        config_file.rpartition("/")[2].removesuffix(".yaml"),
         build,
         is_detector=True,
         load=load if weights else None,
         size=(side, side) if side else None,
     )
-
-
-def network_name(config_file: str) -> str:
-    """What a study calls the detector of a config file."""
-    return config_file.rpartition("/")[2].removesuffix(".yaml")
 
 
 def calibrate_norms(model: Any, images: Tensor) -> None:

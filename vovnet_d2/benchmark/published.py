@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from .networks import network_name
-
 __all__ = ["PAPER_TABLES", "PaperTable", "Published", "format_paper_table"]
 
 
@@ -32,60 +30,50 @@ class Published(NamedTuple):
 class PaperTable:
     """
     Attributes:
-        detectors: config file to what the paper has for it.
-        reference: config file of the one whose speed the others' is divided by.
+        folder: of the config files.
+        detectors: name, which is that of its config file, to what the paper has for it.
+        reference: name of the detector whose speed the others' is divided by.
         accuracy: what the last column is.
     """
 
     title: str
+    folder: str
     detectors: Mapping[str, Published]
     reference: str
     accuracy: str
 
+    @property
+    def config_files(self) -> list[str]:
+        return [f"{self.folder}/{name}.yaml" for name in self.detectors]
+
 
 PAPER_TABLES = {
     "table2": PaperTable(
-        "Table 2 of the VoVNet paper: small detectors, 300 × 300, trained for VOC",
-        {
-            "PascalVOC-Detection/ssd300_MobileNet_120k.yaml": Published(
-                1.1, 37, 5.7, 766, 2.3, 42, 68.0
-            ),
-            "PascalVOC-Detection/pelee304_PeleeNet_120k.yaml": Published(
-                1.2, 35, 5.4, 1104, 2.4, 43, 70.9
-            ),
-            "PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml": Published(
-                5.3, 35, 5.9, 1294, 3.7, 189, 73.6
-            ),
-            "PascalVOC-Detection/dsod300_V_27_slim_100k.yaml": Published(
-                5.6, 71, 5.9, 825, 0.9, 400, 74.8
-            ),
+        title="Table 2 of the VoVNet paper: small detectors, 300 × 300, trained for VOC",
+        folder="PascalVOC-Detection",
+        detectors={
+            "ssd300_MobileNet_120k": Published(1.1, 37, 5.7, 766, 2.3, 42, 68.0),
+            "pelee304_PeleeNet_120k": Published(1.2, 35, 5.4, 1104, 2.4, 43, 70.9),
+            "dsod300_DenseNet_67_100k": Published(5.3, 35, 5.9, 1294, 3.7, 189, 73.6),
+            "dsod300_V_27_slim_100k": Published(5.6, 71, 5.9, 825, 0.9, 400, 74.8),
         },
-        reference="PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml",
+        reference="dsod300_DenseNet_67_100k",
         accuracy="mAP",
     ),
     "table4": PaperTable(
-        "Table 4 of the VoVNet paper: RefineDet320, trained for COCO",
-        {
-            "COCO-Detection/refinedet320_R_50_400k.yaml": Published(
-                25.43, 23.2, 63.46, 2229, 5.3, 591.3, 30.3
-            ),
-            "COCO-Detection/refinedet320_DenseNet_201_400k.yaml": Published(
-                24.65, 12.0, 56.13, 3498, 9.9, 296.9, 32.5
-            ),
-            "COCO-Detection/refinedet320_V_39_400k.yaml": Published(
-                32.6, 25.0, 56.28, 2199, 4.8, 815.0, 33.5
-            ),
-            "COCO-Detection/refinedet320_R_101_400k.yaml": Published(
-                33.02, 17.5, 82.45, 3013, 7.5, 579.2, 32.0
-            ),
-            "COCO-Detection/refinedet320_DenseNet_161_400k.yaml": Published(
+        title="Table 4 of the VoVNet paper: RefineDet320, trained for COCO",
+        folder="COCO-Detection",
+        detectors={
+            "refinedet320_R_50_400k": Published(25.43, 23.2, 63.46, 2229, 5.3, 591.3, 30.3),
+            "refinedet320_DenseNet_201_400k": Published(24.65, 12.0, 56.13, 3498, 9.9, 296.9, 32.5),
+            "refinedet320_V_39_400k": Published(32.6, 25.0, 56.28, 2199, 4.8, 815.0, 33.5),
+            "refinedet320_R_101_400k": Published(33.02, 17.5, 82.45, 3013, 7.5, 579.2, 32.0),
+            "refinedet320_DenseNet_161_400k": Published(
                 32.74, 12.8, 66.76, 3628, 10.0, 419.7, 33.5
             ),
-            "COCO-Detection/refinedet320_V_57_400k.yaml": Published(
-                36.45, 21.2, 70.32, 2511, 5.9, 775.5, 33.9
-            ),
+            "refinedet320_V_57_400k": Published(36.45, 21.2, 70.32, 2511, 5.9, 775.5, 33.9),
         },
-        reference="COCO-Detection/refinedet320_R_50_400k.yaml",
+        reference="refinedet320_R_50_400k",
         accuracy="AP",
     ),
 }
@@ -113,23 +101,21 @@ def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> 
     Args:
         rows: a study's; training, and networks that are not in the table, are left out.
     """
-    published = {network_name(file): line for file, line in table.detectors.items()}
-    reference = network_name(table.reference)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["network"] in published and row["mode"] == "inference":
+        if row["network"] in table.detectors and row["mode"] == "inference":
             group = f"{row['treatment']}, {row['compared_at']}, batch {row['batch']}"
             groups.setdefault(group, []).append(row)
     columns = _COLUMNS | {"accuracy": (table.accuracy, "{:.1f}")}
     headings = ["detector", *(heading for heading, _ in columns.values())]
-    parts = [f"## {table.title}", _SOURCE.format(reference=reference)]
+    parts = [f"## {table.title}", _SOURCE.format(reference=table.reference)]
     for group, members in groups.items():
         speeds = {row["network"]: row["fps"] for row in members}
         lines = []
         for row in members:
-            theirs = published[row["network"]]
-            ours = {**row, "relative": _ratio(row["fps"], speeds.get(reference))}
-            relative = _ratio(theirs.fps, published[reference].fps)
+            theirs = table.detectors[row["network"]]
+            relative = theirs.fps / table.detectors[table.reference].fps
+            ours = {**row, "relative": _ratio(row["fps"], speeds.get(table.reference))}
             paper = {**theirs._asdict(), "relative": f"{relative:.2f}"}
             cells = [_both(ours[c], paper[c], form) for c, (_, form) in columns.items()]
             lines.append([row["network"], *cells])

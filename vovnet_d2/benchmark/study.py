@@ -75,10 +75,10 @@ class Plan:
         if self.reference_treatment is not None:
             _require([self.reference_treatment], self.treatments, "reference treatment")
         sizes = [size for size in self.sizes if size is not None]
-        homeless = [network.name for network in self.networks if network.size is None]
-        if len(sizes) < len(self.sizes) and homeless:
+        without_size = [network.name for network in self.networks if network.size is None]
+        if len(sizes) < len(self.sizes) and without_size:
             raise ValueError(
-                f"{', '.join(homeless)} has no size of its own: give --sizes HEIGHTxWIDTH."
+                f"{', '.join(without_size)} has no size of its own: give --sizes HEIGHTxWIDTH."
             )
         numbers = [*self.batches, *(side for size in sizes for side in size), self.repeats]
         if min(numbers) < 1 or self.warmup < 1:
