@@ -1,0 +1,150 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's networks and treatments, against other counters."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from vovnet_d2 import VoVNet
+from vovnet_d2.analysis import analyze
+from vovnet_d2.analysis.saved_memory import saved_bytes
+from vovnet_d2.benchmark.networks import BACKBONES, backbone, calibrate_norms
+from vovnet_d2.benchmark.treatments import TREATMENTS
+from vovnet_d2.benchmark.workload import (
+    count_multiply_adds,
+    random_images,
+    training_step,
+)
+
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+def peer_parameters(name: str) -> int:
+    """Of the same network elsewhere, without its classifier."""
+    with torch.device("meta"):
+        if name.startswith("DenseNet"):
+            peer = timm.create_model(name.lower().replace("-", ""), num_classes=0)
+        elif name.startswith("ResNet"):
+            peer = torchvision.models.get_model(name.lower().replace("-", ""))
+            peer.fc = nn.Identity()
+        else:
+            peer = VoVNet(name, norm="BN")
+    return sum(p.numel() for p in peer.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone(name):
+    network = backbone(name)
+    with torch.device("meta"):
+        model = network.build()
+        complexity = analyze(model, (64, 64))
+        maps = model(torch.empty(1, 3, 64, 64))
+    assert complexity.total.parameters == peer_parameters(name)
+    assert [64 // m.shape[-1] for m in maps.values()] == [4, 8, 16, 32]
+
+
+# GMACs at 224x224 from published tables and independent counts.
+@pytest.mark.parametrize(
+    ("name", "gmacs"),
+    [
+        ("ResNet-50", 3.856),
+        ("ResNet-101", 7.568),
+        ("V-39-eSE", 7.075),
+        ("V-57-eSE", 8.935),
+        ("V-99-eSE", 16.495),
+        ("V-19-slim-dw-eSE", 0.398),
+    ],
+)
+def test_gflops(name, gmacs):
+    with torch.device("meta"):
+        complexity = analyze(backbone(name).build(), (224, 224))
+    assert complexity.total.multiply_adds / 1e9 == pytest.approx(gmacs, abs=6e-4)
+
+
+@pytest.mark.slow
+def test_densenet_gflops_are_fvcores():
+    peer = torchvision.models.densenet161().eval()
+    counted = FlopCountAnalysis(peer, torch.zeros(1, 3, 64, 64))
+    counted.unsupported_ops_warnings(False)
+    convolutions = counted.by_operator()["conv"]
+    with torch.device("meta"):
+        found = analyze(backbone("DenseNet-161").build(), (64, 64)).total.multiply_adds
+    assert found == convolutions
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("V-39-ese", r"No network 'V-39-ese'. Did you mean V-39-eSE"),
+        ("VGG", r"There are V-27-slim, .*timm:NAME"),
+        ("timm:ese_vovnet39", r"timm has no network 'ese_vovnet39'. Close to it: .*ese_vovnet39b"),
+    ],
+)
+def test_unknown_networks(name, message):
+    with pytest.raises(ValueError, match=message):
+        backbone(name).build()
+
+
+@pytest.mark.parametrize("name", ["V-19-slim-eSE", "ResNet-50"])
+def test_calibrated_maps_keep_their_size(name):
+    model = backbone(name).build()
+    image = torch.randn(2, 3, 128, 128)
+    calibrate_norms(model, image)
+    for maps in model(image).values():
+        assert 0.05 < maps.std() < 50
+
+
+# ------------------------------------------------------------------------------------ treatments
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_refusals(name):
+    treatment = TREATMENTS[name]
+    on_gpus_only = "tf32" in name or "fp16" in name
+    assert (treatment.refusal(CPU, training=True) is not None) == on_gpus_only
+    to_train_only = name == "checkpointed"
+    refused = treatment.refusal(CPU, training=False) is not None
+    assert refused == (on_gpus_only or to_train_only)
+
+
+def test_less_is_kept_for_the_backward_pass():
+    model = backbone("V-19-slim-eSE").build()
+    images = random_images(2, (64, 64), CPU)
+    kept = {}
+    for name in ("optimized", "checkpointed"):
+        kept[name] = saved_bytes(TREATMENTS[name].for_training(model), images)
+    assert kept["checkpointed"] < 0.5 * kept["optimized"]
+
+
+def test_training_step_changes_weights_and_counts_thrice():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=4), nn.ConvTranspose2d(8, 4, 2)
+    )
+    wrapped = _Dict(model)
+    before = [p.clone() for p in model.parameters()]
+    step = training_step(wrapped, torch.randn(2, 3, 12, 12), TREATMENTS["plain"], CPU)
+    found = count_multiply_adds(step)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    first, grouped, transposed = (
+        2 * 8 * 10 * 10 * 27,
+        2 * 8 * 8 * 8 * 2 * 9,
+        2 * 8 * 8 * 8 * 4 * 4,
+    )
+    # The first layer's input needs no gradient.
+    assert found == 2 * first + 3 * grouped + 3 * transposed
+
+
+class _Dict(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.net(x)}
