@@ -4,6 +4,7 @@
 written."""
 
 import csv
+import subprocess
 from pathlib import Path
 
 import measure_convolutions
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
+import vovnet_d2
 from vovnet_d2.analysis import convolution_study
 from vovnet_d2.analysis.convolution_study import Case, make_cases, measure
 from vovnet_d2.benchmark import protocol
@@ -56,6 +58,27 @@ def test_environment_names_what_a_time_depends_on() -> None:
     assert described["torch"] == torch.__version__
     assert described["threads"].startswith(f"{torch.get_num_threads()} of ")
     assert described.keys() >= {"date", "command", "device", "system"}
+
+
+def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *author, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    file = tmp_path / "vovnet_d2" / "benchmark" / "protocol.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("1")
+    monkeypatch.setattr(protocol, "__file__", str(file))
+    assert protocol.describe_environment("cpu")["vovnet_d2"] == vovnet_d2.__version__
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "v1")
+    expected = f"{vovnet_d2.__version__} at {git('rev-parse', '--short', 'HEAD')}"
+    assert protocol.describe_environment("cpu")["vovnet_d2"] == expected
+    file.write_text("2")
+    assert protocol.describe_environment("cpu")["vovnet_d2"] == f"{expected}-dirty"
 
 
 def test_csv_has_the_protocol_above_the_table(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 import torchvision
+
+from .. import __version__
 
 __all__ = [
     "describe_environment",
@@ -44,6 +47,7 @@ def describe_environment(device: torch.device | str) -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "command": _command(),
         "device": _device_name(device),
+        "vovnet_d2": __version__ + _commit(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -62,6 +66,19 @@ def _command() -> str:
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
     return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, with a word where files differ from it."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(describe, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f" at {result.stdout.strip()}"
 
 
 def _device_name(device: torch.device) -> str:
