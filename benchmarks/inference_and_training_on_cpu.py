@@ -35,6 +35,9 @@ from vovnet_d2.modeling.onednn import PackedConv2d
 STAGES = ("stage2", "stage3", "stage4", "stage5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STREAM = ((480, 640), (512, 608), (448, 672), (576, 544), (416, 704), (640, 480))
+# Of a training step: bytes, and relative differences of all gradients together.
+ERRORS = ("gradient error to plain", "gradient error to float64", "gradient error in float64")
+FACTS = ("saved", *ERRORS)
 
 Cases = Mapping[str, Callable[[], object]]
 
@@ -85,33 +88,48 @@ def against_timm(size: tuple[int, int], dtype: str, device: str) -> Cases:
 
 def training(device: str) -> tuple[Cases, dict[str, Any]]:
     """Steps of V-39-eSE with FrozenBN, and what each saves and gives as gradients."""
+    torch.manual_seed(0)
     ours = VoVNet("V-39-eSE", out_features=STAGES).train().to(device)
-    reference = plain(ours)
-    ours = ours.to(memory_format=torch.channels_last)
     recomputing = copy.deepcopy(ours)
     recomputing.checkpoint_blocks = True
+    networks = {
+        "plain": plain(ours),
+        "ours": ours.to(memory_format=torch.channels_last),
+        "ours, per-block checkpointing": recomputing.to(memory_format=torch.channels_last),
+    }
     size = (256, 320) if device == "cpu" else (800, 1344)
     x = torch.randn(2, 3, *size, device=device)
     last = x.contiguous(memory_format=torch.channels_last)
-    networks = {
-        "plain": (reference, x),
-        "ours": (ours, last),
-        "ours, per-block checkpointing": (recomputing, last),
-    }
+    images = {name: x if name == "plain" else last for name in networks}
 
-    def step(network: nn.Module, x: Tensor) -> None:
-        network.zero_grad()
-        sum(y.square().mean() for y in network(x).values()).backward()
-
+    exact = gradients(copy.deepcopy(networks["plain"]).double(), x.double())
+    reference = gradients(networks["plain"], x)
     facts = {}
-    for name, (network, images) in networks.items():
-        saved = saved_bytes(network, images)
-        step(network, images)
-        pairs = zip(network.parameters(), reference.parameters(), strict=True)
-        squares = [((p.grad - q.grad).square().sum(), q.grad.square().sum()) for p, q in pairs]
-        difference, norm = (sum(column) for column in zip(*squares, strict=True))
-        facts[name] = {"saved": saved, "gradient difference": (difference / norm).sqrt().item()}
-    return {n: lambda p=pair: step(*p) for n, pair in networks.items()}, facts
+    for name, network in networks.items():
+        found = gradients(network, images[name])
+        facts[name] = {
+            "saved": saved_bytes(network, images[name]),
+            "gradient error to plain": difference(found, reference),
+            "gradient error to float64": difference(found, exact),
+            "gradient error in float64": difference(
+                gradients(copy.deepcopy(network).double(), images[name].double()), exact
+            ),
+        }
+    return {n: lambda n=n: train_step(networks[n], images[n]) for n in networks}, facts
+
+
+def train_step(network: nn.Module, x: Tensor) -> None:
+    network.zero_grad()
+    sum(y.square().mean() for y in network(x).values()).backward()
+
+
+def gradients(network: nn.Module, x: Tensor) -> Tensor:
+    train_step(network, x)
+    return torch.cat([p.grad.double().flatten() for p in network.parameters()])
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 CELLS: dict[str, tuple[str, Callable[[str], Any]]] = {}
@@ -170,7 +188,7 @@ def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         line["lowest"], line["highest"] = round(min(against), 3), round(max(against), 3)
         plain_ratio = [x["/ plain"] for x in same if "/ plain" in x]
         line["/ plain"] = round(median(plain_ratio), 3) if plain_ratio else ""
-        for fact in ("saved", "gradient difference"):
+        for fact in FACTS:
             line[fact] = same[0].get(fact, "")
         line["processes"] = len(same)
         lines.append(line)

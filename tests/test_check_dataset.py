@@ -385,7 +385,7 @@ def spoil(data: DataSet, fault: Callable[[DataSet], None]) -> None:
 
 def test_every_problem_is_in_a_test() -> None:
     found = set().union(*(problems for _, problems in FAULTS.values()))
-    found |= {note for _, note in NOTES.values()} | BETWEEN
+    found |= {note for _, note in NOTES.values()} | {"lost_with_image"} | BETWEEN
     assert found == set(PROBLEMS)
 
 
@@ -404,6 +404,16 @@ def test_notes_are_no_problems(data: DataSet, note: str, name: str) -> None:
     assert names_of(findings) == set()
     assert note in names_of(findings, notes=True)
     assert status == 0
+
+
+def test_annotations_that_go_with_their_image_are_counted(data: DataSet) -> None:
+    spoil(data, file(Path.unlink))
+    first = data.content["images"][0]["id"]
+    expected = sum(a["image_id"] == first for a in data.content["annotations"])
+    _, findings = data.check()
+    counts = {f["problem"]: f["count"] for f in findings}
+    assert counts["missing_file"] == 1
+    assert counts["lost_with_image"] == expected > 0
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -281,6 +281,10 @@ def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path
     before = (tmp_path / "metrics.json").read_text()
     launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
     assert "holds a run, up to model_final.pth: this one starts anew" in read_log(tmp_path)
+    # A run that is refused does not start.
+    with pytest.raises(KeyError, match="not registered"):
+        launch(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('gone',)")
+    assert read_log(tmp_path).count("starts anew") == 1
     # The curves of the one are not continued by the other's.
     assert (tmp_path / "metrics.json.before").read_text() == before
     assert before not in (tmp_path / "metrics.json").read_text()

@@ -496,6 +496,10 @@ def test_the_tool(run: Path, capsys: pytest.CaptureFixture[str], fresh_logging: 
         (["run", "--score-threshold", "50"], "The score threshold is 50.0: it goes from 0 to 1."),
         (["run", "--output", "gone/page.html"], "There is no folder gone to write page.html to."),
         (["run", "--images", "images"], "--annotations and --images go together"),
+        (
+            ["run", "--annotations", "run/config.yaml", "--images", "images"],
+            "--annotations run/config.yaml: The data set",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(

@@ -44,6 +44,17 @@ __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
 logger = logging.getLogger(__name__)
 
+_EXAMPLES = """
+Examples:
+
+Eight GPUs of a machine:
+    $ python tools/lazyconfig_train_net.py --num-gpus 8 --config-file FILE.py
+
+Other values, below the config's names:
+    $ python tools/lazyconfig_train_net.py --config-file FILE.py optimizer.lr=0.001 \\
+        train.init_checkpoint=/path/to/weights.pth
+"""
+
 
 def build_train_stream(
     dataset: list[dict[str, Any]],
@@ -140,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def lazy_argument_parser() -> argparse.ArgumentParser:
     """Those of the arguments of ``tools/train_net.py`` that a LazyConfig has a use for; overrides
     such as ``train.max_iter=1000`` follow them."""
-    parser = default_argument_parser()
+    parser = default_argument_parser(_EXAMPLES)
     for name, effect in (
         ("--allow-partial", "load what fits of weights that do not fit the network"),
         ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
@@ -176,7 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
-    last = open_output_dir(cfg, args, key="train.output_dir")
+    last = open_output_dir(cfg)
     training = not args.eval_only
     check_device(cfg)
     check_run(cfg, training=training)

@@ -97,6 +97,13 @@ def train_or_evaluate(
             _put_aside(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
         trainer = trainer_class(cfg, **options)
         trainer.resume_or_load(resume=args.resume)
+        if not args.resume and (last := _last_checkpoint(cfg)):
+            logger.warning(
+                "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
+                "with it instead, add --resume; to keep it, write to another folder.",
+                cfg.OUTPUT_DIR,
+                os.path.basename(last),
+            )
         results = trainer.train()
         return results, trainer.checkpointer.model  # without DistributedDataParallel around it
     model = trainer_class.build_model(cfg)
@@ -115,12 +122,8 @@ def _put_aside(path: str) -> None:
         os.replace(path, f"{path}.before")
 
 
-def open_output_dir(cfg: CfgNode, args: argparse.Namespace, *, key: str = "OUTPUT_DIR") -> str:
-    """Start the log in ``OUTPUT_DIR``, tidy up after a killed run, and warn of one that would be
-    overwritten.
-
-    Args:
-        key: what the user calls the folder.
+def open_output_dir(cfg: CfgNode) -> str:
+    """Start the log in ``OUTPUT_DIR``, and tidy up after a killed run.
 
     Returns:
         the last checkpoint there; empty if there is none.
@@ -128,16 +131,11 @@ def open_output_dir(cfg: CfgNode, args: argparse.Namespace, *, key: str = "OUTPU
     _start_logging(cfg.OUTPUT_DIR)
     if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
         logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
-    last = Checkpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
-    if last and not args.eval_only and not args.resume:
-        logger.warning(
-            "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
-            "with it instead, add --resume; to keep it, set another %s.",
-            cfg.OUTPUT_DIR,
-            os.path.basename(last),
-            key,
-        )
-    return last
+    return _last_checkpoint(cfg)
+
+
+def _last_checkpoint(cfg: CfgNode) -> str:
+    return Checkpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
@@ -146,7 +144,7 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml, "add_config": task.add_config}
     written = load_config(path, **load_args)
     cfg = load_config(path, args.opts, **load_args)
-    last = open_output_dir(cfg, args)
+    last = open_output_dir(cfg)
     if args.auto_scale_lr:
         cfg = scale_to_batch(written, args.opts)
     elif not args.eval_only:

@@ -59,7 +59,8 @@ def register_files(folder: Path, annotations: Path | None, images: Path | None) 
 
     Raises:
         FileNotFoundError: one of them does not exist.
-        ValueError: one of them is not given, or the run was not evaluated on exactly one data set.
+        ValueError: one of them is not given or is no data set, or the run was not evaluated on
+            exactly one.
     """
     if annotations is None or images is None:
         raise ValueError("--annotations and --images go together: give both.")
@@ -78,6 +79,10 @@ def register_files(folder: Path, annotations: Path | None, images: Path | None) 
         if name in catalog:
             catalog.remove(name)
     register_coco_instances(name, {}, str(annotations), str(images))
+    try:
+        _find_images(name)
+    except MissingPart as error:
+        raise ValueError(f"--annotations {annotations}: {error}") from error
 
 
 def read_detections(run: RunFolder, dataset: str, suffix: str = "") -> Detections:

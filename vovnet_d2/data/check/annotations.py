@@ -76,7 +76,9 @@ def _with_images(
             findings.add(problem, f"{where}: image {original.get('image_id')!r:.40}")
             continue
         image = _find(original, "image_id", images, where, findings)
-        if image is not None:
+        if image is None:
+            findings.add("lost_with_image", f"{where}: image {original.get('image_id')!r:.40}")
+        else:
             yield f"{where} of {image['file_name']}", dict(original), image
 
 

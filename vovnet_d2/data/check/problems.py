@@ -92,6 +92,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "no_image_id": _error("annotations without the id of an image", "dropped"),
     "unknown_image": _warning("annotations of images that are not listed", "dropped"),
+    "lost_with_image": _note("annotations of images that cannot be used, which go with these"),
     "unknown_category": _error("annotations of categories that are not listed", "dropped"),
     "reference_type": _error("references to ids as text", "made numbers"),
     "ignore": _error('annotations with "ignore", which Detectron2 refuses', "made crowds"),
