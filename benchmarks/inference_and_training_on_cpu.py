@@ -3,8 +3,8 @@
 """Inference and training of this package against the network as commonly written and against what
 simple means give: norms folded, channels-last, torch.compile with frozen weights.
 
-Each cell of a table runs in processes of its own, its cases interleaved in each; a cell that is in
-the CSV file already is not run again.
+Each cell of the table runs in processes of its own, its cases interleaved in each; a cell that is
+in the CSV file already is not run again. For a GPU there is ``tools/benchmark.py --preset gpu``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.saved_memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
-from vovnet_d2.modeling.convolution import ConvNormAct
+from vovnet_d2.modeling.allocation import keep_freed_memory
 from vovnet_d2.modeling.folding import fold_norms
-from vovnet_d2.modeling.onednn import PackedConv2d
 
 STAGES = ("stage2", "stage3", "stage4", "stage5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,28 +41,35 @@ FACTS = ("saved", *ERRORS)
 Cases = Mapping[str, Callable[[], object]]
 
 
-def backbone(variant: str, device: str) -> VoVNet:
+def backbone(variant: str) -> VoVNet:
     torch.manual_seed(0)
-    return VoVNet(variant, out_features=STAGES).eval().to(device)
+    return VoVNet(variant, out_features=STAGES).eval()
 
 
-def compiled(optimized: nn.Module) -> nn.Module:
-    """The simple recipe: the same folded weights and order of channels, by torch.compile."""
-    recipe = copy.deepcopy(optimized)
-    for module in recipe.modules():
-        if type(module) is PackedConv2d:
-            module.__class__ = ConvNormAct
+def compiled(model: VoVNet, dtype: torch.dtype) -> Callable[[Tensor], object]:
+    """The simple recipe: the plain network with folded norms, in channels-last, by torch.compile
+    with frozen weights, for each size anew."""
+    folded = copy.deepcopy(model).requires_grad_(False)
+    fold_norms(folded)
+    recipe = plain(folded).to(dtype=dtype, memory_format=torch.channels_last)
     torch._dynamo.config.cache_size_limit = 64
-    return torch.compile(recipe, dynamic=False, options={"freezing": True})
+    recipe = torch.compile(recipe, dynamic=False, options={"freezing": True})
+    return lambda x: {
+        name: maps.float()
+        for name, maps in recipe(x.to(dtype, memory_format=torch.channels_last)).items()
+    }
 
 
-def inference(variant: str, sizes: tuple[tuple[int, int], ...], dtype: str, device: str) -> Cases:
-    model = backbone(variant, device)
-    inputs = [torch.randn(1, 3, *size, device=device) for size in sizes]
-    ours = optimize_for_inference(model, dtype=DTYPES[dtype])
-    cases = {"plain": plain(model), "recipe": compiled(ours), "ours": ours}
+def inference(variant: str, sizes: tuple[tuple[int, int], ...], dtype: str) -> Cases:
+    model = backbone(variant)
+    inputs = [torch.randn(1, 3, *size) for size in sizes]
+    cases = {
+        "plain": plain(model),
+        "recipe": compiled(model, DTYPES[dtype]),
+        "ours": optimize_for_inference(model, dtype=DTYPES[dtype]),
+    }
 
-    def run(network: nn.Module) -> None:
+    def run(network: Callable[[Tensor], object]) -> None:
         with torch.no_grad():
             for x in inputs:
                 network(x)
@@ -71,13 +77,13 @@ def inference(variant: str, sizes: tuple[tuple[int, int], ...], dtype: str, devi
     return {name: lambda n=network: run(n) for name, network in cases.items()}
 
 
-def against_timm(size: tuple[int, int], dtype: str, device: str) -> Cases:
+def against_timm(size: tuple[int, int], dtype: str) -> Cases:
     """Both folded and channels-last, at the same weights' shapes, without a classifier."""
     peer = timm.create_model("ese_vovnet39b", features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    x = torch.randn(1, 3, *size, device=device)
+    x = torch.randn(1, 3, *size)
     fold_norms(peer)
-    peer = peer.to(device, DTYPES[dtype], memory_format=torch.channels_last).requires_grad_(False)
-    ours = optimize_for_inference(backbone("V-39-eSE", device), dtype=DTYPES[dtype])
+    peer = peer.to(DTYPES[dtype], memory_format=torch.channels_last).requires_grad_(False)
+    ours = optimize_for_inference(backbone("V-39-eSE"), dtype=DTYPES[dtype])
 
     def run_timm() -> list[Tensor]:
         with torch.no_grad():
@@ -86,10 +92,10 @@ def against_timm(size: tuple[int, int], dtype: str, device: str) -> Cases:
     return {"timm": run_timm, "ours": lambda: ours(x)}
 
 
-def training(device: str) -> tuple[Cases, dict[str, Any]]:
+def training() -> tuple[Cases, dict[str, Any]]:
     """Steps of V-39-eSE with FrozenBN, and what each saves and gives as gradients."""
     torch.manual_seed(0)
-    ours = VoVNet("V-39-eSE", out_features=STAGES).train().to(device)
+    ours = VoVNet("V-39-eSE", out_features=STAGES).train()
     recomputing = copy.deepcopy(ours)
     recomputing.checkpoint_blocks = True
     networks = {
@@ -97,8 +103,7 @@ def training(device: str) -> tuple[Cases, dict[str, Any]]:
         "ours": ours.to(memory_format=torch.channels_last),
         "ours, per-block checkpointing": recomputing.to(memory_format=torch.channels_last),
     }
-    size = (256, 320) if device == "cpu" else (800, 1344)
-    x = torch.randn(2, 3, *size, device=device)
+    x = torch.randn(2, 3, 256, 320)
     last = x.contiguous(memory_format=torch.channels_last)
     images = {name: x if name == "plain" else last for name in networks}
 
@@ -132,7 +137,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-CELLS: dict[str, tuple[str, Callable[[str], Any]]] = {}
+# Name to the case that the others are compared with, and to what makes all of them.
+CELLS: dict[str, tuple[str, Callable[[], Any]]] = {}
 for _variant, _size in (
     ("V-39-eSE", (480, 640)),
     ("V-39-eSE", (800, 1344)),
@@ -142,25 +148,26 @@ for _variant, _size in (
     for _dtype in DTYPES:
         CELLS[f"{_variant}, {_size[0]}x{_size[1]}, {_dtype}"] = (
             "recipe",
-            lambda d, v=_variant, s=_size, t=_dtype: (inference(v, (s,), t, d), {}),
+            lambda v=_variant, s=_size, t=_dtype: (inference(v, (s,), t), {}),
         )
 for _dtype in DTYPES:
     CELLS[f"V-39-eSE, six sizes, {_dtype}"] = (
         "recipe",
-        lambda d, t=_dtype: (inference("V-39-eSE", STREAM, t, d), {}),
+        lambda t=_dtype: (inference("V-39-eSE", STREAM, t), {}),
     )
     CELLS[f"timm ese_vovnet39b, 480x640, {_dtype}"] = (
         "timm",
-        lambda d, t=_dtype: (against_timm((480, 640), t, d), {}),
+        lambda t=_dtype: (against_timm((480, 640), t), {}),
     )
 CELLS["training step, V-39-eSE, two images"] = ("plain", training)
 
 
-def measure(cell: str, device: str, repeats: int) -> list[dict[str, Any]]:
+def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
     """One process's lines of a cell."""
     reference, make = CELLS[cell]
-    cases, facts = make(device)
-    times = time_interleaved(cases, device=device, warmup=2, repeats=repeats)
+    keep_freed_memory()  # for all cases, as it holds for the whole process
+    cases, facts = make()
+    times = time_interleaved(cases, device="cpu", warmup=2, repeats=repeats)
     first = next(iter(times))
     return [
         {
@@ -195,9 +202,27 @@ def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return lines
 
 
+def resume(path: Path, protocol: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The lines that are there.
+
+    Raises:
+        SystemExit: they were measured otherwise.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text().splitlines()
+    header = dict(row[2:].split(": ", 1) for row in text if row.startswith("# "))
+    for name, value in protocol.items():
+        if name not in ("date", "command") and header.get(name) != value:
+            sys.exit(
+                f"{path} was measured with {name} {header.get(name)}, not {value}: delete it, or "
+                "give another file for --output."
+            )
+    return list(csv.DictReader(row for row in text if not row.startswith("#")))
+
+
 def run_in_processes(cell: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--only", cell, "--device", args.device]
-    command += ["--repeats", str(args.repeats)]
+    command = [sys.executable, __file__, "--only", cell, "--repeats", str(args.repeats)]
     runs = []
     for _ in range(args.processes):
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -207,33 +232,34 @@ def run_in_processes(cell: str, args: argparse.Namespace) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=7, help="rounds in each process")
     parser.add_argument("--cells", default="", help="only cells whose name has this in it")
-    parser.add_argument("--output", type=Path, help="CSV file, resumed where it is there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).with_suffix("") / "cpu.csv",
+        help="CSV file, resumed where it is there",
+    )
     parser.add_argument("--only", choices=CELLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(measure(args.only, args.device, args.repeats)))
+        print(json.dumps(measure(args.only, args.repeats)))
         return
-    path = args.output or Path(__file__).with_suffix("") / f"{args.device}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        rows = [row for row in path.read_text().splitlines() if not row.startswith("#")]
-        lines = list(csv.DictReader(rows))
-    protocol = describe_environment(args.device) | {
+    protocol = describe_environment("cpu") | {
         "warm-up": "2 rounds",
         "repeats": f"{args.repeats} interleaved rounds in each process, median",
         "processes": "median, lowest and highest of the ratios of the processes",
         "ratio": "of a case to the reference of its cell",
+        "memory": "freed memory is kept (glibc's mallopt) for all cases",
     }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = resume(args.output, protocol)
     for cell in CELLS:
         if args.cells not in cell or any(line["cell"] == cell for line in lines):
             continue
         lines += run_in_processes(cell, args)
-        write_csv(path, lines, protocol)
+        write_csv(args.output, lines, protocol)
         print(*lines[-3:], sep="\n", flush=True)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from devices import DEVICES
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -111,9 +113,10 @@ def normed(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"y": m.norm(m.conv(x))}
 
 
-def test_a_pair_that_stands_alone():
-    model = Pair(normed).eval()
-    assert_folded(model, torch.randn(1, 3, 8, 8), 0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pair_that_stands_alone(device):
+    model = Pair(normed).eval().to(device)
+    assert_folded(model, torch.randn(1, 3, 8, 8, device=device), 0)
 
 
 def also_added(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -177,6 +180,18 @@ def test_a_norm_that_does_more_stays(inside):
         model.conv, model.norm = Conv2d(3, 3, 1, norm=DoublingNorm(3)), nn.Identity()
     else:
         model.norm = DoublingNorm(3)
+    assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
+
+
+class StandardisingConv2d(Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return self.norm(F.conv2d(x, weight))
+
+
+def test_a_convolution_that_does_more_keeps_its_norm():
+    model = Pair(lambda m, x: {"y": m.conv(x)})
+    model.conv, model.norm = StandardisingConv2d(3, 3, 1, norm=model.norm), nn.Identity()
     assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
 
 

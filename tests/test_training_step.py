@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from devices import DEVICES
 from reference import STRUCTURES, TABLE, random_state, thin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vovnet_d2 import VoVNet, VoVNetSpec
 from vovnet_d2.analysis.saved_memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
-from vovnet_d2.modeling.convolution import Geometry, convolve
+from vovnet_d2.modeling.convolution import ConvNormAct, Geometry, convolve
 from vovnet_d2.modeling.layers import EffectiveSE, downsample
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
@@ -146,6 +148,53 @@ def test_gradients_equal_the_plain_network(structure, norm, recompute):
     assert error(step(model.to(memory_format=last), x.to(memory_format=last)), exact) <= 1e-12
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_gradients_on_a_gpu(norm, recompute):
+    model = build(norm=norm, checkpoint_blocks=recompute).double()
+    peer = plain(model)
+    peer.checkpoint_blocks = False
+    x = torch.randn(2, 3, 65, 96, dtype=torch.float64)
+    exact = step(peer, x)
+    found = step(model.cuda(), x.cuda())
+    assert error([gradient.cpu() for gradient in found], exact) <= 1e-12
+
+
+class DoublingNorm(FrozenBatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Ceiling(nn.ReLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(max=1)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d(4), DoublingNorm(4), nn.Identity()], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), Ceiling(), nn.SiLU(), F.relu, None], ids=str)
+def test_norms_and_activations_that_do_more(norm, activation):
+    ours = ConvNormAct(3, 4, 3, norm=norm, activation=activation)
+    peer = Conv2d(3, 4, 3, norm=norm, activation=activation)
+    peer.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(ours(x), peer(x))
+
+
+def test_hooks_see_what_they_see_in_the_plain_network():
+    ours = ConvNormAct(3, 4, 3, norm=FrozenBatchNorm2d(4), activation=nn.ReLU())
+    peer = plain(ours)
+    x = torch.randn(2, 3, 9, 9)
+    seen = []
+    for model in (ours, peer):
+        for part in (model.norm, model.activation):
+            part.register_forward_hook(lambda part, args, output: seen.append(output.clone()))
+        model(x).sum().backward()
+    assert len(seen) == 4
+    for found, expected in zip(seen[:2], seen[2:], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_recomputation_counts_each_batch_once():
     model = build(norm="BN", checkpoint_blocks=True)
     peer = plain(model)
@@ -162,12 +211,13 @@ def test_recomputation_counts_each_batch_once():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_mixed_precision(dtype, recompute):
-    model = build(checkpoint_blocks=recompute)
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixed_precision(device, dtype, recompute):
+    model = build(checkpoint_blocks=recompute).to(device)
     peer = plain(model)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 64, 64, device=device)
     exact = step(copy.deepcopy(peer).double(), x.double())
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         assert model(x)["stage5"].dtype == dtype
         gradients, theirs = step(model, x), step(peer, x)
     assert all(g.dtype == torch.float32 for g in gradients)
@@ -186,14 +236,17 @@ def test_distributed():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled(recompute):
-    model = build(checkpoint_blocks=recompute)
+def test_compiled(recompute, norm):
+    model = build(norm=norm, checkpoint_blocks=recompute)
     peer = plain(model).double()
     peer.checkpoint_blocks = False
     x = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True)
     assert error(step(compiled, x), step(peer, x.double())) <= 1e-5
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer.double(), peer.get_buffer(name).double(), msg=name)
 
 
 # Memory

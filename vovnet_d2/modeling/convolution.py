@@ -14,7 +14,15 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ConvNormAct", "Geometry", "convolve", "is_relu", "is_traced", "needs_gradient"]
+__all__ = [
+    "ConvNormAct",
+    "Geometry",
+    "convolve",
+    "has_hooks",
+    "is_relu",
+    "is_traced",
+    "needs_gradient",
+]
 
 
 class Geometry(NamedTuple):
@@ -45,7 +53,7 @@ class ConvNormAct(Conv2d):
             maps: each (N, channels, H, W); their channels together are ``in_channels``.
         """
         scale, bias, norm = None, self.bias, self.norm
-        if isinstance(norm, FrozenBatchNorm2d):
+        if type(norm) is FrozenBatchNorm2d and not has_hooks(norm):
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = norm.bias - norm.running_mean * scale
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
@@ -59,8 +67,21 @@ class ConvNormAct(Conv2d):
         return x
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to know of its calls, which it then has to have."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def is_relu(activation: Any) -> bool:
-    return activation in (F.relu_, F.relu) or isinstance(activation, nn.ReLU)
+    """Whether it is ReLU and no more."""
+    if type(activation) is nn.ReLU:
+        return not has_hooks(activation)
+    return activation in (F.relu_, F.relu)
 
 
 def is_traced() -> bool:

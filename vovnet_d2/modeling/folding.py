@@ -20,12 +20,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .convolution import ConvNormAct, has_hooks
+from .layers import DeformableConv2d
 from .single_shot.layers import ConvTranspose2d
 
 __all__ = ["fold_norms"]
 
 logger = logging.getLogger(__name__)
 
+# What a class makes of its norm, another of them may not: one that standardises its weight, say.
+_FORWARDS = tuple(c.forward for c in (Conv2d, ConvNormAct, DeformableConv2d, ConvTranspose2d))
 _SIZE = (512, 512)  # of an image on the meta device, where size costs nothing
 
 
@@ -46,7 +50,7 @@ def fold_norms(model: nn.Module) -> None:
     if model.training:
         raise ValueError("Norms are folded for inference: call eval() on the model first.")
     for module in model.modules():
-        if isinstance(module, Conv2d | ConvTranspose2d) and _is_foldable(module.norm):
+        if type(module).forward in _FORWARDS and _is_foldable(module.norm):
             module.norm = _fold(module, module.norm)
     backbone = getattr(model, "backbone", model)
     if not any(_is_foldable(module) for module in backbone.modules()):
@@ -63,7 +67,7 @@ def _is_foldable(norm: nn.Module | None) -> bool:
 
 def _is_pristine(module: nn.Module) -> bool:
     """Whether nobody has put a hook on it, or another way of making its weight."""
-    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+    return not (has_hooks(module) or is_parametrized(module))
 
 
 def _behind_normalisation(norm: Any) -> nn.Sequential | None:

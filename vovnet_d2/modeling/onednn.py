@@ -8,10 +8,9 @@ do not apply (on a GPU, in a graph, with gradients, in mixed precision), the pla
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -19,16 +18,16 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from .convolution import ConvNormAct, is_relu, is_traced, needs_gradient
+from .convolution import ConvNormAct, has_hooks, is_relu, is_traced, needs_gradient
 
-__all__ = ["PackedConv2d", "pack_convolutions"]
+__all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
 
 _SIZES = 64  # of maps, for which a layer remembers the order of its weight
 _LARGE = 32 * 2**20  # bytes of a concatenation from which adding up its parts is faster
 
 
 class PackedConv2d(ConvNormAct):
-    """A convolution whose weight does not change."""
+    """A convolution whose weight seldom changes."""
 
     def forward(self, *maps: Tensor) -> Tensor:
         if not self._is_packable(maps):
@@ -37,12 +36,18 @@ class PackedConv2d(ConvNormAct):
         y = self._convolve(maps, "relu" if fused else "none")
         return y if fused or self.activation is None else self.activation(y)
 
+    def relu(self, x: Tensor) -> Tensor:
+        """ReLU of what it makes of ``x``, where it has no activation of its own."""
+        return self._convolve((x,), "relu") if self._is_packable((x,)) else F.relu_(self(x))
+
     def _is_packable(self, maps: Sequence[Tensor]) -> bool:
         if is_traced():  # first, as not all of the rest can be
             return False
         dtype = self.weight.dtype
         for x in maps:
-            if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
+            if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu":
+                return False
+            if x.shape[2] * x.shape[3] < 2 or x.shape[0] == 0:  # a linear layer's work, or none
                 return False
         return (
             self.norm is None
@@ -78,7 +83,7 @@ class PackedConv2d(ConvNormAct):
 
         There are many sizes of maps and very few orders of weights: each order is made once.
         """
-        packed = self.__dict__.setdefault("_packed", {})
+        packed = self._packed_before()
         key = tuple([x.shape for x in maps])
         if (known := packed.get(key)) is not None:
             return known
@@ -101,16 +106,52 @@ class PackedConv2d(ConvNormAct):
         packed[key] = weights
         return weights
 
+    def _packed_before(self) -> dict[tuple[torch.Size, ...], list[Tensor]]:
+        """By the shapes of maps, of the weight as it is now."""
+        weight = self.weight
+        version = None if weight.is_inference() else weight._version
+        of, of_version, packed = self.__dict__.get("_packed", (None, None, None))
+        if of is not weight or of_version != version:
+            packed = {}
+            self.__dict__["_packed"] = weight, version, packed
+        return packed
+
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # Puts other values behind the same parameter.
         self.__dict__.pop("_packed", None)
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.__dict__.pop("_packed", None)
-        super()._load_from_state_dict(*args)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        state = super().__getstate__()
+        state.pop("_packed", None)
+        return state
+
+
+class PackedSequential(nn.Sequential):
+    """Modules in turn, of which convolutions take the ReLU that follows them with them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced():
+            return super().forward(x)
+        taken = None
+        for module, following in zip_longest(self, islice(self, 1, None)):
+            if module is taken:
+                taken = None
+            elif _takes(module, following):
+                x, taken = module.relu(x), following
+            else:
+                x = module(x)
+        return x
+
+
+def _takes(conv: nn.Module, relu: nn.Module | None) -> bool:
+    return (
+        type(conv) is PackedConv2d
+        and conv.norm is conv.activation is None
+        and not has_hooks(conv)
+        and type(relu) is nn.ReLU
+        and is_relu(relu)
+    )
 
 
 @cache
@@ -131,28 +172,18 @@ def _same_order(first: Tensor, second: Tensor) -> bool:
 
 
 def pack_convolutions(model: nn.Module) -> None:
-    """Make every convolution of ``model`` a :class:`PackedConv2d`, with the ReLU that follows it.
+    """Make every convolution of ``model`` a :class:`PackedConv2d`.
 
     Subclasses of ``nn.Conv2d`` that are not known compute something of their own, and stay.
     """
+    # By the class alone: hooks, names and shared modules stay as they are.
     for module in model.modules():
-        if type(module) in (nn.Conv2d, Conv2d, ConvNormAct) and _is_simple(module):
-            # By its class alone: hooks, names and shared modules stay as they are.
+        if type(module) is nn.Sequential:
+            module.__class__ = PackedSequential
+        elif type(module) in (nn.Conv2d, Conv2d, ConvNormAct) and _is_simple(module):
             module.__class__ = PackedConv2d
             for name in ("norm", "activation"):
                 setattr(module, name, getattr(module, name, None))
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    for sequence in [m for m in model.modules() if type(m) is nn.Sequential]:
-        for (_, conv), (name, relu) in pairwise(list(sequence.named_children())):
-            if (
-                type(conv) is PackedConv2d
-                and type(relu) is nn.ReLU
-                and conv.norm is conv.activation is None
-                and uses[id(conv)] == uses[id(sequence)]
-                and not conv._forward_hooks
-            ):
-                conv.activation = F.relu_
-                sequence.add_module(name, nn.Identity())
 
 
 def _is_simple(conv: nn.Module) -> bool:
