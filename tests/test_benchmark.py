@@ -229,6 +229,7 @@ TINY = [
     *["MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
     *["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"],
     *["MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "TEST.DETECTIONS_PER_IMAGE", "5"],
+    *["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"],
 ]
 
 
@@ -237,6 +238,7 @@ TINY = [
     [
         "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml",  # which trains in NCHW
     ],
 )
 def test_detectors(config):

@@ -43,6 +43,7 @@ class Network:
         is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
         load: loads its trained weights, where it has any.
         size: (height, width) in pixels, of one that is made for images of one size.
+        channels_last: whether it trains in that memory format.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Network:
     is_detector: bool = False
     load: Callable[[nn.Module], object] | None = None
     size: tuple[int, int] | None = None
+    channels_last: bool = True
 
 
 def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
@@ -147,6 +149,7 @@ def detector(
         is_detector=True,
         load=load if weights else None,
         size=(side, side) if side else None,
+        channels_last=cfg.MODEL.CHANNELS_LAST,
     )
 
 

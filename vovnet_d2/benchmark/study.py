@@ -231,9 +231,10 @@ class Study:
         images = random_images(cell.batch, cell.size_for(network), device)
         original = self._model(network)
         if training:
-            model = treatment.for_training(original).to(device)
+            model = treatment.for_training(original, channels_last=network.channels_last)
         else:
-            model = treatment.for_inference(original).to(device)
+            model = treatment.for_inference(original)
+        model.to(device)
         inputs: Any = images
         if network.is_detector:
             inputs = detector_inputs(model, images)

@@ -58,15 +58,20 @@ class Treatment:
             return plain(model).eval().requires_grad_(False)
         return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
 
-    def for_training(self, model: nn.Module) -> nn.Module:
+    def for_training(self, model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         """A copy of ``model`` to train, as the trainer would have it.
+
+        Args:
+            channels_last: ``MODEL.CHANNELS_LAST`` of its config.
 
         Raises:
             ValueError: this treatment has nothing to do in it.
         """
         if self.plain:
             return plain(model).train()
-        model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+        model = copy.deepcopy(model).train()
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
         if self.checkpoint:
             bodies = [module for module in model.modules() if isinstance(module, VoVNet)]
             if not bodies:
