@@ -23,6 +23,7 @@ from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
 from vovnet_d2.benchmark.workload import (
     count_multiply_adds,
 )
+from vovnet_d2.modeling.onednn import PackedConv2d
 
 CPU = torch.device("cpu")
 
@@ -216,16 +217,44 @@ def test_layers_add_up_to_the_total():
 
 def test_ceilings_do_the_work_that_they_claim(monkeypatch):
     monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 64)
-    for ceiling in (
-        ceilings._product(CPU, torch.bfloat16),
-        ceilings._convolution(torch.bfloat16),
-        ceilings.matrix_ceiling(CPU, torch.bfloat16),
-    ):
+    product = ceilings._product(CPU, torch.bfloat16)
+    convolution = ceilings._convolution(torch.bfloat16, 8, 16)
+    packed = convolution.call()
+    # Operators of torch's own, which can be counted.
+    monkeypatch.setattr(PackedConv2d, "_is_packable", lambda conv, maps: False)
+    torch.testing.assert_close(packed, convolution.call(), atol=0.01, rtol=0.01)
+    for ceiling in (product, convolution):
         assert count_multiply_adds(ceiling.call) == ceiling.work
         assert ceiling.call().dtype == torch.bfloat16
     monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 1000)
     ceiling = ceilings.copy_ceiling(CPU)
     assert ceiling.call().nbytes * 2 == ceiling.work == 2000
+
+
+@pytest.mark.parametrize("fastest", range(1 + len(ceilings._CONVOLUTIONS)))
+def test_the_ceiling_is_the_fastest(monkeypatch, fastest):
+    def pretend(calls, **options):
+        names = list(calls)
+        return {name: [1e-3 if name == names[fastest] else 1e3] for name in names}
+
+    monkeypatch.setattr(ceilings, "time_interleaved", pretend)
+    found = ceilings.matrix_ceiling(CPU, torch.float32).description
+    expected = ["product of", *(f"of {c} channels on {s}x{s}" for c, s in ceilings._CONVOLUTIONS)]
+    assert expected[fastest] in found
+
+
+def test_the_ceilings_convolution_does_not_order_its_weight_at_each_call(monkeypatch):
+    ordered = []
+    pack = PackedConv2d._packed_weights
+    monkeypatch.setattr(
+        PackedConv2d, "_packed_weights", lambda *args: ordered.append(pack(*args)) or ordered[-1]
+    )
+    ceiling = ceilings._convolution(torch.float32, 8, 16)
+    for _ in range(2):
+        ceiling.call()
+    (first,), (second,) = ordered
+    assert first is second
+    assert first.layout == torch._mkldnn
 
 
 def test_peak_memory_of_known_tensors():

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..analysis.memory_access import LayerCost
+from ..modeling.onednn import PackedConv2d
 from .protocol import time_interleaved
 
 __all__ = ["Ceiling", "copy_ceiling", "floor_seconds", "matrix_ceiling"]
 
 _MATRIX_SIZE = {"cuda": 8192, "cpu": 1536}
+_CONVOLUTIONS = ((128, 128), (256, 64), (512, 32))  # channels, and height and width of the maps
 _COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
 
 
@@ -36,11 +37,11 @@ class Ceiling:
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """A product of two square matrices, large enough to keep the device busy; on a CPU a 3x3
-    convolution instead where that is faster, as the two come from different libraries there."""
+    """A product of two square matrices, large enough to keep the device busy; on a CPU the fastest
+    of several 3x3 convolutions instead where that is faster, as they come from another library."""
     choices = [_product(device, dtype)]
     if device.type == "cpu":
-        choices.append(_convolution(dtype))
+        choices += [_convolution(dtype, *shape) for shape in _CONVOLUTIONS]
     calls = {choice.description: choice.call for choice in choices}
     times = time_interleaved(calls, device=device, warmup=1, repeats=3)
     return max(choices, key=lambda choice: choice.work / min(times[choice.description]))
@@ -54,12 +55,13 @@ def _product(device: torch.device, dtype: torch.dtype) -> Ceiling:
     return Ceiling(lambda: torch.mm(a, b, out=out), size**3, f"product of {size}x{size} matrices")
 
 
-def _convolution(dtype: torch.dtype) -> Ceiling:
-    channels, size = 256, 64
+def _convolution(dtype: torch.dtype, channels: int, size: int) -> Ceiling:
     maps = torch.randn(1, channels, size, size).to(dtype, memory_format=torch.channels_last)
-    kernel = torch.randn(channels, channels, 3, 3).to(dtype)
+    # With its weight in oneDNN's order: otherwise each call would put it into that order.
+    conv = PackedConv2d(channels, channels, 3, padding=1, bias=False).to(dtype)
+    conv.requires_grad_(False)
     return Ceiling(
-        lambda: F.conv2d(maps, kernel, padding="same"),
+        lambda: conv(maps),
         size**2 * 9 * channels**2,
         f"3x3 convolution of {channels} channels on {size}x{size}",
     )
