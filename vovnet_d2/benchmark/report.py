@@ -34,9 +34,11 @@ CONVENTIONS = {
     "compared_at": "the size of image that networks are compared at, or each one's own",
     "GFLOP/s": "GFLOPs of the batch over the median time (the paper's computation efficiency)",
     "of matrix ceiling": "GFLOP/s over those of a large matrix product in the same dtype (on a CPU "
-    "of a 3x3 convolution, where that is faster), timed in the same rounds",
+    "of the fastest of several 3x3 convolutions, where that is faster), timed in the same rounds; "
+    "none of detectors in another dtype than float32, as their heads stay in float32",
     "of floor": "the sum, over the same layers, of the larger of the time for a layer's operations "
-    "at that ceiling and the time for its bytes at the speed of a large copy; over the time",
+    "at that ceiling and the time for its bytes at the speed of a large copy; over the time; none "
+    "where there is none of the ceiling",
     "× network, × treatment": "time over that of the reference network under the same treatment, "
     "and over that of the same network under the reference treatment: median [quartiles] of the "
     "ratios within each round",

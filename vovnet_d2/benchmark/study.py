@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -19,12 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..analysis import Complexity, analyze
+from ..modeling.allocation import keep_freed_memory
 from .ceilings import Ceiling, copy_ceiling, floor_seconds, matrix_ceiling
 from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
 from .memory import allocated, peak_memory
 from .networks import Network, calibrate_norms
 from .protocol import describe_environment, interleaved_rounds, ratios
-from .treatments import TREATMENTS, Treatment
+from .treatments import TREATMENTS, Treatment, compiled_or_failed
 from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
 
 __all__ = ["MODES", "Plan", "Study"]
@@ -112,21 +113,40 @@ class _Cell:
         return _times(self.size) if self.size else "own size"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Case:
+    """
+    Attributes:
+        call: one inference or one step, until one fails.
+        multiply_adds: for one image, in the mode in which it is called.
+        error: what a call failed with.
+    """
+
     network: Network
     treatment: Treatment
     call: Callable[[], object]
     peak_memory: int
+    complexity: Complexity
+    multiply_adds: float
+    error: str = ""
 
     @property
     def name(self) -> str:
         return _case_name(self.network.name, self.treatment.name)
 
-    @property
-    def matrix(self) -> str:
-        """Name of its matrix ceiling."""
-        return f"matrix {self.treatment.dtype} {self.treatment.tf32}"
+    def run(self) -> None:
+        """Call it. Its first failure ends it, and not the others beside it."""
+        try:
+            self.call()
+            return
+        except Exception as error:
+            self.error = f"{_reason(error)} (while timed beside the others)"
+        self.call = _nothing
+        _free_memory()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _case_name(network: str, treatment: str) -> str:
@@ -139,7 +159,8 @@ class Study:
     Attributes:
         rows: one per network, treatment, mode, size and batch, as far as measured; a case that
             cannot run has the reason under ``"error"``, and no numbers.
-        interruption: what ended :meth:`run` early: Ctrl-C or another signal.
+        interruption: what ended :meth:`run` early: Ctrl-C, another signal, or an error that was
+            not that of one case.
     """
 
     def __init__(self, plan: Plan):
@@ -147,6 +168,7 @@ class Study:
         self.rows: list[dict[str, Any]] = []
         self.interruption: BaseException | None = None
         self._models: dict[str, nn.Module] = {}
+        self._ceilings: dict[str, Ceiling] = {}
         self._complexities: dict[tuple[str, tuple[int, int]], Complexity] = {}
 
     @cached_property
@@ -166,7 +188,15 @@ class Study:
             else f"{meter.source}; idle power included; median of {_ENERGY_BLOCKS} blocks of at "
             f"least {plan.energy_seconds:g} s in all"
         )
-        return describe_environment(plan.device) | {
+        described = describe_environment(plan.device)
+        described.pop("float32 convolutions", None)  # as each treatment sets it: see its rows
+        if plan.device.type == "cpu":
+            described["freed memory"] = (
+                "up to 2 GiB kept by the process"
+                if keep_freed_memory()
+                else "left to the C library"
+            )
+        return described | {
             "warm-up": f"{plan.warmup} calls",
             "repeats": f"{plan.repeats} rounds of all cases, in random order",
             "energy": energy,
@@ -176,37 +206,47 @@ class Study:
         return [TREATMENTS[name] for name in self.plan.treatments]
 
     def run(self) -> None:
-        """Measure everything; when interrupted, keep what there is."""
+        """Measure everything; whatever ends this early, keep what there is."""
         plan = self.plan
         cells = [_Cell(*values) for values in product(plan.modes, plan.sizes, plan.batches)]
         cases = len(plan.networks) * len(plan.treatments)
+        if plan.device.type == "cpu":
+            keep_freed_memory()  # for all, and not only behind the first optimized treatment
         try:
-            with tqdm(total=len(cells) * (cases + plan.repeats), unit="step") as bar:
+            with (
+                compiled_or_failed(len(cells) * cases),
+                tqdm(total=len(cells) * (cases + plan.repeats), unit="step") as bar,
+            ):
                 for cell in cells:
                     self._measure(cell, bar)
-        except (KeyboardInterrupt, SystemExit) as interruption:  # a signal may raise the latter
+        except BaseException as interruption:  # a signal may raise SystemExit
             self.interruption = interruption
 
     def _measure(self, cell: _Cell, bar: tqdm) -> None:
+        _free_memory()  # of the cell before
         bar.set_description(f"{cell.mode}, batch {cell.batch}, {cell.size_name}")
         cases: list[_Case] = []
-        for network, name in product(self.plan.networks, self.plan.treatments):
-            bar.set_postfix_str(_case_name(network.name, name))
+        for network, treatment in product(self.plan.networks, self.treatments()):
+            bar.set_postfix_str(_case_name(network.name, treatment.name))
+            reason = ""
             try:
-                cases.append(self._prepare(cell, network, TREATMENTS[name]))
-            except (RuntimeError, ValueError) as error:
-                self.rows.append(self._row(cell, network, TREATMENTS[name], error=_reason(error)))
-                gc.collect()
-                if self.plan.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                cases.append(self._prepare(cell, network, treatment))
+            except Exception as error:  # networks are anybody's, and so are their errors
+                reason = _reason(error)
+            if reason:  # the error is gone, and with it the frames that held memory
+                self.rows.append(self._row(cell, network, treatment, error=reason))
+                _free_memory()
             bar.update()
-        if not cases:
-            bar.update(self.plan.repeats)
-            return
         bar.set_postfix_str("")
-        ceilings = self._ceilings(cases)
-        calls = {case.name: case.call for case in cases}
-        calls |= {name: ceiling.call for name, ceiling in ceilings.items()}
+        if cases:
+            self._time(cell, cases, bar)
+        else:
+            bar.update(self.plan.repeats)
+
+    def _time(self, cell: _Cell, cases: Sequence[_Case], bar: tqdm) -> None:
+        calls: dict[str, Callable[[], object]] = {case.name: case.run for case in cases}
+        names = {_COPY, *(_matrix_name(case.treatment) for case in cases)}
+        calls |= {name: self._ceilings[name].call for name in sorted(names)}
         rounds: list[dict[str, float]] = []
         joules: dict[str, float] = {}
         try:
@@ -217,16 +257,22 @@ class Study:
                 bar.update()
             joules = self._joules(cases)
         finally:
-            if rounds:
-                series = {name: [one[name] for one in rounds] for name in calls}
-                for case in cases:
-                    self.rows.append(self._measured_row(cell, case, series, ceilings, joules))
+            failed = {case.name for case in cases if case.error}
+            series = {name: [one[name] for one in rounds] for name in calls.keys() - failed}
+            for case in cases:
+                if case.error:
+                    self.rows.append(
+                        self._row(cell, case.network, case.treatment, error=case.error)
+                    )
+                elif rounds:
+                    self.rows.append(self._measured_row(cell, case, series, joules))
 
     def _prepare(self, cell: _Cell, network: Network, treatment: Treatment) -> _Case:
-        """Make a case and warm it up."""
+        """Make a case and warm it up, and first its ceilings, for which there is memory then."""
         device, training = self.plan.device, cell.mode == "training"
         if reason := treatment.refusal(device, training=training):
             raise _Refused(reason)
+        self._make_ceilings(treatment)
         before = allocated(device)
         images = random_images(cell.batch, cell.size_for(network), device)
         original = self._model(network)
@@ -244,7 +290,14 @@ class Study:
         call = make(model, inputs, treatment, device)
         for _ in range(self.plan.warmup):
             call()
-        return _Case(network, treatment, call, peak_memory(call, model, device, before=before))
+        return _Case(
+            network,
+            treatment,
+            call,
+            peak_memory(call, model, device, before=before),
+            self._complexity(network, cell.size_for(network)),
+            self._multiply_adds(network, cell),
+        )
 
     def _model(self, network: Network) -> nn.Module:
         """On the CPU; never changed."""
@@ -266,18 +319,17 @@ class Study:
             self._complexities[network.name, size] = analyze(model, size)
         return self._complexities[network.name, size]
 
-    def _ceilings(self, cases: Sequence[_Case]) -> dict[str, Ceiling]:
-        device = self.plan.device
-        ceilings = {_COPY: copy_ceiling(device)}
-        for case in cases:
-            if case.matrix not in ceilings:
-                with torch.no_grad():
-                    ceiling = matrix_ceiling(device, case.treatment.dtype)
-                call = _under(case.treatment.precision, device, ceiling.call)
-                ceilings[case.matrix] = Ceiling(call, ceiling.work, ceiling.description)
-        for ceiling in ceilings.values():
-            ceiling.call()
-        return ceilings
+    def _make_ceilings(self, treatment: Treatment) -> None:
+        """Where the study does not have them yet."""
+        device, matrix = self.plan.device, _matrix_name(treatment)
+        if _COPY not in self._ceilings:
+            self._ceilings[_COPY] = copy_ceiling(device)
+            self._ceilings[_COPY].call()
+        if matrix not in self._ceilings:
+            ceiling = matrix_ceiling(device, treatment.dtype)
+            call = _under(treatment.precision, device, ceiling.call)
+            call()
+            self._ceilings[matrix] = replace(ceiling, call=call)
 
     def _joules(self, cases: Sequence[_Case]) -> dict[str, float]:
         """Of one call of each case; nothing where it cannot be measured."""
@@ -285,18 +337,12 @@ class Study:
         if isinstance(meter, NoEnergyMeter):
             return {}
         seconds = self.plan.energy_seconds / _ENERGY_BLOCKS
-        blocks = [
-            {
-                case.name: joules_per_call(
-                    meter, case.call, device=self.plan.device, seconds=seconds
-                )
-                for case in cases
-            }
-            for _ in range(_ENERGY_BLOCKS)
-        ]
-        return {
-            case.name: float(np.median([block[case.name] for block in blocks])) for case in cases
-        }
+        blocks: dict[str, list[float]] = {}
+        for case in [*cases] * _ENERGY_BLOCKS:
+            if not case.error:
+                joules = joules_per_call(meter, case.run, device=self.plan.device, seconds=seconds)
+                blocks.setdefault(case.name, []).append(joules)
+        return {name: float(np.median(joules)) for name, joules in blocks.items()}
 
     def _multiply_adds(self, network: Network, cell: _Cell) -> float:
         """For one image: in training with the backward pass, counted in a real step."""
@@ -322,28 +368,13 @@ class Study:
         cell: _Cell,
         case: _Case,
         times: Mapping[str, Sequence[float]],
-        ceilings: Mapping[str, Ceiling],
         joules: Mapping[str, float],
     ) -> dict[str, Any]:
         network, seconds = case.network, np.array(times[case.name])
-        complexity = self._complexity(network, cell.size_for(network))
-        multiply_adds = self._multiply_adds(network, cell)
-        rate = ceilings[case.matrix].work / np.array(times[case.matrix])
-        bandwidth = ceilings[_COPY].work / np.array(times[_COPY])
-        floor_share = None
-        if cell.mode == "inference":
-            size = case.treatment.dtype.itemsize
-            floors = [
-                floor_seconds(
-                    complexity.layers,
-                    batch=cell.batch,
-                    element_size=size,
-                    multiply_adds_per_second=r,
-                    bytes_per_second=b,
-                )
-                for r, b in zip(rate, bandwidth, strict=True)
-            ]
-            floor_share = float(np.median(floors / seconds))
+        matrix = _matrix_name(case.treatment)
+        rate, bandwidth = (
+            self._ceilings[name].work / np.array(times[name]) for name in (matrix, _COPY)
+        )
         latency = float(np.median(seconds))
         per_call = joules.get(case.name)
         reference = _case_name(self.plan.reference_of(network.name), case.treatment.name)
@@ -352,19 +383,16 @@ class Study:
             cell,
             network,
             case.treatment,
-            gflops=multiply_adds / 1e9,
-            parameters_m=complexity.total.parameters / 1e6,
+            gflops=case.multiply_adds / 1e9,
+            parameters_m=case.complexity.total.parameters / 1e6,
             latency_ms=latency * 1e3,
             latency_p95_ms=float(np.percentile(seconds, 95)) * 1e3,
             fps=cell.batch / latency,
             peak_memory_mb=case.peak_memory / 1e6,
             joules_per_image=None if per_call is None else per_call / cell.batch,
-            gflops_per_second=cell.batch * multiply_adds / latency / 1e9,
-            share_of_matrix_ceiling=float(
-                np.median(cell.batch * multiply_adds / seconds / rate),
-            ),
-            share_of_floor=floor_share,
-            matrix_ceiling=ceilings[case.matrix].description,
+            gflops_per_second=cell.batch * case.multiply_adds / latency / 1e9,
+            **_shares(cell, case, seconds, rate, bandwidth),
+            matrix_ceiling=self._ceilings[matrix].description,
             matrix_ceiling_gflops_per_second=float(np.median(rate)) / 1e9,
             copy_gb_per_second=float(np.median(bandwidth)) / 1e9,
             rounds=len(seconds),
@@ -381,6 +409,7 @@ class Study:
             "treatment": treatment.name,
             "mode": cell.mode,
             "dtype": str(treatment.dtype).removeprefix("torch."),
+            "float32_operands": "TF32" if treatment.tf32 else "float32",
             "batch": cell.batch,
             "compared_at": cell.size_name,
             "image_size": _times(cell.size_for(network)),
@@ -392,7 +421,8 @@ class Study:
 
 
 _COLUMNS = (
-    *("network", "treatment", "mode", "dtype", "batch", "compared_at", "image_size"),
+    *("network", "treatment", "mode", "dtype", "float32_operands", "batch"),
+    *("compared_at", "image_size"),
     *("gflops", "parameters_m", "latency_ms", "latency_p95_ms", "fps", "peak_memory_mb"),
     *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
     *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),
@@ -418,7 +448,19 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _Refused):
         return str(error)
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, KeyError):
+        first = f"KeyError: {first}"
     return "out of memory" if "can't allocate memory" in first else first
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _matrix_name(treatment: Treatment) -> str:
+    """Of its matrix ceiling."""
+    return f"matrix {treatment.dtype} {treatment.tf32}"
 
 
 def _under(
@@ -433,6 +475,28 @@ def _under(
 
 def _times(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
+
+
+def _shares(cell: _Cell, case: _Case, seconds: Any, rate: Any, bandwidth: Any) -> dict[str, float]:
+    """Of what the machine can do in a dtype, which holds where all of the network is in it."""
+    dtype = case.treatment.dtype
+    if case.network.is_detector and dtype != torch.float32:
+        return {}
+    at_full_rate = cell.batch * case.multiply_adds / rate
+    shares = {"share_of_matrix_ceiling": float(np.median(at_full_rate / seconds))}
+    if cell.mode == "inference":
+        floors = [
+            floor_seconds(
+                case.complexity.layers,
+                batch=cell.batch,
+                element_size=dtype.itemsize,
+                multiply_adds_per_second=r,
+                bytes_per_second=b,
+            )
+            for r, b in zip(rate, bandwidth, strict=True)
+        ]
+        shares["share_of_floor"] = float(np.median(floors / seconds))
+    return shares
 
 
 def _compare(

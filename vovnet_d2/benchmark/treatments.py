@@ -17,7 +17,7 @@ from ..modeling.inference import optimize_for_inference
 from ..modeling.vovnet import VoVNet
 from .plain import plain
 
-__all__ = ["TREATMENTS", "Treatment"]
+__all__ = ["TREATMENTS", "Treatment", "compiled_or_failed"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,16 @@ class Treatment:
 
 def _by_name(*treatments: Treatment) -> dict[str, Treatment]:
     return {treatment.name: treatment for treatment in treatments}
+
+
+def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
+    """A context in which torch.compile never leaves a network eager without a word, as it does
+    after an error, and beyond a number of compilations: that raises here. The number is torch's own
+    for each of ``cases``, as ``Module.compile`` counts those of all networks together."""
+    config = torch._dynamo.config
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    settings = {name: getattr(config, name) * cases for name in limits}
+    return config.patch(settings | {"fail_on_recompile_limit_hit": True, "suppress_errors": False})
 
 
 _FAST = "norms folded, channels-last; in training as the trainer has it"
