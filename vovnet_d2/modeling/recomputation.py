@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +21,11 @@ def recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
     Batch norms count each batch once. A block must draw no random numbers.
     """
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    # torch.compile knows contexts of its own kind alone, so none is given where none is needed.
-    return run(block, x, context_fn=partial(_contexts, norms)) if norms else run(block, x)
+    if torch.compiler.is_compiling():  # which knows what writes to a buffer, and runs it once
+        return run(block, x)
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    return run(block, x, context_fn=partial(_contexts, norms))
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
