@@ -193,7 +193,7 @@ def test_what_cannot_run_is_a_row(error, reason):
 
 
 class Failing(Sleeper):
-    """In its fourth call: after one to warm up, one for its memory and one round."""
+    """In its fifth call: after one to warm up, two for its memory and one round."""
 
     def __init__(self):
         super().__init__(0)
@@ -201,7 +201,7 @@ class Failing(Sleeper):
 
     def forward(self, x):
         self.calls += x.device.type != "meta"
-        if self.calls == 4:
+        if self.calls == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried ...")
         return super().forward(x)
 

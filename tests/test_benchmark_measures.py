@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vovnet_d2 import VoVNet
+from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.memory_access import LayerCost
 from vovnet_d2.benchmark import ceilings, energy
@@ -20,9 +20,8 @@ from vovnet_d2.benchmark.ceilings import floor_seconds
 from vovnet_d2.benchmark.energy import NoEnergyMeter, NvmlCounter, NvmlPower, Rapl, find_meter
 from vovnet_d2.benchmark.memory import peak_memory
 from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
-from vovnet_d2.benchmark.workload import (
-    count_multiply_adds,
-)
+from vovnet_d2.benchmark.treatments import TREATMENTS
+from vovnet_d2.benchmark.workload import count_multiply_adds, inference, training_step
 from vovnet_d2.modeling.onednn import PackedConv2d
 
 CPU = torch.device("cpu")
@@ -262,10 +261,41 @@ def test_peak_memory_of_known_tensors():
     model = nn.Linear(4, 4)
 
     def call() -> None:
+        assert model
         a = torch.zeros(4 * mb, dtype=torch.uint8)
         b = torch.zeros(2 * mb, dtype=torch.uint8)
         del a
         c = torch.zeros(3 * mb, dtype=torch.uint8)
         del b, c
 
-    assert peak_memory(call, model, CPU, before=0) == pytest.approx(6 * mb + 20 * 4, abs=2000)
+    assert peak_memory(call, CPU, before=0) == pytest.approx(6 * mb + 20 * 4, abs=2000)
+
+
+class OneMap(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.net(x)}
+
+
+def test_peak_memory_of_a_training_step():
+    """Weight, momentum and, from the step before until the next ones are made, gradient."""
+    model = OneMap(nn.Linear(1000, 1000, bias=False))
+    call = training_step(model, torch.randn(1, 1000), TREATMENTS["plain"], CPU)
+    for _ in range(2):
+        call()
+    assert peak_memory(call, CPU, before=0) == pytest.approx(3 * 4 * 1000**2, rel=0.01)
+
+
+def test_peak_memory_of_packed_weights():
+    """The weight, its copy in oneDNN's order, which is one for both images, and two maps."""
+    model = optimize_for_inference(nn.Conv2d(256, 256, 3, padding=1, bias=False))
+    images = [torch.randn(1, 256, side, side) for side in (8, 9)]
+    images = [image.to(memory_format=torch.channels_last) for image in images]
+    calls = [inference(model, image, TREATMENTS["optimized"], CPU) for image in images]
+    for call in calls:
+        call()
+    expected = 4 * (2 * 256 * 256 * 9 + 2 * 256 * 9 * 9)
+    assert peak_memory(calls[1], CPU, before=0) == pytest.approx(expected, rel=0.01)

@@ -294,7 +294,7 @@ class Study:
             network,
             treatment,
             call,
-            peak_memory(call, model, device, before=before),
+            peak_memory(call, device, before=before),
             self._complexity(network, cell.size_for(network)),
             self._multiply_adds(network, cell),
         )
