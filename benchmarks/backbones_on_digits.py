@@ -25,6 +25,7 @@ from tabulate import tabulate
 from vovnet_d2.benchmark.networks import detector
 from vovnet_d2.benchmark.protocol import write_csv
 from vovnet_d2.benchmark.study import Plan, Study
+from vovnet_d2.engine.checks import parse_device
 
 CONFIGS = {
     "ResNet-50": "configs/Digits/mask_rcnn_R_50_FPN.yaml",
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     rows = run_all(args)
     steps = time_steps(args.device)

@@ -582,11 +582,19 @@ def test_plots_without_accuracy_and_energy():
 
 def test_presets_are_plans():
     for name, preset in tool.PRESETS.items():
-        args = tool.parse_arguments(["--preset", name, "--repeats", "7"])
+        args = tool.parse_arguments(["--preset", name, "--repeats", "7", "--device", "cpu"])
         assert args.repeats == 7
         assert args.models == preset.get("models", [])
-        if args.device.type == "cpu":
-            assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
+        assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
+
+
+def test_the_preset_of_a_gpu_needs_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert tool.parse_arguments(["--preset", "gpu"]).device == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="2"):
+        tool.parse_arguments(["--preset", "gpu"])
+    assert "'cuda' is no device that torch finds here: choose from cpu\n" in capsys.readouterr().err
 
 
 def test_tool(tmp_path, capsys):
@@ -616,6 +624,9 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
     assert len(written) == 1
 
 
+RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -625,11 +636,28 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
         (["--models", "V-39", "--reference", "a", "b"], "--reference names 2 networks for all"),
         (["--models", "V-39", "--reference", "V-57"], "No reference network 'V-57'"),
         (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes numbers"),
+        (["--models", "V-39", "--accuracy", "V-39"], "'V-39' is neither NAME=AP nor a CSV file"),
+        (["--models", "V-39", "--accuracy", str(Path(__file__).parent)], "be read: Is a directory"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
         (["--models", "V-39", "--batches", "0"], "whole numbers from 1 up"),
         (["--models", "V-39", "--options", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
         (["--models", "V-39", "--output", __file__], "cannot be a folder: File exists"),
         (["--models", "V-39", "--sizes", "own"], "V-39 has no size of its own"),
+        *(
+            (["--models", name, "--norm", "foo"], "No norm 'foo': there are '', 'BN', 'SyncBN',")
+            for name in ("V-39", "ResNet-50")
+        ),
+        (["--models", "DenseNet-161", "--norm", "GN"], "--norm is of VoVNet and ResNet"),
+        (["--models", "timm:ese_vovnet39b", "--norm", "GN"], "--norm is of VoVNet and ResNet"),
+        (["--config-file", RETINANET, "--norm", "GN"], "--norm is of VoVNet and ResNet"),
+        *(
+            (["--config-file", RETINANET, "--options", key, "X"], f"{key} 'X' is not registered")
+            for key in ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME")
+        ),
+        *(
+            (["--models", "V-39", "--device", name], f"'{name}' is no device that torch finds")
+            for name in ("gpu", "meta", "cuda:99")
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
@@ -637,8 +665,10 @@ def test_mistakes_are_told_in_a_sentence(words, message, capsys):
         run_or_exit(tool.run, tool.parse_arguments(words))
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+    if not error.startswith("usage: "):  # argparse's
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    assert message in error.splitlines()[-1]
     assert "Traceback" not in error
 
 
@@ -648,6 +678,12 @@ def test_accuracy_from_a_file(tmp_path):
     assert tool.read_accuracy([str(file), "b=1"]) == {"V-39": 33.5, "b": 1.0}
     file.write_text("name,ap\nV-39,33.5\n")
     with pytest.raises(ValueError, match="no CSV file with the columns network and accuracy"):
+        tool.read_accuracy([str(file)])
+    file.write_text("network,accuracy\nV-39\n")
+    with pytest.raises(ValueError, match=r"--accuracy takes numbers, .*ap.csv"):
+        tool.read_accuracy([str(file)])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"nor a CSV file that can be read: 'utf-8' codec"):
         tool.read_accuracy([str(file)])
 
 

@@ -4,12 +4,14 @@
 
 import json
 import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
 from coco_tree import THINGS
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,7 +22,7 @@ from engine_runs import FASTER_RCNN, RETINANET
 from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.data import register_digits
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import check_config, check_data, check_initialisation
+from vovnet_d2.engine.checks import check_config, check_data, check_initialisation, parse_device
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -279,3 +281,12 @@ def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFi
 def test_evaluation_does_not_ask_for_what_training_needs() -> None:
     options = ["SOLVER.IMS_PER_BATCH", "0", "SOLVER.AMP.ENABLED", "True"]
     check_config(config(*options, "SOLVER.AMP.DTYPE", "float16"), training=False)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert parse_device(name) == torch.device(name)
+    for name in ("gpu", "meta", "mps", "cuda:2", "cuda:-1", ""):
+        with pytest.raises(ArgumentTypeError, match=rf"'{name}' .* cpu, cuda, cuda:0, cuda:1$"):
+            parse_device(name)

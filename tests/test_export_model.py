@@ -106,14 +106,19 @@ def test_disagreement_is_told(monkeypatch):
         (["--images", __file__], f"{__file__} is not a picture that can be read."),
         (["--images", "missing.jpg"], "missing.jpg"),
         (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
-        (["--device", "cuda"], "--device is cuda, but torch finds no GPU."),
     ],
 )
 def test_mistakes(args, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command = ["export_model.py", "--config-file", MASK_RCNN, *args, *options()]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(export_model.__file__, run_name="__main__")
     assert str(exit.value.code).startswith("error: ")
     assert message in str(exit.value.code)
+
+
+def test_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="2"):
+        export("--device", "cuda")
+    assert "--device: 'cuda' is no device that torch finds here" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from torch import nn
 from vovnet_d2 import VoVNetCheckpointer
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine import load_config
+from vovnet_d2.engine.checks import parse_device
 from vovnet_d2.export import (
     FORMATS,
     PARTS,
@@ -62,7 +63,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "inputs, and pasting of masks",
     )
     parser.add_argument("--output", default="exported", help="folder (default: exported)")
-    parser.add_argument("--device", default="cpu", help="to export and check on (default: cpu)")
+    parser.add_argument(
+        "--device", type=parse_device, default="cpu", help="to export and check on (default: cpu)"
+    )
     compared = parser.add_mutually_exclusive_group()
     compared.add_argument(
         "--images",
@@ -95,11 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         check_format(format, kind)
     if kind is BackboneTarget and "postprocessing" in args.without:
         raise ValueError(f"The part {args.part} has no post-processing to leave out.")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {args.device}, but torch finds no GPU.")
     # Or a difference could be eager's rounding to TF32.
     torch.backends.cudnn.allow_tf32 = False
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
     images = _read_images(cfg, args.images) if args.images else None
     model = build_model(cfg).eval()
     VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from vovnet_d2.analysis.convolution_study import make_cases, measure, plot
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
+from vovnet_d2.engine.checks import parse_device
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--size", type=int, default=56, help="height and width of the maps")
@@ -38,8 +39,6 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use.")
     protocol = describe_environment(args.device) | {
         "dtype": args.dtype,
         "batch": args.batch,

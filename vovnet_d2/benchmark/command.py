@@ -10,11 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..engine.checks import parse_device
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
-from .networks import BACKBONES, backbone, detector
+from .networks import BACKBONES, DEFAULT_NORM, backbone, detector, takes_norm
 from .published import PAPER_TABLES, PaperTable, format_paper_table
 from .report import format_table, write_study
 from .study import MODES, Plan, Study
@@ -74,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "modes": list(MODES),
         "batches": [1, 8],
         "sizes": [(480, 640), (800, 1344)],
-        "device": torch.device("cuda"),
+        "device": "cuda",
         "warmup": 10,
         "repeats": 50,
     },
@@ -119,7 +118,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-unsafe-yaml", action="store_true", help="accept Python tags in these files"
     )
-    parser.add_argument("--norm", default="FrozenBN", help="of VoVNet and ResNet as backbones")
+    parser.add_argument(
+        "--norm", help=f"of VoVNet and ResNet in --models; {DEFAULT_NORM} unless given"
+    )
     parser.add_argument(
         "--treatments", nargs="+", default=["plain", "optimized"], metavar="NAME", help="see above"
     )
@@ -137,7 +138,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="HEIGHTxWIDTH",
         help="of the images; own is the size that each config fixes (INPUT.FIXED_SIZE)",
     )
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=parse_device, default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--warmup", type=int, default=3, help="calls that are not timed")
     parser.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
     parser.add_argument(
@@ -191,16 +192,29 @@ def read_accuracy(words: list[str]) -> dict[str, float]:
     for word in words:
         if "=" in word:
             pairs.append(word.rsplit("=", 1))
-            continue
-        with open(word, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        if not lines or not {"network", "accuracy"} <= lines[0].keys():
-            raise ValueError(f"{word} is no CSV file with the columns network and accuracy.")
-        pairs += [[line["network"], line["accuracy"]] for line in lines]
+        else:
+            pairs += read_columns(word, ["network", "accuracy"])
     try:
         return {name: float(value) for name, value in pairs}
-    except ValueError:
-        raise ValueError(f"--accuracy takes numbers, NAME=AP: {' '.join(words)}") from None
+    except (TypeError, ValueError):  # None, at the end of a short line
+        raise ValueError(
+            f"--accuracy takes numbers, as NAME=AP or in a CSV file: {' '.join(words)}"
+        ) from None
+
+
+def read_columns(file_name: str, columns: list[str]) -> list[list[str]]:
+    """Of a CSV file, line by line."""
+    try:
+        with open(file_name, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{file_name!r} is neither NAME=AP nor a CSV file that can be read: {reason}."
+        ) from error
+    if not lines or not set(columns) <= lines[0].keys():
+        raise ValueError(f"{file_name} is no CSV file with the columns {' and '.join(columns)}.")
+    return [[line[column] for column in columns] for line in lines]
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -212,9 +226,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ValueError("Nothing to measure: give --models, --config-file or --preset.")
     if not args.config_file and (args.options or args.weights or args.allow_unsafe_yaml):
         raise ValueError("--options, --weights and --allow-unsafe-yaml go with --config-file.")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use.")
-    networks = [backbone(name, norm=args.norm) for name in args.models]
+    norm = DEFAULT_NORM if args.norm is None else args.norm
+    networks = [backbone(name, norm=norm) for name in args.models]
+    if args.norm is not None and not any(takes_norm(name) for name in args.models):
+        raise ValueError("--norm is of VoVNet and ResNet in --models, and there is none.")
     networks += [
         detector(file, args.options, weights=args.weights, unsafe=args.allow_unsafe_yaml)
         for file in args.config_file

@@ -22,16 +22,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer
+from ..engine.checks import check_network
 from ..engine.config import load_config, resolve_config
 from ..modeling.baselines.timm_backbone import TimmBackbone
 from ..modeling.baselines.torchvision_backbone import TorchvisionBackbone
+from ..modeling.layers import NORMS
 from ..modeling.specs import VOVNET_SPECS
 from ..modeling.vovnet import VoVNet
 from .plain import plain
 from .workload import as_pixels
 
-__all__ = ["BACKBONES", "Network", "backbone", "calibrate_norms", "detector"]
+__all__ = [
+    "BACKBONES",
+    "DEFAULT_NORM",
+    "Network",
+    "backbone",
+    "calibrate_norms",
+    "detector",
+    "takes_norm",
+]
 
+DEFAULT_NORM = "FrozenBN"
 _TIMM = "timm:"
 
 
@@ -54,21 +65,31 @@ class Network:
     channels_last: bool = True
 
 
-def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
+def backbone(name: str, *, norm: str = DEFAULT_NORM) -> Network:
     """A network that gives the maps of strides 4, 8, 16 and 32 as a dict.
 
     Args:
         name: a key of :data:`BACKBONES`, or ``"timm:NAME"`` for any network of timm's that has
             these maps.
-        norm: of VoVNet and ResNet; DenseNet and timm's have BN.
+        norm: where :func:`takes_norm` says so; DenseNet and timm's have BN.
 
     Raises:
-        ValueError: there is no such network, it has no such maps, or timm is not installed.
+        ValueError: there is no such network or norm, it has no such maps, or timm is not installed.
     """
+    network = Network(name, _find_builder(name, norm))
+    with torch.device("meta"):  # to be refused before anything is measured
+        network.build()
+    return network
+
+
+def takes_norm(name: str) -> bool:
+    """Whether the norm of a backbone can be chosen."""
+    return BACKBONES.get(name) in (_vovnet, _resnet)
+
+
+def _find_builder(name: str, norm: str) -> Callable[[], nn.Module]:
     if name.startswith(_TIMM):
-        with torch.device("meta"):  # to be refused before anything is measured
-            TimmBackbone(name.removeprefix(_TIMM))
-        return Network(name, lambda: TimmBackbone(name.removeprefix(_TIMM)))
+        return lambda: TimmBackbone(name.removeprefix(_TIMM))
     if name not in BACKBONES:
         close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
         meant = f"Did you mean {' or '.join(close)}? " if close else ""
@@ -76,7 +97,9 @@ def backbone(name: str, *, norm: str = "FrozenBN") -> Network:
             f"No network {name!r}. {meant}There are {', '.join(BACKBONES)}, timm:NAME for timm's, "
             "and detectors by --config-file."
         )
-    return Network(name, lambda: BACKBONES[name](name, norm))
+    if norm not in NORMS:
+        raise ValueError(f"No norm {norm!r}: there are {', '.join(map(repr, NORMS))}.")
+    return lambda: BACKBONES[name](name, norm)
 
 
 def _vovnet(name: str, norm: str) -> nn.Module:
@@ -124,10 +147,11 @@ def detector(
         unsafe: accept Python tags in the file.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as :func:`load_config`.
+        FileNotFoundError, KeyError, ValueError: as :func:`load_config` and :func:`check_network`.
     """
     path, trusted = resolve_config(config_file)
     cfg = load_config(path, options, allow_unsafe_yaml=unsafe or trusted)
+    check_network(cfg)
     if not weights:
         cfg.MODEL.RPN.NMS_THRESH = 1.0
         for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):

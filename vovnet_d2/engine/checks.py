@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import logging
 import os
@@ -31,9 +32,11 @@ __all__ = [
     "check_data",
     "check_data_sets",
     "check_initialisation",
+    "check_network",
     "choose_device",
     "find_num_classes",
     "instance_class_keys",
+    "parse_device",
 ]
 
 logger = logging.getLogger(__name__)
@@ -58,9 +61,14 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
             batch, keypoints are in another memory format than Detectron2 takes, the device lacks
             the precision, or test-time augmentation is asked for where Detectron2 has none.
     """
+    check_network(cfg)
+    check_run(cfg, training=training)
+
+
+def check_network(cfg: CfgNode) -> None:
+    """The part of :func:`check_config` that holds whatever is done with the network."""
     _check_registered("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     _check_registered("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-    check_run(cfg, training=training)
 
 
 def check_run(cfg: CfgNode, *, training: bool) -> None:
@@ -118,6 +126,21 @@ def choose_device(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.DEVICE {name!r} is no device that torch can use here: choose cuda or cpu."
         ) from error
+
+
+def parse_device(text: str) -> torch.device:
+    """The ``type`` of a command line's ``--device``: the CPU, or a GPU that torch finds.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of these.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    choices = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if text not in choices:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device that torch finds here: choose from {', '.join(choices)}"
+        )
+    return torch.device(text)
 
 
 # Data
