@@ -138,7 +138,10 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     """In points of AP, over all metrics and classes."""
     if {k: one[k].keys() for k in one} != {k: other[k].keys() for k in other}:
         raise ValueError("The two results do not have the same metrics.")
-    return max(abs(one[task][name] - other[task][name]) for task in one for name in one[task])
+    values, others = ([r[task][name] for task in one for name in one[task]] for r in (one, other))
+    if not np.array_equal(np.isnan(values), np.isnan(others)):
+        raise ValueError("A metric is a number in one of the two results alone.")
+    return float(np.nanmax(np.abs(np.subtract(values, others))))
 
 
 def main(args: argparse.Namespace) -> None:

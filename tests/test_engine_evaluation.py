@@ -11,6 +11,8 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -168,9 +170,11 @@ def test_faster_coco_eval_gives_the_results_of_pycocotools(
 
 
 def test_detectron2_keeps_pycocotools(coco: Path, tmp_path: Path) -> None:
+    before = coco_evaluation.COCO, coco_evaluation.COCOeval_opt
     evaluate_noise(config(tmp_path, "coco_2017_val"), "coco_2017_val")
-    assert coco_evaluation.COCO.__module__ == "pycocotools.coco"
-    assert coco_evaluation.COCOevalMaxDets.__mro__[1].__module__ == "pycocotools.cocoeval"
+    assert (coco_evaluation.COCO, coco_evaluation.COCOeval_opt) == before
+    assert coco_evaluation.COCO is pycocotools.coco.COCO
+    assert issubclass(coco_evaluation.COCOeval_opt, pycocotools.cocoeval.COCOeval)
 
 
 def test_coco_api_where_faster_coco_eval_is_missing(
