@@ -17,7 +17,6 @@ from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetSpec, optimize_for_inference
 from vovnet_d2.modeling import onednn
-from vovnet_d2.modeling.onednn import PackedConv2d
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 NET = thin(STRUCTURES["eSE in all"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -49,7 +49,8 @@ def fold_norms(model: nn.Module) -> None:
     """
     if model.training:
         raise ValueError("Norms are folded for inference: call eval() on the model first.")
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if type(module).forward in _FORWARDS and _is_foldable(module.norm):
             module.norm = _fold(module, module.norm)
     backbone = getattr(model, "backbone", model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -133,8 +133,9 @@ class PackedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced():
             return super().forward(x)
+        modules: list[Any] = list(self)
         taken = None
-        for module, following in zip_longest(self, islice(self, 1, None)):
+        for module, following in zip_longest(modules, modules[1:]):
             if module is taken:
                 taken = None
             elif _takes(module, following):
