@@ -75,7 +75,9 @@ def test_the_fast_network_is_evaluated(
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one["image_id"] == other["image_id"]
-        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+        assert one["category_id"] == other["category_id"]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
 
 
 @pytest.mark.slow
