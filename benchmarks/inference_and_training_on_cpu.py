@@ -15,13 +15,14 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from vovnet_d2 import VoVNet, optimize_for_inference
@@ -230,6 +231,83 @@ def run_in_processes(cell: str, args: argparse.Namespace) -> list[dict[str, Any]
     return medians(runs)
 
 
+def write_report(lines: Sequence[Mapping[str, Any]], protocol: Mapping[str, str]) -> str:
+    cells: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for line in lines:
+        cells.setdefault(line["cell"], {})[line["case"]] = line
+    inference, training = [], []
+    for cell, cases in cells.items():
+        if CELLS[cell][0] == "plain":
+            training += [[name, *_of_step(line, cases["plain"])] for name, line in cases.items()]
+        else:
+            ours, reference = cases["ours"], cases[CELLS[cell][0]]
+            times = [ours["ms"], reference["ms"], reference["case"]]
+            inference.append([cell, *times, _ratio(ours), ours["/ plain"] or "–"])
+    parts = ["# Inference and training on a CPU", _CASES]
+    parts.append(tabulate(inference, _OF_INFERENCE, tablefmt="pipe", disable_numparse=True))
+    if training:
+        parts += ["## A step of V-39-eSE: two images of 256×320, FrozenBN", _OF_GRADIENTS]
+        parts.append(tabulate(training, _OF_TRAINING, tablefmt="pipe", disable_numparse=True))
+    parts.append("\n".join(f"- {name}: {value}" for name, value in protocol.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_step(line: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    saved = int(line["saved"]) / int(plain["saved"])
+    return [_ratio(line), f"{saved:.3f}", *(f"{float(line[error]):.1e}" for error in ERRORS)]
+
+
+def _ratio(line: Mapping[str, Any]) -> str:
+    ratio, lowest, highest = (float(line[name]) for name in ("ratio", "lowest", "highest"))
+    return f"{ratio:.3f} ({lowest:.3f} to {highest:.3f})"
+
+
+_CASES = """- **plain**: the network as commonly written, in float32 and NCHW, with separate norms
+  (`vovnet_d2/benchmark/plain.py`);
+- **recipe**: it with folded norms, in channels-last, by `torch.compile` with frozen weights, for
+  each size of image anew;
+- **timm**: timm's `ese_vovnet39b`, folded and channels-last, eager;
+- **ours**: `optimize_for_inference` with its defaults but the dtype, which compiles nothing; or a
+  training step as the package has it."""
+_OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
+_OF_INFERENCE += ["ours / plain"]
+_OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a
+step's peak memory also has weights, gradients and what an operator needs for itself. Gradients of
+all parameters together are off by so much, relative. In float64 they are the plain network's. In
+float32 they are as far from those of float64 as the plain network's own, as a value near zero
+passes a ReLU in one and not in the other."""
+_OF_TRAINING, tablefmt="pipe", disable_numparse=True))
+    parts.append("\n".join(f"- {name}: {value}" for name, value in protocol.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_step(line: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    saved = int(line["saved"]) / int(plain["saved"])
+    return [_ratio(line), f"{saved:.3f}", *(f"{float(line[error]):.1e}" for error in ERRORS)]
+
+
+def _ratio(line: Mapping[str, Any]) -> str:
+    ratio, lowest, highest = (float(line[name]) for name in ("ratio", "lowest", "highest"))
+    return f"{ratio:.3f} ({lowest:.3f} to {highest:.3f})"
+
+
+_CASES = """- **plain**: the network as commonly written, in float32 and NCHW, with separate norms
+  (`vovnet_d2/benchmark/plain.py`);
+- **recipe**: it with folded norms, in channels-last, by `torch.compile` with frozen weights, for
+  each size of image anew;
+- **timm**: timm's `ese_vovnet39b`, folded and channels-last, eager;
+- **ours**: `optimize_for_inference` with its defaults but the dtype, which compiles nothing; or a
+  training step as the package has it."""
+_OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
+_OF_INFERENCE += ["ours / plain"]
+_OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a step's peak memory
+also has weights, gradients and what an operator needs for itself. Gradients of all parameters
+together are off by so much, relative. In float64 they are the plain network's. In float32 they are
+as far from those of float64 as the plain network's own, as a value near zero passes a ReLU in one
+and not in the other."""
+_OF_TRAINING = ["case", "time / plain", "saved / plain", *ERRORS]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=5)
@@ -261,6 +339,9 @@ def main() -> None:
         lines += run_in_processes(cell, args)
         write_csv(args.output, lines, protocol)
         print(*lines[-3:], sep="\n", flush=True)
+    report = write_report(lines, protocol)
+    args.output.with_name("README.md").write_text(report, encoding="utf-8")
+    print(report)
 
 
 if __name__ == "__main__":

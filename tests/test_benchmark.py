@@ -342,7 +342,9 @@ def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where, er
         9: [4] * 2 * cases,
     }[where]
     markdown = next(p for p in write_study(result, tmp_path) if p.name == "README.md")
-    assert "- interrupted: these are the results up to then" in markdown.read_text()
+    rounds = {2: 1, 9: 4}[where]
+    expected = f"- interrupted: these are the results up to then, of {rounds} rounds or fewer"
+    assert expected in markdown.read_text()
 
 
 def test_references():
@@ -369,8 +371,11 @@ def test_references():
         ({"references": {"slow": "x"}}, r"No reference network 'x': there are slow, fast"),
         ({"accuracy": {"x": 1.0}}, r"No network with an accuracy 'x'"),
         ({"reference_treatment": "bf16"}, r"No reference treatment 'bf16': there are plain"),
-        ({"batches": [0]}, "whole numbers from 1 up"),
-        ({"sizes": [(64, 0)]}, "whole numbers from 1 up"),
+        ({"batches": [0]}, "Batches: 0 is not a whole number from 1 up"),
+        ({"sizes": [(64, 0)]}, "Sizes: 0 is not"),
+        ({"repeats": 0}, "Repeats: 0 is not"),
+        ({"warmup": -1}, "Warm-up: -1 is not"),
+        ({"energy_seconds": -1.0}, "seconds for energy are -1"),
     ],
 )
 def test_plans_that_make_no_sense(options, message):
@@ -506,7 +511,7 @@ def test_the_papers_columns_have_both_figures():
     ]
     text = format_paper_table(table, rows)
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 4 + 3
+    assert len(lines) == 4
     headings, _, ours, peer = [[cell.strip() for cell in line] for line in lines[:4]]
     found = dict(zip(headings, ours, strict=True))
     assert found["detector"] == "dsod300_V_27_slim_100k"
@@ -624,6 +629,15 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
     assert len(written) == 1
 
 
+def test_what_could_not_run_is_told(capsys):
+    words = ["--models", "V-19-slim-eSE", "--warmup", "1", "--repeats", "1", "--sizes", "8x8"]
+    with pytest.raises(ValueError, match="Nothing could run"):
+        tool.run(tool.parse_arguments(words))
+    tool.run(tool.parse_arguments([*words, "64x64"]))
+    assert "2 of 4 cases could not run" in capsys.readouterr().err
+
+
+REPOSITORY = Path(__file__).parents[1]
 RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
 
 
@@ -639,7 +653,8 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
         (["--models", "V-39", "--accuracy", "V-39"], "'V-39' is neither NAME=AP nor a CSV file"),
         (["--models", "V-39", "--accuracy", str(Path(__file__).parent)], "be read: Is a directory"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
-        (["--models", "V-39", "--batches", "0"], "whole numbers from 1 up"),
+        (["--models", "V-39", "--batches", "0"], "Batches: 0 is not a whole number"),
+        (["--models", "V-39", "--output", str(REPOSITORY)], "README.md that is not of a benchmark"),
         (["--models", "V-39", "--options", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
         (["--models", "V-39", "--output", __file__], "cannot be a folder: File exists"),
         (["--models", "V-39", "--sizes", "own"], "V-39 has no size of its own"),

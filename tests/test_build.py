@@ -396,6 +396,7 @@ def test_config_file_of_a_checkout(folder):
         ("COCO-Detection/faster_rcnn_V_39.yaml", "COCO-Detection/faster_rcnn_V_39_eSE.yaml"),
         ("Base-FPN.yml", "Base-FPN.yaml"),
         ("lazy", "lazy/mask.py"),
+        ("faster_rcnn_V_39_eSE.yaml", "COCO-Detection/faster_rcnn_V_39_eSE.yaml"),
     ],
 )
 def test_unknown_config_file(folder, name, close):

@@ -257,5 +257,6 @@ def get_config_file(name: str) -> str:
     if (path := root / name).is_file():
         return str(path)
     files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
-    close = get_close_matches(name, files, n=3, cutoff=0.3) or files[:3]
+    same = [file for file in files if Path(file).name == Path(name).name]
+    close = same or get_close_matches(name, files, n=3, cutoff=0.3) or files[:3]
     raise FileNotFoundError(f"No config file {name!r} in {root}. Close to it: {', '.join(close)}.")

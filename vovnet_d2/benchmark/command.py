@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--energy-seconds", type=float, default=2.0, help="that each case runs for its energy"
     )
-    parser.add_argument("--output", type=Path, help="folder for JSON, CSV, Markdown and plots")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for JSON, CSV, Markdown and plots, in place of those of an earlier benchmark",
+    )
     return parser
 
 
@@ -254,8 +259,13 @@ def make_folder(path: Path) -> None:
     """Before anything is measured.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be made, or has a page that is not of a benchmark.
     """
+    if (path / "README.md").exists() and not (path / "benchmark.json").exists():
+        raise ValueError(
+            f"--output {path} has a README.md that is not of a benchmark, and would be overwritten:"
+            " give another folder."
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -263,7 +273,12 @@ def make_folder(path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what ``args`` ask for; also when interrupted on the way."""
+    """Measure, print, and write what ``args`` ask for; also when interrupted on the way.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: the arguments do not make sense, or nothing that
+            they ask for could run.
+    """
     study = Study(make_plan(args))
     if args.output:
         make_folder(args.output)
@@ -279,6 +294,11 @@ def run(args: argparse.Namespace) -> None:
             print(f"Wrote {path}.")
     if study.interruption is not None:
         raise study.interruption
+    failed = sum(bool(row["error"]) for row in study.rows)
+    if failed == len(study.rows):
+        raise ValueError("Nothing could run: the table above says why.")
+    if failed:
+        print(f"{failed} of {len(study.rows)} cases could not run: see above.", file=sys.stderr)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 __all__ = ["plot_cell"]
 
@@ -27,6 +28,7 @@ _PLOTS = (
     ("joules_per_image", "accuracy", None),
     ("gflops_per_second", "joules_per_image", None),
 )
+_WIDE = 8
 _MARKERS = "osD^vP*Xph"
 _MISSING = {
     "accuracy": "the accuracy of no network was given (--accuracy)",
@@ -87,4 +89,8 @@ def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> N
         )
     axis.set_xlabel(_AXES[x])
     axis.set_ylabel(_AXES[y])
-    axis.grid(alpha=0.3)
+    values = [row[x] for row in rows if row[x]]
+    if max(values) > _WIDE * min(values):  # else the slow ones would be one blot
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.grid(alpha=0.3, which="both")

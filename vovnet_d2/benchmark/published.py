@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from .study import OWN_SIZE
+
 __all__ = ["PAPER_TABLES", "PaperTable", "Published", "format_paper_table"]
 
 
@@ -96,15 +98,17 @@ _SOURCE = (
 
 
 def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A GitHub table in the paper's columns for each treatment, size and batch.
+    """A GitHub table in the paper's columns for each treatment and batch.
 
     Args:
-        rows: a study's; training, and networks that are not in the table, are left out.
+        rows: a study's; training, other sizes of image than the config's, and networks that are
+            not in the table, are left out.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["network"] in table.detectors and row["mode"] == "inference":
-            group = f"{row['treatment']}, {row['compared_at']}, batch {row['batch']}"
+        same_work = row["mode"] == "inference" and row["compared_at"] == OWN_SIZE
+        if row["network"] in table.detectors and same_work:
+            group = f"{row['treatment']}, batch {row['batch']}"
             groups.setdefault(group, []).append(row)
     columns = _COLUMNS | {"accuracy": (table.accuracy, "{:.1f}")}
     headings = ["detector", *(heading for heading, _ in columns.values())]

@@ -25,8 +25,9 @@ __all__ = ["CONVENTIONS", "format_table", "write_study"]
 
 CONVENTIONS = {
     "GFLOPs": "multiply-adds of convolutions, fully-connected layers and attention for one image, "
-    "in units of 10^9, as the VoVNet paper counts; of a detector's heads for the number of "
-    "regions that its config allows; in training with the backward pass",
+    "in units of 10^9, as the VoVNet paper counts; in training with the backward pass. Of a "
+    "detector's heads for the number of regions that its config allows, or that training samples, "
+    "which may be fewer",
     "time": "of one call: median and 95th percentile of the rounds; FPS is the batch over the "
     "median. Of detectors without trained weights nothing is dropped for its score or its overlap, "
     "but of single-shot ones everything",
@@ -108,8 +109,6 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     protocol = {**study.protocol, "memory": SOURCES[study.plan.device.type]}
-    if study.interruption is not None:
-        protocol["interrupted"] = "these are the results up to then"
     records = [{**row, **protocol} for row in study.rows]
     json_path, csv, markdown = (
         folder / name for name in ("benchmark.json", "benchmark.csv", "README.md")
@@ -124,7 +123,7 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
         format_table(study.rows),
         "",
         *([format_paper_table(paper_table, study.rows), ""] if paper_table else []),
-        *(f"![]({path.name})" for path in plots),
+        *(f"![{path.stem.replace('_', ', ')}]({path.name})" for path in plots),
         "",
         *(f"- {name}: {value}" for name, value in (protocol | CONVENTIONS).items()),
         *(f"- treatment {t.name}: {t.description}" for t in study.treatments()),

@@ -28,9 +28,10 @@ from .protocol import describe_environment, interleaved_rounds, ratios
 from .treatments import TREATMENTS, Treatment, compiled_or_failed
 from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
 
-__all__ = ["MODES", "Plan", "Study"]
+__all__ = ["MODES", "OWN_SIZE", "Plan", "Study"]
 
 MODES = ("inference", "training")
+OWN_SIZE = "own size"  # of the networks compared, each at the size of image that is its own
 _ENERGY_BLOCKS = 3
 _COPY = "copy"
 
@@ -81,9 +82,16 @@ class Plan:
             raise ValueError(
                 f"{', '.join(without_size)} has no size of its own: give --sizes HEIGHTxWIDTH."
             )
-        numbers = [*self.batches, *(side for size in sizes for side in size), self.repeats]
-        if min(numbers) < 1 or self.warmup < 1:
-            raise ValueError("Batches, sizes, warm-up and repeats are whole numbers from 1 up.")
+        for name, numbers in (
+            ("Batches", self.batches),
+            ("Sizes", [side for size in sizes for side in size]),
+            ("Warm-up", [self.warmup]),
+            ("Repeats", [self.repeats]),
+        ):
+            if numbers and min(numbers) < 1:
+                raise ValueError(f"{name}: {min(numbers)} is not a whole number from 1 up.")
+        if self.energy_seconds < 0:
+            raise ValueError(f"The seconds for energy are {self.energy_seconds:g}: 0 or more.")
 
     def reference_of(self, network: str) -> str:
         return self.references.get(network, self.networks[0].name)
@@ -110,7 +118,7 @@ class _Cell:
 
     @property
     def size_name(self) -> str:
-        return _times(self.size) if self.size else "own size"
+        return _times(self.size) if self.size else OWN_SIZE
 
 
 @dataclass
@@ -178,9 +186,17 @@ class Study:
         except NoEnergyMeter as reason:
             return reason
 
-    @cached_property
+    @property
     def protocol(self) -> dict[str, str]:
         """What all rows have in common: hardware, versions, command, and how they were taken."""
+        if self.interruption is None:
+            return self._protocol
+        rounds = max((row["rounds"] or 0 for row in self.rows), default=0)
+        note = f"these are the results up to then, of {rounds} rounds or fewer (see the CSV file)"
+        return self._protocol | {"interrupted": note}
+
+    @cached_property
+    def _protocol(self) -> dict[str, str]:
         plan, meter = self.plan, self.meter
         energy = (
             f"not available, because {meter}"

@@ -112,7 +112,10 @@ def train_or_evaluate(
     report_loaded(checkpointer, cfg, resume=args.resume)
     if not args.allow_partial:
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
-    evaluated = optimize_for_inference(model) if cfg.TEST.OPTIMIZE else model
+    evaluated = model
+    if cfg.TEST.OPTIMIZE:
+        logger.info("Evaluating what vovnet_d2.optimize_for_inference makes of the model.")
+        evaluated = optimize_for_inference(model)
     return trainer_class.test_all(cfg, evaluated), model
 
 
