@@ -276,35 +276,6 @@ step's peak memory also has weights, gradients and what an operator needs for it
 all parameters together are off by so much, relative. In float64 they are the plain network's. In
 float32 they are as far from those of float64 as the plain network's own, as a value near zero
 passes a ReLU in one and not in the other."""
-_OF_TRAINING, tablefmt="pipe", disable_numparse=True))
-    parts.append("\n".join(f"- {name}: {value}" for name, value in protocol.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def _of_step(line: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
-    saved = int(line["saved"]) / int(plain["saved"])
-    return [_ratio(line), f"{saved:.3f}", *(f"{float(line[error]):.1e}" for error in ERRORS)]
-
-
-def _ratio(line: Mapping[str, Any]) -> str:
-    ratio, lowest, highest = (float(line[name]) for name in ("ratio", "lowest", "highest"))
-    return f"{ratio:.3f} ({lowest:.3f} to {highest:.3f})"
-
-
-_CASES = """- **plain**: the network as commonly written, in float32 and NCHW, with separate norms
-  (`vovnet_d2/benchmark/plain.py`);
-- **recipe**: it with folded norms, in channels-last, by `torch.compile` with frozen weights, for
-  each size of image anew;
-- **timm**: timm's `ese_vovnet39b`, folded and channels-last, eager;
-- **ours**: `optimize_for_inference` with its defaults but the dtype, which compiles nothing; or a
-  training step as the package has it."""
-_OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
-_OF_INFERENCE += ["ours / plain"]
-_OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a step's peak memory
-also has weights, gradients and what an operator needs for itself. Gradients of all parameters
-together are off by so much, relative. In float64 they are the plain network's. In float32 they are
-as far from those of float64 as the plain network's own, as a value near zero passes a ReLU in one
-and not in the other."""
 _OF_TRAINING = ["case", "time / plain", "saved / plain", *ERRORS]
 
 
