@@ -56,9 +56,12 @@ def compiled(model: VoVNet, dtype: torch.dtype) -> Callable[[Tensor], object]:
     torch._dynamo.config.cache_size_limit = 64
     recipe = torch.compile(recipe, dynamic=False, options={"freezing": True})
     return lambda x: {
-        name: maps.float()
-        for name, maps in recipe(x.to(dtype, memory_format=torch.channels_last)).items()
+        name: maps.float() for name, maps in recipe(in_channels_last(x, dtype)).items()
     }
+
+
+def in_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def inference(variant: str, sizes: tuple[tuple[int, int], ...], dtype: str) -> Cases:
@@ -88,7 +91,7 @@ def against_timm(size: tuple[int, int], dtype: str) -> Cases:
 
     def run_timm() -> list[Tensor]:
         with torch.no_grad():
-            return peer(x.to(DTYPES[dtype], memory_format=torch.channels_last))
+            return peer(in_channels_last(x, DTYPES[dtype]))
 
     return {"timm": run_timm, "ours": lambda: ours(x)}
 

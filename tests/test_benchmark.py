@@ -470,7 +470,8 @@ def test_files_parse_back(measured, tmp_path):
     for line, record in zip(lines, content["records"], strict=True):
         assert {k: "" if v is None else str(v) for k, v in record.items()} == line
     for cell in ("inference_64x64_batch1.png", "inference_64x64_batch2.png"):
-        assert f"![]({cell})" in paths["README.md"].read_text()
+        caption = cell.removesuffix(".png").replace("_", ", ")
+        assert f"![{caption}]({cell})" in paths["README.md"].read_text()
         assert paths[cell].read_bytes().startswith(b"\x89PNG")
 
 

@@ -85,8 +85,8 @@ def _cast_input(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> tuple[torch.Tensor, ...]:
-    # In one pass, and not once more where the first convolution finds another layout.
-    return tuple(x.to(dtype, memory_format=memory_format) for x in args)
+    # One after the other, as torch takes twice as long for both at once on a CPU.
+    return tuple(x.to(dtype).contiguous(memory_format=memory_format) for x in args)
 
 
 def _cast_maps(

@@ -45,9 +45,7 @@ class PackedConv2d(ConvNormAct):
             return False
         dtype = self.weight.dtype
         for x in maps:
-            if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu":
-                return False
-            if x.shape[2] * x.shape[3] < 2 or x.shape[0] == 0:  # a linear layer's work, or none
+            if x.dtype != dtype or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
                 return False
         return (
             self.norm is None
