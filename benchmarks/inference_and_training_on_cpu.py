@@ -245,7 +245,8 @@ def write_report(lines: Sequence[Mapping[str, Any]], protocol: Mapping[str, str]
         else:
             ours, reference = cases["ours"], cases[CELLS[cell][0]]
             times = [ours["ms"], reference["ms"], reference["case"]]
-            inference.append([cell, *times, _ratio(ours), ours["/ plain"] or "–"])
+            of_plain = f"{float(ours['/ plain']):.3f}" if ours["/ plain"] else "–"
+            inference.append([cell, *times, _ratio(ours), of_plain])
     parts = ["# Inference and training on a CPU", _CASES]
     parts.append(tabulate(inference, _OF_INFERENCE, tablefmt="pipe", disable_numparse=True))
     if training:
@@ -277,7 +278,7 @@ _OF_INFERENCE += ["ours / plain"]
 _OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a
 step's peak memory also has weights, gradients and what an operator needs for itself. Gradients of
 all parameters together are off by so much, relative. In float64 they are the plain network's. In
-float32 they are as far from those of float64 as the plain network's own, as a value near zero
+float32 they are about as far from those of float64 as the plain network's own, as a value near zero
 passes a ReLU in one and not in the other."""
 _OF_TRAINING = ["case", "time / plain", "saved / plain", *ERRORS]
 
