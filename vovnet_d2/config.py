@@ -258,5 +258,7 @@ def get_config_file(name: str) -> str:
         return str(path)
     files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
     same = [file for file in files if Path(file).name == Path(name).name]
-    close = same or get_close_matches(name, files, n=3, cutoff=0.3) or files[:3]
-    raise FileNotFoundError(f"No config file {name!r} in {root}. Close to it: {', '.join(close)}.")
+    close = [*dict.fromkeys(same + get_close_matches(name, files, n=3, cutoff=0.3))][:3]
+    raise FileNotFoundError(
+        f"No config file {name!r} in {root}. Close to it: {', '.join(close or files[:3])}."
+    )
