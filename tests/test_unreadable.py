@@ -3,6 +3,7 @@
 """Training on images that cannot be read: told by name, or left out, counted, and repeatable."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -109,8 +110,10 @@ def test_training_names_the_file(
 ) -> None:
     words = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", workers]
     words += ["SOLVER.MAX_ITER", "9"]  # all images are met
+    before = set(multiprocessing.active_children())
     with pytest.raises(SystemExit) as caught:
         main(["--config-file", FASTER_RCNN, *TINY, *words])
+    assert set(multiprocessing.active_children()) <= before  # though the error is not gone yet
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert f"error: {damaged} cannot be used: image file is truncated" in error

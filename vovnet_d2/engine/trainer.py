@@ -24,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..data.mapper import build_mapper
@@ -266,8 +267,16 @@ class Trainer(DefaultTrainer):
             with self._request.listen(), torch.jit.optimized_execution(compiled):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
-            self._trainer._data_loader_iter_obj = None  # its workers end
+            self._end_workers()
         return self._last_eval_results
+
+    def _end_workers(self) -> None:
+        """Those of the data loader, which would else outlive the run for as long as the traceback
+        of an error holds their iterator, and keep the process from ending."""
+        iterator = self._trainer._data_loader_iter_obj
+        self._trainer._data_loader_iter_obj = None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
     def run_step(self) -> None:
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
