@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import SimpleTrainer, default_setup
+from detectron2.engine import SimpleTrainer, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -21,6 +22,7 @@ from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log, tin
 from torch import nn
 
 from vovnet_d2.engine import Trainer
+from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.trainer import MixedPrecisionTrainer
 
 pytest_plugins = ["engine_fixtures"]
@@ -314,6 +316,40 @@ def test_the_best_weights_are_kept_over_a_resume(
     second = torch.load(tmp_path / "model_0000001.pth", weights_only=False)["model"]
     for name, tensor in best["model"].items():
         assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize(("made_up", "best"), [(40.0, (40.0, 1)), (10.0, (30.0, 0))])
+def test_the_best_weights_are_kept_where_another_process_is_gone(
+    coco: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made_up: float,
+    best: tuple[float, int],
+) -> None:
+    """Processes wait for each other after an evaluation. If one is gone then, the others have the
+    result, and it is not made up for later."""
+    options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "1"]
+    scores: Iterator[float]
+
+    def test(*_: object) -> dict[str, dict[str, float]]:
+        for score in scores:
+            return {"bbox": {"AP": score}}
+        raise Interruption
+
+    def synchronize() -> None:
+        raise Interruption
+
+    monkeypatch.setattr(Trainer, "test", test)
+    scores = iter([30.0])
+    with pytest.raises(Interruption):
+        launch(FASTER_RCNN, tmp_path, *options)
+    scores = iter([made_up])
+    monkeypatch.setattr(hooks.comm, "synchronize", synchronize)
+    with pytest.raises(Interruption):
+        launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    assert read_metrics(tmp_path / "metrics.json")["bbox/AP"] == [(0, 30.0), (1, made_up)]
+    saved = torch.load(tmp_path / "model_best.pth")
+    assert (saved["value"], saved["iteration"]) == best
 
 
 # Divergence

@@ -135,25 +135,42 @@ class BestCheckpointer(hooks.BestCheckpointer):
         """
         super().__init__(eval_period, _WeightsCheckpointer(model, save_dir), val_metric)
         self._path = os.path.join(save_dir, f"{self._file_prefix}.pth")
+        self._checked: int | None = None  # the iteration of the latest evaluation
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and os.path.isfile(self._path):
-            try:
-                saved = read_checkpoint(self._path)
-            except ValueError as error:
-                logger.warning("%s The best checkpoint is sought anew from here on.", error)
-                saved = {}
-            if saved.get("metric") == self._val_metric:
-                self.best_metric, self.best_iter = saved["value"], saved["iteration"]
-        if self._val_metric in self.trainer.storage.latest():  # made up for just now
+        self._check_what_is_new()  # made up for just now
+
+    def after_train(self) -> None:
+        super().after_train()
+        # Of an evaluation at whose end another process was gone: the writers, which come next,
+        # record it, so it is not made up for.
+        self._check_what_is_new()
+
+    def _check_what_is_new(self) -> None:
+        _, iteration = self.trainer.storage.latest().get(self._val_metric, (None, self._checked))
+        if iteration != self._checked:
             self._best_checking()
 
+    def _read_best(self) -> None:
+        """Go on from the file, where the training has been resumed."""
+        if self.trainer.start_iter == 0 or not os.path.isfile(self._path):
+            return
+        try:
+            saved = read_checkpoint(self._path)
+        except ValueError as error:
+            logger.warning("%s The best checkpoint is sought anew from here on.", error)
+            return
+        if saved.get("metric") == self._val_metric:
+            self.best_metric, self.best_iter = saved["value"], saved["iteration"]
+
     def _best_checking(self) -> None:
-        latest = self.trainer.storage.latest().get(self._val_metric)
-        if latest is None or not math.isfinite(latest[0]):
+        if self._checked is None:
+            self._read_best()
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
+        is_new, self._checked = iteration != self._checked, iteration
+        if not is_new or not math.isfinite(value):
             logger.warning("No %s in this evaluation: the best checkpoint stays.", self._val_metric)
             return
-        value, iteration = latest
         if self.best_metric is not None and not self._compare(value, self.best_metric):
             logger.info(
                 "%s is %.3f; the best stays %.3f after iteration %d.",
