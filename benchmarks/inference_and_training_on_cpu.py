@@ -24,6 +24,7 @@ import timm
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.saved_memory import saved_bytes
@@ -54,7 +55,8 @@ def compiled(model: VoVNet, dtype: torch.dtype) -> Callable[[Tensor], object]:
     fold_norms(folded)
     recipe = plain(folded).to(dtype=dtype, memory_format=torch.channels_last)
     torch._dynamo.config.cache_size_limit = 64
-    recipe = torch.compile(recipe, dynamic=False, options={"freezing": True})
+    inductor.freezing = True  # as an option of torch.compile it freezes nothing
+    recipe = torch.compile(recipe, dynamic=False)
     return lambda x: {
         name: maps.float() for name, maps in recipe(in_channels_last(x, dtype)).items()
     }

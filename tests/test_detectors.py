@@ -63,7 +63,7 @@ def mark(config: str) -> object:
     return pytest.param(config, marks=[] if fast else pytest.mark.slow, id=config.split("/")[1])
 
 
-@pytest.mark.parametrize("config", map(mark, DETECTORS))
+@pytest.mark.parametrize("config", [mark(config) for config in DETECTORS])
 def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> None:
     """Two iterations, one more after a resume, then the evaluation alone: the same results."""
     launch(config, tmp_path, "SOLVER.MAX_ITER", "2", options=OPTIONS)

@@ -127,6 +127,23 @@ def test_effective_se():
     torch.testing.assert_close(module(x), x * scale[:, :, None, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+def test_effective_se_of_large_maps(dtype: torch.dtype, training: bool) -> None:
+    """A map whose sum is beyond float16, with an average that the gate depends on."""
+    module = EffectiveSE(2)
+    x = torch.rand(1, 2, 300, 400) * 3
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.eye(2)[:, :, None, None])
+    average = x.double().mean((2, 3))
+    expected = x.double() * ((average + 3) / 6)[:, :, None, None]
+    module.to(dtype).requires_grad_(training)
+    y = module(x.to(dtype).contiguous(memory_format=torch.channels_last))
+    # Rounded are the image, the average, the sum before it, the gate and the product.
+    rtol = 5 * torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-6)
+
+
 def _deformable(**args) -> DeformableConv2d:
     """With random offsets of up to a few pixels, so that some taps lie outside the map."""
     layer = DeformableConv2d(4, 6, kernel_size=3, **{"padding": 1, **args}).double()

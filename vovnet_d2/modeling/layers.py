@@ -210,10 +210,20 @@ class EffectiveSE(nn.Module):
         inputs = (x, self.fc.weight, self.fc.bias, residual)
         if needs_gradient(*inputs) and not is_traced():
             return _Excitation.apply(*inputs)[0]
-        gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
         if is_traced():
+            gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
             return x * gate if residual is None else residual + x * gate
+        gate = F.hardsigmoid(self.fc(_average(x)[:, :, None, None]))
         return x.mul_(gate) if residual is None else torch.addcmul(residual, x, gate, out=x)
+
+
+def _average(x: torch.Tensor) -> torch.Tensor:
+    """Of each channel: (N, C, H, W) to (N, C)."""
+    if x.dtype == torch.bfloat16:
+        # On a CPU torch copies the map to float32 for a mean, not for a sum, which it adds up in
+        # float32 all the same. float16 has no range for sums.
+        return x.sum((2, 3)) / math.prod(x.shape[2:])
+    return x.mean((2, 3))
 
 
 class _Excitation(torch.autograd.Function):
@@ -223,7 +233,7 @@ class _Excitation(torch.autograd.Function):
     def forward(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean = x.mean((2, 3))
+        mean = _average(x)
         logits = F.linear(mean, weight.flatten(1).to(x.dtype), bias.to(x.dtype))
         gate = F.hardsigmoid(logits)[:, :, None, None]
         y = x * gate if residual is None else torch.addcmul(residual, x, gate)
