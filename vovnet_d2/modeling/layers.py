@@ -275,7 +275,23 @@ def downsample(x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
     if needs_gradient(x):
         return _Downsampling.apply(x)[0]
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu" and last and min(x.shape[2:]) > 1:
+        # torch's operator takes a third longer: it writes where the maxima were, in 64 bits each.
+        return _downsample_along(_downsample_along(x, 2), 3)
     return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+
+
+def _downsample_along(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same along one dimension: each window is a pair and, but for the last one of an even
+    size, the number after it."""
+    firsts, seconds, thirds = (
+        x[(slice(None),) * dim + (slice(start, None, 2),)] for start in range(3)
+    )
+    y = torch.maximum(firsts.narrow(dim, 0, seconds.shape[dim]), seconds)
+    whole = y.narrow(dim, 0, thirds.shape[dim])
+    torch.maximum(whole, thirds, out=whole)
+    return y
 
 
 class _Downsampling(torch.autograd.Function):
