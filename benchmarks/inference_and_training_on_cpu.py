@@ -304,7 +304,7 @@ def main() -> None:
     protocol = describe_environment("cpu") | {
         "warm-up": "2 rounds",
         "repeats": f"{args.repeats} interleaved rounds in each process, median",
-        "processes": "median, lowest and highest of the ratios of the processes",
+        "processes": f"{args.processes}; median, lowest and highest of their ratios",
         "ratio": "of a case to the reference of its cell",
         "memory": "freed memory is kept (glibc's mallopt) for all cases",
     }
@@ -313,9 +313,10 @@ def main() -> None:
     for cell in CELLS:
         if args.cells not in cell or any(line["cell"] == cell for line in lines):
             continue
-        lines += run_in_processes(cell, args)
+        new = run_in_processes(cell, args)
+        lines += new
         write_csv(args.output, lines, protocol)
-        print(*lines[-3:], sep="\n", flush=True)
+        print(*new, sep="\n", flush=True)
     report = write_report(lines, protocol)
     args.output.with_name("README.md").write_text(report, encoding="utf-8")
     print(report)

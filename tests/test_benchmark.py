@@ -5,6 +5,7 @@
 import csv
 import gc
 import json
+import re
 import statistics
 import time
 import weakref
@@ -30,6 +31,7 @@ from vovnet_d2.benchmark.workload import (
     detector_inputs,
     random_images,
 )
+from vovnet_d2.engine.config import load_config
 from vovnet_d2.engine.launch import run_or_exit
 
 CPU = torch.device("cpu")
@@ -105,7 +107,8 @@ def run_study(**options: Any) -> Study:
 
 def test_rows_of_known_sleepers(monkeypatch):
     monkeypatch.setattr(study, "find_meter", lambda device: SteadyMeter())
-    result = run_study(treatments=["plain", "fp16"])
+    monkeypatch.setattr(study, "_LEAST_ENERGY_SECONDS", 0)
+    result = run_study(treatments=["plain", "fp16"], energy_seconds=1e-9)  # for a call each
     rows = {(row["network"], row["treatment"]): row for row in result.rows}
     slow, fast = rows["slow", "plain"], rows["fast", "plain"]
     assert 60 <= slow["latency_ms"] < 90
@@ -121,6 +124,7 @@ def test_rows_of_known_sleepers(monkeypatch):
     assert slow["rounds"] == 3
     assert rows["slow", "fp16"]["error"] == "float16 needs a GPU: on a CPU use bf16."
     assert rows["slow", "fp16"]["latency_ms"] is None
+    assert slow["not_counted"] == ""
     assert "a test; idle power included" in result.protocol["energy"]
 
 
@@ -212,7 +216,13 @@ def test_what_fails_while_timed_is_a_row(monkeypatch, mode, meter):
     monkeypatch.setattr(Study, "meter", meter)
     networks = [sleeper("first", 0), Network("failing", Failing), sleeper("last", 0)]
     for repeats in (3, 1):  # in a round, and while its energy is measured
-        rows = run_study(networks=networks, treatments=["plain"], modes=[mode], repeats=repeats)
+        rows = run_study(
+            networks=networks,
+            treatments=["plain"],
+            modes=[mode],
+            repeats=repeats,
+            energy_seconds=0.3,
+        )
         first, failing, last = rows.rows
         assert (first["error"], last["error"]) == ("", "")
         assert first["rounds"] == last["rounds"] == repeats
@@ -375,7 +385,10 @@ def test_references():
         ({"sizes": [(64, 0)]}, "Sizes: 0 is not"),
         ({"repeats": 0}, "Repeats: 0 is not"),
         ({"warmup": -1}, "Warm-up: -1 is not"),
-        ({"energy_seconds": -1.0}, "seconds for energy are -1"),
+        ({"energy_seconds": -1.0}, "seconds for energy are -1: give 0.3 or more"),
+        ({"energy_seconds": 0.01}, "seconds for energy are 0.01: .* or 0 for none"),
+        ({"treatments": ["plain", "plain"]}, "Treatments: plain, plain has one twice"),
+        ({"sizes": [(64, 64), (64, 64)]}, "Sizes: .* has one twice"),
     ],
 )
 def test_plans_that_make_no_sense(options, message):
@@ -387,7 +400,7 @@ def test_plans_that_make_no_sense(options, message):
 
 
 TINY = [
-    *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.FPN.OUT_CHANNELS", "16"],
+    *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.FPN.OUT_CHANNELS", "64"],
     *["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8, 8, 8, 8)", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"],
     *["MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
     *["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"],
@@ -402,6 +415,7 @@ TINY = [
         "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml",  # which trains in NCHW
+        "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml",
     ],
 )
 def test_detectors(config):
@@ -425,6 +439,58 @@ def test_detectors(config):
             in_float32,
             in_float32 and row["mode"] == "inference",
         ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml",
+        "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
+        "COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml",
+    ],
+)
+def test_without_weights_nothing_is_dropped(config):
+    model = detector(config, TINY).build()
+    calibrate_norms(model.eval(), random_images(2, (64, 64), CPU))
+    with torch.no_grad():
+        (found,) = model(detector_inputs(model, random_images(1, (128, 128), CPU)))
+    assert 0 < len(found["instances"]) <= 5  # without those whose box is outside the image
+    if "panoptic_seg" in found:
+        assert sum(segment["isthing"] for segment in found["panoptic_seg"][1]) > 0
+
+
+def test_weights_that_leave_heads_random_are_told(tmp_path):
+    config = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
+    file = tmp_path / "backbone.pth"
+    model = detector(config, TINY).build()
+    torch.save({"model": model.backbone.bottom_up.state_dict()}, file)
+    options = [*TINY, "MODEL.WEIGHTS", str(file)]
+    (row,) = run_study(
+        networks=[detector(config, options, weights=True)], treatments=["plain"], batches=[1]
+    ).rows
+    assert re.match(rf"{file} has no weights for backbone.fpn\S+: without --weights, heads", row["error"])
+    torch.save({"model": model.state_dict()}, file)
+    (row,) = run_study(
+        networks=[detector(config, options, weights=True)], treatments=["plain"], batches=[1]
+    ).rows
+    assert row["error"] == ""
+
+
+def test_a_runs_config_is_called_by_its_run(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "config.yaml"
+        file.write_text(load_config(RETINANET, []).dump())
+        assert detector(str(file)).name == name
+
+
+def test_training_at_a_size_where_one_image_leaves_a_norm_one_value():
+    networks = [backbone("V-19-slim-eSE", norm="BN")]
+    (row,) = run_study(
+        networks=networks, treatments=["plain"], modes=["training"], sizes=[(32, 32)]
+    ).rows
+    assert row["error"] == ""
+    assert row["gflops"] > 0
 
 
 def test_heads_without_weights_get_all_the_regions_that_they_may():
@@ -452,7 +518,11 @@ def measured() -> Study:
         patch.setattr(ceilings, "_CONVOLUTIONS", [(8, 16)])
         patch.setattr(study, "find_meter", lambda device: SteadyMeter())
         return run_study(
-            treatments=["plain", "fp16"], accuracy={"slow": 30.5}, batches=[1, 2], repeats=2
+            treatments=["plain", "fp16"],
+            accuracy={"slow": 30.5},
+            batches=[1, 2],
+            repeats=2,
+            energy_seconds=0.3,
         )
 
 
@@ -566,10 +636,12 @@ def test_four_plots():
         (joules, "accuracy"),
         (efficiency, joules),
     ]
-    assert left_out == []
+    assert left_out == ["No accuracy was given (--accuracy) of b, which some plots lack."]
     points = [tuple(c.get_offsets()[0]) for c in figure.axes[3].collections]
     assert points == [(50, 1.5), (50, 1.5)]
     assert len(figure.axes[0].collections) == 1  # b's accuracy is not known
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a, plain", "b, plain"]
 
 
 def test_plots_without_accuracy_and_energy():
@@ -617,7 +689,7 @@ def test_tool(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
-    def interrupt(self: Study) -> None:
+    def interrupt(self: Study, save: object) -> None:
         self.interruption = error()
         self.rows = [{"error": "", **dict.fromkeys(study._COLUMNS)}]
 
@@ -628,6 +700,44 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         tool.run(tool.parse_arguments(["--models", "V-39", "--output", str(tmp_path)]))
     assert len(written) == 1
+
+
+def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
+    """What kills the tool in the second cell leaves the first."""
+    measure = Study._measure
+    sizes = []
+
+    def die(self: Study, cell: object, bar: object) -> None:
+        if sizes:
+            raise SystemExit(137)
+        sizes.append(1)
+        measure(self, cell, bar)
+
+    monkeypatch.setattr(Study, "_measure", die)
+    written = []
+    write = tool.write_study
+    monkeypatch.setattr(tool, "write_study", lambda *a: written.append(len(a[0].rows)) or write(*a))
+    words = ["--models", "V-19-slim-dw-eSE", "--sizes", "64x64", "64x96", "--repeats", "1"]
+    words += ["--warmup", "1", "--energy-seconds", "0", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        tool.run(tool.parse_arguments(words))
+    assert written == [2, 2]  # after the cell, and at the end
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 2
+
+
+def test_earlier_results_outlive_a_run_without_any(tmp_path):
+    (tmp_path / "benchmark.json").write_text("{}")
+    words = ["--models", "V-19-slim-eSE", "--warmup", "1", "--repeats", "1", "--sizes", "8x8"]
+    with pytest.raises(ValueError, match="Nothing could run"):
+        tool.run(tool.parse_arguments([*words, "--output", str(tmp_path)]))
+    assert (tmp_path / "benchmark.json").read_text() == "{}"
+
+
+def test_part_of_a_preset():
+    words = ["--preset", "resnet", "--models", "V-39", "ResNet-50"]
+    plan = tool.make_plan(tool.parse_arguments(words))
+    assert plan.reference_of("V-39") == "ResNet-50"
+    assert "V-57" not in plan.references
 
 
 def test_what_could_not_run_is_told(capsys):

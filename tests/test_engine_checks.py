@@ -242,6 +242,8 @@ def test_evaluating_nothing() -> None:
 
 # The rest of the config
 
+KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "False"]
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -262,11 +264,22 @@ def test_evaluating_nothing() -> None:
             ["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"],
             "for GeneralizedRCNN without keypoints only: set TEST.AUG.ENABLED False",
         ),
+        (
+            [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"],
+            r"NUM_KEYPOINTS is 5, and the evaluation has 17 sigmas: give one for each",
+        ),
+        ([*KEYPOINTS, "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"], "is 17, and .* has 2 sigmas"),
     ],
 )
 def test_what_does_not_go_together(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config(config(*options), training=True)
+
+
+def test_as_many_sigmas_as_keypoints() -> None:
+    options = [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"]
+    check_config(config(*options, "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"), training=True)
+    check_config(config(*options, "DATASETS.TEST", "()"), training=True)
 
 
 def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

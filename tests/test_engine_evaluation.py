@@ -41,7 +41,7 @@ from vovnet_d2.engine.old_numpy import old_numpy
 pytest_plugins = ["engine_fixtures"]
 
 
-def config(tmp_path: Path, *names: str, **model: bool) -> CfgNode:
+def config(tmp_path: Path, *names: str, **model: bool | str) -> CfgNode:
     cfg = load_config("", ["OUTPUT_DIR", str(tmp_path / "out"), "DATASETS.TEST", str(names)])
     cfg.MODEL.merge_from_list([word for item in model.items() for word in item])
     return cfg
@@ -167,6 +167,20 @@ def test_faster_coco_eval_gives_the_results_of_pycocotools(
         assert found.keys() == expected.keys()
         for task in tasks:
             assert found[task] == pytest.approx(expected[task], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("api", ["pycocotools", "faster-coco-eval"])
+def test_sigmas_of_keypoints(people: str, tmp_path: Path, api: str) -> None:
+    """A pixel or two beside a keypoint are right under wide sigmas, and wrong under narrow ones."""
+    found = []
+    for sigma in (0.001, 1.0):
+        torch.manual_seed(0)
+        cfg = config(tmp_path / str(sigma), people)
+        cfg.TEST.COCO_API = api
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = [sigma] * 17
+        found.append(evaluate_noise(cfg, people)["keypoints"]["AP"])
+    assert found[0] < 1
+    assert found[1] > 50
 
 
 def test_detectron2_keeps_pycocotools(coco: Path, tmp_path: Path) -> None:
@@ -367,10 +381,11 @@ def test_an_unknown_kind_is_refused(catalogs: None, tmp_path: Path, metadata: di
         ("cityscapes_sem_seg", {}, "sem_seg/IoU"),
         ("cityscapes_instance", {"MASK_ON": True}, "segm/AP"),
         ("coco_panoptic_seg", {"MASK_ON": True}, "segm/AP"),
+        ("coco", {"META_ARCHITECTURE": "ProposalNetwork"}, "box_proposals/AR@1000"),
     ],
 )
 def test_main_metric(
-    catalogs: None, tmp_path: Path, kind: str, model: dict[str, bool], metric: str
+    catalogs: None, tmp_path: Path, kind: str, model: dict[str, bool | str], metric: str
 ) -> None:
     MetadataCatalog.get("mine").set(evaluator_type=kind)
     assert main_metric(config(tmp_path, "mine", **model)) == metric

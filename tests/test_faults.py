@@ -189,7 +189,7 @@ def test_a_signal_makes_a_checkpoint_that_goes_on_to_the_bit(
 ) -> None:
     options = [*EIGHT, *options]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
-    for iteration, number in ((1, signal.SIGTERM), (5, signal.SIGUSR1)):
+    for iteration, number in ((1, signal.SIGTERM), (3, signal.SIGHUP), (5, signal.SIGUSR1)):
         with after(iteration, send(number)), pytest.raises(Interrupted) as caught:
             launch(config, interrupted, "--resume", *options)
         assert caught.value.code == INTERRUPTED == 75

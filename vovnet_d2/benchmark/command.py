@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ round after round, beside a large matrix product and a large copy: what the mach
     python tools/benchmark.py --models V-39-eSE ResNet-50 timm:ese_vovnet39b \\
         --treatments plain optimized bf16 --sizes 480x640 800x1344 --batches 1 8
     python tools/benchmark.py --preset resnet --output output/resnet    # V-39/R-50, V-57/R-101
-    python tools/benchmark.py --preset gpu --output output/gpu          # the whole table of a GPU
+    python tools/benchmark.py --preset gpu --output output/gpu          # backbones on a GPU
+    python tools/benchmark.py --preset resnet --device cuda --batches 1 8 --output output/gpu_resnet
     python tools/benchmark.py --config-file COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml \\
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
     python tools/benchmark.py --preset table2 --output output/table2    # the paper's DSOD300
@@ -161,7 +163,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help="of the networks, for the plots; or a CSV file with the columns network and accuracy",
     )
     parser.add_argument(
-        "--energy-seconds", type=float, default=2.0, help="that each case runs for its energy"
+        "--energy-seconds",
+        type=float,
+        default=2.0,
+        help="that each case runs for its energy; 0 for none",
     )
     parser.add_argument(
         "--output",
@@ -190,6 +195,13 @@ def read_references(words: list[str], names: list[str]) -> dict[str, str]:
         raise ValueError(f"--reference names {len(general)} networks for all: give one, or pairs.")
     references = dict.fromkeys(names, general[0]) if general else {}
     return references | dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _references(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
+    found = read_references(args.reference, names)
+    if args.reference is PRESETS.get(args.preset, {}).get("reference"):  # of all its networks
+        return {name: other for name, other in found.items() if {name, other} <= set(names)}
+    return found
 
 
 def read_accuracy(words: list[str]) -> dict[str, float]:
@@ -248,7 +260,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         warmup=args.warmup,
         repeats=args.repeats,
-        references=read_references(args.reference, [network.name for network in networks]),
+        references=_references(args, [network.name for network in networks]),
         reference_treatment=args.reference_treatment,
         accuracy=read_accuracy(args.accuracy),
         energy_seconds=args.energy_seconds,
@@ -270,10 +282,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be a folder: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"--output {path} is a folder that cannot be written to.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what ``args`` ask for; also when interrupted on the way.
+    """Measure, write, after each cell, and print what ``args`` ask for; also when interrupted on
+    the way.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: the arguments do not make sense, or nothing that
@@ -282,21 +297,27 @@ def run(args: argparse.Namespace) -> None:
     study = Study(make_plan(args))
     if args.output:
         make_folder(args.output)
+    table: PaperTable | None = PAPER_TABLES.get(args.preset)
+
+    def save() -> list[Path]:
+        if args.output and any(not row["error"] for row in study.rows):
+            return write_study(study, args.output, table)
+        return []
+
     with exit_on_signal():
-        study.run()
+        study.run(save)
+    written = save()
     print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
     print(f"\n{format_table(study.rows)}\n")
-    table: PaperTable | None = PAPER_TABLES.get(args.preset)
     if table:
         print(f"{format_paper_table(table, study.rows)}\n")
-    if args.output and study.rows:
-        for path in write_study(study, args.output, table):
-            print(f"Wrote {path}.")
+    for path in written:
+        print(f"Wrote {path}.")
     if study.interruption is not None:
         raise study.interruption
     failed = sum(bool(row["error"]) for row in study.rows)
     if failed == len(study.rows):
-        raise ValueError("Nothing could run: the table above says why.")
+        raise ValueError("Nothing could run: the table above says why. No file was written.")
     if failed:
         print(f"{failed} of {len(study.rows)} cases could not run: see above.", file=sys.stderr)
 

@@ -102,6 +102,8 @@ class Rapl(EnergyMeter):
             raise NoEnergyMeter(
                 f"{error.filename} may be read by root only (sudo chmod a+r on it)"
             ) from error
+        except OSError as error:
+            raise NoEnergyMeter(f"{error.filename} cannot be read: {error.strerror}") from error
         names = sorted({(domain / "name").read_text().strip() for domain in domains})
         self.source = f"RAPL's counters of {', '.join(names)}"
 

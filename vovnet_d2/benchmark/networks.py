@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is compared: backbones by name, and detectors by their config files.
 
-All have random weights, and norms with the statistics of random images, so that maps keep the size
-that they have in a trained network, whatever the depth and the precision. Nothing is downloaded.
+Unless a detector's own are asked for, weights are random and norms have the statistics of random
+images, so that maps keep the size that they have in a trained network, whatever the depth and the
+precision, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ class Network:
     Attributes:
         build: makes it on torch's current device, with random weights.
         is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
-        load: loads its trained weights, where it has any.
+        load: loads its trained weights, where they are asked for.
         size: (height, width) in pixels, of one that is made for images of one size.
         channels_last: whether it trains in that memory format.
     """
@@ -152,10 +154,18 @@ def detector(
     path, trusted = resolve_config(config_file)
     cfg = load_config(path, options, allow_unsafe_yaml=unsafe or trusted)
     check_network(cfg)
+    if weights and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            f"{config_file} has no MODEL.WEIGHTS to load: give --options MODEL.WEIGHTS FILE, or "
+            "leave out --weights."
+        )
     if not weights:
         cfg.MODEL.RPN.NMS_THRESH = 1.0
         for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
             node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST = 0.0, 1.0
+        cfg.MODEL.FCOS.INFERENCE_TH_TEST, cfg.MODEL.FCOS.NMS_TH = 0.0, 1.0
+        combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+        combine.INSTANCES_CONFIDENCE_THRESH, combine.OVERLAP_THRESH = 0.0, 1.0
         cfg.MODEL.SINGLE_SHOT.SCORE_THRESH_TEST = 1.0
 
     def build() -> nn.Module:
@@ -163,18 +173,30 @@ def detector(
         own.MODEL.DEVICE = torch.get_default_device().type
         return META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)(own)
 
-    def load(model: nn.Module) -> object:
-        return VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    def load(model: nn.Module) -> None:
+        checkpointer = VoVNetCheckpointer(model)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        if missing := checkpointer.missing_outside_backbone:
+            raise ValueError(
+                f"{cfg.MODEL.WEIGHTS} has no weights for {missing[0]}: without --weights, heads "
+                "are given as much to do as the config allows"
+            )
 
     side = cfg.INPUT.FIXED_SIZE
     return Network(
-        config_file.rpartition("/")[2].removesuffix(".yaml"),
+        _config_name(config_file),
         build,
         is_detector=True,
         load=load if weights else None,
         size=(side, side) if side else None,
         channels_last=cfg.MODEL.CHANNELS_LAST,
     )
+
+
+def _config_name(config_file: str) -> str:
+    """Of a run's own config.yaml, the run's."""
+    path = PurePath(config_file)
+    return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
 
 
 def calibrate_norms(model: Any, images: Tensor) -> None:

@@ -44,7 +44,8 @@ def plot_cell(rows: Sequence[Mapping[str, Any]], title: str) -> tuple[Figure, li
         rows: of one mode, size and batch, without those that could not run.
 
     Returns:
-        the figure, and a sentence for each plot that is left out, or has FLOPs for accuracy.
+        the figure, and a sentence for each plot that is left out, has FLOPs for accuracy, or lacks
+        networks.
     """
     chosen, sentences = [], []
     for x, y, substitute in _PLOTS:
@@ -57,6 +58,11 @@ def plot_cell(rows: Sequence[Mapping[str, Any]], title: str) -> tuple[Figure, li
             sentences.append(f"No plot of {_AXES[y]} against {_AXES[x]}, as {reason}.")
         else:
             chosen.append((x, y))
+    known = {row["network"] for row in rows if row["accuracy"] is not None}
+    unknown = sorted({row["network"] for row in rows} - known)
+    if known and unknown:
+        names = ", ".join(unknown)
+        sentences.append(f"No accuracy was given (--accuracy) of {names}, which some plots lack.")
     figure, axes = plt.subplots(
         1,
         len(chosen),
@@ -66,9 +72,16 @@ def plot_cell(rows: Sequence[Mapping[str, Any]], title: str) -> tuple[Figure, li
     )
     for axis, (x, y) in zip(axes[0], chosen, strict=True):
         _scatter(axis, rows, x, y)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    # A network may be in some of the plots only.
+    points = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     columns = 2 * len(chosen)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
+    figure.legend(
+        points.values(), points.keys(), loc="outside lower center", ncols=columns, fontsize=7
+    )
     figure.suptitle(title, fontsize=9)
     return figure, sentences
 

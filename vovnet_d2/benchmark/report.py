@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+from ..checkpoint.atomic import atomic_write
 from .memory import SOURCES
 from .plots import plot_cell
 from .protocol import write_csv
@@ -29,8 +30,8 @@ CONVENTIONS = {
     "detector's heads for the number of regions that its config allows, or that training samples, "
     "which may be fewer",
     "time": "of one call: median and 95th percentile of the rounds; FPS is the batch over the "
-    "median. Of detectors without trained weights nothing is dropped for its score or its overlap, "
-    "but of single-shot ones everything",
+    "median. Images lie in the treatment's memory format beforehand. Of detectors without trained "
+    "weights nothing is dropped for its score or its overlap, but of single-shot ones everything",
     "J/image": "energy of one call over the batch",
     "compared_at": "the size of image that networks are compared at, or each one's own",
     "GFLOP/s": "GFLOPs of the batch over the median time (the paper's computation efficiency)",
@@ -64,6 +65,7 @@ _HEADINGS = {
     "time_of_network": ("× network", "{:.3f}"),
     "time_of_treatment": ("× treatment", "{:.3f}"),
     "accuracy": ("accuracy", "{:g}"),
+    "not_counted": ("not counted", "{}"),
     "error": ("could not run", "{}"),
 }
 
@@ -114,8 +116,9 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
         folder / name for name in ("benchmark.json", "benchmark.csv", "README.md")
     )
     content = {"conventions": CONVENTIONS, "records": records}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_csv(csv, records)
+    _write(json_path, json.dumps(content, indent=2) + "\n")
+    with atomic_write(csv) as partial:
+        write_csv(partial, records)
     plots, sentences = _write_plots(study, folder)
     lines = [
         "# Networks side by side",
@@ -129,8 +132,13 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
         *(f"- treatment {t.name}: {t.description}" for t in study.treatments()),
         *(f"- {sentence}" for sentence in sentences),
     ]
-    markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write(markdown, "\n".join(lines) + "\n")
     return [json_path, csv, markdown, *plots]
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as partial:
+        Path(partial).write_text(text, encoding="utf-8")
 
 
 def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:

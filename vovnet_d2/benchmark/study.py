@@ -33,6 +33,7 @@ __all__ = ["MODES", "OWN_SIZE", "Plan", "Study"]
 MODES = ("inference", "training")
 OWN_SIZE = "own size"  # of the networks compared, each at the size of image that is its own
 _ENERGY_BLOCKS = 3
+_LEAST_ENERGY_SECONDS = 0.3
 _COPY = "copy"
 
 
@@ -50,7 +51,7 @@ class Plan:
             the first.
         reference_treatment: the one that a network's times are compared with; None is the first.
         accuracy: network to its accuracy, measured elsewhere.
-        energy_seconds: how long each case runs for its energy, at least.
+        energy_seconds: how long each case runs for its energy, at least; 0 for none.
     """
 
     networks: Sequence[Network]
@@ -90,8 +91,19 @@ class Plan:
         ):
             if numbers and min(numbers) < 1:
                 raise ValueError(f"{name}: {min(numbers)} is not a whole number from 1 up.")
-        if self.energy_seconds < 0:
-            raise ValueError(f"The seconds for energy are {self.energy_seconds:g}: 0 or more.")
+        if self.energy_seconds != 0 and not self.energy_seconds >= _LEAST_ENERGY_SECONDS:
+            raise ValueError(
+                f"The seconds for energy are {self.energy_seconds:g}: give "
+                f"{_LEAST_ENERGY_SECONDS:g} or more, as meters count in steps, or 0 for none."
+            )
+        for name, chosen in (
+            ("Treatments", self.treatments),
+            ("Modes", self.modes),
+            ("Batches", self.batches),
+            ("Sizes", self.sizes),
+        ):
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{name}: {', '.join(map(str, chosen))} has one twice.")
 
     def reference_of(self, network: str) -> str:
         return self.references.get(network, self.networks[0].name)
@@ -181,6 +193,8 @@ class Study:
 
     @cached_property
     def meter(self) -> EnergyMeter | NoEnergyMeter:
+        if self.plan.energy_seconds == 0:
+            return NoEnergyMeter("it was given no time")
         try:
             return find_meter(self.plan.device)
         except NoEnergyMeter as reason:
@@ -221,9 +235,14 @@ class Study:
     def treatments(self) -> list[Treatment]:
         return [TREATMENTS[name] for name in self.plan.treatments]
 
-    def run(self) -> None:
-        """Measure everything; whatever ends this early, keep what there is."""
+    def run(self, save: Callable[[], object] = lambda: None) -> None:
+        """Measure everything; whatever ends this early, keep what there is.
+
+        Args:
+            save: called after each cell: a mode, batch and size.
+        """
         plan = self.plan
+        assert self._protocol, "taken beforehand: the checkout may be another one afterwards"
         cells = [_Cell(*values) for values in product(plan.modes, plan.sizes, plan.batches)]
         cases = len(plan.networks) * len(plan.treatments)
         if plan.device.type == "cpu":
@@ -235,6 +254,7 @@ class Study:
             ):
                 for cell in cells:
                     self._measure(cell, bar)
+                    save()
         except BaseException as interruption:  # a signal may raise SystemExit
             self.interruption = interruption
 
@@ -368,11 +388,11 @@ class Study:
         key = network.name, cell.size_for(network)
         if key not in self._training_counts:
             model = copy.deepcopy(self._model(network)).train()
-            images = random_images(1, cell.size_for(network), cpu)
+            # Two, as a batch norm cannot train on a map of one pixel.
+            images = random_images(2, cell.size_for(network), cpu)
             inputs = detector_inputs(model, images) if network.is_detector else images
-            self._training_counts[key] = count_multiply_adds(
-                training_step(model, inputs, plain, cpu)
-            )
+            step = training_step(model, inputs, plain, cpu)
+            self._training_counts[key] = count_multiply_adds(step) / 2
         return self._training_counts[key]
 
     @cached_property
@@ -401,6 +421,7 @@ class Study:
             case.treatment,
             gflops=case.multiply_adds / 1e9,
             parameters_m=case.complexity.total.parameters / 1e6,
+            not_counted=" ".join(n for n in case.complexity.notes if "parameters" in n),
             latency_ms=latency * 1e3,
             latency_p95_ms=float(np.percentile(seconds, 95)) * 1e3,
             fps=cell.batch / latency,
@@ -439,7 +460,15 @@ class Study:
 _COLUMNS = (
     *("network", "treatment", "mode", "dtype", "float32_operands", "batch"),
     *("compared_at", "image_size"),
-    *("gflops", "parameters_m", "latency_ms", "latency_p95_ms", "fps", "peak_memory_mb"),
+    *(
+        "gflops",
+        "parameters_m",
+        "not_counted",
+        "latency_ms",
+        "latency_p95_ms",
+        "fps",
+        "peak_memory_mb",
+    ),
     *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
     *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),
     *("reference_treatment", "time_of_treatment", "time_of_treatment_q1", "time_of_treatment_q3"),

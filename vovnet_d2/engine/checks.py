@@ -51,6 +51,7 @@ _NUM_CLASSES = {
     "SemanticSegmentor": {"stuff_classes": "SEM_SEG_HEAD"},
     "PanopticFPN": {"thing_classes": "ROI_HEADS", "stuff_classes": "SEM_SEG_HEAD"},
 }
+_COCO_KEYPOINTS = 17
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
@@ -93,11 +94,24 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
             "MODEL.KEYPOINT_ON needs MODEL.CHANNELS_LAST False: Detectron2's keypoint head takes "
             "contiguous maps only."
         )
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
+        _check_keypoint_sigmas(cfg)
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     if cfg.TEST.AUG.ENABLED and (not is_rcnn or cfg.MODEL.KEYPOINT_ON):
         raise ValueError(
             "Detectron2 has test-time augmentation for GeneralizedRCNN without keypoints only: set "
             "TEST.AUG.ENABLED False."
+        )
+
+
+def _check_keypoint_sigmas(cfg: CfgNode) -> None:
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+    if keypoints != sigmas:
+        raise ValueError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}, and the evaluation has "
+            f"{sigmas} sigmas: give one for each in TEST.KEYPOINT_OKS_SIGMAS (COCO's "
+            f"{_COCO_KEYPOINTS} are there if that is empty)."
         )
 
 

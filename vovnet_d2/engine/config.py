@@ -24,7 +24,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
     parser.epilog += (
         "\nExit status: 0 done, 1 failed on the way, 2 a mistake in what was asked for,\n"
-        "75 ended by SIGTERM, SIGUSR1 or Ctrl-C: the same command with --resume goes on.\n"
+        "75 ended by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C: the same command with --resume goes on.\n"
     )
     group = parser.add_argument_group("added by vovnet_d2")
     group.add_argument(

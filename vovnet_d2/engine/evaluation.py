@@ -89,6 +89,8 @@ def main_metric(cfg: CfgNode) -> str | None:
     if metric is None:
         metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
         metric = "keypoints/AP" if cfg.MODEL.KEYPOINT_ON else metric
+        if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+            metric = "box_proposals/AR@1000"
     return metric if len(cfg.DATASETS.TEST) == 1 else f"{name}/{metric}"
 
 
@@ -131,14 +133,18 @@ def _is_faster_api_chosen(cfg: CfgNode) -> bool:
 
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    faster = _is_faster_api_chosen(cfg)
+    faster, sigmas = _is_faster_api_chosen(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
     logger.info("%s is evaluated by %s.", name, "faster-coco-eval" if faster else "pycocotools")
     if faster:
         from .faster_coco import FasterCOCOEvaluator
 
-        evaluator: COCOEvaluator = FasterCOCOEvaluator(name, output_dir=folder)
+        evaluator: COCOEvaluator = FasterCOCOEvaluator(
+            name, output_dir=folder, kpt_oks_sigmas=sigmas
+        )
     else:
-        evaluator = COCOEvaluator(name, output_dir=folder, use_fast_impl=False)
+        evaluator = COCOEvaluator(
+            name, output_dir=folder, use_fast_impl=False, kpt_oks_sigmas=sigmas
+        )
     complete_categories(evaluator._coco_api, MetadataCatalog.get(name))
     return evaluator
 

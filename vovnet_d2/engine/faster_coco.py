@@ -29,9 +29,13 @@ class FasterCOCOEvaluator(COCOEvaluator):
     as this evaluator is at work.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str):
+    def __init__(self, dataset_name: str, **arguments: Any):
+        """
+        Args:
+            arguments: of :class:`detectron2.evaluation.COCOEvaluator`.
+        """
         with _in_detectron2():
-            super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=True)
+            super().__init__(dataset_name, use_fast_impl=True, **arguments)
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, Any]:
         with _in_detectron2():

@@ -167,11 +167,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if self._checked is None:
             self._read_best()
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
-        is_new, self._checked = iteration != self._checked, iteration
-        if not is_new or not math.isfinite(value):
+        if iteration == self._checked or not math.isfinite(value):
+            self._checked = iteration
             logger.warning("No %s in this evaluation: the best checkpoint stays.", self._val_metric)
             return
         if self.best_metric is not None and not self._compare(value, self.best_metric):
+            self._checked = iteration
             logger.info(
                 "%s is %.3f; the best stays %.3f after iteration %d.",
                 self._val_metric,
@@ -180,11 +181,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self.best_iter,
             )
             return
-        self.best_metric, self.best_iter = value, iteration
         logger.info("%s is %.3f, the best so far.", self._val_metric, value)
         self._checkpointer.save(
             self._file_prefix, metric=self._val_metric, value=value, iteration=iteration
         )
+        self.best_metric, self.best_iter, self._checked = value, iteration, iteration
 
 
 class UnreadableCount(HookBase):

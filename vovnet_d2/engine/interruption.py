@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a run from outside: SIGTERM and SIGUSR1 (preemption, Slurm), SIGINT (Ctrl-C), and the
-loss of another process."""
+"""What ends a run from outside: SIGTERM and SIGUSR1 (preemption, Slurm), SIGINT (Ctrl-C), SIGHUP
+(the terminal is gone), and the loss of another process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 INTERRUPTED = 75
 """Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_CTRL_C = 1.0  # seconds; it may come from the terminal and from the launcher
 
 Handler = Callable[[int, FrameType | None], None]
@@ -81,11 +81,14 @@ def exit_on_signal() -> Iterator[None]:
 @contextmanager
 def handle_signals(handler: Handler) -> Iterator[None]:
     """Let ``handler`` take the signals, for a while. Python allows that in the main thread only;
-    in others this has no effect."""
+    in others this has no effect. Under nohup, SIGHUP is not for us."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+    taken = list(_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        taken.remove(signal.SIGHUP)
+    previous = {number: signal.signal(number, handler) for number in taken}
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ How a run ends, by its exit status:
 - 1: it failed on the way: the training diverged, the disk is full, another process or machine is
   lost; an error with a traceback.
 - 2: a mistake of the user, told in a sentence.
-- 75: SIGTERM, SIGUSR1 or Ctrl-C ended it (EX_TEMPFAIL, "try again"); ``--resume`` goes on.
+- 75: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ended it (EX_TEMPFAIL, "try again"); ``--resume`` goes on.
 
 torchrun gives its own status, 1, whatever that of its processes was. It passes SIGTERM on to them,
 and SIGUSR1 with its ``--signals-to-handle``.

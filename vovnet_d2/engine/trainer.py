@@ -107,8 +107,8 @@ class Trainer(DefaultTrainer):
     It may be interrupted at any time: resumed, it has the data, the random numbers and so, on a
     CPU, the parameters that it would have had. All randomness follows from the seed, the
     iteration and the position of a sample in :class:`~vovnet_d2.data.stream.TrainingStream`.
-    SIGTERM, SIGUSR1 and Ctrl-C end it after the step that is being made, with a checkpoint, by
-    :class:`~vovnet_d2.engine.interruption.Interrupted`.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end it after the step that is being made, with a checkpoint,
+    by :class:`~vovnet_d2.engine.interruption.Interrupted`.
 
     Attributes:
         stop_signal: the one that some process was sent, by the latest step; None without one.
