@@ -468,7 +468,8 @@ def test_weights_that_leave_heads_random_are_told(tmp_path):
     (row,) = run_study(
         networks=[detector(config, options, weights=True)], treatments=["plain"], batches=[1]
     ).rows
-    assert re.match(rf"{file} has no weights for backbone.fpn\S+: without --weights, heads", row["error"])
+    expected = rf"{file} has no weights for backbone.fpn\S+: without --weights, heads"
+    assert re.match(expected, row["error"])
     torch.save({"model": model.state_dict()}, file)
     (row,) = run_study(
         networks=[detector(config, options, weights=True)], treatments=["plain"], batches=[1]
