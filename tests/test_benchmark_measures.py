@@ -244,14 +244,14 @@ def test_the_ceiling_is_the_fastest(monkeypatch, fastest):
 
 def test_the_ceilings_convolution_does_not_order_its_weight_at_each_call(monkeypatch):
     ordered = []
-    pack = PackedConv2d._packed_weights
+    pack = PackedConv2d._packed_weight
     monkeypatch.setattr(
-        PackedConv2d, "_packed_weights", lambda *args: ordered.append(pack(*args)) or ordered[-1]
+        PackedConv2d, "_packed_weight", lambda *args: ordered.append(pack(*args)) or ordered[-1]
     )
     ceiling = ceilings._convolution(torch.float32, 8, 16)
     for _ in range(2):
         ceiling.call()
-    (first,), (second,) = ordered
+    first, second = ordered
     assert first is second
     assert first.layout == torch._mkldnn
 

@@ -36,14 +36,8 @@ def kernels(model: nn.Module, x: torch.Tensor) -> list[str]:
     return [event.name for event in profiler.events() if "convolution" in event.name]
 
 
-@pytest.fixture(params=[0, 2**60], ids=["added up", "concatenated"])
-def aggregation(request, monkeypatch):
-    """Both ways to aggregate, whatever the size."""
-    monkeypatch.setattr(onednn, "_LARGE", request.param)
-
-
 @pytest.mark.parametrize("variant", TABLE)
-def test_every_variant_is_as_exact_as_eager(variant, aggregation):
+def test_every_variant_is_as_exact_as_eager(variant):
     net = thin(TABLE[variant], 4)
     model = build(net)
     x = torch.randn(2, 3, 65, 96)
@@ -59,7 +53,7 @@ SHAPES = [(1, 32, 32), (3, 33, 65), (1, 47, 101), (2, 64, 32), (8, 40, 40)]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_sizes(structure, aggregation):
+def test_sizes(structure):
     model = build(thin(STRUCTURES[structure]))
     optimized = optimize_for_inference(model)
     for batch, *size in [*SHAPES, *SHAPES]:
@@ -110,7 +104,7 @@ def test_many_sizes_share_few_weights():
         if isinstance(module, PackedConv2d):
             packed = module._packed_before()
             assert len(packed) <= onednn._SIZES
-            assert len({id(w) for weights in packed.values() for w in weights}) <= 4
+            assert len({id(weight) for weight in packed.values()}) <= 4
 
 
 def test_plain_operators_where_packed_ones_do_not_apply():

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions of inference on a CPU: oneDNN's own order of the weights, ReLU and sums fused.
+"""Convolutions of inference on a CPU: oneDNN's own order of the weights, ReLU fused.
 
 They are the operators that torch.compile puts in, called without compiling, at any size. Where they
 do not apply (on a GPU, in a graph, with gradients, in mixed precision), the plain ones are called.
@@ -23,7 +23,6 @@ from .convolution import ConvNormAct, has_hooks, is_relu, is_traced, needs_gradi
 __all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
 
 _SIZES = 64  # of maps, for which a layer remembers the order of its weight
-_LARGE = 32 * 2**20  # bytes of a concatenation from which adding up its parts is faster
 
 
 class PackedConv2d(ConvNormAct):
@@ -56,56 +55,36 @@ class PackedConv2d(ConvNormAct):
         )
 
     def _convolve(self, maps: Sequence[Tensor], activation: str) -> Tensor:
-        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-        # A sum of parts would be rounded to a lower precision after each.
-        if len(maps) > 1 and (
-            self.weight.dtype != torch.float32 or sum(x.nbytes for x in maps) < _LARGE
-        ):
-            maps = [torch.cat(maps, dim=1)]
-        weights = self._packed_weights(maps)
+        x = maps[0] if len(maps) == 1 else torch.cat(list(maps), dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        last = len(maps) - 1
-        y = torch.ops.mkldnn._convolution_pointwise.default(
-            maps[0], weights[0], self.bias, *geometry, "none" if last else activation, [], ""
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x, self._packed_weight(x.shape), self.bias, *geometry, activation, [], ""
         )
-        # Each part of the sum is added where it belongs: nothing is concatenated.
-        for number in range(1, last + 1):
-            then = activation if number == last and activation != "none" else None
-            torch.ops.mkldnn._convolution_pointwise_.binary(
-                y, maps[number], weights[number], None, *geometry, "add", 1.0, then, [], None
-            )
-        return y
 
-    def _packed_weights(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The weight as oneDNN wants it for maps of these shapes, split as they are.
+    def _packed_weight(self, shape: torch.Size) -> Tensor:
+        """The weight as oneDNN wants it for a map of this shape.
 
         There are many sizes of maps and very few orders of weights: each order is made once.
         """
         packed = self._packed_before()
-        key = tuple([x.shape for x in maps])
-        if (known := packed.get(key)) is not None:
+        if (known := packed.get(shape)) is not None:
             return known
-        parts = [self.weight]
-        if len(maps) > 1:
-            parts = list(self.weight.split([x.shape[1] for x in maps], dim=1))
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
-        weights = [
-            torch.ops.mkldnn._reorder_convolution_weight(
-                part.contiguous(memory_format=torch.channels_last), *geometry, x.shape
-            )
-            for part, x in zip(parts, maps, strict=True)
-        ]
-        for others in list(packed.values()):
-            if len(others) == len(weights):
-                pairs = zip(others, weights, strict=True)
-                weights = [o if _same_order(o, w) else w for o, w in pairs]
+        weight = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight.contiguous(memory_format=torch.channels_last),
+            *(self.padding, self.stride, self.dilation, self.groups),
+            shape,
+        )
+        for other in list(packed.values()):  # other threads may add to it
+            if _same_order(other, weight):
+                weight = other
         if len(packed) >= _SIZES:
             packed.clear()
-        packed[key] = weights
-        return weights
+        packed[shape] = weight
+        return weight
 
-    def _packed_before(self) -> dict[tuple[torch.Size, ...], list[Tensor]]:
-        """By the shapes of maps, of the weight as it is now."""
+    def _packed_before(self) -> dict[torch.Size, Tensor]:
+        """By the shape of the map, of the weight as it is now."""
         weight = self.weight
         version = None if weight.is_inference() else weight._version
         of, of_version, packed = self.__dict__.get("_packed", (None, None, None))
