@@ -4,7 +4,8 @@
 simple means give: norms folded, channels-last, torch.compile with frozen weights.
 
 Each cell of the table runs in processes of its own, its cases interleaved in each; a cell that is
-in the CSV file already is not run again. For a GPU there is ``tools/benchmark.py --preset gpu``.
+in the CSV file already is not run again, unless ``--again`` says so. For a GPU there is
+``tools/benchmark.py --preset gpu``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ STREAM = ((480, 640), (512, 608), (448, 672), (576, 544), (416, 704), (640, 480)
 # Of a training step: bytes, and relative differences of all gradients together.
 ERRORS = ("gradient error to plain", "gradient error to float64", "gradient error in float64")
 FACTS = ("saved", *ERRORS)
+OF_A_CELL = ("date", "vovnet_d2")  # of the environment, as cells may be measured at different times
 
 Cases = Mapping[str, Callable[[], object]]
 
@@ -175,6 +177,7 @@ def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
     cases, facts = make()
     times = time_interleaved(cases, device="cpu", warmup=2, repeats=repeats)
     first = next(iter(times))
+    environment = describe_environment("cpu")
     return [
         {
             "cell": cell,
@@ -184,6 +187,7 @@ def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
             "reference": reference,
             "/ reference": median(ratios(t, times[reference])),
             **facts.get(case, {}),
+            **{name: environment[name] for name in OF_A_CELL},
         }
         for case, t in times.items()
     ]
@@ -204,6 +208,7 @@ def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for fact in FACTS:
             line[fact] = same[0].get(fact, "")
         line["processes"] = len(same)
+        line |= {name: ", ".join(dict.fromkeys(x[name] for x in same)) for name in OF_A_CELL}
         lines.append(line)
     return lines
 
@@ -219,10 +224,10 @@ def resume(path: Path, protocol: Mapping[str, str]) -> list[dict[str, Any]]:
     text = path.read_text().splitlines()
     header = dict(row[2:].split(": ", 1) for row in text if row.startswith("# "))
     for name, value in protocol.items():
-        if name not in ("date", "command") and header.get(name) != value:
+        if header.get(name) != value:
             sys.exit(
-                f"{path} was measured with {name} {header.get(name)}, not {value}: delete it, or "
-                "give another file for --output."
+                f"{path} was measured with {name} {header.get(name)}, not {value}: give another "
+                "file for --output."
             )
     return list(csv.DictReader(row for row in text if not row.startswith("#")))
 
@@ -248,12 +253,15 @@ def write_report(lines: Sequence[Mapping[str, Any]], protocol: Mapping[str, str]
             ours, reference = cases["ours"], cases[CELLS[cell][0]]
             times = [ours["ms"], reference["ms"], reference["case"]]
             of_plain = f"{float(ours['/ plain']):.3f}" if ours["/ plain"] else "–"
-            inference.append([cell, *times, _ratio(ours), of_plain])
+            inference.append([cell, *times, _ratio(ours), of_plain, ours["processes"]])
     parts = ["# Inference and training on a CPU", _CASES]
     parts.append(tabulate(inference, _OF_INFERENCE, tablefmt="pipe", disable_numparse=True))
     if training:
         parts += ["## A step of V-39-eSE: two images of 256×320, FrozenBN", _OF_GRADIENTS]
         parts.append(tabulate(training, _OF_TRAINING, tablefmt="pipe", disable_numparse=True))
+    protocol = {**protocol, "command": "python benchmarks/inference_and_training_on_cpu.py"}
+    for name in OF_A_CELL:
+        protocol |= {name: ", ".join(sorted({line[name] for line in lines}))}
     parts.append("\n".join(f"- {name}: {value}" for name, value in protocol.items()))
     return "\n\n".join(parts) + "\n"
 
@@ -276,7 +284,7 @@ _CASES = """- **plain**: the network as commonly written, in float32 and NCHW, w
 - **ours**: `optimize_for_inference` with its defaults but the dtype, which compiles nothing; or a
   training step as the package has it."""
 _OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
-_OF_INFERENCE += ["ours / plain"]
+_OF_INFERENCE += ["ours / plain", "processes"]
 _OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a
 step's peak memory also has weights, gradients and what an operator needs for itself. Gradients of
 all parameters together are off by so much, relative. In float64 they are the plain network's. In
@@ -290,6 +298,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=7, help="rounds in each process")
     parser.add_argument("--cells", default="", help="only cells whose name has this in it")
+    parser.add_argument("--again", action="store_true", help="also cells that are there")
     parser.add_argument(
         "--output",
         type=Path,
@@ -301,20 +310,23 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args.only, args.repeats)))
         return
-    protocol = describe_environment("cpu") | {
+    environment = describe_environment("cpu")
+    known = {n: value for n, value in environment.items() if n not in (*OF_A_CELL, "command")}
+    protocol = known | {
         "warm-up": "2 rounds",
         "repeats": f"{args.repeats} interleaved rounds in each process, median",
-        "processes": f"{args.processes}; median, lowest and highest of their ratios",
+        "processes": "median, lowest and highest of the ratios of the processes of each cell",
         "ratio": "of a case to the reference of its cell",
         "memory": "freed memory is kept (glibc's mallopt) for all cases",
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = resume(args.output, protocol)
     for cell in CELLS:
-        if args.cells not in cell or any(line["cell"] == cell for line in lines):
+        is_there = any(line["cell"] == cell for line in lines)
+        if args.cells not in cell or (is_there and not args.again):
             continue
         new = run_in_processes(cell, args)
-        lines += new
+        lines = [line for line in lines if line["cell"] != cell] + new
         write_csv(args.output, lines, protocol)
         print(*new, sep="\n", flush=True)
     report = write_report(lines, protocol)
