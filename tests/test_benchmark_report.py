@@ -43,6 +43,13 @@ def measured() -> Study:
         )
 
 
+def test_plots_of_an_earlier_benchmark_go(measured, tmp_path):
+    for name in ("inference_64x64_batch4.png", "photo.png"):
+        (tmp_path / name).touch()
+    paths = {path.name for path in write_study(measured, tmp_path)}
+    assert {path.name for path in tmp_path.iterdir()} == paths | {"photo.png"}
+
+
 def test_files_parse_back(measured, tmp_path):
     paths = {path.name: path for path in write_study(measured, tmp_path / "new")}
     content = json.loads(paths["benchmark.json"].read_text())

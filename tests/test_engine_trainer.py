@@ -21,6 +21,8 @@ from detectron2.utils.events import EventStorage
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log, tiny_config
 from torch import nn
 
+from vovnet_d2.checkpoint import VoVNetCheckpointer
+from vovnet_d2.checkpoint.atomic import FileNotWrittenError
 from vovnet_d2.engine import Trainer
 from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.trainer import MixedPrecisionTrainer
@@ -350,6 +352,29 @@ def test_the_best_weights_are_kept_where_another_process_is_gone(
     assert read_metrics(tmp_path / "metrics.json")["bbox/AP"] == [(0, 30.0), (1, made_up)]
     saved = torch.load(tmp_path / "model_best.pth")
     assert (saved["value"], saved["iteration"]) == best
+
+
+def test_the_best_weights_that_could_not_be_written_are_made_up_for(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "1"]
+    scores = iter([10.0, 30.0, 30.0, 20.0])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(scores)}})
+    save = VoVNetCheckpointer.save
+
+    def fail(self: VoVNetCheckpointer, name: str, **more: object) -> None:
+        if more.get("value") == 30.0:
+            raise FileNotWrittenError("the disk is full")
+        save(self, name, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VoVNetCheckpointer, "save", fail)
+        with pytest.raises(FileNotWrittenError):
+            launch(FASTER_RCNN, tmp_path, *options)
+    assert torch.load(tmp_path / "model_best.pth")["value"] == 10.0
+    launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    best = torch.load(tmp_path / "model_best.pth")
+    assert (best["value"], best["iteration"]) == (30.0, 1)
 
 
 # Divergence

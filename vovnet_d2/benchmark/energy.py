@@ -83,7 +83,8 @@ class NvmlPower(EnergyMeter):
         seconds = time.perf_counter() - self.begin
         self.stopped.set()
         self.thread.join()
-        return sum(self.milliwatts) / len(self.milliwatts) / 1e3 * seconds
+        samples = self.milliwatts[1:] or self.milliwatts  # the first one is from before the calls
+        return sum(samples) / len(samples) / 1e3 * seconds
 
 
 class Rapl(EnergyMeter):

@@ -20,7 +20,7 @@ from .memory import SOURCES
 from .plots import plot_cell
 from .protocol import write_csv
 from .published import PaperTable, format_paper_table
-from .study import Study
+from .study import MODES, Study
 
 __all__ = ["CONVENTIONS", "format_table", "write_study"]
 
@@ -120,6 +120,9 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     with atomic_write(csv) as partial:
         write_csv(partial, records)
     plots, sentences = _write_plots(study, folder)
+    for mode in MODES:
+        for earlier in {*folder.glob(f"{mode}_*_batch*.png")}.difference(plots):
+            earlier.unlink()
     lines = [
         "# Networks side by side",
         "",
