@@ -172,12 +172,12 @@ CELLS["training step, V-39-eSE, two images"] = ("plain", training)
 
 def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
     """One process's lines of a cell."""
+    environment = describe_environment("cpu")  # before somebody changes the checkout
     reference, make = CELLS[cell]
     keep_freed_memory()  # for all cases, as it holds for the whole process
     cases, facts = make()
     times = time_interleaved(cases, device="cpu", warmup=2, repeats=repeats)
     first = next(iter(times))
-    environment = describe_environment("cpu")
     return [
         {
             "cell": cell,

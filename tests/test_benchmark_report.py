@@ -21,6 +21,7 @@ from vovnet_d2.benchmark.plots import plot_cell
 from vovnet_d2.benchmark.published import PAPER_TABLES, format_paper_table
 from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
 from vovnet_d2.benchmark.study import Study
+from vovnet_d2.checkpoint.atomic import FileNotWrittenError
 from vovnet_d2.engine.launch import run_or_exit
 
 
@@ -247,6 +248,21 @@ def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
         tool.run(tool.parse_arguments(words))
     assert written == [2, 2]  # after the cell, and at the end
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 2
+
+
+def test_what_cannot_be_saved_is_printed(tmp_path, monkeypatch, capsys):
+    def fail(*args: object) -> None:
+        raise FileNotWrittenError("the disk is full")
+
+    monkeypatch.setattr(tool, "write_study", fail)
+    words = ["--models", "V-19-slim-dw-eSE", "--sizes", "64x64", "64x96", "--repeats", "1"]
+    words += ["--warmup", "1", "--energy-seconds", "0", "--output", str(tmp_path)]
+    with pytest.raises(FileNotWrittenError):
+        tool.run(tool.parse_arguments(words))
+    printed = capsys.readouterr()
+    for size in ("64 × 64", "64 × 96"):
+        assert f"### inference, {size}, batch 1" in printed.out
+    assert printed.err.count("Not saved yet: the disk is full") == 2
 
 
 def test_earlier_results_outlive_a_run_without_any(tmp_path):

@@ -187,6 +187,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 def test_a_signal_makes_a_checkpoint_that_goes_on_to_the_bit(
     coco: Path, tmp_path: Path, after: Any, config: str, options: list[str]
 ) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     options = [*EIGHT, *options]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     for iteration, number in ((1, signal.SIGTERM), (3, signal.SIGHUP), (5, signal.SIGUSR1)):

@@ -3,7 +3,11 @@
 """The stream of training samples: Detectron2's, entered at any place."""
 
 import itertools
+import multiprocessing
+import os
 import random
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,12 @@ from detectron2.utils import comm
 from engine_runs import MASK_RCNN, tiny_config
 from PIL import Image
 
-from vovnet_d2.data.stream import Place, TrainingStream, build_detection_stream
+from vovnet_d2.data.stream import (
+    Place,
+    TrainingStream,
+    build_detection_stream,
+    stay_until_dismissed,
+)
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -163,3 +172,26 @@ def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) ->
         for record, other in zip(found, expected, strict=True):
             assert record["image"].shape == other["image"].shape
             assert len(record["instances"]) == len(other["instances"])
+
+
+def _stay(ready: Any) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    stay_until_dismissed(0)
+    ready.set()
+    for _ in range(100):  # sleeping ends at a signal's handler, in some systems
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_stay, args=(ready,))
+    worker.start()
+    assert worker.pid is not None
+    assert ready.wait(30)
+    os.kill(worker.pid, getattr(signal, name))
+    worker.join(0.5)
+    assert worker.exitcode is None
+    worker.kill()
+    worker.join()

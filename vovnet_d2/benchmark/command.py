@@ -306,11 +306,14 @@ def run(args: argparse.Namespace) -> None:
 
     with exit_on_signal():
         study.run(save)
-    written = save()
-    print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
-    print(f"\n{format_table(study.rows)}\n")
-    if table:
-        print(f"{format_paper_table(table, study.rows)}\n")
+    written: list[Path] = []
+    try:
+        written = save()
+    finally:  # printed at least
+        print(*(f"{name}: {value}" for name, value in study.protocol.items()), sep="\n")
+        print(f"\n{format_table(study.rows)}\n")
+        if table:
+            print(f"{format_paper_table(table, study.rows)}\n")
     for path in written:
         print(f"Wrote {path}.")
     if study.interruption is not None:

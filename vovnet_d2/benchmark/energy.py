@@ -80,10 +80,11 @@ class NvmlPower(EnergyMeter):
             self.milliwatts.append(self.read())
 
     def stop(self) -> float:
+        self.milliwatts.append(self.read())
         seconds = time.perf_counter() - self.begin
         self.stopped.set()
         self.thread.join()
-        samples = self.milliwatts[1:] or self.milliwatts  # the first one is from before the calls
+        samples = self.milliwatts[1:]  # the first one is from before the calls
         return sum(samples) / len(samples) / 1e3 * seconds
 
 

@@ -103,7 +103,7 @@ def _scatter(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> N
     axis.set_xlabel(_AXES[x])
     axis.set_ylabel(_AXES[y])
     values = [row[x] for row in rows if row[x]]
-    if max(values) > _WIDE * min(values):  # else the slow ones would be one blot
+    if values and max(values) > _WIDE * min(values):  # else the slow ones would be one blot
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.grid(alpha=0.3, which="both")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -239,7 +240,7 @@ class Study:
         """Measure everything; whatever ends this early, keep what there is.
 
         Args:
-            save: called after each cell: a mode, batch and size.
+            save: called after each cell: a mode, batch and size. Where it fails, measuring goes on.
         """
         plan = self.plan
         assert self._protocol, "taken beforehand: the checkout may be another one afterwards"
@@ -254,7 +255,10 @@ class Study:
             ):
                 for cell in cells:
                     self._measure(cell, bar)
-                    save()
+                    try:
+                        save()
+                    except OSError as error:
+                        bar.write(f"Not saved yet: {error}", file=sys.stderr)
         except BaseException as interruption:  # a signal may raise SystemExit
             self.interruption = interruption
 
@@ -387,12 +391,17 @@ class Study:
         cpu, plain = torch.device("cpu"), TREATMENTS["plain"]
         key = network.name, cell.size_for(network)
         if key not in self._training_counts:
-            model = copy.deepcopy(self._model(network)).train()
-            # Two, as a batch norm cannot train on a map of one pixel.
-            images = random_images(2, cell.size_for(network), cpu)
-            inputs = detector_inputs(model, images) if network.is_detector else images
-            step = training_step(model, inputs, plain, cpu)
-            self._training_counts[key] = count_multiply_adds(step) / 2
+
+            def count(number: int) -> float:
+                model = copy.deepcopy(self._model(network)).train()
+                images = random_images(number, cell.size_for(network), cpu)
+                inputs = detector_inputs(model, images) if network.is_detector else images
+                return count_multiply_adds(training_step(model, inputs, plain, cpu)) / number
+
+            try:
+                self._training_counts[key] = count(1)
+            except ValueError:  # a batch norm cannot train on a map of one pixel
+                self._training_counts[key] = count(2)
         return self._training_counts[key]
 
     @cached_property

@@ -27,6 +27,8 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..signals import ending_signals
+
 __all__ = [
     "Place",
     "TrainingStream",
@@ -258,7 +260,7 @@ class _Samples(Dataset[Any]):
 def stay_until_dismissed(worker: int) -> None:
     """Signals that go to all processes of a job are for the main one to act upon: a worker that
     ended at once would make it fail before it has saved anything. Called in the worker."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in ending_signals():
         signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before
 

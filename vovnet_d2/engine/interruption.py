@@ -1,7 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a run from outside: SIGTERM and SIGUSR1 (preemption, Slurm), SIGINT (Ctrl-C), SIGHUP
-(the terminal is gone), and the loss of another process."""
+"""What ends a run from outside: a signal, and the loss of another process."""
 
 from __future__ import annotations
 
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch.distributed as dist
+
+from ..signals import ending_signals
 
 __all__ = [
     "INTERRUPTED",
@@ -26,7 +27,6 @@ __all__ = [
 INTERRUPTED = 75
 """Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_CTRL_C = 1.0  # seconds; it may come from the terminal and from the launcher
 
 Handler = Callable[[int, FrameType | None], None]
@@ -81,14 +81,11 @@ def exit_on_signal() -> Iterator[None]:
 @contextmanager
 def handle_signals(handler: Handler) -> Iterator[None]:
     """Let ``handler`` take the signals, for a while. Python allows that in the main thread only;
-    in others this has no effect. Under nohup, SIGHUP is not for us."""
+    in others this has no effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    taken = list(_SIGNALS)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        taken.remove(signal.SIGHUP)
-    previous = {number: signal.signal(number, handler) for number in taken}
+    previous = {number: signal.signal(number, handler) for number in ending_signals()}
     try:
         yield
     finally:

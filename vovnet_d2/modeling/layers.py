@@ -219,8 +219,8 @@ class EffectiveSE(nn.Module):
 
 def _average(x: torch.Tensor) -> torch.Tensor:
     """Of each channel: (N, C, H, W) to (N, C)."""
-    if x.dtype == torch.bfloat16:
-        # On a CPU torch copies the map to float32 for a mean, not for a sum, which it adds up in
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # There torch copies the map to float32 for a mean, not for a sum, which it adds up in
         # float32 all the same. float16 has no range for sums.
         return x.sum((2, 3)) / math.prod(x.shape[2:])
     return x.mean((2, 3))
