@@ -48,7 +48,9 @@ def optimize_for_inference(
         memory_format: layout of the weights, which the maps then follow.
         compile: whether torch.compile takes the backbone, at its first call and with sizes left
             open. On a CPU it takes a minute and gains nothing; what it gains on a GPU has not been
-            measured yet.
+            measured yet. Compiled for one size alone and with frozen weights, which is not offered
+            here, V-19-slim-dw-eSE is faster on a CPU by an eighth, larger ones by 2 to 6 %
+            (benchmarks/inference_and_training_on_cpu).
 
     Raises:
         ValueError: another ``dtype``.
