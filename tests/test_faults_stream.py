@@ -9,13 +9,14 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -28,6 +29,7 @@ from vovnet_d2.data.stream import (
     build_detection_stream,
     stay_until_dismissed,
 )
+from vovnet_d2.engine.lazy import build_train_stream
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -165,13 +167,42 @@ def test_shapes_that_records_do_not_tell_are_those_of_the_files(tmp_path: Path) 
 def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) -> None:
     cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "3")
     np.random.seed(3)  # noqa: NPY002
-    theirs = itertools.islice(iter(build_detection_train_loader(cfg)), 6)
+    # Whatever seeds the sampler that this version of Detectron2 would make.
+    number = len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN))
+    sampler = TrainingSampler(number, seed=comm.shared_random_seed())
+    theirs = itertools.islice(iter(build_detection_train_loader(cfg, sampler=sampler)), 6)
     ours = take(build_detection_stream(cfg), 6)
     for found, expected in zip(ours, theirs, strict=True):
         assert [r["file_name"] for r in found] == [r["file_name"] for r in expected]
         for record, other in zip(found, expected, strict=True):
             assert record["image"].shape == other["image"].shape
             assert len(record["instances"]) == len(other["instances"])
+
+
+@pytest.mark.parametrize("seeded_by_config", [False, True], ids=["older", "newer"])
+def test_yaml_and_lazy_trainings_of_one_seed_have_one_order(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded_by_config: bool
+) -> None:
+    """Newer versions of Detectron2 give the sampler ``SEED`` itself, -1 included."""
+    cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "-1")
+    records = [{"file_name": f"{i}.jpg", "height": 4, "width": 4} for i in range(50)]
+    from_config = build_detection_train_loader.from_config
+
+    def newer(cfg: Any, **options: Any) -> dict[str, Any]:
+        sampler = TrainingSampler(50, seed=cfg.SEED)
+        return from_config(cfg, **options) | {"sampler": sampler}
+
+    if seeded_by_config:
+        monkeypatch.setattr(build_detection_train_loader, "from_config", newer)
+
+    def order(stream: TrainingStream, seed: int) -> list[int]:
+        batches = itertools.islice(stream.batches(replace(stream.place, seed=seed)), 20)
+        return [index for batch in batches for _, index in batch]
+
+    yaml = build_detection_stream(cfg, mapper=augment, dataset=records)
+    lazy = build_train_stream(records, mapper=augment, total_batch_size=cfg.SOLVER.IMS_PER_BATCH)
+    assert order(yaml, 3) == order(yaml, 3) == order(lazy, 3)
+    assert order(yaml, 4) == order(lazy, 4) != order(yaml, 3)
 
 
 def _stay(ready: Any) -> None:

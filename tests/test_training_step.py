@@ -171,8 +171,16 @@ class Ceiling(nn.ReLU):
         return super().forward(x).clamp(max=1)
 
 
-@pytest.mark.parametrize("norm", [FrozenBatchNorm2d(4), DoublingNorm(4), nn.Identity()], ids=str)
-@pytest.mark.parametrize("activation", [nn.ReLU(), Ceiling(), nn.SiLU(), F.relu, None], ids=str)
+@pytest.mark.parametrize(
+    "norm",
+    [FrozenBatchNorm2d(4), DoublingNorm(4), nn.Identity()],
+    ids=["frozen", "doubling", "none"],
+)
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), Ceiling(), nn.SiLU(), F.relu, None],
+    ids=["ReLU", "Ceiling", "SiLU", "function", "none"],
+)
 def test_norms_and_activations_that_do_more(norm, activation):
     ours = ConvNormAct(3, 4, 3, norm=norm, activation=activation)
     peer = Conv2d(3, 4, 3, norm=norm, activation=activation)

@@ -23,7 +23,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MIN_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,11 +184,9 @@ def reason(name: str) -> str:
 
 def requirements() -> dict[str, tuple[str, str]]:
     """What should be installed: name -> (bounds of all who ask for it, who they are)."""
-    import tomllib
-
     from install_detectron2 import REQUIREMENTS
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = read_toml(ROOT / "pyproject.toml")["project"]
     asked = {"vovnet_d2": project["dependencies"], "Detectron2": REQUIREMENTS}
     for extra, listed in project["optional-dependencies"].items():
         asked[f"vovnet_d2[{extra}]"] = listed
@@ -205,6 +203,14 @@ def requirements() -> dict[str, tuple[str, str]]:
         name: (",".join(dict.fromkeys(bounds)), " and ".join(askers_of[name]))
         for name, bounds in bounds_of.items()
     }
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # in Python 3.10, where pip has a copy of its own
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads(path.read_text())
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:

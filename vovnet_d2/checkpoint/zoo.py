@@ -166,8 +166,11 @@ def _cached_revision(entry: ZooEntry, error: Exception) -> str:
 
 
 def file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:

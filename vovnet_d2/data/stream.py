@@ -290,9 +290,15 @@ def build_detection_stream(
     if isinstance(records, list):
         records = DatasetFromList(records, copy=False)  # in memory that the workers share
 
+    # Newer versions of Detectron2 seed some samplers by SEED itself, which is -1 in every training
+    # that draws its seed. Without a SEED they draw one from NumPy's generator, as all others do.
+    unseeded = cfg.clone()
+    unseeded.defrost()
+    unseeded.SEED = None
+
     def build_sampler() -> Sampler[int]:
         options = {"mapper": mapper, "dataset": records}
-        return build_detection_train_loader.from_config(cfg, **options)["sampler"]
+        return build_detection_train_loader.from_config(unseeded, **options)["sampler"]
 
     return TrainingStream(
         records,

@@ -24,7 +24,6 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..data.mapper import build_mapper
@@ -275,8 +274,9 @@ class Trainer(DefaultTrainer):
         of an error holds their iterator, and keep the process from ending."""
         iterator = self._trainer._data_loader_iter_obj
         self._trainer._data_loader_iter_obj = None
-        if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()
+        # torch's iterator over several workers has this method, and no public one.
+        if (end := getattr(iterator, "_shutdown_workers", None)) is not None:
+            end()
 
     def run_step(self) -> None:
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))

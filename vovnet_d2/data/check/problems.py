@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from enum import StrEnum
+from enum import Enum
 from typing import NamedTuple
 
 __all__ = ["PROBLEMS", "Findings", "Problem", "Severity"]
@@ -13,7 +13,7 @@ __all__ = ["PROBLEMS", "Findings", "Problem", "Severity"]
 _MAX_EXAMPLES = 5
 
 
-class Severity(StrEnum):
+class Severity(str, Enum):
     """How bad a problem is.
 
     An error stops training or evaluation, or makes them silently wrong. With a warning, training
@@ -23,6 +23,9 @@ class Severity(StrEnum):
     ERROR = "error"
     WARNING = "warning"
     NOTE = "note"
+
+    def __str__(self) -> str:  # a StrEnum, which Python 3.10 lacks
+        return self.value
 
 
 class Problem(NamedTuple):
