@@ -292,7 +292,8 @@ def _without_repetitions(
     known: defaultdict[tuple[Any, ...], set[str]] = defaultdict(set)
     for where, annotation, _ in found:
         mask = json.dumps(annotation.get("segmentation"))
-        others = known[annotation["image_id"], annotation["category_id"], *annotation["bbox"]]
+        key = (annotation["image_id"], annotation["category_id"], *annotation["bbox"])
+        others = known[key]
         if mask in others:
             findings.add("repeated_annotation", where)
             continue
