@@ -1,6 +1,14 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
+import os
+
+# Several tests run at a time (pytest-xdist), each in one thread, and so do the processes that they
+# start. A thread that waits leaves the processor to the others. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
+import setuptools  # noqa: F401 (fails if it is imported after something has looked for pip)
 import torch
 from detectron2.utils.env import seed_all_rng
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import install_detectron2
@@ -71,16 +72,25 @@ def test_files_begin_with_copyright_and_licence() -> None:
 
 def test_all_that_is_imported_is_declared() -> None:
     ours = {"vovnet_d2", "detectron2", *(file.stem for file in PYTHON_FILES)}
-    ours |= {"pip", "tomllib"}  # tomllib is missing in Python 3.10, where pip's copy is used
     declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
-    distributions = importlib.metadata.packages_distributions()
+    distributions = distributions_of_modules()
     undeclared = {
         (str(file), module)
         for file in PYTHON_FILES
         for module in imported_modules(ROOT / file) - ours - sys.stdlib_module_names
-        if declared.isdisjoint(map(canonicalize_name, distributions.get(module, [module])))
+        if declared.isdisjoint(distributions.get(module, [canonicalize_name(module)]))
     }
     assert undeclared == set()
+
+
+def distributions_of_modules() -> dict[str, set[str]]:
+    """What importlib.metadata.packages_distributions gives; Python 3.10's misses most wheels."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for distribution in importlib.metadata.distributions():
+        name = canonicalize_name(distribution.metadata["Name"])
+        for file in distribution.files or ():
+            found[file.parts[0].partition(".")[0]].add(name)
+    return found
 
 
 def imported_modules(file: Path) -> set[str]:

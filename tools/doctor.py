@@ -8,6 +8,7 @@ at module level, and the syntax is that of Python 3.8: this file has to run wher
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -206,11 +207,11 @@ def requirements() -> dict[str, tuple[str, str]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # in Python 3.10, where pip has a copy of its own
-        from pip._vendor import tomli as tomllib
-    return tomllib.loads(path.read_text())
+    """Python 3.10 has no tomllib: tomli is the same, and pip has a copy of it."""
+    for module in ("tomllib", "tomli", "pip._vendor.tomli"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(module).loads(path.read_text(encoding="utf-8"))
+    raise ModuleNotFoundError("No module reads TOML files: install tomli.")
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:

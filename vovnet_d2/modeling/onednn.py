@@ -134,14 +134,32 @@ def _takes(conv: nn.Module, relu: nn.Module | None) -> bool:
 
 @cache
 def _supported_dtypes() -> set[torch.dtype]:
+    """Return the dtypes for which this build of torch has the operators and this CPU runs them.
+
+    The operators are private, so a version of torch may lack them or call them otherwise. The plain
+    convolutions are used then.
+    """
+    return {dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _works(dtype)}
+
+
+def _works(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
-        return set()
-    dtypes = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtypes.add(torch.bfloat16)
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        dtypes.add(torch.float16)
-    return dtypes
+        return False
+    checks = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    try:
+        if dtype in checks and not getattr(torch.ops.mkldnn, checks[dtype])():
+            return False
+        conv = PackedConv2d(1, 1, 1, device="cpu", dtype=dtype)
+        with torch.no_grad():
+            for side in (1, 2):  # the second one compares the orders of the weight
+                x = torch.ones(1, 1, side, side, device="cpu", dtype=dtype)
+                conv._convolve((x,), "none")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _same_order(first: Tensor, second: Tensor) -> bool:
