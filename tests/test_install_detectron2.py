@@ -18,6 +18,7 @@ from pathlib import Path
 
 import install_detectron2
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 TOOL = Path(install_detectron2.__file__)
@@ -139,10 +140,10 @@ def test_installed_detectron2_is_kept(capsys: pytest.CaptureFixture[str]) -> Non
         file for file in importlib.metadata.files("detectron2") or [] if file.name == "env.py"
     )
     before = kept.locate().stat().st_mtime_ns
-    for source in ("auto", "git", "pypi"):
+    for source in ("auto", *install_detectron2.WAYS):
         assert install_detectron2.main(["--source", source]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert all(line.startswith("Kept the Detectron2 that is already installed") for line in lines)
     assert kept.locate().stat().st_mtime_ns == before
 
@@ -258,18 +259,80 @@ def test_upstream_is_built_at_the_pinned_commit(
     assert line == f"Wrote the wheel of upstream's commit {commit} into {out}."
 
 
-def test_pypi_takes_over_when_upstream_does_not_build(
-    upstream: Path, labgym: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_way_is_tried_and_told(
+    upstream: Path,
+    labgym: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(install_detectron2, "UPSTREAM_COMMIT", "0" * 8)
     monkeypatch.setattr(install_detectron2, "download_labgym", lambda folder: labgym)
-    out = tmp_path / "out"
-    sentence = install_detectron2.install("auto", out)
+    out, wheels = tmp_path / "out", tmp_path / "wheels"
+    wheels.mkdir()
+    options = ["--wheel-dir", str(out), "--find-links", str(wheels)]
+    assert install_detectron2.main(options) == 0
+    told = capsys.readouterr()
     assert (out / "detectron2-0.6-py3-none-any.whl").exists()
-    assert "without compiled operators" in sentence
-    assert sentence.endswith("not used: building upstream's commit 00000000 failed.")
-    with pytest.raises(install_detectron2.InstallError, match="or use --source pypi"):
-        install_detectron2.install("git", out)
+    assert "without compiled operators" in told.out
+    build = install_detectron2.torch_build()
+    assert [line for line in told.err.splitlines() if "pip" not in line] == [
+        "Building Detectron2 from upstream's commit 00000000, some two minutes ...",
+        "Way 'git' does not work here: building upstream's commit 00000000 failed.",
+        f"Looking for a prebuilt wheel for {build} in {wheels} ...",
+        f"Way 'wheel' does not work here: {wheels} offers no wheel of Detectron2 for {build} and "
+        "this Python.",
+        "Taking Detectron2's Python files out of labgym==3.1.2 ...",
+    ]
+    assert install_detectron2.main([*options, "--source", "git"]) == 1
+    assert "or use --source pypi" in capsys.readouterr().err
+
+
+def write_wheel(folder: Path, version: str, tag: str = "py3-none-any") -> None:
+    info = f"detectron2-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: detectron2\nVersion: {version}\n"
+    files = {
+        "detectron2/__init__.py": f"ORIGIN = {version!r}",
+        f"{info}/METADATA": metadata,
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
+        f"{info}/RECORD": "",
+    }
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"detectron2-{version}-{tag}.whl", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def test_the_prebuilt_wheel_fits_torch_and_python(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, wheels, out = install_detectron2.torch_build(), tmp_path / "wheels", tmp_path / "out"
+    write_wheel(wheels, f"0.6+fd27788{build}")
+    write_wheel(wheels, "0.6+fd27788pt2.1.0cpu")
+    write_wheel(wheels, "0.6+zzzzzzzpt99.0.0cu999")
+    write_wheel(wheels, f"0.6+zzzzzzz{build}", tag="cp27-none-win32")
+    options = ["--source", "wheel", "--wheel-dir", str(out), "--find-links", str(wheels)]
+    assert install_detectron2.main(options) == 0
+    assert [file.name for file in out.iterdir()] == [
+        f"detectron2-0.6+fd27788{build}-py3-none-any.whl"
+    ]
+    assert f"detectron2==0.6+fd27788{build}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "build"),
+    [
+        ("2.9.1+cu128", "12.8", "pt2.9.1cu128"),
+        ("2.15.0", "13.2", "pt2.15.0cu132"),
+        ("2.6.0+cpu", None, "pt2.6.0cpu"),
+    ],
+)
+def test_the_build_of_torch(
+    monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None, build: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert install_detectron2.torch_build() == build
 
 
 @pytest.mark.slow  # needs a package index

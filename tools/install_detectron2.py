@@ -2,14 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install Detectron2, which is not on PyPI, from wherever it can be had.
 
-One that is already there is kept. Otherwise it is built from upstream's repository at a pinned
-commit, or, where that cannot be reached or built, taken from PyPI: the wheel of LabGym carries
-Detectron2's Python files unchanged but for their import prefix. Only these files (Apache-2.0) are
-taken; the rest of that wheel is GPL-3.0 and is neither installed nor imported. What is missing in
-that way is the compiled ``detectron2._C``: deformable convolution, rotated boxes and the fast COCO
-evaluation.
+A Detectron2 that is already there is kept. Otherwise there are three ways, which are tried in this
+order:
 
-Needs nothing but the standard library, pip and, for building, git, torch and a C++ compiler.
+1. git: upstream's repository at a pinned commit is built. This needs git and a C++ compiler.
+2. wheel: a prebuilt wheel is taken that fits the installed torch, its CUDA and this Python. Others
+   build such wheels from upstream's commits: https://github.com/MiroPsota/torch_packages_builder
+3. pypi: the wheel of LabGym carries Detectron2's Python files, with another import prefix.
+   Only these files (Apache-2.0) are taken; the rest of that wheel is GPL-3.0 and is neither
+   installed nor imported. This way lacks the compiled ``detectron2._C``: deformable convolution,
+   rotated boxes and the fast COCO evaluation.
+
+The script needs nothing but the standard library and pip.
 """
 
 import argparse
@@ -17,16 +21,20 @@ import base64
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 UPSTREAM_URL = "https://github.com/facebookresearch/detectron2.git"
 UPSTREAM_COMMIT = "02b5c4e2"
 REACH_TIMEOUT = 10  # seconds
+
+WHEEL_INDEX = "https://miropsota.github.io/torch_packages_builder"
 
 LABGYM_REQUIREMENT = "labgym==3.1.2"
 LABGYM_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
@@ -71,10 +79,15 @@ class InstallError(Exception):
         self.reason = reason
 
 
+REQUIREMENTS_FAILED = InstallError(
+    "pip could not install Detectron2's requirements", "read its lines above"
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        print(install(args.source, args.wheel_dir))
+        print(install(args.source, args.wheel_dir, args.find_links))
     except InstallError as error:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
@@ -83,15 +96,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Install Detectron2: keep what is there, else upstream's pinned commit, else "
-        "the Python files that PyPI has."
+        description="Install Detectron2. One that is already installed is kept."
     )
     parser.add_argument(
         "--source",
-        choices=("auto", "git", "pypi"),
+        choices=("auto", *WAYS),
         default="auto",
-        help="git: build upstream's pinned commit; pypi: Python files only, no compiler needed; "
-        "auto: git where it can be reached and built, else pypi (default: %(default)s)",
+        help="git: build upstream's pinned commit; wheel: take a prebuilt wheel that fits torch; "
+        "pypi: take the Python files alone, without compiled operators; auto: the first of these "
+        "three that works (default: %(default)s)",
     )
     parser.add_argument(
         "--wheel-dir",
@@ -99,23 +112,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="write the wheel into DIR, for another machine, instead of installing it",
     )
+    parser.add_argument(
+        "--find-links",
+        metavar="URL",
+        help="look for prebuilt wheels in this folder or page, such as a mirror's, instead of "
+        f"{WHEEL_INDEX}",
+    )
     return parser.parse_args(argv)
 
 
-def install(source: str, wheel_dir: Path | None) -> str:
-    """Does what the command line asks and returns the sentence that says what happened."""
+def install(source: str, wheel_dir: Path | None = None, find_links: str | None = None) -> str:
+    """Do what the command line asks and return the sentence that says what happened."""
     if wheel_dir is None and (found := find_detectron2()):
         return f"Kept the Detectron2 that is already installed in {found}."
     if importlib.util.find_spec("pip") is None:
         raise InstallError(f"{sys.executable} has no pip", f"run '{sys.executable} -m ensurepip'")
-    if source == "git":
-        return from_git(wheel_dir)
-    if source == "pypi":
-        return from_pypi(wheel_dir)
-    try:
-        return from_git(wheel_dir)
-    except InstallError as error:
-        return f"{from_pypi(wheel_dir)} Upstream's repository was not used: {error.reason}."
+    if source != "auto":
+        return WAYS[source](wheel_dir, find_links)
+    *ways, last = WAYS.items()
+    for name, way in ways:
+        try:
+            return way(wheel_dir, find_links)
+        except InstallError as error:
+            say(f"Way '{name}' does not work here: {error.reason}.")
+    return last[1](wheel_dir, find_links)
+
+
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def find_detectron2() -> str | None:
@@ -127,13 +151,9 @@ def find_detectron2() -> str | None:
 # Upstream's repository ---------------------------------------------------------------------------
 
 
-def from_git(wheel_dir: Path | None) -> str:
+def from_git(wheel_dir: Path | None, find_links: str | None) -> str:
     check_git_way()
-    print(
-        f"Building Detectron2 from upstream's commit {UPSTREAM_COMMIT}, some two minutes ...",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"Building Detectron2 from upstream's commit {UPSTREAM_COMMIT}, some two minutes ...")
     failure = InstallError(
         f"building upstream's commit {UPSTREAM_COMMIT} failed",
         "read pip's lines above, or use --source pypi",
@@ -183,21 +203,72 @@ def is_upstream_reachable() -> bool:
     return answer.returncode == 0
 
 
+# Prebuilt wheels ---------------------------------------------------------------------------------
+
+
+def from_wheel(wheel_dir: Path | None, find_links: str | None) -> str:
+    build = torch_build()
+    place = find_links or WHEEL_INDEX
+    say(f"Looking for a prebuilt wheel for {build} in {place} ...")
+    options = ["--no-index", f"--find-links={place}"] if find_links else [f"--index-url={place}"]
+    fitting = [version for version in offered_versions(options) if version.endswith(build)]
+    if not fitting:
+        raise InstallError(
+            f"{place} offers no wheel of Detectron2 for {build} and this Python",
+            "use --source git or --source pypi, or name another place by --find-links",
+        )
+    wheel = f"detectron2=={fitting[0]}"
+    failure = InstallError(
+        f"{wheel} could not be installed", "read pip's lines above, or use --source pypi"
+    )
+    if wheel_dir is not None:
+        run_pip("download", "--no-deps", *options, f"--dest={wheel_dir}", wheel, failure=failure)
+        return f"Wrote the prebuilt wheel {wheel} into {wheel_dir}."
+    # Its requirements come from pip's own index: nothing but the wheel is taken from there.
+    run_pip("install", "--no-deps", *options, wheel, failure=failure)
+    run_pip("install", *REQUIREMENTS, failure=REQUIREMENTS_FAILED)
+    return f"Installed the prebuilt wheel {wheel}."
+
+
+def torch_build() -> str:
+    """Return the end of the version of a wheel that fits the installed torch: pt2.9.1cu128."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InstallError(
+            "prebuilt wheels fit one version of torch each, and there is none",
+            "run 'pip install torch torchvision' first, or use --source pypi",
+        ) from error
+    cuda = torch.version.cuda
+    return f"pt{torch.__version__.partition('+')[0]}" + (
+        "cpu" if cuda is None else f"cu{cuda.replace('.', '')}"
+    )
+
+
+def offered_versions(options: list[str]) -> list[str]:
+    """Return the versions that have a wheel for this Python and system, the newest first."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "index", "versions"]
+    limits = ["--retries=1", f"--timeout={REACH_TIMEOUT}"]
+    answer = subprocess.run(
+        [*command, "detectron2", *limits, *options],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    line = re.search(r"^Available versions: (.*)", answer.stdout, flags=re.MULTILINE)
+    return line[1].split(", ") if line else []
+
+
 # PyPI --------------------------------------------------------------------------------------------
 
 
-def from_pypi(wheel_dir: Path | None) -> str:
+def from_pypi(wheel_dir: Path | None, find_links: str | None) -> str:
+    say(f"Taking Detectron2's Python files out of {LABGYM_REQUIREMENT} ...")
     with tempfile.TemporaryDirectory() as scratch:
         labgym = download_labgym(Path(scratch))
         wheel = build_wheel(labgym, wheel_dir or Path(scratch))
         if wheel_dir is None:
-            run_pip(
-                "install",
-                str(wheel),
-                failure=InstallError(
-                    "pip could not install Detectron2's requirements", "read its lines above"
-                ),
-            )
+            run_pip("install", str(wheel), failure=REQUIREMENTS_FAILED)
     if wheel_dir is None:
         return f"Installed Detectron2 {VERSION} from PyPI's files, without compiled operators."
     return f"Wrote {wheel} from PyPI's files, without compiled operators."
@@ -301,6 +372,13 @@ def run_pip(*args: str, failure: InstallError) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", args[0], "--quiet"]
     if subprocess.run([*command, *args[1:]], stdin=subprocess.DEVNULL).returncode != 0:
         raise failure
+
+
+WAYS: dict[str, Callable[[Path | None, str | None], str]] = {
+    "git": from_git,
+    "wheel": from_wheel,
+    "pypi": from_pypi,
+}
 
 
 if __name__ == "__main__":
