@@ -34,6 +34,7 @@ from detectron2.evaluation import (
 from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from PIL import Image
 
+from vovnet_d2.data.cityscapes import provide_cityscapes_scripts
 from vovnet_d2.engine import build_evaluator, load_config
 from vovnet_d2.engine.evaluation import _BUILDERS, check_evaluators, main_metric
 from vovnet_d2.engine.old_numpy import old_numpy
@@ -349,6 +350,23 @@ def test_cityscapes(
     evaluator = build_evaluator(config(tmp_path, "city"), "city")
     assert isinstance(evaluator, expected)
     assert evaluate_with_numpy(monkeypatch, evaluator, expected) is float
+
+
+def test_cityscapes_scripts_have_the_name_of_newer_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "cityscapesscripts" / "helpers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "labels.py").write_text("labels = ['road']")
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "deeplearning.projects.cityscapesApi.cityscapesscripts.helpers.labels"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+    provide_cityscapes_scripts()
+    assert importlib.import_module(name).labels == ["road"]
 
 
 @pytest.mark.parametrize("kind", [k for k, (package, _) in _BUILDERS.items() if package])

@@ -4,6 +4,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -217,11 +219,30 @@ def run_tool(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
-    done = run_tool(coco_root, *TINY, "OUTPUT_DIR", str(tmp_path))
+    options = ["DATALOADER.NUM_WORKERS", str((os.cpu_count() or 1) + 1)]
+    done = run_tool(coco_root, *TINY, *options, "OUTPUT_DIR", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "| coco_2017_val | bbox" in done.stdout
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len([line for line in lines if "Using training sampler" in line]) == 1
+    assert [
+        line for line in lines if re.search(r"UserWarning|FutureWarning|is_fx_trac", line)
+    ] == []
     report = (tmp_path / "results.md").read_text()
     assert f"python {TOOL} --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
+
+
+@pytest.mark.parametrize("name", ["train_net", "lazyconfig_train_net", "pretrain_net", "demo"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, expected in ((None, "passive"), ("active", "active")):
+        with monkeypatch.context() as patch:
+            patch.setenv("OMP_WAIT_POLICY", given or "")
+            if given is None:
+                patch.delenv("OMP_WAIT_POLICY")
+            runpy.run_path(str(TOOL.with_name(f"{name}.py")))
+            assert os.environ["OMP_WAIT_POLICY"] == expected
 
 
 @pytest.mark.slow

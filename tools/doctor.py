@@ -461,11 +461,12 @@ def origin(name: str) -> str:
     source = json.loads(distribution.read_text("direct_url.json") or "{}")
     if "vcs_info" in source:
         return f"built from {source['url']} at {source['vcs_info']['commit_id'][:8]}"
-    if source.get("dir_info", {}).get("editable"):
-        return f"editable from {source['url']}"
+    if "dir_info" in source:
+        kind = "editable from" if source["dir_info"].get("editable") else "built from"
+        return f"{kind} {source['url']}"
     if "install_detectron2" in (distribution.read_text("WHEEL") or ""):
         return "Python files from PyPI by tools/install_detectron2.py"
-    return "from a wheel"
+    return f"from the wheel of version {distribution.version}"
 
 
 def check_vovnet(report: Report) -> None:

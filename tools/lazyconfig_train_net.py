@@ -8,6 +8,11 @@
         train.output_dir=output/mask_rcnn optimizer.lr=0.01
 """
 
+import os
+
+# torch reads this when it is imported: threads that wait leave the processor to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from vovnet_d2.engine.lazy import main
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ ImageNet's layout, on CIFAR-10, or on the embedded digits; ``--help`` lists the 
         --num-gpus 8 PRETRAIN.DATA /data/imagenet MODEL.VOVNET.CONV_BODY V-39-eSE
 """
 
+import os
+
+# torch reads this when it is imported: threads that wait leave the processor to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from vovnet_d2.engine.pretrain import main
 
 if __name__ == "__main__":

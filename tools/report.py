@@ -14,7 +14,11 @@ The second is for data sets that only a script of yours registers.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+# torch reads this when it is imported: threads that wait leave the processor to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from detectron2.utils.logger import setup_logger
 

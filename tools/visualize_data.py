@@ -3,6 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw a data set: annotations, samples as training sees them, results; ``--help`` tells how."""
 
+import os
+
+# torch reads this when it is imported: threads that wait leave the processor to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from vovnet_d2.engine.data_pictures_command import main
 
 if __name__ == "__main__":

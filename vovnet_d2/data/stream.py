@@ -11,6 +11,7 @@ none of their state is saved.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -80,6 +81,15 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 @dataclass(frozen=True)
@@ -298,7 +308,8 @@ def build_detection_stream(
 
     def build_sampler() -> Sampler[int]:
         options = {"mapper": mapper, "dataset": records}
-        return build_detection_train_loader.from_config(unseeded, **options)["sampler"]
+        with _silenced(logging.getLogger("detectron2.data.build")):  # it has named the sampler
+            return build_detection_train_loader.from_config(unseeded, **options)["sampler"]
 
     return TrainingStream(
         records,

@@ -12,6 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..data import register_digits
+from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.own import register_own_data
 from ..data.voc import register_voc
 from . import config
@@ -61,6 +62,7 @@ def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> 
     """
     register_digits()
     register_voc()
+    provide_cityscapes_scripts()
     use_own_data(cfg, args, training=training)
     register_own_data(cfg.DATASETS.OWN)
 

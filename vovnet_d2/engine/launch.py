@@ -47,6 +47,7 @@ from .interruption import (
     handle_signals,
     is_lost_connection,
 )
+from .quiet import hide_known_messages
 
 __all__ = ["launch_command", "launch_or_exit", "run_or_exit"]
 
@@ -117,6 +118,7 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
 
 def _end_on_signal(run: Run, args: argparse.Namespace) -> Any:
     with exit_on_signal():
+        hide_known_messages()
         _limit_waits()
         return run(args)
 

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..data import register_digits
+from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.stream import TrainingStream, stay_until_dismissed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
@@ -175,6 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     register_digits()
     register_voc()
+    provide_cityscapes_scripts()
     config = load_lazy_config(args.config_file, args.opts)
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
