@@ -19,8 +19,8 @@ help: ## list the targets
 setup: $(VENV)/stamp-package ## create .venv with everything that the other targets need
 
 $(VENV)/stamp-venv: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "'$(PYTHON)' is no Python 3.11 or newer: name one that is," \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "'$(PYTHON)' is no Python 3.10 or newer: name one that is," \
 			"as in 'make setup PYTHON=python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet setuptools wheel

@@ -26,6 +26,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vovnet_d2.data import build_digits
 from vovnet_d2.data.check import PROBLEMS, Severity
+from vovnet_d2.data.check.leakage import _ones
 from vovnet_d2.data.check.masks import decode_counts
 
 pytest_plugins = ["engine_fixtures"]
@@ -582,6 +583,14 @@ def test_a_leak_is_found_and_dropped_from_training(data: DataSet, other: DataSet
     assert check_two(data, other)[:2] == (0, set())
     assert [i["file_name"] for i in json.loads(data.json.read_text())["images"]] == NAMES[1:]
     assert len(json.loads(other.json.read_text())["images"]) == 4
+
+
+def test_bits_are_counted_alike_by_numpy_1_and_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = np.random.default_rng(0).integers(0, 2**63, (3, 5, 4), dtype=np.uint64)
+    expected = [[sum(int(word).bit_count() for word in row) for row in rows] for rows in words]
+    for _ in range(2):
+        assert _ones(words).sum(axis=-1).tolist() == expected
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
 
 
 @pytest.mark.parametrize("change", [{"quality": 30}, {"scale": 2}])

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-MIN_PYTHON = (3, 11)
+MIN_PYTHON = (3, 10)
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = shlex.quote(sys.executable)
 PIP = f"{PYTHON} -m pip"

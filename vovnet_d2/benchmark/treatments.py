@@ -114,9 +114,11 @@ def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
     after an error, and beyond a number of compilations: that raises here. The number is torch's own
     for each of ``cases``, as ``Module.compile`` counts those of all networks together."""
     config = torch._dynamo.config
-    limits = ("recompile_limit", "accumulated_recompile_limit")
-    settings = {name: getattr(config, name) * cases for name in limits}
-    return config.patch(settings | {"fail_on_recompile_limit_hit": True, "suppress_errors": False})
+    name = "recompile" if hasattr(config, "recompile_limit") else "cache_size"  # in torch 2.6
+    limits = (f"{name}_limit", f"accumulated_{name}_limit")
+    settings = {limit: getattr(config, limit) * cases for limit in limits}
+    fails = f"fail_on_{name.removesuffix('_size')}_limit_hit"
+    return config.patch(settings | {fails: True, "suppress_errors": False})
 
 
 _FAST = "norms folded, channels-last; in training as the trainer has it"

@@ -132,8 +132,11 @@ def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]]:
 
 def _export_program(target: ExportTarget) -> ExportedProgram:
     assert isinstance(target, BackboneTarget)
-    # Otherwise maps of one pixel are excluded, which a small image's last levels are.
-    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    # Otherwise maps of one pixel are excluded, which a small image's last levels are. torch 2.6 has
+    # no such setting.
+    settings = {"backed_size_oblivious": True}
+    known = {name: value for name, value in settings.items() if hasattr(symbolic_shapes, name)}
+    with symbolic_shapes.patch(known):  # type: ignore[attr-defined]
         return torch.export.export(
             target.module, target.example, dynamic_shapes=_dynamic_shapes(target)
         )

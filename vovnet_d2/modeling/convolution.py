@@ -112,7 +112,9 @@ def convolve(
         bias: (out,), added after scaling; None only without ``scale``.
     """
     device = maps[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The meta device has no autocast. torch.amp.is_autocast_available would tell, but torch.compile
+    # of torch 2.6 cannot look into it.
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         maps = [x if x.dtype == torch.float64 else x.to(dtype) for x in maps]
     if needs_gradient(weight, bias, *maps) and not is_traced():

@@ -51,9 +51,16 @@ def _near_pairs(
         return
     for start in range(0, len(names), _ROWS):
         rows = looks[start : start + _ROWS, None]
-        distances = np.bitwise_count(rows ^ other_looks[None]).sum(axis=-1, dtype=np.uint16)
+        distances = _ones(rows ^ other_looks[None]).sum(axis=-1, dtype=np.uint16)
         for row, column in zip(*np.nonzero(distances <= _NEAR), strict=True):
             yield names[start + row], other_names[column]
+
+
+def _ones(words: np.ndarray) -> np.ndarray:
+    """Return numbers whose sum over the last axis is how many bits of the words are set."""
+    if hasattr(np, "bitwise_count"):
+        return np.bitwise_count(words)
+    return np.unpackbits(words.view(np.uint8), axis=-1)  # NumPy 1
 
 
 def _looks(files: Mapping[str, ImageFile]) -> tuple[Sequence[str], np.ndarray]:
