@@ -23,10 +23,11 @@ from vovnet_d2.export import (
     BackboneTarget,
     check_format,
     compare,
-    export,
     load,
     select_target,
 )
+from vovnet_d2.export import export as export_file
+from vovnet_d2.export.formats import EXPORTS_ANY_SIZE, ExportedFile
 from vovnet_d2.export.masks import paste_masks
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
@@ -87,6 +88,16 @@ def operators_of(net) -> set[str]:
 
 
 # Backbone
+
+
+def export(target, format, path) -> ExportedFile:
+    """Export, or skip what an old torch says that it cannot export at any size."""
+    try:
+        return export_file(target, format, path)
+    except ValueError as error:
+        if EXPORTS_ANY_SIZE or "A newer torch" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(
@@ -334,4 +345,4 @@ def test_a_model_that_a_format_cannot_take(tmp_path):
     target = backbone_target(thin(STRUCTURES["full"]))
     target.module.forward = lambda images: (images[images > 0],) if images.sum() else images
     with pytest.raises(ValueError, match=r"cannot be exported as torch_export \(.*onnx, torchs"):
-        export(target, "torch_export", tmp_path / "backbone.pt2")
+        export_file(target, "torch_export", tmp_path / "backbone.pt2")

@@ -10,14 +10,19 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 
+import doctor
 import install_detectron2
 import pytest
-from doctor import read_toml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # which pytest needs there
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = read_toml(ROOT / "pyproject.toml")["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 CONSTRAINTS = {
     canonicalize_name(constraint.name): constraint
@@ -60,6 +65,11 @@ def test_constraints_fit_the_requirements() -> None:
         assert requirement.specifier.contains(pin.version), requirement
 
 
+def test_the_doctor_reads_the_same_requirements() -> None:
+    assert doctor.project_requirements() == (PROJECT["dependencies"], EXTRAS)
+    assert PROJECT["requires-python"] == ">={}.{}".format(*doctor.MIN_PYTHON)
+
+
 def test_constraints_are_about_requirements_only() -> None:
     assert set(CONSTRAINTS) <= {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
 
@@ -71,7 +81,7 @@ def test_files_begin_with_copyright_and_licence() -> None:
 
 
 def test_all_that_is_imported_is_declared() -> None:
-    ours = {"vovnet_d2", "detectron2", *(file.stem for file in PYTHON_FILES)}
+    ours = {"vovnet_d2", "detectron2", "tomllib", "tomli", *(file.stem for file in PYTHON_FILES)}
     declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     distributions = distributions_of_modules()
     undeclared = {

@@ -8,7 +8,7 @@ at module level, and the syntax is that of Python 3.8: this file has to run wher
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,9 +24,10 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MIN_PYTHON = (3, 10)
+LIST = re.compile(r"^([\w-]+) = (\[[^{}]*?\])$", flags=re.MULTILINE)  # of strings, in TOML
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = shlex.quote(sys.executable)
 PIP = f"{PYTHON} -m pip"
@@ -187,9 +188,9 @@ def requirements() -> dict[str, tuple[str, str]]:
     """What should be installed: name -> (bounds of all who ask for it, who they are)."""
     from install_detectron2 import REQUIREMENTS
 
-    project = read_toml(ROOT / "pyproject.toml")["project"]
-    asked = {"vovnet_d2": project["dependencies"], "Detectron2": REQUIREMENTS}
-    for extra, listed in project["optional-dependencies"].items():
+    dependencies, extras = project_requirements()
+    asked = {"vovnet_d2": dependencies, "Detectron2": REQUIREMENTS}
+    for extra, listed in extras.items():
         asked[f"vovnet_d2[{extra}]"] = listed
 
     bounds_of: dict[str, list[str]] = {}
@@ -206,12 +207,19 @@ def requirements() -> dict[str, tuple[str, str]]:
     }
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Python 3.10 has no tomllib: tomli is the same, and pip has a copy of it."""
-    for module in ("tomllib", "tomli", "pip._vendor.tomli"):
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(module).loads(path.read_text(encoding="utf-8"))
-    raise ModuleNotFoundError("No module reads TOML files: install tomli.")
+def project_requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """Return the dependencies of pyproject.toml, and those of its extras.
+
+    Python 3.10 reads no TOML; but lists of strings are written as Python's are.
+    """
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    sections = re.split(r"^\[(.+)\]$", text, flags=re.MULTILINE)
+    tables = {
+        section: {name: ast.literal_eval(value) for name, value in LIST.findall(body)}
+        for section, body in zip(sections[1::2], sections[2::2], strict=True)
+        if section.startswith("project")
+    }
+    return tables["project"]["dependencies"], tables["project.optional-dependencies"]
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:

@@ -37,7 +37,7 @@ _WRAPPERS = (
 _numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     _numpy_scalar,
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
     argparse.Namespace,

@@ -23,6 +23,9 @@ __all__ = ["FORMATS", "ExportedFile", "Format", "export", "load"]
 OPSET = 20
 """Of ONNX: the newest that both of torch's exporters write; from 19 on, convolutions may deform."""
 
+EXPORTS_ANY_SIZE = hasattr(symbolic_shapes, "backed_size_oblivious")
+"""Whether torch.export takes maps of one pixel, which torch 2.6 does not in all networks."""
+
 MIN_SIZE = 32
 """The smallest height and width that VoVNet takes."""
 
@@ -80,9 +83,10 @@ def export(target: ExportTarget, format: str, path: Path) -> ExportedFile:
     except RuntimeError as error:
         others = [name for name in formats_for(type(target)) if name != format]
         reason = str(error).strip().partition("\n")[0]
+        newer = "" if EXPORTS_ANY_SIZE else " A newer torch, such as 2.11, may export it."
         raise ValueError(
             f"This model cannot be exported as {format} ({reason}). Other formats to try: "
-            f"{', '.join(others)}."
+            f"{', '.join(others)}.{newer}"
         ) from error
 
 
@@ -132,11 +136,9 @@ def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]]:
 
 def _export_program(target: ExportTarget) -> ExportedProgram:
     assert isinstance(target, BackboneTarget)
-    # Otherwise maps of one pixel are excluded, which a small image's last levels are. torch 2.6 has
-    # no such setting.
-    settings = {"backed_size_oblivious": True}
-    known = {name: value for name, value in settings.items() if hasattr(symbolic_shapes, name)}
-    with symbolic_shapes.patch(known):  # type: ignore[attr-defined]
+    # Otherwise maps of one pixel are excluded, which a small image's last levels are.
+    settings = {"backed_size_oblivious": True} if EXPORTS_ANY_SIZE else {}
+    with symbolic_shapes.patch(settings):  # type: ignore[attr-defined]
         return torch.export.export(
             target.module, target.example, dynamic_shapes=_dynamic_shapes(target)
         )
