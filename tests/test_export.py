@@ -222,13 +222,16 @@ def test_fpn(config, tmp_path):
     target = select_target(build_detector(small_config(config)), "fpn")
     file = export(target, "onnx", tmp_path / "fpn.onnx")
     net = STRUCTURES["eSE in all"]
-    assert_plain(file.path, operators_of(net) | OF_FPN)
+    # Exported programs of torch 2.6 compute sizes that later ones know.
+    of_sizes = set() if EXPORTS_ANY_SIZE else {"Constant", "Reshape", "Cast"}
+    assert_plain(file.path, operators_of(net) | OF_FPN | of_sizes)
     for shape in ((1, 3, 32, 64), (2, 3, 160, 96)):
         images = raw_images(*shape)
         assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
     graph = onnx.load(file.path).graph
     height, width = (axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim[2:])
-    assert (height, width) == ("32*height", "32*width")
+    if EXPORTS_ANY_SIZE:  # torch 2.6 names them after the example's, though they may vary
+        assert (height, width) == ("32*height", "32*width")
 
 
 def test_fpn_by_torch_export(tmp_path):
