@@ -17,11 +17,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.logger import setup_logger
 from reference import STRUCTURES, Net, assert_same_maps, native_names, thin
-from state_dicts import equal, features, random_state, snapshot
+from state_dicts import COMPLETE_LAYOUTS, equal, features, random_state, snapshot
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec, add_vovnet_config, convert_state_dict
-from vovnet_d2.layouts import LAYOUTS
 
 NET = thin(STRUCTURES["eSE in all"])
 GOOD = random_state(NET, counted=True)
@@ -166,7 +165,7 @@ def test_files(tmp_path, wrap, counted, norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 @pytest.mark.parametrize("structure", [n for n in STRUCTURES if "bottleneck" not in n])
 def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
     net = thin(STRUCTURES[structure])

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from reference import STRUCTURES, TABLE, assert_same_maps, thin
-from state_dicts import equal, random_state
+from state_dicts import COMPLETE_LAYOUTS, equal, random_state
 from timm.models import load_checkpoint
 from torch import nn
 
@@ -18,7 +18,6 @@ from vovnet_d2.checkpoint import InputConvention
 from vovnet_d2.checkpoint.conversion import fold_normalization, reorder_channels
 from vovnet_d2.checkpoint.metadata import BGR_255, RGB_IMAGENET
 from vovnet_d2.checkpoint.reading import read_checkpoint
-from vovnet_d2.layouts import LAYOUTS
 
 TOOL = Path(__file__).parent.parent / "tools" / "convert_weights.py"
 NET = thin(STRUCTURES["eSE in last"])
@@ -156,8 +155,8 @@ def test_a_mean_that_nothing_takes_up():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
-@pytest.mark.parametrize("to", LAYOUTS)
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("to", COMPLETE_LAYOUTS)
+@pytest.mark.parametrize("source", COMPLETE_LAYOUTS)
 def test_layouts(tmp_path, source, to, suffix, capsys):
     state = convert_state_dict(STATE, source)
     detector = {f"backbone.bottom_up.{name}": tensor for name, tensor in state.items()}

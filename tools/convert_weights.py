@@ -18,6 +18,7 @@ from pathlib import Path
 from vovnet_d2.checkpoint.conversion import (
     convert_state_dict,
     fold_normalization,
+    osmr_caveats,
     reorder_channels,
     timm_caveats,
 )
@@ -117,7 +118,8 @@ def _report(args: argparse.Namespace, found: Description, metadata: Metadata) ->
     print(f"Wrote {args.output}, {args.to} names.")
     if metadata.input is not None:
         print("A config for it says:", *metadata.input.config_lines(), sep="\n  ")
-    for caveat in timm_caveats(found, metadata) if args.to == "timm" else []:
+    caveats = {"timm": timm_caveats, "osmr": osmr_caveats}
+    for caveat in caveats[args.to](found, metadata) if args.to in caveats else []:
         print(f"Note: {caveat}")
 
 

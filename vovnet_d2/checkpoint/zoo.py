@@ -183,6 +183,8 @@ def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
         same = [entry for entry in ZOO.values() if not found.differences(entry.spec)]
         convention = same[0].input if same else RGB_IMAGENET
         return Metadata("strided", residual, convention, "timm's convention")
+    if found.layout == "osmr":
+        return Metadata("strided", True, RGB_IMAGENET, "osmr's convention")
     if found.layout == "detectron2":
         return _metadata_of_published(found, list(names))
     return Metadata()
