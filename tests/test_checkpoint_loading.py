@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import hashlib
 import http.server
 import logging
 import pickle
@@ -739,7 +740,12 @@ def test_downloads(server):
     VoVNetCheckpointer(model).load(f"{url}/weights.pth")
     assert torch.equal(model.stem.conv1.weight, GOOD["stem.stem_1/conv.weight"])
     (folder / "page.pth").write_text("<!doctype html><html>gone</html>")
-    (folder / "weights-0badc0de.pth").write_bytes((folder / "weights.pth").read_bytes())
+    content = (folder / "weights.pth").read_bytes()
+    (folder / "weights-0badc0de.pth").write_bytes(content)
+    for algorithm in (hashlib.sha256, hashlib.sha1):  # torch.hub's custom and pytorchcv's
+        name = f"weights-{algorithm(content).hexdigest()[:8]}.pth"
+        (folder / name).write_bytes(content)
+        VoVNetCheckpointer(model).load(f"{url}/{name}")
     before = snapshot(model)
     for name, kind, message in (
         ("page.pth", ValueError, "is an HTML page"),

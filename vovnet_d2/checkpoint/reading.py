@@ -23,7 +23,7 @@ import torch
 
 from .zipped import find_weights, unpacked
 
-__all__ = ["METADATA_KEY", "find_state_dict", "read_checkpoint"]
+__all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoint"]
 
 METADATA_KEY = "vovnet_d2"
 """Where our own files say what the keys cannot: see :mod:`vovnet_d2.checkpoint.metadata`."""
@@ -102,6 +102,12 @@ def _read(file: IO[bytes], path: str, allow_pickle: bool) -> dict[str, Any]:
             "Detectron2's model zoo), or its beginning is damaged."
         )
     return _with_model(content, path)
+
+
+def looks_like_html(path: str) -> bool:
+    """Whether a file is a page that a server gives in the place of a file."""
+    with open(path, "rb") as file:
+        return _kind(file.read(512)) == "html"
 
 
 def _kind(head: bytes) -> str:
