@@ -33,7 +33,6 @@ class Server:
         self.asked: list[tuple[str, str]] = []
         self.breaks: list[int] = []  # after how many bytes the next answers end
         self.ranges = True
-        self.etag = None
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(handler) -> None:
@@ -47,7 +46,7 @@ class Server:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        name = handler.path.removeprefix("/")
+        name = handler.path.removeprefix("/").partition("?")[0]
         wanted = handler.headers.get("Range", "")
         self.asked.append((name, wanted))
         if name not in self.files:

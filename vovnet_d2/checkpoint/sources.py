@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 _HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
 
-# Names such as resnet50-0676ba61.pth carry the beginning of a checksum: of the SHA-256 in torch.hub,
-# of the SHA-1 in pytorchcv, whose names may also end with .pth.zip.
+# Names such as resnet50-0676ba61.pth carry the beginning of a checksum: SHA-256 is the custom of
+# torch.hub, SHA-1 that of pytorchcv, whose names may also end with .pth.zip.
 _HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+(?:\.zip)?$")
 
 
