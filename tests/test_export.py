@@ -321,6 +321,42 @@ def test_missing_packages(monkeypatch, tmp_path):
         export(target, "onnx", tmp_path / "backbone.onnx")
 
 
+FIXED = [
+    (thin(TABLE["V-99-eSE"]), (2, 64, 96)),
+    *[
+        pytest.param(TABLE["V-99-eSE"], shape, marks=pytest.mark.slow)
+        for shape in [(1, 320, 800), (1, 640, 1600)]  # PETR's
+    ],
+]
+
+
+@pytest.mark.parametrize(("net", "shape"), FIXED, ids=str)
+def test_onnx_of_one_shape(net, shape, tmp_path):
+    target = backbone_target(net, shape=shape)
+    export(target, "onnx", tmp_path / "backbone.onnx")
+    graph = onnx.load(tmp_path / "backbone.onnx").graph
+    (given,) = graph.input
+    batch, height, width = shape
+    dims = [dim.dim_value for dim in given.type.tensor_type.shape.dim]  # 0 where it is dynamic
+    assert dims == [batch, 3, height, width]
+    assert all(d.dim_value for o in graph.output for d in o.type.tensor_type.shape.dim)
+    assert_plain(tmp_path / "backbone.onnx", operators_of(net))
+    images = raw_images(batch, 3, height, width)
+    assert largest_difference(target, run_onnx(tmp_path / "backbone.onnx", images), images) <= 1e-4
+    with pytest.raises(Exception, match="invalid dimensions"):
+        run_onnx(tmp_path / "backbone.onnx", raw_images(batch, 3, height + 32, width))
+
+
+def test_shapes_that_cannot_be():
+    model = build_detector(small_config(RETINANET))
+    with pytest.raises(ValueError, match=r"80x64 is not .* multiples of 32"):
+        select_target(model, "fpn", shape=(1, 80, 64))
+    with pytest.raises(ValueError, match=r"16x64 is not .* from 32 up"):
+        select_target(model, "backbone", shape=(1, 16, 64))
+    with pytest.raises(ValueError, match="export its part fpn"):
+        select_target(model, "detector", shape=(1, 64, 64))
+
+
 def test_part_that_is_none():
     model = build_model(small_config(MASK_RCNN))
     with pytest.raises(ValueError, match=f"Unknown part 'neck': choose from {', '.join(PARTS)}"):
