@@ -13,7 +13,6 @@ import logging
 import os
 import ssl
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError, URLError
@@ -80,9 +79,8 @@ def file_digest(path: str, algorithm: str) -> str:
     """Return the checksum of a file in hexadecimal digits; of a .pth.zip, that of its .pth."""
     found = hashlib.new(algorithm, usedforsecurity=False)
     entry = find_weights(path)
-    with closing(unpacked(path, entry) if entry is not None else _chunks(path)) as chunks:
-        for chunk in chunks:
-            found.update(chunk)
+    for chunk in _chunks(path) if entry is None else unpacked(path, entry):
+        found.update(chunk)
     return found.hexdigest()
 
 
