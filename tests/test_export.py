@@ -323,7 +323,7 @@ def test_missing_packages(monkeypatch, tmp_path):
 
 
 FIXED = [
-    (thin(TABLE["V-99-eSE"]), (2, 64, 96)),
+    (thin(STRUCTURES["eSE in all"]), (2, 64, 96)),
     *[
         pytest.param(TABLE["V-99-eSE"], shape, marks=pytest.mark.slow)
         for shape in [(1, 320, 800), (1, 640, 1600)]  # PETR's
