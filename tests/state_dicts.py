@@ -6,6 +6,12 @@ import reference
 import torch
 from torch import nn
 
+from vovnet_d2.layouts import LAYOUTS
+
+# The layouts that have a name for every tensor of every published variant. osmr's lacks eSE and
+# depthwise convolutions: see test_checkpoint_osmr.py.
+COMPLETE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "osmr")
+
 
 def random_state(net: reference.Net, **options) -> dict[str, torch.Tensor]:
     """As in reference.py, in float32, which files of weights are in."""

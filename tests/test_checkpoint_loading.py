@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import hashlib
 import http.server
 import logging
 import pickle
@@ -17,11 +18,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.logger import setup_logger
 from reference import STRUCTURES, Net, assert_same_maps, native_names, thin
-from state_dicts import equal, features, random_state, snapshot
+from state_dicts import COMPLETE_LAYOUTS, equal, features, random_state, snapshot
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec, add_vovnet_config, convert_state_dict
-from vovnet_d2.layouts import LAYOUTS
 
 NET = thin(STRUCTURES["eSE in all"])
 GOOD = random_state(NET, counted=True)
@@ -166,7 +166,7 @@ def test_files(tmp_path, wrap, counted, norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 @pytest.mark.parametrize("structure", [n for n in STRUCTURES if "bottleneck" not in n])
 def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
     net = thin(STRUCTURES[structure])
@@ -740,7 +740,12 @@ def test_downloads(server):
     VoVNetCheckpointer(model).load(f"{url}/weights.pth")
     assert torch.equal(model.stem.conv1.weight, GOOD["stem.stem_1/conv.weight"])
     (folder / "page.pth").write_text("<!doctype html><html>gone</html>")
-    (folder / "weights-0badc0de.pth").write_bytes((folder / "weights.pth").read_bytes())
+    content = (folder / "weights.pth").read_bytes()
+    (folder / "weights-0badc0de.pth").write_bytes(content)
+    for algorithm in (hashlib.sha256, hashlib.sha1):  # torch.hub's custom and pytorchcv's
+        name = f"weights-{algorithm(content).hexdigest()[:8]}.pth"
+        (folder / name).write_bytes(content)
+        VoVNetCheckpointer(model).load(f"{url}/{name}")
     before = snapshot(model)
     for name, kind, message in (
         ("page.pth", ValueError, "is an HTML page"),

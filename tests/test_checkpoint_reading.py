@@ -21,6 +21,7 @@ from state_dicts import equal, random_state, snapshot
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec
+from vovnet_d2.checkpoint import zipped as zipped_files
 from vovnet_d2.checkpoint.reading import read_checkpoint
 
 NET = thin(STRUCTURES["eSE in all"])
@@ -211,11 +212,17 @@ def saved_safetensors(path, metadata=None) -> bytes:
     return path.read_bytes()
 
 
-def zipped(name: str, content: bytes) -> bytes:
+def zipped(**files: bytes) -> bytes:
+    """A zip archive of files that are called NAME.pth."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(name, content)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.pth", content)
     return file.getvalue()
+
+
+def bomb() -> bytes:
+    return zipped(a=bytes(zipped_files._HARMLESS_SIZE + 1))
 
 
 def npz() -> bytes:
@@ -282,7 +289,21 @@ MALFORMED = {
     "random bytes": (lambda p: bytes(range(255, -1, -1)) * 8, "no file of weights"),
     "zeros": (lambda p: bytes(4096), "no file of weights"),
     "compressed": (lambda p: gzip.compress(saved(GOOD)), "unpack"),
-    "zip archive around it": (lambda p: zipped("a.pth", saved(GOOD)), "unpack"),
+    "zip of two files": (
+        lambda p: zipped(a=saved(GOOD), b=saved(GOOD)),
+        r"a zip archive of 2 files \('a.pth', 'b.pth'\): unpack",
+    ),
+    "zip in a zip": (lambda p: zipped(a=zipped(a=saved(GOOD))), "unpack it first"),
+    "zip around an HTML page": (lambda p: zipped(a=HTML), "HTML page"),
+    "zip around it, cut in half": (
+        lambda p: zipped(a=saved(GOOD))[: len(saved(GOOD)) // 2],
+        "truncated",
+    ),
+    "zip around it, a wrong byte in it": (
+        lambda p: flipped(zipped(a=saved(GOOD)), b"a.pth"),
+        "damaged",
+    ),
+    "zip bomb": (lambda p: bomb(), r"unpack to 1\d+ bytes, \d+ times the size"),
     "npz": (lambda p: npz(), "unpack"),
     "TorchScript": (lambda p: torchscript(), "TorchScript"),
     # damaged
@@ -380,7 +401,8 @@ def model() -> VoVNet:
 
 
 @pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
-def test_malformed_files(tmp_path, model, content, message):
+def test_malformed_files(tmp_path, model, content, message, monkeypatch):
+    monkeypatch.setattr(zipped_files, "_HARMLESS_SIZE", 2**20)
     path = tmp_path / "weights.pth"
     path.write_bytes(content(path))
     before = snapshot(model)
@@ -402,6 +424,19 @@ def test_the_file_that_the_malformed_ones_are_made_from_loads(tmp_path, format, 
         saved_safetensors(path)
     else:
         path.write_bytes(saved(GOOD, _use_new_zipfile_serialization=format == "zip"))
+    assert equal(read_checkpoint(str(path))["model"], GOOD)
+
+
+def test_a_zip_archive_of_one_file_loads(tmp_path):
+    """As osmr publishes its weights; folders and what macOS adds do not count."""
+    path = tmp_path / "weights.pth.zip"
+    path.write_bytes(zipped(a=saved({"model": GOOD, "epoch": 3})))
+    content = read_checkpoint(str(path))
+    assert equal(content["model"], GOOD)
+    assert content["epoch"] == 3
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("folder/", "")
+        archive.writestr("__MACOSX/._a.pth", b"Mac OS X")
     assert equal(read_checkpoint(str(path))["model"], GOOD)
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import STRUCTURES, TABLE, Net, native_names, random_state, tensors, thin
+from state_dicts import COMPLETE_LAYOUTS
 
 from vovnet_d2 import VOVNET_SPECS, VoVNetSpec, convert_state_dict
 from vovnet_d2.checkpoint import describe_state_dict
-from vovnet_d2.layouts import LAYOUTS, rename_keys
+from vovnet_d2.layouts import rename_keys
 
 TOLD = {"stage_mid_channels", "stage_out_channels", "blocks_per_stage", "layers_per_block"} | {
     "stem_channels",
@@ -27,7 +28,7 @@ def shapes(net: Net, layout: str = "detectron2", **options) -> dict[str, torch.T
     return convert_state_dict(state, layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 @pytest.mark.parametrize("variant", TABLE)
 def test_variants(variant, layout):
     found = describe_state_dict(shapes(TABLE[variant], layout, counted=True))
@@ -71,7 +72,7 @@ def test_placement_of_ese_makes_no_difference_where_stages_have_one_block():
 
 @pytest.mark.parametrize("num_classes", [None, 1000])
 @pytest.mark.parametrize("in_channels", [1, 3, 6])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 def test_channels_and_classes(layout, in_channels, num_classes):
     net = TABLE["V-39"]
     found = describe_state_dict(
@@ -94,7 +95,7 @@ PREFIXES = [
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 def test_prefixes(layout, prefix):
     outer = prefix.rpartition(".bottom_up.")[0]
     state = {prefix + name: t for name, t in shapes(thin(TABLE["V-39-eSE"]), layout).items()}
@@ -197,4 +198,4 @@ def test_an_unknown_layout():
 def test_layouts_are_those_of_the_table():
     """Every name that the published layout has is renamed, in every layout but its own."""
     names = [name for name, _, _ in tensors(TABLE["V-19-dw-eSE"], num_classes=2, counted=True)]
-    assert {len(rename_keys(names, to)) for to in LAYOUTS} == {0, len(names)}
+    assert {len(rename_keys(names, to)) for to in COMPLETE_LAYOUTS} == {0, len(names)}

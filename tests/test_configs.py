@@ -19,9 +19,11 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from pytorchcv.models import vovnet as pytorchcv_vovnet
 from torch import nn
 
 from vovnet_d2 import VOVNET_SPECS, add_vovnet_config, get_config_file
+from vovnet_d2.checkpoint import InputConvention
 from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.modeling.layers import DeformableConv2d
 
@@ -144,9 +146,14 @@ def test_file(name: str) -> None:
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_comment_names_the_weights(name: str) -> None:
     path = ROOT / name
-    weights = load(path).MODEL.WEIGHTS
+    model = load(path).MODEL
     comment = path.read_text().splitlines()[0]
-    assert weights in comment if weights else comment.startswith("# Weights: none")
+    if model.WEIGHTS:
+        assert model.WEIGHTS in comment
+        assert ZOO[model.WEIGHTS].commercial or "non-commercial" in comment
+    else:
+        assert comment.startswith("# Weights: none")
+        assert not model.TIMM.PRETRAINED or model.TIMM.NAME in comment
 
 
 # What they describe -------------------------------------------------------------------------------
@@ -240,8 +247,10 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
     if match["neck"] == "FPNLite":
         expected |= {"MODEL.FPN.OUT_CHANNELS"}
         assert ours["MODEL.FPN.OUT_CHANNELS"] == 128
-    if cfg.MODEL.WEIGHTS.startswith("timm://"):
-        expected |= {"MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"}
+    if cfg.MODEL.WEIGHTS:
+        expected |= {"MODEL.PIXEL_STD"}
+        if ZOO[cfg.MODEL.WEIGHTS].input.format == "RGB":
+            expected |= {"MODEL.PIXEL_MEAN", "INPUT.FORMAT"}
     different = {
         key for key in peers if ours[key] != peers[key] and not key.startswith("MODEL.RESNETS.")
     }
@@ -278,12 +287,73 @@ TIMM_FILES = [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS.startswith(
 
 def test_weights_of_the_zoo_are_used() -> None:
     """A variant with living weights has them in every detector of its own."""
-    expected = {entry.variant: name for name, entry in ZOO.items()}
+    # Of several, those that are listed first.
+    expected = {entry.variant: name for name, entry in reversed(ZOO.items())}
     for name in COCO_FILES:
         match = COCO_NAME.fullmatch(name)
         if not match["scratch"] and match["schedule"] != "instant_test":
             weights = expected.get(VARIANTS[match["variant"]], "")
             assert weights == load(ROOT / name).MODEL.WEIGHTS, name
+
+
+@pytest.mark.parametrize("name", [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS])
+def test_agrees_with_the_zoo(name: str) -> None:
+    """The network and the input are those of the weights: residual, eSE, stem, channel order."""
+    cfg = load(ROOT / name)
+    entry = ZOO[cfg.MODEL.WEIGHTS]
+    assert build_on_meta(ROOT / name).backbone.bottom_up.spec == entry.spec
+    assert InputConvention.of_config(cfg) == entry.input
+
+
+@pytest.mark.parametrize(("name", "weights"), [("V_27_slim", "vovnet27s"), ("V_39", "vovnet39")])
+def test_agrees_with_pytorchcv(name: str, weights: str) -> None:
+    path = ROOT / f"COCO-InstanceSegmentation/mask_rcnn_{name}_FPN_3x.yaml"
+    assert f"osmr://{weights}" == load(path).MODEL.WEIGHTS
+    with torch.device("meta"):
+        peer = getattr(pytorchcv_vovnet, weights)()
+    keys = build_on_meta(path).backbone.bottom_up.load_state_dict(peer.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert keys.unexpected_keys == ["linear.weight", "linear.bias"]
+
+
+CLIPPING = ("ENABLED", "CLIP_TYPE")
+HGNET_FILES = [name for name in MODEL_FILES if "HGNet" in name]
+
+
+def test_hgnets_have_their_detectors() -> None:
+    networks = {"HGNet_T": "hgnet_tiny", "HGNetV2_B4": "hgnetv2_b4"}
+    expected = {
+        f"{FOLDERS[kind]}/{kind}_{short}_FPN_3x.yaml": name
+        for kind in ("mask_rcnn", "retinanet")
+        for short, name in networks.items()
+    }
+    found = {name: load(ROOT / name).MODEL.TIMM.NAME.partition(".")[0] for name in HGNET_FILES}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", HGNET_FILES)
+def test_hgnets_take_what_their_weights_expect(name: str) -> None:
+    cfg, model = load(ROOT / name), build_on_meta(ROOT / name)
+    record = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
+    assert record.license.lower() == "apache-2.0"
+    assert cfg.MODEL.TIMM.PRETRAINED
+    assert cfg.INPUT.FORMAT == "RGB"
+    for ours, peers in ((cfg.MODEL.PIXEL_MEAN, record.mean), (cfg.MODEL.PIXEL_STD, record.std)):
+        assert ours == pytest.approx([255 * value for value in peers])
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in model.modules())
+    kind = Path(name).name.partition("_HGNet")[0]
+    peer = get_cfg()
+    peer.merge_from_file(
+        model_zoo.get_config_file(f"{FOLDERS[kind]}/{kind}_R_50_FPN_3x.yaml"), allow_unsafe=True
+    )
+    different = {k for k, v in flatten(peer).items() if flatten(cfg)[k] != v}
+    backbone = {"MODEL.BACKBONE.NAME", "MODEL.BACKBONE.FREEZE_AT", "MODEL.FPN.IN_FEATURES"}
+    backbone |= {"MODEL.WEIGHTS", "MODEL.RESNETS.OUT_FEATURES", "TEST.EVAL_PERIOD"}
+    backbone |= {"MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"}
+    if kind == "retinanet":
+        backbone |= {"SOLVER.WARMUP_ITERS", *(f"SOLVER.CLIP_GRADIENTS.{k}" for k in CLIPPING)}
+    assert different - {"MODEL.RESNETS.DEPTH"} <= backbone
 
 
 @pytest.mark.parametrize("name", TIMM_FILES)

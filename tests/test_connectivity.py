@@ -13,11 +13,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from state_dicts import COMPLETE_LAYOUTS
 from torch import Tensor, nn
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, convert_state_dict
 from vovnet_d2.analysis.connectivity import Connectivity, measure_connectivity
-from vovnet_d2.layouts import LAYOUTS
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier, CifarSpec
 
 NAN = float("nan")
@@ -120,7 +120,7 @@ def assert_same(found: list[Connectivity], expected: list[Connectivity]) -> None
         np.testing.assert_array_equal(a.strength, b.strength)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_every_layout(layout: str, depthwise: bool) -> None:
     native = VoVNet(replace(SMALL, depthwise=depthwise)).state_dict()

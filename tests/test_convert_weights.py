@@ -3,13 +3,14 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from reference import STRUCTURES, TABLE, assert_same_maps, thin
-from state_dicts import equal, random_state
+from reference import STRUCTURES, TABLE, Net, assert_same_maps, parameter_count, thin
+from state_dicts import COMPLETE_LAYOUTS, equal, random_state
 from timm.models import load_checkpoint
 from torch import nn
 
@@ -18,7 +19,7 @@ from vovnet_d2.checkpoint import InputConvention
 from vovnet_d2.checkpoint.conversion import fold_normalization, reorder_channels
 from vovnet_d2.checkpoint.metadata import BGR_255, RGB_IMAGENET
 from vovnet_d2.checkpoint.reading import read_checkpoint
-from vovnet_d2.layouts import LAYOUTS
+from vovnet_d2.checkpoint.zoo import ZOO
 
 TOOL = Path(__file__).parent.parent / "tools" / "convert_weights.py"
 NET = thin(STRUCTURES["eSE in last"])
@@ -156,8 +157,8 @@ def test_a_mean_that_nothing_takes_up():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
-@pytest.mark.parametrize("to", LAYOUTS)
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("to", COMPLETE_LAYOUTS)
+@pytest.mark.parametrize("source", COMPLETE_LAYOUTS)
 def test_layouts(tmp_path, source, to, suffix, capsys):
     state = convert_state_dict(STATE, source)
     detector = {f"backbone.bottom_up.{name}": tensor for name, tensor in state.items()}
@@ -214,6 +215,45 @@ def test_a_prefix_for_other_projects(tmp_path):
     assert equal(torch.load(tmp_path / "out.pth")["model"], expected)
 
 
+def test_a_file_for_openmmlab(tmp_path):
+    """MMEngine takes what stands under state_dict, or else the whole dictionary."""
+    torch.save(STATE, tmp_path / "in.pth")
+    names = ("--to", "detectron2", "--output-prefix", "img_backbone.")
+    convert(tmp_path / "in.pth", tmp_path / "out.pth", *names, "--output-key", "state_dict")
+    content = torch.load(tmp_path / "out.pth")
+    expected = {f"img_backbone.{name}": tensor for name, tensor in random_state(NET).items()}
+    assert equal(content["state_dict"], expected)
+    assert "model" not in content
+    assert equal(convert_state_dict(read_checkpoint(str(tmp_path / "out.pth"))["model"]), STATE)
+
+
+def test_osmrs_names(tmp_path, capsys):
+    net = thin(replace(TABLE["V-39"], residual=False))
+    state = convert_state_dict(random_state(net))
+    model = VoVNet(VoVNetSpec(**vars(net)))
+    model.load_state_dict(state)
+    VoVNetCheckpointer(model, str(tmp_path)).save("in")
+    convert(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "osmr")
+    assert "Note: pytorchcv's VoVNets have residual connections" in capsys.readouterr().out
+    convert(tmp_path / "out.pth", tmp_path / "back.pth")
+    assert equal(torch.load(tmp_path / "back.pth")["model"], state)
+
+
+def test_list(capsys):
+    """Without input and output, as --help."""
+    with pytest.raises(SystemExit) as caught:
+        tool.argument_parser().parse_args(["--list"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, entry in ZOO.items():
+        (line,) = [line for line in lines if f" {name} " in line]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [name, entry.variant]
+        assert cells[-1] == entry.license
+        parameters = parameter_count(Net(**vars(entry.spec)))
+        assert cells[2] == f"{parameters / 1e6:.2f}"
+
+
 def test_one_of_several(tmp_path):
     other = {name: tensor + 1 for name, tensor in STATE.items()}
     both = {**{f"a.{k}": t for k, t in STATE.items()}, **{f"b.{k}": t for k, t in other.items()}}
@@ -267,6 +307,6 @@ def test_help_says_where_folding_is_not_exact():
 def test_a_users_error_is_one_line(tmp_path):
     command = [sys.executable, TOOL, tmp_path / "nothing.pth", tmp_path / "out.pth"]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: No file of weights")
     assert "Traceback" not in run.stderr

@@ -29,6 +29,7 @@ from vovnet_d2.export import (
 from vovnet_d2.export import export as export_file
 from vovnet_d2.export.formats import EXPORTS_ANY_SIZE, ExportedFile
 from vovnet_d2.export.masks import paste_masks
+from vovnet_d2.modeling.vovnet import OSABlock
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((103.5, 116.3, 123.7), (57.4, 57.1, 58.4)))
@@ -333,6 +334,53 @@ def test_missing_packages(monkeypatch, tmp_path):
     message = "onnx needs onnx, onnxscript, onnxruntime: pip install 'vovnet_d2[export]'"
     with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         export(target, "onnx", tmp_path / "backbone.onnx")
+
+
+FIXED = [
+    (thin(STRUCTURES["eSE in all"]), (2, 64, 96)),
+    *[
+        pytest.param(TABLE["V-99-eSE"], shape, marks=pytest.mark.slow)
+        for shape in [(1, 320, 800), (1, 640, 1600)]  # PETR's
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    FIXED,
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_onnx_of_one_shape(net, shape, tmp_path):
+    model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
+    model.load_state_dict(random_state(net), strict=False)
+    # In a trained network, what a block adds is small beside its input. Otherwise so many blocks
+    # multiply the rounding of the first layers.
+    for block in (b for b in model.modules() if isinstance(b, OSABlock) and b.residual):
+        for parameter in block.aggregation.norm.parameters():
+            parameter.data *= 0.1
+    target = BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, shape=shape)
+    export(target, "onnx", tmp_path / "backbone.onnx")
+    graph = onnx.load(tmp_path / "backbone.onnx").graph
+    (given,) = graph.input
+    batch, height, width = shape
+    dims = [dim.dim_value for dim in given.type.tensor_type.shape.dim]  # 0 where it is dynamic
+    assert dims == [batch, 3, height, width]
+    assert all(d.dim_value for o in graph.output for d in o.type.tensor_type.shape.dim)
+    assert_plain(tmp_path / "backbone.onnx", operators_of(net))
+    images = raw_images(batch, 3, height, width)
+    assert largest_difference(target, run_onnx(tmp_path / "backbone.onnx", images), images) <= 1e-4
+    with pytest.raises(Exception, match="invalid dimensions"):
+        run_onnx(tmp_path / "backbone.onnx", raw_images(batch, 3, height + 32, width))
+
+
+def test_shapes_that_cannot_be():
+    model = build_detector(small_config(RETINANET))
+    with pytest.raises(ValueError, match=r"80x64 is not .* multiples of 32"):
+        select_target(model, "fpn", shape=(1, 80, 64))
+    with pytest.raises(ValueError, match=r"16x64 is not .* from 32 up"):
+        select_target(model, "backbone", shape=(1, 16, 64))
+    with pytest.raises(ValueError, match="export its part fpn"):
+        select_target(model, "detector", shape=(1, 64, 64))
 
 
 def test_part_that_is_none():

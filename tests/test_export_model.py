@@ -122,3 +122,16 @@ def test_no_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         export("--device", "cuda")
     assert "--device: 'cuda' is no device that torch finds here" in capsys.readouterr().err
+
+
+def test_a_fixed_shape():
+    args = ("--part", "backbone", "--format", "torchscript", "--fixed-shape", "2x64x96")
+    report = export(*args)
+    assert report["target"].startswith("VoVNet: images (2, 3, 64, 96) of raw pixels")
+    (result,) = report["exports"]
+    assert [check["input"] for check in result["checks"]] == ["2×3×64×96"] * 2
+    assert result["agrees"]
+    with pytest.raises(ValueError, match="'64x96' is not of the form NxHxW"):
+        export("--part", "backbone", "--fixed-shape", "64x96")
+    with pytest.raises(ValueError, match="leave out --images"):
+        export("--part", "backbone", "--fixed-shape", "1x64x96", "--images", str(PICTURES[0]))

@@ -11,12 +11,12 @@ import yaml
 from detectron2.config import CfgNode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from state_dicts import COMPLETE_LAYOUTS
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec, convert_state_dict
 from vovnet_d2.checkpoint.reading import read_checkpoint
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.launch import _is_sentence_of_ours
-from vovnet_d2.layouts import LAYOUTS
 
 FUZZ: dict[str, Any] = {
     "deadline": None,
@@ -116,14 +116,14 @@ def check_round_trip(spec: VoVNetSpec, layout: str) -> None:
 
 
 @few
-@given(specs, st.sampled_from(LAYOUTS))
+@given(specs, st.sampled_from(COMPLETE_LAYOUTS))
 def test_conversions_come_back(spec: VoVNetSpec, layout: str) -> None:
     check_round_trip(spec, layout)
 
 
 @pytest.mark.slow
 @many
-@given(specs, st.sampled_from(LAYOUTS))
+@given(specs, st.sampled_from(COMPLETE_LAYOUTS))
 def test_many_conversions_come_back(spec: VoVNetSpec, layout: str) -> None:
     check_round_trip(spec, layout)
 

@@ -458,6 +458,52 @@ def test_freezing_keeps_the_maps_and_stops_training_of_its_stages_alone(freeze_a
             assert torch.equal(tensor, state[name]) == (name.split(".")[0] in frozen), name
 
 
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("freeze_at", [0, 2])
+def test_norm_eval_and_frozen_stages_are_a_loop_by_hand(freeze_at, checkpoint_blocks):
+    """Three steps of training, against a plain network whose norms and stages a loop sets."""
+    arguments = {"norm": "BN", "out_features": ["stage3", "stage5"]}
+    options = {"norm_eval": True, "freeze_at": freeze_at, "checkpoint_blocks": checkpoint_blocks}
+    model, peer = build(V19, **arguments, **options), build(V19, **arguments)
+    randomise(peer)
+    model.load_state_dict(peer.state_dict())
+    start = copy.deepcopy(peer.state_dict())
+    model.train()
+    peer.train()
+    for name, module in peer.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+        if name.split(".")[0] in STAGES[:freeze_at]:
+            module.requires_grad_(False)
+    for net in (model, peer):
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(map_.square().mean() for map_ in net(images(2, 3, 64, 64)).values()).backward()
+            optimizer.step()
+    end = model.state_dict()
+    for name, tensor in peer.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.allclose(end[name], tensor, rtol=1e-9, atol=1e-12), name
+    still = {n for n, t in start.items() if n in end and torch.equal(end[n], t)}
+    assert {n for n in end if "running_" in n} <= still
+    affine = {n for n in end if n.endswith("norm.weight") and n not in still}
+    assert {n.split(".")[0] for n in affine} == {*STAGES[freeze_at:]}
+
+
+def test_norm_eval_outlasts_a_change_of_mode():
+    model = VoVNet(V19, norm="BN", norm_eval=True)
+    for _ in range(2):
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert model.training
+        assert not any(norm.training for norm in norms)
+        model.eval().train()
+    plain = VoVNet(V19, norm="BN")
+    assert all(m.training for m in plain.modules())
+
+
 def test_freezing_of_a_net_with_fewer_stages():
     model = build(V19, out_features=["stage3"], freeze_at=5)
     assert not any(p.requires_grad for p in model.parameters())

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,18 +15,21 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from pytorchcv.models.common.model_store import get_model_name_suffix_data, imgclsmob_repo_url
 from reference import thin
 from safetensors.torch import save_file
 from state_dicts import snapshot
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, convert_state_dict
 from vovnet_d2.checkpoint import zoo, zoo_page
+from vovnet_d2.checkpoint.download import MIRROR
 from vovnet_d2.checkpoint.zoo import ZOO, get_entry
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "timm://ese_vovnet19b_dw.ra_in1k"
 
 each_entry = pytest.mark.parametrize("name", ZOO)
+each_of_timm = pytest.mark.parametrize("name", [n for n in ZOO if n.startswith("timm://")])
 
 
 # The table
@@ -33,10 +37,10 @@ each_entry = pytest.mark.parametrize("name", ZOO)
 
 def test_every_trained_vovnet_of_timm_is_in_the_zoo():
     trained = timm.list_pretrained("*vovnet*")
-    assert {f"timm://{name}" for name in trained} == ZOO.keys()
+    assert {f"timm://{name}" for name in trained} == {n for n in ZOO if n.startswith("timm://")}
 
 
-@each_entry
+@each_of_timm
 def test_entries_agree_with_timms_record(name):
     """timm says in its own table what a model expects, and under which licence it is."""
     entry, record = ZOO[name], timm.get_pretrained_cfg(name.removeprefix("timm://"))
@@ -49,7 +53,7 @@ def test_entries_agree_with_timms_record(name):
     assert set(entry.top1) <= sizes
 
 
-@each_entry
+@each_of_timm
 def test_specs_are_timms_networks(name):
     with torch.device("meta"):
         peer = timm.create_model(name.removeprefix("timm://"), pretrained=False)
@@ -61,13 +65,38 @@ def test_specs_are_timms_networks(name):
     assert residual == ours
 
 
-@each_entry
-def test_urls(name):
+@each_of_timm
+def test_urls_of_the_hub(name):
     entry = ZOO[name]
     revision = entry.revision or "main"
-    assert entry.url == f"https://huggingface.co/{entry.repo}/resolve/{revision}/model.safetensors"
+    url = f"https://huggingface.co/{entry.repo}/resolve/{revision}/model.safetensors"
+    assert entry.urls == (url,)
     assert revision == "main" or len(revision) == 40
-    assert entry.sha256 is None or len(entry.sha256) == 64
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n.startswith("osmr://")])
+def test_entries_agree_with_pytorchcvs_record(name):
+    """pytorchcv says in its own table what its files are called, and their SHA-1."""
+    entry, short = ZOO[name], name.removeprefix("osmr://")
+    error, sha1, release = get_model_name_suffix_data(short)
+    url = f"{imgclsmob_repo_url}/releases/download/{release}/{short}-{error}-{sha1[:8]}.pth"
+    assert entry.urls == (f"{url}.zip", url)
+    assert entry.checksum == f"sha1:{sha1}"
+    assert entry.license == "MIT"
+
+
+@each_entry
+def test_what_an_entry_says(name):
+    entry = ZOO[name]
+    assert entry.urls
+    assert all(url.startswith("https://") for url in entry.urls)
+    assert entry.commercial == (entry.license in ("MIT", "Apache-2.0"))
+    assert entry.commercial or "nuScenes" in entry.trained_on
+    algorithm, _, digits = entry.checksum.partition(":")
+    assert re.fullmatch("[0-9a-f]*", digits)
+    assert len(digits) == {"": 0, "md5": 32, "sha1": 40}[algorithm]
+    same = [n for n, other in ZOO.items() if set(other.file_names) & set(entry.file_names)]
+    assert same == [name], "a folder of the user's may hold all of them"
 
 
 def test_an_unknown_name_lists_those_there_are():
@@ -88,8 +117,10 @@ def test_the_page_is_the_zoos():
 @each_entry
 def test_the_page_names_everything(name):
     page, entry = zoo_page.render(), ZOO[name]
-    for part in (name, entry.variant, entry.url, entry.license, *entry.input.config_lines()):
+    lines = entry.input.config_lines()
+    for part in (name, entry.variant, *entry.urls, entry.license, entry.trained_on, *lines):
         assert part in page
+    assert all(part in page for part in (*entry.file_names, entry.checksum))
     assert all(variant in page for variant in VOVNET_SPECS)
 
 
@@ -117,6 +148,8 @@ def fill_cache(root: Path, name: str, state, revision: str | None, content=None)
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and a network that is not there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv(MIRROR, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -179,7 +212,7 @@ def test_a_full_disk_is_said(cache, state, model, monkeypatch):
 def test_nothing_in_the_cache(cache, model):
     with pytest.raises(FileNotFoundError, match="not in the cache") as caught:
         VoVNetCheckpointer(model).load(SMALLEST)
-    assert ZOO[SMALLEST].url in str(caught.value)
+    assert ZOO[SMALLEST].urls[0] in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert "offline mode is enabled" in str(caught.value)  # the hub's reason
 
@@ -197,8 +230,8 @@ def test_a_damaged_file_in_the_cache(cache, state, model):
 
 def test_a_pinned_checksum(cache, state, model, monkeypatch):
     fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
-    monkeypatch.setitem(zoo.ZOO, SMALLEST, replace(ZOO[SMALLEST], sha256="0" * 64))
-    with pytest.raises(ValueError, match=r"SHA-256 0{64}\): delete it"):
+    monkeypatch.setitem(zoo.ZOO, SMALLEST, replace(ZOO[SMALLEST], checksum="sha256:00"))
+    with pytest.raises(ValueError, match=r"\(sha256:00\): delete it"):
         VoVNetCheckpointer(model).load(SMALLEST)
 
 

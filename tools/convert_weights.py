@@ -4,6 +4,9 @@
 """Convert VoVNet's weights from any layout to another: names, channel order, normalisation.
 
     python tools/convert_weights.py timm://ese_vovnet39b.ra_in1k vovnet39.pth --to-bgr
+    python tools/convert_weights.py v99://fcos3d v99.pth --to detectron2 \\
+        --output-prefix img_backbone. --output-key state_dict    # for PETR, StreamPETR, ...
+    python tools/convert_weights.py --list                       # the weights that can be had
 
 The result is the backbone (and its classifier, if there is one): what stands beside it in a
 detector's file is left out, since such files load as they are.
@@ -18,6 +21,7 @@ from pathlib import Path
 from vovnet_d2.checkpoint.conversion import (
     convert_state_dict,
     fold_normalization,
+    osmr_caveats,
     reorder_channels,
     timm_caveats,
 )
@@ -26,14 +30,23 @@ from vovnet_d2.checkpoint.recognition import Description, describe_state_dict
 from vovnet_d2.checkpoint.sources import read_weights
 from vovnet_d2.checkpoint.writing import save_weights
 from vovnet_d2.checkpoint.zoo import metadata_of_layout
+from vovnet_d2.checkpoint.zoo_page import table_of_weights
 from vovnet_d2.layouts import LAYOUTS
+
+
+class _PrintTable(argparse.Action):
+    """Print the zoo and exit, as --help does, whatever else is or is not given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        print(table_of_weights(), end="")
+        parser.exit()
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help="what MODEL.WEIGHTS takes: a file, a URL or timm://...")
+    parser.add_argument("input", help="what MODEL.WEIGHTS takes: a file, a URL or a name of --list")
     parser.add_argument("output", help="file to write: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=LAYOUTS, default="native", help="names of the tensors")
     parser.add_argument(
@@ -43,6 +56,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "--output-prefix",
         default="",
         help="prefix of the names in the output, such as backbone.bottom_up.",
+    )
+    parser.add_argument(
+        "--output-key",
+        choices=("model", "state_dict"),
+        default="model",
+        help="what the tensors stand under in the output: Detectron2 reads model, OpenMMLab's "
+        "projects read state_dict; a .safetensors file has none",
     )
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
@@ -69,6 +89,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "--allow-pickle", action="store_true", help="read a .pkl of Detectron2's model zoo"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--list",
+        action=_PrintTable,
+        nargs=0,
+        help="print the weights that can be had by name, with licences, and exit",
+    )
     return parser
 
 
@@ -97,7 +123,10 @@ def main(args: argparse.Namespace) -> None:
     source = known.source or args.input
     metadata = Metadata(known.stem, known.residual, convention, source)
     save_weights(
-        args.output, {args.output_prefix + name: t for name, t in tensors.items()}, metadata
+        args.output,
+        {args.output_prefix + name: t for name, t in tensors.items()},
+        metadata,
+        key=args.output_key,
     )
     _report(args, found, metadata)
 
@@ -117,7 +146,8 @@ def _report(args: argparse.Namespace, found: Description, metadata: Metadata) ->
     print(f"Wrote {args.output}, {args.to} names.")
     if metadata.input is not None:
         print("A config for it says:", *metadata.input.config_lines(), sep="\n  ")
-    for caveat in timm_caveats(found, metadata) if args.to == "timm" else []:
+    caveats = {"timm": timm_caveats, "osmr": osmr_caveats}
+    for caveat in caveats[args.to](found, metadata) if args.to in caveats else []:
         print(f"Note: {caveat}")
 
 
@@ -125,4 +155,5 @@ if __name__ == "__main__":
     try:
         main(argument_parser().parse_args())
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -62,6 +62,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "padding. postprocessing, of a detector: scaling to a height and width that are two more "
         "inputs, and pasting of masks",
     )
+    parser.add_argument(
+        "--fixed-shape",
+        metavar="NxHxW",
+        help="the only number of images and size that a backbone's graph is to take, 6x320x800 for "
+        "example; any otherwise",
+    )
     parser.add_argument("--output", default="exported", help="folder (default: exported)")
     parser.add_argument(
         "--device", type=parse_device, default="cpu", help="to export and check on (default: cpu)"
@@ -100,6 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"The part {args.part} has no post-processing to leave out.")
     # Or a difference could be eager's rounding to TF32.
     torch.backends.cudnn.allow_tf32 = False
+    shape = _read_shape(args.fixed_shape) if args.fixed_shape else None
+    if shape and args.images:
+        raise ValueError("--fixed-shape is compared on random images: leave out --images.")
     cfg = load_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
     images = _read_images(cfg, args.images) if args.images else None
     model = build_model(cfg).eval()
@@ -109,7 +118,11 @@ def main(argv: list[str] | None = None) -> None:
         args.part,
         preprocessing="preprocessing" not in args.without,
         postprocessing="postprocessing" not in args.without,
+        shape=shape,
     )
+    if shape:
+        size = (shape[0], len(model.pixel_mean), *shape[1:])
+        images = [torch.rand(size, device=model.pixel_mean.device) * 255 for _ in range(2)]
     if images is None:
         images = _random_images(args.sizes, model, batched=target.batched)
     about = {
@@ -128,6 +141,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"Not the same as eager: {', '.join(disagreeing)}.")
     agreement = "All find nothing, as eager does" if nothing else "All agree with eager"
     print(f"{agreement}. Files and report: {folder / args.part}.*")
+
+
+def _read_shape(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x(\d+)x(\d+)", text)
+    if match is None:
+        raise ValueError(
+            f"--fixed-shape {text!r} is not of the form NxHxW, such as 6x320x800: a number of "
+            "images, their height and their width."
+        )
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _found(check: dict[str, Any]) -> bool:

@@ -199,7 +199,8 @@ def _timm_defaults() -> CfgNode:
     node.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
     # "BN" leaves the network's norms as they are; batch norms can be "FrozenBN" or "SyncBN".
     node.NORM = "BN"
-    # Start from timm's weights. INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD must be theirs.
+    # Start from timm's weights, unless MODEL.WEIGHTS is set. INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD
+    # must be theirs.
     node.PRETRAINED = False
     # What P6 and P7 of `build_retinanet_timm_fpn_backbone` are made from: "stage5" or "p5".
     node.TOP_BLOCK_IN_FEATURE = "stage5"

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that VoVNet's parameters go by, and the maps between them.
 
-Three layouts name the same tensors:
+Four layouts name the same tensors:
 
 - ``native``: this package's own.
 - ``detectron2``: the published Detectron2 weights (VoVNetV2, CenterMask2, DD3D, PETR, ...), and,
   with ``classifier``, the published v1 classification weights.
 - ``timm``: pytorch-image-models.
+- ``osmr``: pytorchcv (osmr/imgclsmob), which has V-27-slim, V-39 and V-57, so no names for eSE and
+  depthwise convolutions.
 
 Nothing is imported from the package: the model, when it loads a state dict, and the checkpoint
 tools, when they convert one, both read this table.
@@ -22,43 +24,47 @@ from typing import NamedTuple
 
 __all__ = ["LAYOUTS", "KeyMatch", "match_keys", "rename_keys"]
 
-LAYOUTS = ("native", "detectron2", "timm")
+LAYOUTS = ("native", "detectron2", "timm", "osmr")
 
 # Module names as templates, one column for each of LAYOUTS. {s} is the stage (2 to 5), {i} the
 # convolution of the stem, from 1; {b} the block and {l} the layer, from 0. {b+1} is what stands in
-# the name where a layout counts otherwise.
+# the name where a layout counts otherwise, and None stands for what a layout has no name for.
 _OSA = "stage{s}.OSA{s}_{b+1}"
 _BLOCK = "stages.{s-2}.blocks.{b}"
+_UNIT = "features.stage{s-1}.unit{b+1}"
 _ALWAYS_FULL = [
-    ("stem.conv1", "stem.stem_1/", "stem.0."),
+    ("stem.conv1", "stem.stem_1/", "stem.0.", "features.init_block.conv1."),
     (
         "stage{s}.{b}.reduction",
         f"{_OSA}.conv_reduction.OSA{{s}}_{{b+1}}_reduction_0/",
         f"{_BLOCK}.conv_reduction.",
+        None,
     ),
     (
         "stage{s}.{b}.aggregation",
         f"{_OSA}.concat.OSA{{s}}_{{b+1}}_concat/",
         f"{_BLOCK}.conv_concat.",
+        f"{_UNIT}.concat_conv.",
     ),
 ]
 _FULL_OR_DEPTHWISE = [
-    ("stem.conv{i}", "stem.stem_{i}/", "stem.{i-1}."),
+    ("stem.conv{i}", "stem.stem_{i}/", "stem.{i-1}.", "features.init_block.conv{i}."),
     (
         "stage{s}.{b}.layers.{l}",
         f"{_OSA}.layers.{{l}}.OSA{{s}}_{{b+1}}_{{l}}/",
         f"{_BLOCK}.conv_mid.{{l}}.",
+        f"{_UNIT}.branches.branch{{l+1}}.",
     ),
 ]
-_FULL_PARTS = [("", "conv", "conv"), (".norm", "norm", "bn")]
+_FULL_PARTS = [("", "conv", "conv", "conv"), (".norm", "norm", "bn", "bn")]
 _DEPTHWISE_PARTS = [
-    (".depthwise", "dw_conv3x3", "conv_dw"),
-    (".pointwise", "pw_conv1x1", "conv_pw"),
-    (".pointwise.norm", "pw_norm", "bn"),
+    (".depthwise", "dw_conv3x3", "conv_dw", None),
+    (".pointwise", "pw_conv1x1", "conv_pw", None),
+    (".pointwise.norm", "pw_norm", "bn", None),
 ]
 _OTHERS = [
-    ("stage{s}.{b}.ese.fc", f"{_OSA}.ese.fc", f"{_BLOCK}.attn.fc"),
-    ("linear", "classifier", "head.fc"),
+    ("stage{s}.{b}.ese.fc", f"{_OSA}.ese.fc", f"{_BLOCK}.attn.fc", None),
+    ("linear", "classifier", "head.fc", "output"),
 ]
 
 _FIELD = re.compile(r"\{(\w)([+-]\d+)?\}")
@@ -66,7 +72,8 @@ _TENSOR = r"\.(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracke
 
 
 class KeyMatch(NamedTuple):
-    """A key that names a tensor of VoVNet, and that tensor's name in each of :data:`LAYOUTS`."""
+    """A key that names a tensor of VoVNet, and that tensor's name in each of :data:`LAYOUTS` that
+    has one for it."""
 
     layout: str
     names: dict[str, str]
@@ -103,13 +110,16 @@ def _rows(depthwise: bool) -> list[dict[str, _Template]]:
     # does not tell which it is; the first convolution of the stem is full in every variant.
     parts = _DEPTHWISE_PARTS if depthwise else _FULL_PARTS
     rows = [
-        tuple(name + part for name, part in zip(module, part, strict=True))
+        tuple(
+            None if name is None or last is None else name + last
+            for name, last in zip(module, part, strict=True)
+        )
         for modules, parts in ((_ALWAYS_FULL, _FULL_PARTS), (_FULL_OR_DEPTHWISE, parts))
         for module in modules
         for part in parts
     ]
     return [
-        {layout: _Template(text) for layout, text in zip(LAYOUTS, row, strict=True)}
+        {layout: _Template(text) for layout, text in zip(LAYOUTS, row, strict=True) if text}
         for row in rows + _OTHERS
     ]
 
@@ -124,7 +134,7 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
         for each key that is recognised, what it is. Other keys are left out.
     """
     keys = list(keys)
-    names = {part.strip(".") for part in _DEPTHWISE_PARTS[0]}
+    names = {part.strip(".") for part in _DEPTHWISE_PARTS[0] if part}
     depthwise = any(not names.isdisjoint(re.split(r"[./]", key)[-2:-1]) for key in keys)
     found = {}
     for key in keys:
@@ -142,7 +152,8 @@ def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
         to: the layout wanted.
 
     Returns:
-        old name to new name, for the keys that change.
+        old name to new name, for the keys that change. Keys that ``to`` has no name for are left
+        out.
 
     Raises:
         ValueError: ``to`` is no layout.
@@ -150,5 +161,7 @@ def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
     if to not in LAYOUTS:
         raise ValueError(f"Unknown layout {to!r}: choose from {', '.join(LAYOUTS)}.")
     return {
-        key: match.names[to] for key, match in match_keys(keys).items() if match.names[to] != key
+        key: match.names[to]
+        for key, match in match_keys(keys).items()
+        if match.names.get(to, key) != key
     }

@@ -71,6 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "models": [
             *("V-39-eSE", "V-57-eSE", "V-99-eSE", "V-19-slim-dw-eSE"),
             *("ResNet-50", "ResNet-101", "timm:ese_vovnet39b"),
+            *("timm:hgnet_tiny", "timm:hgnetv2_b4"),
         ],
         "treatments": list(TREATMENTS),
         "modes": list(MODES),

@@ -41,7 +41,8 @@ _HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept
 class VoVNetCheckpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` that takes VoVNet's weights in any layout, and reports.
 
-    - ``path`` may also be a name of the zoo (``timm://...``) or a .safetensors file.
+    - ``path`` may also be a name of the zoo (``timm://...``, ``osmr://...``, ``v99://...``), a
+      .safetensors file or a zip archive of one file (.pth.zip).
     - The file's layout and prefix are recognised. If it is another network than the model's, or
       does not have all of it, loading it is an error that names the config lines that fit.
     - Nothing in the file is executed. Nothing is changed if loading fails.

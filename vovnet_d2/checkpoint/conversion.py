@@ -15,7 +15,13 @@ from vovnet_d2.layouts import LAYOUTS, rename_keys
 from .metadata import InputConvention, Metadata
 from .recognition import Description, describe_state_dict, native_names
 
-__all__ = ["convert_state_dict", "fold_normalization", "reorder_channels", "timm_caveats"]
+__all__ = [
+    "convert_state_dict",
+    "fold_normalization",
+    "osmr_caveats",
+    "reorder_channels",
+    "timm_caveats",
+]
 
 _FIRST = "stem.conv1.weight"
 
@@ -27,7 +33,7 @@ def convert_state_dict(
 
     Args:
         state_dict: in any layout, below any prefix. What is not the VoVNet's is left out.
-        to: "native", "detectron2" or "timm".
+        to: "native", "detectron2", "timm" or "osmr".
         prefix: what stands before VoVNet's names; found by itself if None.
 
     Returns:
@@ -48,7 +54,8 @@ def convert_state_dict(
     if nameless := [name for name in native if name not in renamed]:
         raise ValueError(
             f"The {to} layout has no name for {len(nameless)} of the tensors, such as "
-            f"{nameless[0]}: bottlenecks and deformable convolutions are native only."
+            f"{nameless[0]}: bottlenecks and deformable convolutions are native only, and osmr has "
+            "neither eSE nor depthwise convolutions."
         )
     return {renamed[name]: tensor for name, tensor in native.items()}
 
@@ -149,4 +156,15 @@ def timm_caveats(found: Description, known: Metadata) -> list[str]:
         caveats.append("timm's VoVNets without eSE have no residual connections: these need them.")
     if known.stem == "pooled":
         caveats.append("The stem is the pooled one: create timm's model with stem_stride=2.")
+    return caveats
+
+
+def osmr_caveats(found: Description, known: Metadata) -> list[str]:
+    """Why pytorchcv's VoVNets would compute something else with weights of this architecture;
+    empty if they would not."""
+    caveats = []
+    if known.residual is False and max(found.fields["blocks_per_stage"]) > 1:
+        caveats.append("pytorchcv's VoVNets have residual connections: these were trained without.")
+    if known.stem == "pooled":
+        caveats.append("pytorchcv's VoVNets have the strided stem: these need the pooled one.")
     return caveats

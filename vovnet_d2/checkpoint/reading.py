@@ -9,6 +9,7 @@ one).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -20,7 +21,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-__all__ = ["METADATA_KEY", "find_state_dict", "read_checkpoint"]
+from .zipped import find_weights, unpacked
+
+__all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoint"]
 
 METADATA_KEY = "vovnet_d2"
 """Where our own files say what the keys cannot: see :mod:`vovnet_d2.checkpoint.metadata`."""
@@ -64,7 +67,7 @@ def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Only tensors and plain values are read; nothing in the file is executed, whatever it is.
 
     Args:
-        path: a local file.
+        path: a local file, or a zip archive that holds one such file (.pth.zip).
         allow_pickle: also read the Python pickles of NumPy arrays that Detectron2's model zoo
             consists of. From them, too, nothing but arrays is taken.
 
@@ -75,24 +78,36 @@ def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, is no checkpoint, or would run code; says which.
     """
+    if (entry := find_weights(path)) is not None:
+        return _read(io.BytesIO(b"".join(unpacked(path, entry))), path, allow_pickle)
     with open(path, "rb") as file:
-        head = file.read(512)
-    size = Path(path).stat().st_size
+        return _read(file, path, allow_pickle)
+
+
+def _read(file: IO[bytes], path: str, allow_pickle: bool) -> dict[str, Any]:
+    head = file.read(512)
+    file.seek(0)
     kind = _kind(head)
     if kind in _SENTENCES:
         raise ValueError(f"{path} {_SENTENCES[kind]}")
     if kind == "safetensors":
-        content = _read_safetensors(path, size)
+        content = _read_safetensors(path)
     elif kind == "zip" or _is_legacy_torch(head):
-        content = _read_torch(path, is_zip=kind == "zip")
+        content = _read_torch(file, path, is_zip=kind == "zip")
     elif kind == "pickle":
-        content = _read_array_pickle(path, allow_pickle)
+        content = _read_array_pickle(file, path, allow_pickle)
     else:
         raise ValueError(
             f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
             "Detectron2's model zoo), or its beginning is damaged."
         )
     return _with_model(content, path)
+
+
+def looks_like_html(path: str) -> bool:
+    """Whether a file is a page that a server gives in the place of a file."""
+    with open(path, "rb") as file:
+        return _kind(file.read(512)) == "html"
 
 
 def _kind(head: bytes) -> str:
@@ -120,26 +135,27 @@ def _is_legacy_torch(head: bytes) -> bool:
     return head[2:14] == b"\x8a\n" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 
-def _read_torch(path: str, is_zip: bool) -> Any:
+def _read_torch(file: IO[bytes], path: str, is_zip: bool) -> Any:
     if is_zip:
-        _check_archive(path)
+        _check_archive(file, path)
+        file.seek(0)
     try:
         # Not by its path, since torch.load takes a .safetensors for what it is called.
-        with open(path, "rb") as file, torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} {_why_torch_failed(error)}") from error
 
 
-def _check_archive(path: str) -> None:
+def _check_archive(file: IO[bytes], path: str) -> None:
     """Compare the archive's records with their checksums, which ``torch.load`` does not."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
             for record in archive.infolist() if "data.pkl" in names else []:
                 if record.CRC:  # torch.save can be told to write none
-                    with archive.open(record) as file:
-                        while file.read(2**20):
+                    with archive.open(record) as content:
+                        while content.read(2**20):
                             pass
     except Exception as error:  # zipfile raises what comes to it, OSError included
         raise ValueError(f"{path} {_DAMAGED}") from error
@@ -166,7 +182,7 @@ def _why_torch_failed(error: Exception) -> str:
     return _DAMAGED
 
 
-def _read_safetensors(path: str, size: int) -> dict[str, Any]:
+def _read_safetensors(path: str) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
@@ -175,7 +191,7 @@ def _read_safetensors(path: str, size: int) -> dict[str, Any]:
         ) from error
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-    if header_size > size - 8:
+    if header_size > Path(path).stat().st_size - 8:
         raise ValueError(f"{path} {_DAMAGED}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -226,7 +242,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ARRAY_GLOBALS[full]
 
 
-def _read_array_pickle(path: str, allow_pickle: bool) -> Any:
+def _read_array_pickle(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
     if not allow_pickle:
         raise ValueError(
             f"{path} is a Python pickle, as Detectron2's old model zoo has them, and is not read "
@@ -234,8 +250,7 @@ def _read_array_pickle(path: str, allow_pickle: bool) -> Any:
             "then taken from it."
         )
     try:
-        with open(path, "rb") as file:
-            data = _ArrayUnpickler(file).load()
+        data = _ArrayUnpickler(file).load()
     except pickle.UnpicklingError as error:
         if re.fullmatch(r"[\w.]+", str(error)):
             raise ValueError(

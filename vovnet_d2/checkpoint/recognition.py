@@ -26,7 +26,9 @@ __all__ = [
 ]
 
 # What a name of any layout begins with, after the prefix.
-_BEGINNING = re.compile(r"(?:^|(?<=\.))(?=stem\.|stage\d\.|stages\.\d)")
+_BEGINNING = re.compile(
+    r"(?:^|(?<=\.))(?=stem\.|stage\d\.|stages\.\d|features\.(?:init_block|stage\d)\.)"
+)
 # Parts of our own blocks that no other layout has a name for.
 _NATIVE_ONLY = re.compile(
     r"stage\d\.\d+\.layers\.\d+\."

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,16 +13,21 @@ from urllib.parse import urlparse
 
 from detectron2.utils.file_io import PathManager
 
+from .download import download
+from .fetching import agrees
 from .metadata import Metadata
 from .reading import METADATA_KEY, read_checkpoint
-from .zoo import ZOO, ZooEntry, download, file_sha256, get_entry
+from .zoo import ZOO, ZooEntry, get_entry, in_zoo
 
 __all__ = ["locate", "read_weights"]
 
+logger = logging.getLogger(__name__)
+
 _HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
 
-# Names such as resnet50-0676ba61.pth carry the beginning of the SHA-256, a custom of torch.hub.
-_HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")
+# Names such as resnet50-0676ba61.pth carry the beginning of a checksum: SHA-256 is the custom of
+# torch.hub, SHA-1 that of pytorchcv, whose names may also end with .pth.zip.
+_HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+(?:\.zip)?$")
 
 
 def read_weights(
@@ -55,8 +61,9 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
     """Find the file that ``MODEL.WEIGHTS`` names, and download it where it must be.
 
     Args:
-        weights: a path (relative to the working directory), ``timm://`` and a name of the zoo, or
-            a URL that Detectron2 knows (``https://``, ``detectron2://``, ...).
+        weights: a path (relative to the working directory), a name of the zoo (``timm://...``,
+            ``osmr://...``, ``v99://...``), or a URL that Detectron2 knows (``https://``,
+            ``detectron2://``, ...).
 
     Returns:
         its path on this machine, and the zoo's entry if it is the zoo's.
@@ -65,8 +72,10 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
         FileNotFoundError: there is no such file, or it could not be downloaded.
         ValueError: no such name in the zoo, or the file is not the one that was meant.
     """
-    if weights.startswith("timm://"):
+    if in_zoo(weights):
         entry = get_entry(weights)
+        if not entry.commercial:
+            logger.warning("The licence of %s is %s.", weights, entry.license)
         return download(entry), entry
     url = urlparse(weights)
     if url.scheme in ("", "file") or Path(weights).exists():
@@ -84,9 +93,11 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
     if not Path(path).is_file():  # Detectron2 takes a scheme that it does not know for a path
         raise FileNotFoundError(
             f"{weights} is no file, and {url.scheme}: is no scheme that is known here: use "
-            "timm://, detectron2:// or https://."
+            "timm://, osmr://, v99://, detectron2:// or https://."
         )
-    if (found := _HASH_IN_NAME.search(url.path)) and not file_sha256(path).startswith(found[1]):
+    if (found := _HASH_IN_NAME.search(url.path)) and not any(
+        agrees(path, f"{algorithm}:{found[1]}") for algorithm in ("sha256", "sha1")
+    ):
         raise ValueError(
             f"{path}, from {weights}, has another checksum than its name says: delete it and "
             "download it again."

@@ -17,13 +17,16 @@ from .reading import METADATA_KEY
 __all__ = ["save_weights"]
 
 
-def save_weights(path: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
+def save_weights(
+    path: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata, *, key: str = "model"
+) -> None:
     """Write tensors, as ``{"model": tensors, "vovnet_d2": metadata}`` or as safetensors.
 
     An interrupted run leaves no half-written file: it gets its name when it is complete.
 
     Args:
         path: ends with .safetensors for that format, or with .pth, .pt or .bin for PyTorch's.
+        key: what the tensors stand under in PyTorch's.
 
     Raises:
         ValueError: another ending.
@@ -42,4 +45,4 @@ def save_weights(path: str, tensors: Mapping[str, torch.Tensor], metadata: Metad
             extra = {"format": "pt", METADATA_KEY: json.dumps(metadata.to_dict())}
             file.write(save({k: t.contiguous() for k, t in tensors.items()}, extra))
         else:
-            torch.save({"model": dict(tensors), METADATA_KEY: metadata.to_dict()}, file)
+            torch.save({key: dict(tensors), METADATA_KEY: metadata.to_dict()}, file)

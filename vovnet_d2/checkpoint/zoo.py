@@ -4,88 +4,183 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 
 from vovnet_d2.modeling.specs import VOVNET_SPECS, VoVNetSpec
 
 from .metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, InputConvention, Metadata
 from .recognition import Description
 
-__all__ = ["ZOO", "ZooEntry", "download", "file_sha256", "get_entry", "metadata_of_layout"]
+__all__ = ["ZOO", "ZooEntry", "get_entry", "in_zoo", "metadata_of_layout"]
 
-logger = logging.getLogger(__name__)
-
-_PREFIX = "timm://"
-_FILENAME = "model.safetensors"
+HUB_FILE = "model.safetensors"
 _DD3D_HEADS = ("fcos2d_head", "fcos3d_head")
 
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """Weights of one network.
+    """Weights of one network: in a repository of the Hugging Face hub, or behind links.
 
     Attributes:
-        repo: repository on the Hugging Face hub.
         variant: the variant they are nearest to, a key of ``VOVNET_SPECS``.
         spec: the exact architecture.
         input: what they expect of their input.
-        license: SPDX identifier.
+        license: SPDX identifier, or "non-commercial" and why.
+        trained_on: data sets, in their order.
         top1: published ImageNet-1k top-1 accuracy, in percent, by the size of the test images.
+        repo: repository on the hub, or "".
         revision: the commit in ``repo``, or None where none is pinned (the newest is taken).
-        sha256: of the file, or None where it is not known. The hub's own record of it, kept in the
-            cache, is compared in any case.
+        links: addresses of one file, the first that answers is taken.
+        checksum: "sha256:", "sha1:" or "md5:" and hexadecimal digits, all or the first; "" where
+            none is known. Of a .pth.zip, it is that of the .pth. The hub's own record of a file,
+            kept in the cache, is compared in any case.
     """
 
-    repo: str
     variant: str
     spec: VoVNetSpec
     input: InputConvention
     license: str
+    trained_on: str
     top1: dict[int, float]
+    repo: str = ""
     revision: str | None = None
-    sha256: str | None = None
+    links: tuple[str, ...] = ()
+    checksum: str = ""
 
     @property
-    def url(self) -> str:
-        return f"https://huggingface.co/{self.repo}/resolve/{self.revision or 'main'}/{_FILENAME}"
+    def urls(self) -> tuple[str, ...]:
+        if not self.repo:
+            return self.links
+        revision = self.revision or "main"
+        return (f"https://huggingface.co/{self.repo}/resolve/{revision}/{HUB_FILE}",)
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """What the file is called in a folder or on a mirror of the user's; any of these."""
+        if self.repo:  # the hub calls all its files the same
+            return (f"{self.repo.partition('/')[2]}.safetensors",)
+        names = dict.fromkeys(link.rpartition("/")[2] for link in self.links)
+        return tuple(names)
+
+    @property
+    def source(self) -> str:
+        return self.repo or self.file_names[0]
+
+    @property
+    def commercial(self) -> bool:
+        """Whether the licence allows commercial use."""
+        return not self.license.startswith("non-commercial")
 
     @property
     def metadata(self) -> Metadata:
-        return Metadata(self.spec.stem, self.spec.residual, self.input, self.repo)
+        return Metadata(self.spec.stem, self.spec.residual, self.input, self.source)
 
 
 def _timm(name: str, variant: str, **fields: object) -> tuple[str, ZooEntry]:
     # timm has eSE in the last block of each stage.
     spec = replace(VOVNET_SPECS[variant], ese="last")
-    entry = {"input": RGB_IMAGENET, "license": "Apache-2.0", **fields}
-    return _PREFIX + name, ZooEntry(f"timm/{name}", variant, spec, **entry)  # type: ignore[arg-type]
+    entry = {"input": RGB_IMAGENET, "license": "Apache-2.0", "trained_on": "ImageNet-1k", **fields}
+    return f"timm://{name}", ZooEntry(variant, spec, repo=f"timm/{name}", **entry)  # type: ignore[arg-type]
 
 
-ZOO: dict[str, ZooEntry] = dict(
-    [
-        _timm(
-            "ese_vovnet19b_dw.ra_in1k",
-            "V-19-dw-eSE",
-            top1={224: 76.83},
-            revision="aa57bf7516f34af5780d983b4ee679bcba5c344c",
-        ),
-        _timm("ese_vovnet39b.ra_in1k", "V-39-eSE", top1={224: 79.31}),
-        _timm(
-            "ese_vovnet57b.ra4_e3600_r256_in1k",
-            "V-57-eSE",
-            input=InputConvention("RGB", (127.5,) * 3, (127.5,) * 3),
-            top1={256: 82.46, 320: 83.30},
-            revision="4ef6c6f07c1ca01d4a970d002e98e147ed933f46",
-        ),
-    ]
-)
-"""Name, as ``MODEL.WEIGHTS`` takes it, to what it stands for. All were trained on ImageNet-1k."""
+def _osmr(name: str, variant: str, release: str, file: str, sha1: str, top1: float) -> ZooEntry:
+    """pytorchcv's: its own table has the SHA-1 of each .pth, whose beginning is in the name."""
+    link = f"https://github.com/osmr/imgclsmob/releases/download/{release}/{name}-{file}.pth"
+    return ZooEntry(
+        variant,
+        VOVNET_SPECS[variant],
+        RGB_IMAGENET,
+        "MIT",
+        "ImageNet-1k",
+        {224: top1},
+        links=(f"{link}.zip", link),
+        checksum=f"sha1:{sha1}",
+    )
+
+
+def _v99(trained_on: str, *links: str, checksum: str = "") -> ZooEntry:
+    return ZooEntry(
+        "V-99-eSE",
+        VOVNET_SPECS["V-99-eSE"],
+        BGR_IMAGENET,
+        "non-commercial (DDAD, nuScenes)",
+        trained_on,
+        {},
+        links=links,
+        checksum=checksum,
+    )
+
+
+_EXIAWSH = "https://github.com/exiawsh/storage/releases/download/v1.0"
+_FCOS3D = "fcos3d_vovnet_imgbackbone-remapped.pth"
+_DD3D = "dd3d_det_final.pth"
+
+ZOO: dict[str, ZooEntry] = {
+    **dict(
+        [
+            _timm(
+                "ese_vovnet19b_dw.ra_in1k",
+                "V-19-dw-eSE",
+                top1={224: 76.83},
+                revision="aa57bf7516f34af5780d983b4ee679bcba5c344c",
+            ),
+            _timm("ese_vovnet39b.ra_in1k", "V-39-eSE", top1={224: 79.31}),
+            _timm(
+                "ese_vovnet57b.ra4_e3600_r256_in1k",
+                "V-57-eSE",
+                input=InputConvention("RGB", (127.5,) * 3, (127.5,) * 3),
+                top1={256: 82.46, 320: 83.30},
+                revision="4ef6c6f07c1ca01d4a970d002e98e147ed933f46",
+            ),
+        ]
+    ),
+    "osmr://vovnet27s": _osmr(
+        "vovnet27s",
+        "V-27-slim",
+        "v0.0.551",
+        "0997-b7a5bf67",
+        "b7a5bf677bd3431bbed44b439fde7a01d699ace1",
+        70.22,
+    ),
+    "osmr://vovnet39": _osmr(
+        "vovnet39",
+        "V-39",
+        "v0.0.493",
+        "0564-63bfa613",
+        "63bfa613870b37bd4fb5b71412e7875392aa4f66",
+        78.29,
+    ),
+    "osmr://vovnet57": _osmr(
+        "vovnet57",
+        "V-57",
+        "v0.0.505",
+        "0518-c080e471",
+        "c080e47169a176043f298b1e909ddd8776d5aa76",
+        79.67,
+    ),
+    "v99://fcos3d": _v99(
+        "DDAD15M (depth), then nuScenes train (FCOS3D)",
+        f"{_EXIAWSH}/{_FCOS3D}",
+        f"https://su.bcebos.com/v1/klx-sdk-release-public/xav/data/PETR_nuscenes_data/{_FCOS3D}",
+        checksum="md5:ff1ac3040eabf0f0e54c3c594c26021e",
+    ),
+    # Trained on nuScenes' validation images, too: figures on these are inflated.
+    "v99://dd3d": _v99(
+        "DDAD15M (depth), then nuScenes trainval (DD3D)",
+        f"{_EXIAWSH}/{_DD3D}",
+        f"https://huggingface.co/Zzxxxxxxxx/gtrs/resolve/main/{_DD3D}",
+        f"https://huggingface.co/alkaid-2000/DriveSuprim/resolve/main/pretrained_backbones/{_DD3D}",
+    ),
+}
+"""Name, as ``MODEL.WEIGHTS`` takes it, to what it stands for."""
+
+
+def in_zoo(weights: str) -> bool:
+    """Whether a value of ``MODEL.WEIGHTS`` is written as the names of the zoo are."""
+    return weights.startswith(tuple({re.sub("//.*", "//", name) for name in ZOO}))
 
 
 def get_entry(name: str) -> ZooEntry:
@@ -103,76 +198,6 @@ def get_entry(name: str) -> ZooEntry:
     )
 
 
-def download(entry: ZooEntry) -> str:
-    """Get the file of an entry through huggingface_hub: from its cache, or with a progress bar.
-
-    The cache, offline mode (``HF_HUB_OFFLINE=1``) and mirrors are huggingface_hub's.
-
-    Returns:
-        its path.
-
-    Raises:
-        FileNotFoundError: it is not in the cache and cannot be downloaded.
-        ValueError: the file is not what the hub says it is.
-        OSError: what this machine has against it, such as a full disk.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ModuleNotFoundError as error:
-        raise FileNotFoundError(
-            f"{entry.repo} is on the Hugging Face hub: `pip install huggingface_hub safetensors` "
-            f"to have it downloaded, or download {entry.url} and set MODEL.WEIGHTS to the file."
-        ) from error
-    try:
-        # Of a pinned revision, the network is asked only if the cache does not have it.
-        path = hf_hub_download(entry.repo, _FILENAME, revision=entry.revision)
-    except Exception as error:
-        # The hub's errors have no number; nor have those of the connection, which it wraps.
-        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-            raise
-        path = _cached_revision(entry, error)
-    # The cache names a file by the SHA-256 that the hub gave for it.
-    blob = Path(path).resolve().name
-    expected = entry.sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
-    if expected and file_sha256(path) != expected:
-        raise ValueError(
-            f"{path} is not the file that {entry.repo} has (SHA-256 {expected}): delete it, and it "
-            "is downloaded again."
-        )
-    return path
-
-
-def _cached_revision(entry: ZooEntry, error: Exception) -> str:
-    """What timm, say, has put into the cache, where the revision that is meant cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    reason = f"{error.__cause__ or error}".partition("\n")[0]
-    try:
-        path = hf_hub_download(entry.repo, _FILENAME, local_files_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
-            f"({type(error).__name__}: {reason}). Where the hub is out of reach (or HF_HUB_OFFLINE "
-            f"is set), download {entry.url} elsewhere and set MODEL.WEIGHTS to the file."
-        ) from error
-    logger.warning(
-        "Revision %s of %s could not be had (%s): taken is revision %s, which is in the cache.",
-        entry.revision or "main",
-        entry.repo,
-        reason,
-        Path(path).parent.name,
-    )
-    return path
-
-
-def file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
     """What the layout of a file tells that says nothing of itself: conventions of those who
     published such files, so less certain than what a file says.
@@ -183,9 +208,11 @@ def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
     if found.layout == "timm":
         # timm's v1 models have no residual; all its VoVNets have the strided stem by default.
         residual = found.fields["ese"] != "none"
-        same = [entry for entry in ZOO.values() if not found.differences(entry.spec)]
+        same = [e for e in ZOO.values() if e.repo and not found.differences(e.spec)]
         convention = same[0].input if same else RGB_IMAGENET
         return Metadata("strided", residual, convention, "timm's convention")
+    if found.layout == "osmr":
+        return Metadata("strided", True, RGB_IMAGENET, "osmr's convention")
     if found.layout == "detectron2":
         return _metadata_of_published(found, list(names))
     return Metadata()

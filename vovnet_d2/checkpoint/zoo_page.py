@@ -4,38 +4,74 @@
 
 from __future__ import annotations
 
+import torch
 from tabulate import tabulate
 
-from vovnet_d2.modeling.specs import VOVNET_SPECS
+from vovnet_d2.analysis import analyze
+from vovnet_d2.modeling.specs import VOVNET_SPECS, VoVNetSpec
+from vovnet_d2.modeling.vovnet import VoVNet
 
-from .zoo import ZOO
+from .download import MIRROR
+from .zoo import ZOO, ZooEntry
 
-__all__ = ["render"]
+__all__ = ["render", "table_of_weights"]
 
 _HEAD = """\
 # Weights
 
 <!-- Generated: python -m vovnet_d2.checkpoint.zoo_page > MODEL_ZOO.md -->
 
-Backbones trained on ImageNet-1k, by the name that `MODEL.WEIGHTS` takes. They come from the Hugging
-Face hub through `huggingface_hub` (`pip install 'huggingface_hub' 'safetensors'`), which keeps them
-in its cache; with `HF_HUB_OFFLINE=1` only the cache is asked.
+These weights can be had, by the name that `MODEL.WEIGHTS` takes. Those under MIT and Apache-2.0 are
+free to use. **V-99-eSE's are for non-commercial use only**, as are the data sets that they were
+trained on; the log says so whenever they are loaded. Parameters and multiply-adds are the
+backbone's, the latter for an image of 224×224.
+"""
+
+_NOTES = f"""\
+`v99://dd3d` was trained on nuScenes' validation images, too, so figures on these come out too
+high: use `v99://fcos3d` there. `python tools/convert_weights.py --list` prints this table.
+
+`timm://` files come from the Hugging Face hub through `huggingface_hub` (`pip install
+'huggingface_hub' 'safetensors'`), which keeps them in its cache; with `HF_HUB_OFFLINE=1` only the
+cache is asked. The others are kept beside torch.hub's (`TORCH_HOME`, else
+`~/.cache/torch/hub/checkpoints`); a download that breaks off goes on where it was.
+
+**Without a network**, or with a mirror of your own, set `{MIRROR}` to a folder with the files, or
+to the URL that they lie below (`https://mirror.example/vovnet`). It is asked first. The table of
+files says what they are called there.
 """
 
 _CONVENTIONS = """\
 ## What a config must say for them
 
 The configs named after these variants say it already. `ESE: "last"` stands for timm's way, eSE in
-the last block of each stage alone. To feed a network BGR, or values with a standard deviation of 1,
-convert the weights with `tools/convert_weights.py` (`--to-bgr`, `--fold-normalization std`).
+the last block of each stage alone. To feed a network BGR, or values with a standard deviation of
+1, convert the weights with `tools/convert_weights.py` (`--to-bgr`, `--fold-normalization std`).
 """
 
 _FILES = """\
 ## Where they are
 
-A file is compared with the SHA-256 here where there is one, else with the one that the hub gave
-when it was downloaded. Where no revision is pinned, the newest is taken; where the hub is out of
-reach, the one in the cache.
+Links are tried in their order. A file is compared with the checksum here where there is one (of a
+.pth.zip, it is the checksum of the .pth in it), and a file of the hub with the SHA-256 that the
+hub gave when it was downloaded. Where no revision is pinned, the newest is taken; where the hub
+is out of reach, the one in the cache.
+"""
+
+_HGNET = """\
+## HGNet and HGNetV2
+
+PP-HGNet and HGNetV2, the backbones of RT-DETR and D-FINE, are made of VoVNet's blocks:
+convolutions in a chain, concatenated once. timm has them with weights (Apache-2.0), and
+`COCO-InstanceSegmentation/mask_rcnn_{HGNet_T,HGNetV2_B4}_FPN_3x.yaml` and
+`COCO-Detection/retinanet_…` start from these (`MODEL.TIMM.PRETRAINED`), in RGB with ImageNet's
+mean and standard deviation. Top-1 is timm's, at 224×224, of weights distilled from a larger
+network.
+
+| `MODEL.TIMM.NAME`                    | top-1 (%) | licence    |
+|--------------------------------------|-----------|------------|
+| `hgnet_tiny.ssld_in1k`               | 81.94     | Apache-2.0 |
+| `hgnetv2_b4.ssld_stage2_ft_in1k`     | 83.70     | Apache-2.0 |
 """
 
 _OTHERS = """\
@@ -53,21 +89,44 @@ Train them from nothing: set `MODEL.VOVNET.NORM` to `GN`, `BN` or `SyncBN`, and 
 """
 
 
+def table_of_weights(quote: str = "") -> str:
+    """The table of what there is, in Markdown.
+
+    Args:
+        quote: what stands before and after a name.
+    """
+    rows = []
+    for name, entry in ZOO.items():
+        parameters, multiply_adds = _costs(entry.spec)
+        top1 = ", ".join(f"{top1:.2f} at {size}×{size}" for size, top1 in entry.top1.items())
+        rows.append(
+            [
+                f"{quote}{name}{quote}",
+                entry.variant,
+                f"{parameters / 1e6:.2f}",
+                f"{multiply_adds / 1e9:.2f}",
+                entry.trained_on,
+                top1 or "–",
+                entry.license,
+            ]
+        )
+    weights = f"{quote}MODEL.WEIGHTS{quote}"
+    headings = ["parameters (M)", "multiply-adds (G)", "trained on", "top-1 (%)", "licence"]
+    return _table([weights, "variant", *headings], rows)
+
+
+def _costs(spec: VoVNetSpec) -> tuple[int, int]:
+    """Parameters of a backbone, and its multiply-adds for an image of 224×224."""
+    with torch.device("meta"):
+        total = analyze(VoVNet(spec), (224, 224)).total
+    return total.parameters, total.multiply_adds
+
+
 def render() -> str:
     """The page, in Markdown."""
-    names = {name: f"`{name}`" for name in ZOO}
-    accuracies = [
-        [
-            names[name],
-            entry.variant,
-            ", ".join(f"{top1:.2f} at {size}×{size}" for size, top1 in entry.top1.items()),
-            entry.license,
-        ]
-        for name, entry in ZOO.items()
-    ]
     lines = [
         [
-            names[name],
+            f"`{name}`",
             "<br>".join(
                 f"`{line}`"
                 for line in (
@@ -80,12 +139,7 @@ def render() -> str:
         for name, entry in ZOO.items()
     ]
     files = [
-        [
-            names[name],
-            f"[{entry.repo}]({entry.url})",
-            f"`{entry.revision}`" if entry.revision else "not pinned",
-            f"`{entry.sha256}`" if entry.sha256 else "not known",
-        ]
+        [f"`{name}`", _links(entry), "<br>".join(f"`{n}`" for n in entry.file_names), _check(entry)]
         for name, entry in ZOO.items()
     ]
     have = {entry.variant for entry in ZOO.values()}
@@ -93,18 +147,35 @@ def render() -> str:
     return "\n".join(
         [
             _HEAD,
-            _table(["`MODEL.WEIGHTS`", "variant", "top-1 (%)", "licence"], accuracies),
+            table_of_weights("`"),
+            _NOTES,
             _CONVENTIONS,
             _table(["`MODEL.WEIGHTS`", "config"], lines),
             _FILES,
-            _table(["`MODEL.WEIGHTS`", "file", "revision", "SHA-256"], files),
+            _table(
+                ["`MODEL.WEIGHTS`", "links", f"name below `{MIRROR}`", "revision or checksum"],
+                files,
+            ),
+            _HGNET,
             _OTHERS.format(variants=without).rstrip(),
         ]
     )
 
 
+def _links(entry: ZooEntry) -> str:
+    return "<br>".join(f"[{url.split('/')[2]}]({url})" for url in entry.urls)
+
+
+def _check(entry: ZooEntry) -> str:
+    if entry.checksum:
+        return f"`{entry.checksum}`"
+    if not entry.repo:
+        return "checksum not known"
+    return f"revision `{entry.revision}`" if entry.revision else "revision not pinned"
+
+
 def _table(headers: list[str], rows: list[list[str]]) -> str:
-    return tabulate(rows, headers, tablefmt="github") + "\n"
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
 if __name__ == "__main__":

@@ -354,7 +354,8 @@ def _suggest_weights(cfg: CfgNode) -> str:
     names = [n for n, entry in ZOO.items() if entry.variant == cfg.MODEL.VOVNET.CONV_BODY]
     if "vovnet" not in cfg.MODEL.BACKBONE.NAME or not names:
         return " in MODEL.WEIGHTS"
-    return f" (MODEL.WEIGHTS {names[0]}; see the config files of {cfg.MODEL.VOVNET.CONV_BODY})"
+    body = cfg.MODEL.VOVNET.CONV_BODY
+    return f" (MODEL.WEIGHTS {' or '.join(names)}; see the config files of {body})"
 
 
 def _backbone_node(cfg: CfgNode) -> str:

@@ -127,7 +127,9 @@ def check_format(format: str, target: type[ExportTarget]) -> None:
 # torch.export ------------------------------------------------------------------------------------
 
 
-def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]]:
+def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]] | None:
+    if target.shape:
+        return None
     height, width = (Dim(name, min=-(-MIN_SIZE // target.divisor)) for name in ("height", "width"))
     if target.divisor > 1:
         height, width = target.divisor * height, target.divisor * width

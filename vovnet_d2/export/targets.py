@@ -61,7 +61,8 @@ class ExportTarget(ABC):
 
 
 class BackboneTarget(ExportTarget):
-    """A backbone, with or without FPN: (N, C, H, W) to its maps, all of N, H and W dynamic."""
+    """A backbone, with or without FPN: (N, C, H, W) to its maps, all of N, H and W dynamic unless
+    a shape is given."""
 
     batched = True
     input_names = ("images",)
@@ -73,6 +74,7 @@ class BackboneTarget(ExportTarget):
         pixel_mean: torch.Tensor,
         pixel_std: torch.Tensor,
         preprocessing: bool = True,
+        shape: tuple[int, int, int] | None = None,
     ):
         """
         Args:
@@ -80,9 +82,20 @@ class BackboneTarget(ExportTarget):
             pixel_mean: (C, 1, 1), as is ``pixel_std``.
             preprocessing: whether the module takes raw pixels and normalises them, or takes them
                 normalised.
+            shape: the only N, H and W that the module is to take, as TensorRT and other compilers
+                want it; None for any.
+
+        Raises:
+            ValueError: a height or width that the backbone does not take.
         """
         # FPN adds upsampled maps: they fit where its strides divide the sides.
         self.divisor = max(backbone.size_divisibility, 1)
+        self.shape = shape
+        if shape and any(side < 32 or side % self.divisor for side in shape[1:]):
+            raise ValueError(
+                f"An image of {shape[1]}x{shape[2]} is not what the backbone takes: give a height "
+                f"and width from 32 up that are multiples of {self.divisor}."
+            )
         self.preprocessing = preprocessing
         self._normalize = _Normalize(pixel_mean, pixel_std)
         first = self._normalize if preprocessing else nn.Identity()
@@ -91,13 +104,15 @@ class BackboneTarget(ExportTarget):
         self._model = _Maps(first, copy.deepcopy(backbone)).eval()
         # No two sides alike, nor like the batch or the channels: an exporter may take two numbers
         # that are equal for one.
-        shape = (2, len(pixel_mean), 3 * self.divisor + 64, 4 * self.divisor + 64)
-        self.example = self.inputs_from(torch.rand(shape, device=pixel_mean.device) * 255)
+        batch, *size = shape or (2, 3 * self.divisor + 64, 4 * self.divisor + 64)
+        images = torch.rand((batch, len(pixel_mean), *size), device=pixel_mean.device) * 255
+        self.example = self.inputs_from(images)
         with torch.no_grad():
             self.output_names = tuple(self._model.maps(*self.example))
+        n, height, width = shape or ("N", "H", "W")
         self.description = (
-            f"{type(backbone).__name__}: images (N, {len(pixel_mean)}, H, W)"
-            + (f", H and W multiples of {self.divisor}," if self.divisor > 1 else "")
+            f"{type(backbone).__name__}: images ({n}, {len(pixel_mean)}, {height}, {width})"
+            + (f", H and W multiples of {self.divisor}," if self.divisor > 1 and not shape else "")
             + (" of raw pixels" if preprocessing else " of normalised pixels")
             + f" to {', '.join(self.output_names)}"
         )
@@ -253,7 +268,12 @@ def _leaf_names(schema: Schema, name: str = "") -> Iterator[str]:
 
 
 def select_target(
-    model: Any, part: str, *, preprocessing: bool = True, postprocessing: bool = True
+    model: Any,
+    part: str,
+    *,
+    preprocessing: bool = True,
+    postprocessing: bool = True,
+    shape: tuple[int, int, int] | None = None,
 ) -> ExportTarget:
     """
     Args:
@@ -261,13 +281,17 @@ def select_target(
         part: one of :data:`PARTS`.
         preprocessing: see :class:`BackboneTarget` and :class:`DetectorTarget`, as for
             ``postprocessing``, which a backbone has none of.
+        shape: see :class:`BackboneTarget`.
 
     Raises:
-        ValueError: an unknown part, or one that the model does not have.
+        ValueError: an unknown part, one that the model does not have, or a shape that it does not
+            take.
     """
     if part not in PARTS:
         raise ValueError(f"Unknown part {part!r}: choose from {', '.join(PARTS)}.")
     if part == "detector":
+        if shape:
+            raise ValueError("A whole detector takes images of any size: export its part fpn.")
         return DetectorTarget(model, preprocessing=preprocessing, postprocessing=postprocessing)
     backbone = model.backbone
     has_fpn = isinstance(backbone, FPN)
@@ -281,4 +305,5 @@ def select_target(
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
         preprocessing=preprocessing,
+        shape=shape,
     )

@@ -144,7 +144,8 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         in_channels=input_shape.channels,
         out_features=node.OUT_FEATURES,
         norm=node.NORM,
-        pretrained=node.PRETRAINED,
+        # MODEL.WEIGHTS, of a training that is evaluated for example, would replace them.
+        pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         arguments=node.ARGUMENTS,
     )
@@ -178,7 +179,8 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Torchvis
         node.NAME,
         node.NODES,
         norm=node.NORM,
-        pretrained=node.PRETRAINED,
+        # MODEL.WEIGHTS, of a training that is evaluated for example, would replace them.
+        pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
 

@@ -17,6 +17,7 @@ import torch
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layouts import rename_keys
 from .layers import (
@@ -137,6 +138,7 @@ class VoVNet(Backbone):
         out_features: Sequence[str] | None = None,
         num_classes: int | None = None,
         freeze_at: int = 0,
+        norm_eval: bool = False,
         stage5_dilation: int = 1,
         stage_with_dcn: Sequence[bool] = (False, False, False, False),
         with_modulated_dcn: bool = False,
@@ -154,7 +156,10 @@ class VoVNet(Backbone):
                 last one asked for are not built.
             num_classes: if given, global average pooling and a fully-connected layer of this many
                 outputs follow stage5, and the network is a classifier.
-            freeze_at: number of stages to freeze; see :meth:`freeze`.
+            freeze_at: number of stages to freeze; see :meth:`freeze`. MMDetection's
+                ``frozen_stages`` is one less: its -1 freezes nothing.
+            norm_eval: whether batch norms normalise by their running statistics in training, too,
+                and leave these as they are, while their weights and biases are trained.
             stage5_dilation: 1, or 2 to keep stage5 at stage4's resolution with dilated
                 convolutions (output stride 16).
             stage_with_dcn: for each of the stages 2 to 5, whether its 3x3 convolutions are
@@ -176,6 +181,7 @@ class VoVNet(Backbone):
         self.spec = spec
         self.num_classes = num_classes
         self.checkpoint_blocks = checkpoint_blocks
+        self.norm_eval = norm_eval
         self._out_features = _check_out_features(out_features, num_classes)
         order = ["stem", *STAGE_NAMES]
         num_stages = max(4 if f == "linear" else order.index(f) for f in self._out_features)
@@ -216,6 +222,16 @@ class VoVNet(Backbone):
             nn.init.normal_(self.linear.weight, std=0.01)
             nn.init.zeros_(self.linear.bias)
         self.freeze(freeze_at)
+        self.train()  # for norm_eval
+
+    def train(self, mode: bool = True) -> VoVNet:
+        """Set the training mode, as :meth:`torch.nn.Module.train` does, but for the batch norms
+        where ``norm_eval`` is set."""
+        super().train(mode)
+        for module in self.modules() if self.norm_eval else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """

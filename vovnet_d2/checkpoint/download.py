@@ -1,0 +1,143 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Getting the files of the zoo: from a folder or a mirror of the user's, from a cache, or from
+where they were published."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from .fetching import agrees, fetch, file_digest
+from .zoo import HUB_FILE, ZooEntry
+
+__all__ = ["MIRROR", "download"]
+
+logger = logging.getLogger(__name__)
+
+MIRROR = "VOVNET_D2_WEIGHTS"
+"""Environment variable: a folder with files of the zoo, or the URL that they lie below."""
+
+
+def download(entry: ZooEntry) -> str:
+    """Get the file of an entry of the zoo, with a progress bar where it is downloaded.
+
+    First :data:`MIRROR` is asked. Files of the hub come through huggingface_hub, whose cache,
+    offline mode (``HF_HUB_OFFLINE=1``) and mirrors apply; other files are kept beside torch.hub's
+    (``TORCH_HOME``).
+
+    Returns:
+        its path.
+
+    Raises:
+        FileNotFoundError: it is not on this machine and cannot be downloaded.
+        ValueError: the file on this machine is not the one that is meant.
+        OSError: what this machine has against it, such as a full disk.
+    """
+    mirror = os.environ.get(MIRROR, "")
+    is_folder = "://" not in mirror
+    if mirror and is_folder and (path := _in_folder(entry, Path(mirror))):
+        return _checked(entry, path)
+    urls = [] if is_folder else [f"{mirror.rstrip('/')}/{name}" for name in entry.file_names]
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    for name in entry.file_names:
+        if (cache / name).is_file():
+            return _checked(entry, str(cache / name))
+    if not entry.repo:
+        urls += entry.urls
+    elif not urls:
+        return _from_hub(entry)
+    try:
+        return fetch(urls, cache, checksum=entry.checksum)
+    except FileNotFoundError as error:
+        if entry.repo:
+            return _from_hub(entry)
+        raise FileNotFoundError(
+            f"{entry.source} could not be downloaded ({error}). Get the file elsewhere, put it "
+            f"into a folder and name that folder in {MIRROR}, or set MODEL.WEIGHTS to the file."
+        ) from error
+
+
+def _in_folder(entry: ZooEntry, folder: Path) -> str:
+    """Find the file of an entry in a folder; "" if it is not there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{MIRROR} is {folder}, which is no folder: name one with files of weights in it, or a "
+            "URL that begins with https://."
+        )
+    found = [folder / name for name in entry.file_names if (folder / name).is_file()]
+    if not found:
+        logger.info("%s (%s) has no %s.", folder, MIRROR, " or ".join(entry.file_names))
+    return str(found[0]) if found else ""
+
+
+def _checked(entry: ZooEntry, path: str) -> str:
+    """
+    Raises:
+        ValueError: the file has another checksum than the entry.
+    """
+    if entry.checksum and not agrees(path, entry.checksum):
+        raise ValueError(
+            f"{path} is not the file that {entry.source} is ({entry.checksum}): delete it, and it "
+            "is downloaded again."
+        )
+    return path
+
+
+def _from_hub(entry: ZooEntry) -> str:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{entry.repo} is on the Hugging Face hub: `pip install huggingface_hub safetensors` "
+            f"to have it downloaded, or download {entry.urls[0]} and set MODEL.WEIGHTS to the file."
+        ) from error
+    try:
+        # Of a pinned revision, the network is asked only if the cache does not have it.
+        path = hf_hub_download(entry.repo, HUB_FILE, revision=entry.revision)
+    except Exception as error:
+        # The hub's errors have no number; nor have those of the connection, which it wraps.
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise
+        path = _cached_revision(entry, error)
+    # The cache names a file by the SHA-256 that the hub gave for it.
+    blob = Path(path).resolve().name
+    expected = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
+    if expected and file_digest(path, "sha256") != expected:
+        raise ValueError(
+            f"{path} is not the file that {entry.repo} has (SHA-256 {expected}): delete it, and it "
+            "is downloaded again."
+        )
+    return _checked(entry, path)
+
+
+def _cached_revision(entry: ZooEntry, error: Exception) -> str:
+    """Find what timm, say, has put into the cache, where the revision that is meant cannot be
+    had."""
+    from huggingface_hub import hf_hub_download
+
+    reason = f"{error.__cause__ or error}".partition("\n")[0]
+    try:
+        path = hf_hub_download(entry.repo, HUB_FILE, local_files_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
+            f"({type(error).__name__}: {reason}). Where the hub is out of reach (or HF_HUB_OFFLINE "
+            f"is set), download {entry.urls[0]} elsewhere and set MODEL.WEIGHTS to the file."
+        ) from error
+    logger.warning(
+        "Revision %s of %s could not be had (%s): taken is revision %s, which is in the cache.",
+        entry.revision or "main",
+        entry.repo,
+        reason,
+        Path(path).parent.name,
+    )
+    return path
