@@ -91,9 +91,10 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir(tmp_path) == ["file"]
     with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
         Path(partial).write_text(str(1 / 0))
-    (tmp_path / "file.123.partial").write_text("left by a kill")
+    (tmp_path / "file.123.vovnet_d2.partial").write_text("left by a kill")
+    (tmp_path / "file.123.partial").write_text("somebody else's")
     (tmp_path / "download.partial").write_text("somebody else's")
-    assert remove_leftovers(tmp_path) == ["file.123.partial"]
+    assert remove_leftovers(tmp_path) == ["file.123.vovnet_d2.partial"]
     assert sorted(os.listdir(tmp_path)) == ["download.partial", "file"]
 
 

@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode, LazyCall
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -32,12 +32,11 @@ from .checks import (
     check_initialisation,
     check_run,
 )
-from .config import find_config
 from .evaluation import check_evaluators
 from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
-from .run import check_device, open_output_dir, train_or_evaluate
+from .run import check_device, open_output_dir, set_up_with_detectron2, train_or_evaluate
 from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
@@ -187,7 +186,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
-    last = open_output_dir(cfg)
+    last = open_output_dir(cfg, args)
+    config.train.output_dir = cfg.OUTPUT_DIR
     training = not args.eval_only
     check_device(cfg)
     check_run(cfg, training=training)
@@ -198,5 +198,4 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
     cfg.freeze()
-    path = find_config(args.config_file)
-    default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
+    set_up_with_detectron2(config, cfg.OUTPUT_DIR, args)
