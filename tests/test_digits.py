@@ -486,9 +486,9 @@ def test_root_that_cannot_be_written_to(monkeypatch, tmp_path):
 
 def test_finished_data_set_is_only_read(monkeypatch, root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    (root / "digits.lock").unlink()
+    (root / f"{FOLDER}.lock").unlink()
     build_digits(root, **SMALL)
-    del before[root / "digits.lock"]
+    del before[root / f"{FOLDER}.lock"]
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 

@@ -33,6 +33,7 @@ from .checks import (
     check_run,
 )
 from .evaluation import check_evaluators
+from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
@@ -178,7 +179,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
-        results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
+        with explain_lack_of_memory(cfg, training=not args.eval_only):
+            results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
     if comm.is_main_process():
         write_report(cfg, model, results, args=args, seconds=time.perf_counter() - start)
     return results

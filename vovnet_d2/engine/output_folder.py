@@ -23,7 +23,10 @@ _REPORT = (
     *("config.yaml", "results.json", "results.md", "loss_curve.png", "predictions.png"),
     *("inference", "metrics.json", "last_checkpoint", "checkpoints.json"),
 )
-_CHECKPOINTS = ("model_*.pth", "nonfinite_*.json", "nonfinite_*.pth")
+_CHECKPOINTS = (
+    *("model_final.pth", "model_best.pth", f"model_{'[0-9]' * 7}.pth"),
+    *("nonfinite_*.json", "nonfinite_*.pth"),
+)
 
 
 def choose_folder(folder: str, *, training: bool, resume: bool) -> str:

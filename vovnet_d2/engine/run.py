@@ -26,6 +26,7 @@ from ..made import note_made, note_run, put_aside
 from ..modeling.inference import optimize_for_inference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
+from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
 from .output_folder import choose_folder, keep_foreign_config
 from .report import write_report
@@ -73,13 +74,15 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: the training diverged.
+        GpuMemoryError: a GPU has too little memory.
         FileNotFoundError, KeyError, ValueError: arguments, config, data or weights do not fit.
         FileNotWrittenError: the disk is full, say.
         Interrupted: a signal ended it.
     """
     start = time.perf_counter()
     cfg = _set_up(task, args)
-    results, model = train_or_evaluate(task.trainer, cfg, args)
+    with explain_lack_of_memory(cfg, training=not args.eval_only):
+        results, model = train_or_evaluate(task.trainer, cfg, args)
     if comm.is_main_process():
         seconds = time.perf_counter() - start
         write_report(cfg, model, results, args=args, seconds=seconds)
@@ -219,5 +222,5 @@ def _start_logging(output_dir: str) -> None:
 
 def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    told = isinstance(error, FileNotWrittenError | FloatingPointError)
+    told = isinstance(error, FileNotWrittenError | FloatingPointError | torch.OutOfMemoryError)
     return error is None or not (told or is_lost_connection(error))
