@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files that this package did not make, in every folder that it writes to: they stay as they are."""
+"""Files that this package did not make, in every folder that it writes to: they stay untouched."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine_runs import FASTER_RCNN, launch
 from export_models import MASK_RCNN, OPTIONS
-from report_runs import DATASET, write_run
+from report_runs import CLASSES, DATASET, write_run
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer
 from vovnet_d2.benchmark.command import make_folder
@@ -40,7 +40,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     }
 
 
-# The tools: each writes to the folder that it is given ----------------------------------------------
+# The tools: each writes to the folder that it is given ------------------------------------------
 
 
 def write_connectivity(folder: Path) -> None:
@@ -49,7 +49,7 @@ def write_connectivity(folder: Path) -> None:
 
 
 def write_convolutions(folder: Path) -> None:
-    words = ["--channels", "8", "--size", "4", "--batch", "1", "--warmup", "0", "--repeats", "1"]
+    words = ["--channels", "128", "--size", "4", "--warmup", "1", "--repeats", "2"]
     parser = measure_convolutions.argument_parser()
     measure_convolutions.main(parser.parse_args([*words, "--output", str(folder)]))
 
@@ -100,7 +100,7 @@ TOOLS: dict[str, Write] = {
 @pytest.fixture
 def run(catalogs: None, fresh_logging: None, tmp_path: Path) -> Iterator[Path]:
     """A run with its data set ``shapes``, next to the folder that tools write to."""
-    return write_run(tmp_path)
+    return write_run(tmp_path, classes={key: f"class {key}" for key in CLASSES})
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -136,7 +136,7 @@ def test_what_a_tool_wrote_is_written_again(run: Path, tmp_path: Path) -> None:
 
 def test_the_demo_and_the_benchmark_refuse_strange_files(tmp_path: Path) -> None:
     (tmp_path / "drawn.jpg").write_bytes(STRANGE)
-    with pytest.raises(ValueError, match="drawn.jpg exists"):
+    with pytest.raises(ValueError, match=r"drawn\.jpg exists"):
         refuse_overwriting([tmp_path / "drawn.jpg"], [])
     for name in FILES:
         folder = tmp_path / name.replace(".", "_")

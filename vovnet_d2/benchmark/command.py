@@ -56,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet": {
         "models": ["V-39", "ResNet-50", "V-57", "ResNet-101"],
         "config_file": [_MASK_RCNN.format(n) for n in ("V_39", "R_50", "V_57", "R_101")],
+        "options": ["MODEL.VOVNET.NORM", "FrozenBN"],  # as the ResNets' configs have it
         "treatments": ["plain", "optimized", "bf16"],
         "reference": [
             "V-39=ResNet-50",
