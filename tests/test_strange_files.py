@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that this package did not make, in every folder that it writes to: they stay untouched."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -230,6 +231,21 @@ def test_a_strange_file_gives_way_and_stays(tmp_path: Path) -> None:
             Path(partial).write_text("ours")
         assert path.read_text() == "ours"
         assert (tmp_path / f"results.md.before{number}").read_bytes() == STRANGE
+
+
+def test_a_kill_while_a_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.md"
+    with atomic_write(path) as partial:
+        Path(partial).write_text("old")
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as partial:
+        Path(partial).write_text("new")
+    assert path.read_text() == "old"
+    assert is_made_here(path)
 
 
 def test_a_file_is_known_by_its_contents(tmp_path: Path) -> None:

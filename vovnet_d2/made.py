@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 __all__ = [
     "LIST_NAME",
@@ -33,21 +32,24 @@ _RUN = (".", "run")  # the entry of a folder that a run writes to
 _EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
 
 
-def note_made(path: str | os.PathLike[str]) -> None:
+def note_made(path: str | os.PathLike[str], *, content: str | os.PathLike[str] = "") -> None:
     """Note that this package has just written a file.
 
     A list that cannot be written is no error: the file then counts as somebody else's.
+
+    Args:
+        content: a file that is about to be renamed to ``path``; by default ``path`` itself.
     """
     path = Path(path)
     with suppress(OSError):
-        _append(path.parent, path.name, _fingerprint(path))
+        _append(path.parent, path.name, _fingerprint(Path(content or path)))
 
 
 def is_made_here(path: str | os.PathLike[str]) -> bool:
     """Whether there is such a file, and this package wrote it as it is now."""
     path = Path(path)
     try:
-        return _read_list(path.parent).get(path.name) == _fingerprint(path)
+        return _fingerprint(path) in _read_list(path.parent).get(path.name, ())
     except OSError:
         return False
 
@@ -62,7 +64,7 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
     """Whether :func:`note_run` has noted this folder."""
     name, value = _RUN
     try:
-        return _read_list(Path(folder)).get(name) == value
+        return value in _read_list(Path(folder)).get(name, ())
     except OSError:
         return False
 
@@ -101,13 +103,13 @@ def _append(folder: Path, name: str, made: str) -> None:
         file.write(json.dumps({"name": name, "made": made}) + "\n")
 
 
-def _read_list(folder: Path) -> dict[str, Any]:
-    """Read what the files of a folder looked like, by name; the last line of a name holds."""
-    made = {}
+def _read_list(folder: Path) -> dict[str, list[str]]:
+    """Read, by name, all that the files of a folder have looked like."""
+    made: dict[str, list[str]] = {}
     for line in (folder / LIST_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # a line that was cut by a kill
             entry = json.loads(line)
-            made[entry["name"]] = entry["made"]
+            made.setdefault(entry["name"], []).append(entry["made"])
     return made
 
 

@@ -46,10 +46,10 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
         _flush_to_disk(partial)
         if not replace and os.path.lexists(path) and not is_made_here(path):
             logger.warning("%s was not made by this package: it is now %s.", path, put_aside(path))
+        note_made(path, content=partial)  # first, for a kill in between
         os.replace(partial, path)
         with suppress(OSError):  # some network file systems cannot do this for a folder
             _flush_to_disk(os.path.dirname(path) or ".")  # the new name
-        note_made(path)
     except (OSError, RuntimeError) as error:
         if (reason := _why_not_written(error)) is None:
             raise
