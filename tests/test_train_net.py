@@ -41,7 +41,7 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     assert len({p["category_id"] for p in predictions}) > 1
 
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
-    evaluated = launch(config, out, "--eval-only", *weights, options=options)
+    evaluated = launch(config, out, "--eval-only", "--auto-scale-lr", *weights, options=options)
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
     assert read_predictions(out / "evaluation") == predictions
     trained_report = json.loads((out / "results.json").read_text())

@@ -17,11 +17,13 @@ __all__ = ["choose_folder", "keep_foreign_config"]
 
 logger = logging.getLogger(__name__)
 
+_TAG = "last_checkpoint"  # which --resume follows
+
 # What a run leaves in its folder, by which the folder of a run is known: its report, its records
 # and, of a training, its checkpoints.
 _REPORT = (
     *("config.yaml", "results.json", "results.md", "loss_curve.png", "predictions.png"),
-    *("inference", "metrics.json", "last_checkpoint", "checkpoints.json"),
+    *("inference", "metrics.json", _TAG, "checkpoints.json"),
 )
 _CHECKPOINTS = (
     *("model_final.pth", "model_best.pth", f"model_{'[0-9]' * 7}.pth"),
@@ -37,7 +39,7 @@ def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
 
     Args:
         folder: ``OUTPUT_DIR``.
-        resume: whether the run that the folder has goes on.
+        resume: whether the training that the folder has goes on, if there is one.
 
     Raises:
         ValueError: a training would overwrite files that no run of this package wrote, or the
@@ -46,7 +48,7 @@ def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
     chosen = refusal = ""
     if comm.is_main_process():
         try:
-            if training and not resume:
+            if training and not (resume and os.path.isfile(os.path.join(folder, _TAG))):
                 _refuse_foreign_run(Path(folder))
             chosen = folder if training else _choose_for_evaluation(folder)
         except ValueError as error:
