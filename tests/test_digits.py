@@ -461,6 +461,8 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path, change):
     if change == "changed":
         mine = mine.with_name("instances_train.json")
     mine.write_text("mine")
+    (tmp_path / "digits").mkdir()  # whose name is nobody's
+    (tmp_path / "digits" / "recipe.json").write_text("soup")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=rf"{FOLDER} is not as this package made it.*DETECTRON2"):
         build_digits(tmp_path, num_train=2, num_val=1)
