@@ -271,6 +271,7 @@ def test_what_cannot_be_saved_is_printed(tmp_path, monkeypatch, capsys):
 
 def test_earlier_results_outlive_a_run_without_any(tmp_path):
     (tmp_path / "benchmark.json").write_text("{}")
+    note_made(tmp_path / "benchmark.json")
     words = ["--models", "V-19-slim-eSE", "--warmup", "1", "--repeats", "1", "--sizes", "8x8"]
     with pytest.raises(ValueError, match="Nothing could run"):
         tool.run(tool.parse_arguments([*words, "--output", str(tmp_path)]))

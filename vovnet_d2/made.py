@@ -18,6 +18,7 @@ from pathlib import Path
 
 __all__ = [
     "LIST_NAME",
+    "is_foreign",
     "is_made_here",
     "is_run",
     "note_made",
@@ -54,6 +55,12 @@ def is_made_here(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there that this package did not make. A folder is none: the system refuses
+    to put a file in the place of a folder."""
+    return os.path.lexists(path) and not os.path.isdir(path) and not is_made_here(path)
+
+
 def note_run(folder: str | os.PathLike[str]) -> None:
     """Note that a run of this package writes to a folder, with Detectron2's files among its own."""
     with suppress(OSError):
@@ -76,7 +83,7 @@ def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:
         ValueError: one of them is somebody else's.
     """
     for path in map(Path, paths):
-        if os.path.lexists(path) and not is_made_here(path):
+        if is_foreign(path):
             raise ValueError(
                 f"{path} exists, and is not as this package wrote it: it would be overwritten. "
                 "Move it away, or choose another output."

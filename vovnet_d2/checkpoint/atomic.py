@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..made import is_made_here, note_made, put_aside
+from ..made import is_foreign, note_made, put_aside
 
 __all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers"]
 
@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
     try:
         yield partial
         _flush_to_disk(partial)
-        if not replace and os.path.lexists(path) and not is_made_here(path):
+        if not replace and is_foreign(path):
             logger.warning("%s was not made by this package: it is now %s.", path, put_aside(path))
         note_made(path, content=partial)  # first, for a kill in between
         os.replace(partial, path)
