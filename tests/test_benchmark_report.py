@@ -23,6 +23,7 @@ from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
 from vovnet_d2.benchmark.study import Study
 from vovnet_d2.checkpoint.atomic import FileNotWrittenError
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.made import note_made
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,13 @@ def measured() -> Study:
 
 
 def test_plots_of_an_earlier_benchmark_go(measured, tmp_path):
-    for name in ("inference_64x64_batch4.png", "photo.png"):
+    """But those alone that this package drew."""
+    for name in ("inference_64x64_batch4.png", "inference_64x64_batch8.png", "photo.png"):
         (tmp_path / name).touch()
+    note_made(tmp_path / "inference_64x64_batch4.png")
     paths = {path.name for path in write_study(measured, tmp_path)}
-    assert {path.name for path in tmp_path.iterdir()} == paths | {"photo.png"}
+    kept = {"inference_64x64_batch8.png", "photo.png"}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == paths | kept
 
 
 def test_files_parse_back(measured, tmp_path):
@@ -267,6 +271,7 @@ def test_what_cannot_be_saved_is_printed(tmp_path, monkeypatch, capsys):
 
 def test_earlier_results_outlive_a_run_without_any(tmp_path):
     (tmp_path / "benchmark.json").write_text("{}")
+    note_made(tmp_path / "benchmark.json")
     words = ["--models", "V-19-slim-eSE", "--warmup", "1", "--repeats", "1", "--sizes", "8x8"]
     with pytest.raises(ValueError, match="Nothing could run"):
         tool.run(tool.parse_arguments([*words, "--output", str(tmp_path)]))
@@ -305,7 +310,10 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
         (["--models", "V-39", "--accuracy", str(Path(__file__).parent)], "be read: Is a directory"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
         (["--models", "V-39", "--batches", "0"], "Batches: 0 is not a whole number"),
-        (["--models", "V-39", "--output", str(REPOSITORY)], "README.md that is not of a benchmark"),
+        (
+            ["--models", "V-39", "--output", str(REPOSITORY)],
+            "README.md exists, and is not as this package wrote it",
+        ),
         (["--models", "V-39", "--options", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
         (["--models", "V-39", "--output", __file__], "cannot be a folder: File exists"),
         (["--models", "V-39", "--sizes", "own"], "V-39 has no size of its own"),

@@ -25,6 +25,10 @@ from torch import nn
 from vovnet_d2 import VOVNET_SPECS, add_vovnet_config, get_config_file
 from vovnet_d2.checkpoint import InputConvention
 from vovnet_d2.checkpoint.zoo import ZOO
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.checks import check_initialisation, check_network, check_run
+from vovnet_d2.engine.lazy_config import instantiate, load_lazy_config, to_cfg
+from vovnet_d2.engine.pretrain import add_pretraining_config
 from vovnet_d2.modeling.layers import DeformableConv2d
 
 ROOT = Path(get_config_file("Base-RCNN-VoVNet-FPN.yaml")).parent
@@ -259,9 +263,40 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in COCO_FILES if n.startswith("COCO")])
 def test_norm_of_the_backbone(name: str) -> None:
-    """FrozenBN without weights is for the launcher to refuse, which names the ways out."""
-    norm = "GN" if COCO_NAME.fullmatch(name)["scratch"] else "FrozenBN"
-    assert norm == load(ROOT / name).MODEL.VOVNET.NORM
+    """The published recipe freezes the norms of weights that it starts from."""
+    cfg = load(ROOT / name)
+    norm = "FrozenBN" if cfg.MODEL.WEIGHTS else "naiveSyncBN"
+    assert ("GN" if COCO_NAME.fullmatch(name)["scratch"] else norm) == cfg.MODEL.VOVNET.NORM
+
+
+def check_start(cfg: CfgNode, backbone: nn.Module) -> None:
+    check_run(cfg, training=True)
+    check_initialisation(cfg, training=True, resuming=False, backbone=backbone)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_starts_as_shipped(name: str) -> None:
+    cfg = load(ROOT / name)
+    check_network(cfg)
+    check_start(cfg, build_on_meta(ROOT / name).backbone)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lazy/COCO-*/*.py"))
+)
+def test_lazy_config_starts_as_shipped(name: str) -> None:
+    config = load_lazy_config(str(ROOT / name), [])
+    with torch.device("meta"):
+        backbone = instantiate(config, "model.backbone")
+    check_start(to_cfg(config), backbone)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_FILES if n.startswith("Classification/")])
+def test_classifier_starts_as_shipped(name: str) -> None:
+    """Apart from its data, which all but the digits' files leave to the user."""
+    cfg = load_config(str(ROOT / name), add_config=add_pretraining_config)
+    with torch.device("meta"):
+        check_start(cfg, build_backbone(cfg))
 
 
 def without_norm(model: nn.Module) -> set[str]:
@@ -393,7 +428,6 @@ LOSSES = {
 def test_trains_and_predicts(name: str) -> None:
     cfg = load(ROOT / name)
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.VOVNET.NORM = "BN"  # as the comment of a file without weights says
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     height, width = 96, 128

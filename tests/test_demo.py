@@ -101,7 +101,7 @@ def test_folder_of_twenty(network: CfgNode, capsys: pytest.CaptureFixture[str]) 
     (folder / "notes.txt").write_text("not a picture")
     (folder / ".hidden").write_text("of no interest")
     assert demo(network, "--input", folder, "--output", "drawn") == 1
-    assert sorted(os.listdir("drawn")) == good
+    assert sorted(path.name for path in Path("drawn").glob("[!.]*")) == good
     for name in good:
         before, after = (cv2.imread(f"{f}/{name}") for f in (folder, "drawn"))
         assert before.shape == after.shape
@@ -434,7 +434,7 @@ def test_window_closes_at_q(network: CfgNode, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append(picture))
     monkeypatch.setattr(cv2, "waitKey", lambda milliseconds: keys[len(shown) - 1])
     assert demo(network, "--input", "pictures", "--show", "--output", "out") == 0
-    assert len(shown) == len(os.listdir("out")) == 2
+    assert len(shown) == len(list(Path("out").glob("[!.]*"))) == 2
     assert np.array_equal(cv2.imread("out/01.png"), shown[1])
 
 

@@ -31,6 +31,7 @@ from vovnet_d2.data import build_digits, digit_images, digit_split, digits, regi
 
 SPLITS = ("train", "val")
 SMALL = {"num_train": 12, "num_val": 30}
+FOLDER = "vovnet_d2_digits"
 SQUARE = np.ones((3, 3))
 
 
@@ -60,10 +61,10 @@ def registered(monkeypatch, root):
 
 def load(root: Path, split: str) -> list[tuple[np.ndarray, list[dict]]]:
     """Pixels and annotations of every image; each annotation with its mask from pycocotools."""
-    coco = COCO(root / "digits" / "annotations" / f"instances_{split}.json")
+    coco = COCO(root / FOLDER / "annotations" / f"instances_{split}.json")
     loaded = []
     for image_id, image in coco.imgs.items():
-        pixels = np.asarray(Image.open(root / "digits" / split / image["file_name"]))
+        pixels = np.asarray(Image.open(root / FOLDER / split / image["file_name"]))
         assert pixels.shape == (image["height"], image["width"], 3)
         annotations = [
             {**annotation, "mask": coco.annToMask(annotation).astype(bool)}
@@ -76,9 +77,9 @@ def load(root: Path, split: str) -> list[tuple[np.ndarray, list[dict]]]:
 def fingerprint(root: Path) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
-        for path in sorted((root / "digits" / split).glob("*.png")):
+        for path in sorted((root / FOLDER / split).glob("*.png")):
             digest.update(path.name.encode() + np.asarray(Image.open(path)).tobytes())
-        annotations = root / "digits" / "annotations" / f"instances_{split}.json"
+        annotations = root / FOLDER / "annotations" / f"instances_{split}.json"
         digest.update(json.dumps(json.loads(annotations.read_text()), sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -385,13 +386,13 @@ def count_builds(monkeypatch) -> list[Path]:
 def test_built_once_and_again_when_asked_for_another(monkeypatch, tmp_path):
     builds = count_builds(monkeypatch)
     for count in (2, 2, 3, 3):
-        assert build_digits(tmp_path, num_train=count, num_val=1) == tmp_path / "digits"
-        assert len(list((tmp_path / "digits" / "train").iterdir())) == count
+        assert build_digits(tmp_path, num_train=count, num_val=1) == tmp_path / FOLDER
+        assert len(list((tmp_path / FOLDER / "train").iterdir())) == count
     assert len(builds) == 2
     monkeypatch.setattr(digits, "_VERSION", digits._VERSION + 1)
     build_digits(tmp_path, num_train=3, num_val=1)
     assert len(builds) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"digits", "digits.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {FOLDER, f"{FOLDER}.lock"}
 
 
 def test_two_at_once_build_once(monkeypatch, tmp_path):
@@ -404,7 +405,7 @@ def test_two_at_once_build_once(monkeypatch, tmp_path):
     for thread in threads:
         thread.join()
     assert len(builds) == 1
-    assert (tmp_path / "digits" / "recipe.json").is_file()
+    assert (tmp_path / FOLDER / "recipe.json").is_file()
 
 
 def test_interrupted_build_leaves_nothing(monkeypatch, tmp_path):
@@ -419,7 +420,7 @@ def test_interrupted_build_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(digits, "make_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_digits(tmp_path, num_train=3, num_val=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["digits.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{FOLDER}.lock"]
     build_digits(tmp_path, num_train=3, num_val=2)
     assert len(load(tmp_path, "val")) == 2
 
@@ -434,18 +435,47 @@ def test_interrupted_rebuild_keeps_the_old(monkeypatch, tmp_path):
 
 
 def test_remains_of_a_killed_build_are_cleared(tmp_path):
-    (tmp_path / ".digits.partial" / "train").mkdir(parents=True)
-    (tmp_path / ".digits.partial" / "train" / "000007.png").touch()
-    (tmp_path / "digits" / "train").mkdir(parents=True)  # a removal that did not come to its end
-    (tmp_path / "digits" / "train" / "000008.png").touch()
+    for part in ("new", "old"):
+        left = tmp_path / f".{FOLDER}.killed" / part / "train"
+        left.mkdir(parents=True)
+        (left / "000007.png").touch()
+    strange = tmp_path / f".{FOLDER}.other" / "new" / "train" / "mine.png"
+    strange.parent.mkdir(parents=True)
+    strange.write_text("mine")
     build_digits(tmp_path, num_train=1, num_val=1)
-    assert [path.name for path in (tmp_path / "digits" / "train").iterdir()] == ["000000.png"]
-    assert {path.name for path in tmp_path.iterdir()} == {"digits", "digits.lock"}
+    assert [path.name for path in (tmp_path / FOLDER / "train").iterdir()] == ["000000.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(FOLDER, f"{FOLDER}.lock", f".{FOLDER}.other")
+    }
+    assert strange.read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["another", "added", "changed"])
+def test_a_folder_of_somebody_else_is_kept(tmp_path, change):
+    """One of that name, and one of ours that has been added to or changed."""
+    mine = tmp_path / FOLDER / "annotations" / "instances_mine.json"
+    if change == "another":
+        mine.parent.mkdir(parents=True)
+    else:
+        build_digits(tmp_path, num_train=1, num_val=1)
+    if change == "changed":
+        mine = mine.with_name("instances_train.json")
+    mine.write_text("mine")
+    (tmp_path / "digits").mkdir()  # whose name is nobody's
+    (tmp_path / "digits" / "recipe.json").write_text("soup")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"{FOLDER} is not as this package made it.*DETECTRON2"):
+        build_digits(tmp_path, num_train=2, num_val=1)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before} == before
+    assert not list(tmp_path.glob(f".{FOLDER}.*"))
 
 
 def test_root_that_cannot_be_written_to(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"Cannot write.*file/digits.*DETECTRON2_DATASETS"):
+    with pytest.raises(
+        ValueError, match=r"Cannot write.*file/vovnet_d2_digits.*DETECTRON2_DATASETS"
+    ):
         build_digits(tmp_path / "file", num_train=1, num_val=1)
 
     def read_only(*args):
@@ -458,9 +488,9 @@ def test_root_that_cannot_be_written_to(monkeypatch, tmp_path):
 
 def test_finished_data_set_is_only_read(monkeypatch, root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    (root / "digits.lock").unlink()
+    (root / f"{FOLDER}.lock").unlink()
     build_digits(root, **SMALL)
-    del before[root / "digits.lock"]
+    del before[root / f"{FOLDER}.lock"]
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
@@ -484,4 +514,4 @@ def test_finished_data_set_is_only_read(monkeypatch, root):
 def test_wrong_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         build_digits(tmp_path, **arguments)
-    assert not (tmp_path / "digits").exists()
+    assert not (tmp_path / FOLDER).exists()

@@ -45,6 +45,20 @@ def test_options_given_stay(written: CfgNode) -> None:
     assert scaled.SOLVER["BASE_LR"] == 0.0025
 
 
+def test_the_schedule_follows_the_iterations_given(written: CfgNode) -> None:
+    """A training of 27,000 iterations is a tenth of the config's, and its batch an eighth."""
+    options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "27000"]
+    scaled = scale_to_batch(written, options)
+    assert pytest.approx(0.0025) == scaled.SOLVER.BASE_LR
+    assert scaled.SOLVER.STEPS == (21000, 25000)
+    assert (scaled.SOLVER.WARMUP_ITERS, scaled.SOLVER.CHECKPOINT_PERIOD) == (100, 500)
+    assert scaled.TEST.EVAL_PERIOD == 500
+    given = ["SOLVER.WARMUP_ITERS", "7", "TEST.EVAL_PERIOD", "9", "SOLVER.STEPS", "(8,)"]
+    scaled = scale_to_batch(written, [*options, *given])
+    assert (scaled.SOLVER.WARMUP_ITERS, scaled.SOLVER.STEPS) == (7, (8,))
+    assert (scaled.TEST.EVAL_PERIOD, scaled.SOLVER.CHECKPOINT_PERIOD) == (9, 500)
+
+
 def test_the_number_of_processes_sets_the_batch(written: CfgNode) -> None:
     scaled = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
     assert scaled.SOLVER.IMS_PER_BATCH == 2

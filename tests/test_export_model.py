@@ -32,8 +32,9 @@ def options(**more) -> list[str]:
 
 
 def export(*args: str, config: str = MASK_RCNN, **more) -> dict:
-    """Run the tool, return its report."""
-    export_model.main(["--config-file", config, *args, *options(**more)])
+    """Run the tool, by default with random weights, and return its report."""
+    partial = [] if "MODEL.WEIGHTS" in more else ["--allow-partial"]
+    export_model.main(["--config-file", config, *args, *partial, *options(**more)])
     (report,) = Path("exported").glob("*.json")
     return json.loads(report.read_text())
 
@@ -82,6 +83,38 @@ def test_detector_with_weights_on_pictures(tmp_path):
     assert result["opset"] == 20
 
 
+def test_random_heads_are_refused(tmp_path):
+    """The weights are a backbone's, as those of the shipped configs are."""
+    model = build_detector(small_config(RETINANET))
+    backbone = model.backbone.bottom_up.state_dict()
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    weights = {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")}
+    for part in ("detector", "fpn"):
+        with pytest.raises(
+            ValueError, match=r"outside the backbone, backbone\.fpn.*--allow-partial"
+        ):
+            export("--part", part, "--format", "torchscript", config=RETINANET, **weights)
+    with pytest.raises(ValueError, match=r"no weights to export.*--allow-partial"):
+        export(config=RETINANET, **{"MODEL.WEIGHTS": ""})
+    assert not Path("exported").exists()
+
+
+def test_weights_that_the_part_has_suffice(tmp_path):
+    model = build_detector(small_config(RETINANET))
+    backbone = {
+        f"backbone.bottom_up.{k}": v for k, v in model.backbone.bottom_up.state_dict().items()
+    }
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    weights = {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")}
+    arguments = ["--format", "torchscript", "--sizes", "64x64"]
+    report = export("--part", "backbone", *arguments, config=RETINANET, **weights)
+    assert report["weights"] == weights["MODEL.WEIGHTS"]
+    export_model.main(
+        ["--config-file", RETINANET, "--allow-partial", *arguments, *options(**weights)]
+    )
+    assert Path("exported/detector.ts").is_file()
+
+
 def test_nothing_to_compare_is_told(capsys):
     export("--format", "torchscript", "--sizes", "64x64", config=RETINANET)
     assert "Nothing was detected" in capsys.readouterr().out
@@ -109,7 +142,7 @@ def test_disagreement_is_told(monkeypatch):
     ],
 )
 def test_mistakes(args, message, monkeypatch):
-    command = ["export_model.py", "--config-file", MASK_RCNN, *args, *options()]
+    command = ["export_model.py", "--config-file", MASK_RCNN, "--allow-partial", *args, *options()]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(export_model.__file__, run_name="__main__")

@@ -31,6 +31,7 @@ from vovnet_d2.checkpoint.writing import Metadata, save_weights
 from vovnet_d2.engine import Trainer, argument_parser
 from vovnet_d2.engine.interruption import INTERRUPTED, Interrupted, StopRequest
 from vovnet_d2.engine.launch import launch_or_exit
+from vovnet_d2.made import LIST_NAME
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -88,13 +89,16 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     with full, atomic_write(path) as partial:
         Path(partial).write_text("newer")
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == [LIST_NAME, "file"]
     with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
         Path(partial).write_text(str(1 / 0))
-    (tmp_path / "file.123.partial").write_text("left by a kill")
+    (tmp_path / "file.123.vovnet_d2.partial").write_text("left by a kill")
+    (tmp_path / "file.123.partial").write_text("somebody else's")
     (tmp_path / "download.partial").write_text("somebody else's")
-    assert remove_leftovers(tmp_path) == ["file.123.partial"]
-    assert sorted(os.listdir(tmp_path)) == ["download.partial", "file"]
+    assert remove_leftovers(tmp_path) == ["file.123.vovnet_d2.partial"]
+    assert sorted(os.listdir(tmp_path)) == [
+        *(LIST_NAME, "download.partial", "file", "file.123.partial")
+    ]
 
 
 def test_a_file_is_written_where_folders_cannot_be_flushed(
@@ -325,7 +329,6 @@ def test_checkpoints_that_do_not_fit_are_not_skipped(run_with_checkpoints: Path)
 
 
 def test_old_checkpoints_are_removed(coco: Path, tmp_path: Path) -> None:
-    (tmp_path / "model_0000000.pth").write_bytes(b"of another training")
     options = ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "1", *NO_TEST]
     launch(FASTER_RCNN, tmp_path, *options, "SOLVER.CHECKPOINTS_KEPT", "2", "SOLVER.MAX_ITER", "5")
     names = ["model_0000003.pth", "model_0000004.pth", FINAL]

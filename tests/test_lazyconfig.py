@@ -271,12 +271,18 @@ def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
 
     evaluated = launch(out, "--eval-only", f"train.init_checkpoint={out}/model_final.pth")
     assert str(evaluated) == str(resumed)
-    assert read_predictions(out) == predictions
-    report = json.loads((out / "results.json").read_text())
+    assert read_predictions(out / "evaluation") == predictions
+    trained_report, report = (
+        json.loads((folder / "results.json").read_text()) for folder in (out, out / "evaluation")
+    )
+    assert trained_report["run"]["kind"] == "training, 3 iterations"
     assert report["run"]["kind"] == "evaluation"
     assert report["run"]["config"] == MASK_RCNN
-    assert (out / "predictions.png").is_file()
+    for folder in (out, out / "evaluation"):
+        assert (folder / "predictions.png").is_file()
     assert (out / "loss_curve.png").is_file()
+    saved = LazyConfig.load(str(out / "evaluation" / "config.yaml"))
+    assert saved.train.output_dir == str(out / "evaluation")
 
 
 def test_saved_config_describes_the_same_model(coco: Path, tmp_path: Path) -> None:

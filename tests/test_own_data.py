@@ -42,7 +42,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
     build_digits(root, num_train=14, num_val=8, image_size=96, digit_size=(16, 48))
     for split in ("train", "val"):
-        source = root / "digits" / "annotations" / f"instances_{split}.json"
+        source = root / "vovnet_d2_digits" / "annotations" / f"instances_{split}.json"
         content = json.loads(source.read_text())
         name = {category["id"]: category["name"] for category in content["categories"]}
         first, second = (image["id"] for image in content["images"][:2])
@@ -71,7 +71,7 @@ def flags(root: Path, *splits: str) -> list[str]:
     words = []
     for split in splits:
         words += [f"--{split}-json", str(root / f"{split}.json")]
-        words += [f"--{split}-images", str(root / "digits" / split)]
+        words += [f"--{split}-images", str(root / "vovnet_d2_digits" / split)]
     return words
 
 
@@ -134,7 +134,7 @@ def test_train_then_evaluate_and_predict_without_the_flags(
     moved.write_text((out / "config.yaml").read_text().replace(str(digits), "/nowhere"))
     predictor = Predictor(str(moved), weights)
     assert predictor.metadata.thing_classes == NAMES
-    image = digits / "digits" / "val" / "000003.png"
+    image = digits / "vovnet_d2_digits" / "val" / "000003.png"
     instances = predictor(image)["instances"]
     expected = [r for r in found if r["image_id"] == 4]
     scores = sorted(result["score"] for result in expected)
@@ -153,7 +153,7 @@ def test_train_then_evaluate_and_predict_without_the_flags(
 def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> None:
     """Where no category is missing in the list, the records are those of load_coco_json."""
     setup(FASTER_RCNN, flags(digits, *BOTH))
-    json_file, images = str(digits / "train.json"), str(digits / "digits" / "train")
+    json_file, images = str(digits / "train.json"), str(digits / "vovnet_d2_digits" / "train")
     assert DatasetCatalog.get("own_train") == load_coco_json(json_file, images, "plain")
     own, plain = MetadataCatalog.get("own_train"), MetadataCatalog.get("plain")
     assert own.thing_classes == plain.thing_classes == NAMES
@@ -210,7 +210,7 @@ def test_ids_of_another_numbering(catalogs: None, digits: Path, tmp_path: Path) 
         annotation["category_id"] = numbers[annotation["category_id"]]
     (tmp_path / "val.json").write_text(json.dumps(content))
     words = [*flags(digits, "train"), "--val-json", str(tmp_path / "val.json")]
-    setup(FASTER_RCNN, [*words, "--val-images", str(digits / "digits" / "train")])
+    setup(FASTER_RCNN, [*words, "--val-images", str(digits / "vovnet_d2_digits" / "train")])
     labels = [
         [[a["category_id"] for a in record["annotations"]] for record in DatasetCatalog.get(name)]
         for name in ("own_train", "own_val")
@@ -320,7 +320,7 @@ def test_files_that_cannot_be_used(catalogs: None, digits: Path, tmp_path: Path,
     (tmp_path / "train.json").write_text(json.dumps(content))
     words = ["--train-json", str(tmp_path / "train.json")]
     with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
-        setup(MASK_RCNN, [*words, "--train-images", str(digits / "digits" / "train")])
+        setup(MASK_RCNN, [*words, "--train-images", str(digits / "vovnet_d2_digits" / "train")])
     assert "\n" not in caught.value.args[0]
 
 
@@ -340,7 +340,7 @@ def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: 
     del content["annotations"][3][key]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
-    images = str(digits / "digits" / "train")
+    images = str(digits / "vovnet_d2_digits" / "train")
     read_contents(str(path), images, evaluated=False)
     with pytest.raises(ValueError, match=rf"annotations\[3\] has no {key}\. .*check_dataset"):
         read_contents(str(path), images, evaluated=True)
@@ -365,14 +365,19 @@ def test_validation_categories_unlike_the_training_ones(
     (tmp_path / "val.json").write_text(json.dumps(content))
     words = [*flags(digits, "train"), "--val-json", str(tmp_path / "val.json")]
     with pytest.raises(ValueError, match=message):
-        setup(FASTER_RCNN, [*words, "--val-images", str(digits / "digits" / "val")])
+        setup(FASTER_RCNN, [*words, "--val-images", str(digits / "vovnet_d2_digits" / "val")])
 
 
 def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_path: Path) -> None:
     """The config is of an earlier run."""
     copy = tmp_path / "train.json"
     copy.write_text((digits / "train.json").read_text())
-    words = ["--train-json", str(copy), "--train-images", str(digits / "digits" / "train")]
+    words = [
+        "--train-json",
+        str(copy),
+        "--train-images",
+        str(digits / "vovnet_d2_digits" / "train"),
+    ]
     cfg = setup(FASTER_RCNN, words)
     content = json.loads(copy.read_text())
     content["annotations"][0]["category_id"] = 77

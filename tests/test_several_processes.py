@@ -35,8 +35,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The arguments of a small training set."""
     root = tmp_path_factory.mktemp("data")
     build_digits(root, num_train=16, num_val=1, image_size=96, digit_size=(16, 48))
-    images = root / "digits" / "train"
-    annotations = root / "digits" / "annotations" / "instances_train.json"
+    images = root / "vovnet_d2_digits" / "train"
+    annotations = root / "vovnet_d2_digits" / "annotations" / "instances_train.json"
     return ["--train-json", str(annotations), "--train-images", str(images)]
 
 

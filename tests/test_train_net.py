@@ -17,7 +17,8 @@ from detectron2.modeling import build_model
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, SHORT, TINY, launch, read_log
 from PIL import Image
 
-from vovnet_d2.engine import Trainer, load_config, main
+from vovnet_d2 import get_config_file
+from vovnet_d2.engine import Trainer, argument_parser, load_config, main, run
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -41,14 +42,16 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     assert len({p["category_id"] for p in predictions}) > 1
 
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
-    evaluated = launch(config, out, "--eval-only", *weights, options=options)
+    evaluated = launch(config, out, "--eval-only", "--auto-scale-lr", *weights, options=options)
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
-    assert read_predictions(out) == predictions
-    report = json.loads((out / "results.json").read_text())
+    assert read_predictions(out / "evaluation") == predictions
+    trained_report = json.loads((out / "results.json").read_text())
+    assert trained_report["run"]["kind"] == "training, 3 iterations"
+    report = json.loads((out / "evaluation" / "results.json").read_text())
     assert report["run"]["kind"] == "evaluation"
     assert report["run"]["config"] == config
     assert report["results"]["coco_2017_val"]["bbox"]["AP"] == evaluated["bbox"]["AP"]
-    for name in ("loss_curve.png", "predictions.png"):
+    for name in ("loss_curve.png", "predictions.png", "evaluation/predictions.png"):
         Image.open(out / name).verify()
 
 
@@ -73,7 +76,7 @@ def test_the_fast_network_is_evaluated(
     launch(RETINANET, tmp_path, "--eval-only", *options, options=TINY)
     (model,) = evaluated
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.modules())
-    found = read_predictions(tmp_path)
+    found = read_predictions(tmp_path / "evaluation")
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one["image_id"] == other["image_id"]
@@ -139,7 +142,10 @@ def call(*words: str) -> None:
         (["MODEL.VOVNET.CONV_BODY", "V-39-ese"], "Did you mean 'V-39-eSE'?"),
         (["MODEL.VOVNET.NORM", "BM"], "BM"),
         (["MODEL.VOVNET.OUT_FEATURES", "['stage6']"], "stage6"),
-        ([], "MODEL.WEIGHTS is empty and parts of the backbone are frozen"),
+        (
+            ["MODEL.VOVNET.NORM", "FrozenBN"],
+            "MODEL.WEIGHTS is empty and parts of the backbone are frozen",
+        ),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "set MODEL.ROI_HEADS.NUM_CLASSES 80"),
         (["DATASETS.TRAIN", "('coco',)"], "Data set 'coco' of DATASETS.TRAIN is not registered"),
         (["DATASETS.TEST", "('mine',)"], "Data set 'mine' of DATASETS.TEST is not registered"),
@@ -157,15 +163,49 @@ def test_a_mistake_is_one_sentence_and_status_2(
     words: list[str],
     message: str,
 ) -> None:
-    options = TINY if words else [w for w in TINY if w not in ("MODEL.VOVNET.NORM", "BN")]
     with pytest.raises(SystemExit) as caught:
-        call(*options, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), *words)
+        call(*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), *words)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     sentence = error.splitlines()[-1]  # torch may have warned before
     assert sentence.startswith("error: ")
     assert message in sentence
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("words", [[], ["--train-json", "a.json", "--train-images", "images"]])
+def test_a_missing_config_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"give --config-file, .*COCO-Detection/") as caught:
+        run(argument_parser().parse_args([*words, "SOLVER.MAX_ITER", "1"]))
+    assert ("--train-json" in str(caught.value)) == bool(words)
+    assert list(tmp_path.iterdir()) == []
+    assert Path(get_config_file(re.search(r"COCO-Detection/\S+\.yaml", str(caught.value))[0]))
+
+
+def test_a_full_gpu_is_one_sentence(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*args: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB."
+        )
+
+    monkeypatch.setattr(Trainer, "run_step", run_out)
+    options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"]
+    saving = ["SOLVER.AMP.ENABLED True", "MODEL.VOVNET.CHECKPOINT_BLOCKS True"]
+    for used in (False, True):
+        with pytest.raises(SystemExit) as caught:
+            call(*options, *(" ".join(saving).split() if used else []))
+        assert caught.value.code == 1
+        error = capsys.readouterr().err
+        sentence = error.splitlines()[-1]
+        assert sentence.startswith("error: CUDA out of memory. These need less memory: ")
+        assert "SOLVER.IMS_PER_BATCH below 2, with --auto-scale-lr" in sentence
+        assert [word in sentence for word in saving] == [not used] * 2
+        assert "Traceback" not in error + read_log(tmp_path)
 
 
 def test_evaluating_random_heads_is_refused(

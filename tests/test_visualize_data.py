@@ -57,7 +57,7 @@ def test_annotations(coco: Path, tmp_path: Path, overlays: list[dict]) -> None:
     draw("annotations", tmp_path / "out", "--dataset", "coco_2017_train")
     records = DatasetCatalog.get("coco_2017_train")
     names = [f"{i:03d}_{Path(r['file_name']).stem}.png" for i, r in enumerate(records, 1)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == names
     annotated = [record for record in records if record["annotations"]]
     assert len(annotated) == len(records) - 1
     assert len(overlays) == len(annotated)
@@ -136,7 +136,7 @@ def test_unreadable_images_are_named_and_skipped(
         assert name in told.out + told.err
     assert f"to {tmp_path / 'train.json'}: it is not read." in told.out + told.err
     assert "Drew 3 pictures of own_train" in told.out
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").glob("[!.]*"))) == 3
 
     outside["file_name"] = cut["file_name"]
     (tmp_path / "train.json").write_text(json.dumps(content))

@@ -29,6 +29,7 @@ from vovnet_d2.data.check import (
     require_free,
     write_fixed,
 )
+from vovnet_d2.made import refuse_foreign
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -82,6 +83,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         require_free(path)
     if args.json and not args.json.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {args.json.parent} to write {args.json} to.")
+    refuse_foreign([args.json] if args.json else [])
 
 
 def run(args: argparse.Namespace) -> int:

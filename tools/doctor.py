@@ -72,10 +72,10 @@ def _voc(year: int) -> tuple[str, ...]:
 DATA_SETS = {
     "digits": DataSet(
         (
-            "digits/annotations/instances_train.json",
-            "digits/annotations/instances_val.json",
-            "digits/train",
-            "digits/val",
+            "vovnet_d2_digits/annotations/instances_train.json",
+            "vovnet_d2_digits/annotations/instances_val.json",
+            "vovnet_d2_digits/train",
+            "vovnet_d2_digits/val",
         )
     ),
     "COCO 2017": DataSet(_coco("train") + _coco("val")),

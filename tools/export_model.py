@@ -29,7 +29,7 @@ from torch import nn
 from vovnet_d2 import VoVNetCheckpointer
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.engine.checks import check_all_loaded, parse_device
 from vovnet_d2.export import (
     FORMATS,
     PARTS,
@@ -72,6 +72,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", type=parse_device, default="cpu", help="to export and check on (default: cpu)"
     )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="export what the weights leave at random values too, all of it if there are none",
+    )
     compared = parser.add_mutually_exclusive_group()
     compared.add_argument(
         "--images",
@@ -112,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
     images = _read_images(cfg, args.images) if args.images else None
     model = build_model(cfg).eval()
-    VoVNetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    _load_weights(model, cfg.MODEL.WEIGHTS, args.part, allow_partial=args.allow_partial)
     target = select_target(
         model,
         args.part,
@@ -151,6 +156,25 @@ def _read_shape(text: str) -> tuple[int, int, int]:
             "images, their height and their width."
         )
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def _load_weights(model: nn.Module, weights: str, part: str, *, allow_partial: bool) -> None:
+    """Load weights into a model, and refuse those that leave some of an exported part random."""
+    if not weights and not allow_partial:
+        raise ValueError(
+            "There are no weights to export: set MODEL.WEIGHTS to a file (of a training, "
+            "OUTPUT_DIR/model_final.pth). To export random values all the same, add "
+            "--allow-partial."
+        )
+    checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial)
+    checkpointer.load(weights)
+    if not allow_partial:
+        prefix = {"detector": "", "fpn": "backbone."}.get(part, _bottom_up_prefix(model))
+        check_all_loaded(checkpointer, weights, part=prefix)
+
+
+def _bottom_up_prefix(model: nn.Module) -> str:
+    return "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
 
 
 def _found(check: dict[str, Any]) -> bool:

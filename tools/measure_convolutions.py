@@ -20,7 +20,9 @@ from tabulate import tabulate
 
 from vovnet_d2.analysis.convolution_study import make_cases, measure, plot
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.made import refuse_foreign
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -39,6 +41,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    csv, png = (args.output / f"convolutions_{args.device.type}.{kind}" for kind in ("csv", "png"))
+    refuse_foreign([csv, png])
     protocol = describe_environment(args.device) | {
         "dtype": args.dtype,
         "batch": args.batch,
@@ -58,13 +62,14 @@ def main(args: argparse.Namespace) -> None:
     print(*(f"{name}: {value}" for name, value in protocol.items()), "", sep="\n")
     print(tabulate(rows, headers="keys", tablefmt="github"))
     args.output.mkdir(parents=True, exist_ok=True)
-    csv, png = (args.output / f"convolutions_{args.device.type}.{kind}" for kind in ("csv", "png"))
-    write_csv(csv, rows, protocol)
+    with atomic_write(csv) as partial:
+        write_csv(partial, rows, protocol)
     described = ("device", "threads", "torch", "dtype", "batch", "maps", "repeats", "date")
     figure = plot(
         rows, "\n".join(_lines([f"{k} {protocol[k]}" for k in described if k in protocol]))
     )
-    figure.savefig(png)
+    with atomic_write(png) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
     print(f"\nWrote {csv} and {png}.")
 

@@ -26,7 +26,9 @@ from tabulate import tabulate
 from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectivity
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.checkpoint.sources import read_weights
+from vovnet_d2.made import refuse_foreign
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 
@@ -50,20 +52,26 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    csv, json_path, png = paths = [
+        args.output / f"connectivity.{kind}" for kind in ("csv", "json", "png")
+    ]
+    refuse_foreign(paths)
     blocks = measure_connectivity(read_state_dict(args))
     print("Mean strength of the connections (the strongest of each block is 1)\n")
     summaries = [block.summary() for block in blocks]
     print(tabulate(summaries, headers="keys", tablefmt="github", floatfmt=".3f"))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    csv, json_path, png = (args.output / f"connectivity.{kind}" for kind in ("csv", "json", "png"))
     weights = f"{args.weights}, untrained" if is_network(args.weights) else args.weights
     header = {"weights": weights, "command": describe_environment("cpu")["command"]}
-    write_csv(csv, [row for block in blocks for row in block.rows()], header)
+    with atomic_write(csv) as partial:
+        write_csv(partial, [row for block in blocks for row in block.rows()], header)
     content = {**header, "blocks": [block.as_dict() for block in blocks]}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(json_path) as partial:
+        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     figure = plot_connectivity(blocks, args.title or weights)
-    figure.savefig(png)
+    with atomic_write(png) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
     print(f"\nWrote {csv}, {json_path} and {png}.")
 

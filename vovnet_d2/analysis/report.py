@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ..benchmark.protocol import write_csv
+from ..checkpoint.atomic import atomic_write
+from ..made import refuse_foreign
 from .complexity import CONVENTIONS, Complexity
 
 __all__ = ["format_table", "plot_complexity", "write_report"]
@@ -70,17 +72,24 @@ def write_report(complexity: Complexity, folder: Path, header: Mapping[str, Any]
 
     Returns:
         the paths.
+
+    Raises:
+        ValueError: one of the files exists, and this package did not make it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    csv, json_path, png = (folder / f"complexity.{kind}" for kind in ("csv", "json", "png"))
+    csv, json_path, png = paths = [folder / f"complexity.{kind}" for kind in ("csv", "json", "png")]
+    refuse_foreign(paths)
     parts = [part.as_dict() for part in (*complexity.parts, complexity.total)]
     size = "x".join(map(str, complexity.image_size))
     header = {**header, "image_size": size, "notes": " ".join(complexity.notes)}
-    write_csv(csv, parts, header)
+    with atomic_write(csv) as partial:
+        write_csv(partial, parts, header)
     content = {**header, "conventions": CONVENTIONS, "parts": parts[:-1], "total": parts[-1]}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(json_path) as partial:
+        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     figure = plot_complexity(complexity, f"{header['network']}, {size.replace('x', ' × ')}")
-    figure.savefig(png)
+    with atomic_write(png) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
     return [csv, json_path, png]
 

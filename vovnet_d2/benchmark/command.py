@@ -15,9 +15,10 @@ from typing import Any
 from ..engine.checks import parse_device
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
+from ..made import refuse_foreign
 from .networks import BACKBONES, DEFAULT_NORM, backbone, detector, takes_norm
 from .published import PAPER_TABLES, PaperTable, format_paper_table
-from .report import format_table, write_study
+from .report import FILES, format_table, write_study
 from .study import MODES, Plan, Study
 from .treatments import TREATMENTS
 
@@ -55,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet": {
         "models": ["V-39", "ResNet-50", "V-57", "ResNet-101"],
         "config_file": [_MASK_RCNN.format(n) for n in ("V_39", "R_50", "V_57", "R_101")],
+        "options": ["MODEL.VOVNET.NORM", "FrozenBN"],  # as the ResNets' configs have it
         "treatments": ["plain", "optimized", "bf16"],
         "reference": [
             "V-39=ResNet-50",
@@ -272,13 +274,9 @@ def make_folder(path: Path) -> None:
     """Before anything is measured.
 
     Raises:
-        ValueError: it cannot be made, or has a page that is not of a benchmark.
+        ValueError: it cannot be made, or has files of these names that this package did not make.
     """
-    if (path / "README.md").exists() and not (path / "benchmark.json").exists():
-        raise ValueError(
-            f"--output {path} has a README.md that is not of a benchmark, and would be overwritten:"
-            " give another folder."
-        )
+    refuse_foreign(path / name for name in FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,13 +16,14 @@ import matplotlib.pyplot as plt
 from tabulate import tabulate
 
 from ..checkpoint.atomic import atomic_write
+from ..made import is_made_here
 from .memory import SOURCES
 from .plots import plot_cell
 from .protocol import write_csv
 from .published import PaperTable, format_paper_table
 from .study import MODES, Study
 
-__all__ = ["CONVENTIONS", "format_table", "write_study"]
+__all__ = ["CONVENTIONS", "FILES", "format_table", "write_study"]
 
 CONVENTIONS = {
     "GFLOPs": "multiply-adds of convolutions, fully-connected layers and attention for one image, "
@@ -46,6 +47,9 @@ CONVENTIONS = {
     "ratios within each round",
 }
 """How each column is taken."""
+
+FILES = ("benchmark.json", "benchmark.csv", "README.md")
+"""The names of the files of a study, apart from its plots."""
 
 # Column: its heading and the format of its numbers.
 _HEADINGS = {
@@ -112,9 +116,7 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     protocol = {**study.protocol, "memory": SOURCES[study.plan.device.type]}
     records = [{**row, **protocol} for row in study.rows]
-    json_path, csv, markdown = (
-        folder / name for name in ("benchmark.json", "benchmark.csv", "README.md")
-    )
+    json_path, csv, markdown = (folder / name for name in FILES)
     content = {"conventions": CONVENTIONS, "records": records}
     _write(json_path, json.dumps(content, indent=2) + "\n")
     with atomic_write(csv) as partial:
@@ -122,7 +124,8 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     plots, sentences = _write_plots(study, folder)
     for mode in MODES:
         for earlier in {*folder.glob(f"{mode}_*_batch*.png")}.difference(plots):
-            earlier.unlink()
+            if is_made_here(earlier):
+                earlier.unlink()
     lines = [
         "# Networks side by side",
         "",
@@ -157,7 +160,8 @@ def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:
         title = f"{mode}, {size}, batch {batch}; {protocol['device']}, torch {protocol['torch']}"
         figure, left_out = plot_cell(members, title)
         path = folder / f"{mode}_{size.replace(' ', '_')}_batch{batch}.png"
-        figure.savefig(path)
+        with atomic_write(path) as partial:
+            figure.savefig(partial, format="png")
         plt.close(figure)
         paths.append(path)
         sentences |= dict.fromkeys(left_out)

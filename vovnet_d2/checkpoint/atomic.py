@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..made import is_foreign, note_made, put_aside
+
 __all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers"]
 
-_SUFFIX = ".partial"
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".vovnet_d2.partial"
 
 
 class FileNotWrittenError(OSError):
@@ -19,8 +24,13 @@ class FileNotWrittenError(OSError):
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
+def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[str]:
     """Give ``path`` its new content at once, and only when all of it is on the disk.
+
+    A file of that name which this package did not make is renamed, with a warning.
+
+    Args:
+        replace: replace such a file instead, because its user has said so.
 
     Yields:
         the name of a temporary file in the same folder, to be written and closed in the context.
@@ -34,6 +44,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
     try:
         yield partial
         _flush_to_disk(partial)
+        if not replace and is_foreign(path):
+            logger.warning("%s was not made by this package: it is now %s.", path, put_aside(path))
+        note_made(path, content=partial)  # first, for a kill in between
         os.replace(partial, path)
         with suppress(OSError):  # some network file systems cannot do this for a folder
             _flush_to_disk(os.path.dirname(path) or ".")  # the new name
@@ -51,8 +64,11 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
     Returns:
         their names.
     """
-    # A user's own .partial files, of a download, say, have no process's number.
-    found = sorted(p for p in Path(folder).glob(f"*.*{_SUFFIX}") if p.stem.split(".")[-1].isdigit())
+    found = sorted(
+        path
+        for path in Path(folder).glob(f"*.*{_SUFFIX}")
+        if path.name.removesuffix(_SUFFIX).split(".")[-1].isdigit()
+    )
     for partial in found:
         partial.unlink(missing_ok=True)
     return [partial.name for partial in found]

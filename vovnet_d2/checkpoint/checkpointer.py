@@ -23,6 +23,7 @@ from fvcore.common.checkpoint import (
 )
 from torch import nn
 
+from ..made import is_made_here
 from .atomic import FileNotWrittenError, atomic_write
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
@@ -203,8 +204,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self._write_tag(last_filename_basename)
         counted = [name for name in names if name != "model_final.pth"]
         too_old = counted[: -self.max_to_keep] if self.max_to_keep > 0 else []
-        for name in too_old:
-            Path(self.save_dir, name).unlink(missing_ok=True)
+        for path in (Path(self.save_dir, name) for name in too_old):
+            if is_made_here(path):  # and not changed since, or replaced
+                path.unlink()
         if too_old:  # forgotten last, so that none is left behind by a kill before
             self._write_history([name for name in names if name not in too_old])
 

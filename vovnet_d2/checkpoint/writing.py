@@ -38,7 +38,7 @@ def save_weights(
         raise ValueError(f"{path}: choose a name that ends with .pth, .pt, .bin or .safetensors.")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent} to write {path} to.")
-    with atomic_write(path) as partial, open(partial, "wb") as file:
+    with atomic_write(path, replace=True) as partial, open(partial, "wb") as file:
         if suffix == ".safetensors":
             from safetensors.torch import save
 

@@ -84,8 +84,9 @@ CC BY-NC 4.0.
 
 No weights can be had for the other variants:
 {variants}.
-Train them from nothing: set `MODEL.VOVNET.NORM` to `GN`, `BN` or `SyncBN`, and `MODEL.WEIGHTS` to
-`""`.
+The configs named after these variants train from nothing, with norms that learn
+(`configs/Base-No-Weights.yaml`). With weights of yours in `MODEL.WEIGHTS`, set
+`MODEL.VOVNET.NORM` to `FrozenBN` for the recipe that was published with them.
 """
 
 

@@ -20,9 +20,11 @@ Glyphs do not hide one another: every mask is visible as a whole.
 """
 
 import functools
+import hashlib
 import json
 import os
-import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,20 @@ CLASS_NAMES = tuple("0123456789")
 # rebuild themselves.
 _VERSION = 1
 
+_FOLDER = "vovnet_d2_digits"
+
 _NUM_DIGITS = 1797  # in scikit-learn's load_digits
 _NUM_VAL_DIGITS = 360
 
 # The parts of each photograph's width that a split's backgrounds are cut from.
 _PHOTO_PARTS = {"train": (0.0, 0.66), "val": (0.69, 1.0)}
+
+# The files of a data set, as patterns below its folder.
+_WRITTEN = (
+    "recipe.json",
+    "annotations/instances_*.json",
+    *(f"{split}/[0-9][0-9][0-9][0-9][0-9][0-9].png" for split in _PHOTO_PARTS),
+)
 
 
 def digit_split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -66,13 +77,13 @@ def build_digits(
     digit_size: tuple[int, int] = (16, 112),
     seed: int = 0,
 ) -> Path:
-    """Make the data set under ``root/digits`` unless it is there already.
+    """Make the data set under ``root/vovnet_d2_digits`` unless it is there already.
 
     It holds ``train/*.png``, ``val/*.png`` and ``annotations/instances_{train,val}.json``. The
     same arguments give the same pixels; image *i* of a split depends on neither the number of
-    images nor the other images. A data set made with other arguments is replaced. Several
-    processes may call this at once: one builds, the others wait. The folder appears under its
-    name only when it is complete.
+    images nor the other images. A data set made with other arguments is replaced, unless
+    somebody has changed it. Several processes may call this at once: one builds, the others wait.
+    The folder appears under its name only when it is complete.
 
     Args:
         root: folder of data sets, made if missing.
@@ -84,11 +95,11 @@ def build_digits(
         seed: of everything but the split of the digits, see :func:`digit_split`.
 
     Returns:
-        ``root/digits``.
+        ``root/vovnet_d2_digits``.
 
     Raises:
-        ValueError: an argument is out of range, the digits do not fit on the image, or ``root``
-            cannot be written to.
+        ValueError: an argument is out of range, the digits do not fit on the image, ``root``
+            cannot be written to, or the folder is not as this function made it.
     """
     layout: dict[str, Any] = {
         "image_size": image_size,
@@ -98,7 +109,7 @@ def build_digits(
     counts = {"train": num_train, "val": num_val}
     _check_arguments(counts, seed, **layout)
     recipe = {"version": _VERSION, "images": counts, "layout": layout, "seed": seed}
-    target = Path(root) / "digits"
+    target = Path(root) / _FOLDER
     if _is_current(target, recipe):
         return target
     from iopath.common.file_io import file_lock
@@ -134,8 +145,8 @@ def register_digits() -> None:
             # Else it is known only once the annotations are loaded, which builds the data set.
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
             evaluator_type="coco",
-            json_file=str(root / "digits" / "annotations" / f"instances_{split}.json"),
-            image_root=str(root / "digits" / split),
+            json_file=str(root / _FOLDER / "annotations" / f"instances_{split}.json"),
+            image_root=str(root / _FOLDER / split),
         )
         DatasetCatalog.register(name, functools.partial(_load_registered, name, root))
 
@@ -177,25 +188,66 @@ def _check_arguments(
 
 
 def _is_current(target: Path, recipe: dict[str, Any]) -> bool:
+    return _read_made(target).get("recipe") == recipe
+
+
+def _read_made(folder: Path) -> dict[str, Any]:
+    """Read the recipe and the digest that :func:`_write` left in a folder; empty without them."""
     try:
-        return json.loads((target / "recipe.json").read_text()) == recipe
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
+        made = json.loads((folder / "recipe.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _digest(folder: Path) -> str:
+    """Sum up the names and contents of all files in a folder, but for its recipe."""
+    digest = hashlib.sha256()
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    for path in files:
+        if path != folder / "recipe.json":
+            content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+            digest.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _replace(target: Path, recipe: dict[str, Any]) -> None:
-    """Build beside ``target`` and put the result in its place; the caller holds the lock."""
-    partial = target.with_name(".digits.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed build left behind
+    """Build next to ``target`` and put the result in its place; the caller holds the lock."""
+    if os.path.lexists(target):
+        _require_unchanged(target)
+    for leftover in target.parent.glob(f".{_FOLDER}.*"):  # what a killed build left behind
+        _clear(leftover)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}.", dir=target.parent))
     try:
-        _write(partial, recipe)
+        _write(workplace / "new", recipe)
         if target.exists():
-            # Without its recipe a folder does not count, should the removal be interrupted.
-            (target / "recipe.json").unlink(missing_ok=True)
-            shutil.rmtree(target)
-        partial.rename(target)
+            target.rename(workplace / "old")
+        (workplace / "new").rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(workplace)
+
+
+def _require_unchanged(target: Path) -> None:
+    if _read_made(target).get("digest") != _digest(target):
+        raise ValueError(
+            f"{target} is not as this package made it: a digits data set of other arguments, or of "
+            "another version of the package, would replace it. Move the folder away, or set "
+            "DETECTRON2_DATASETS to another one."
+        )
+
+
+def _clear(workplace: Path) -> None:
+    """Remove what :func:`_replace` puts into a folder, and the folder if nothing else is in it."""
+    for folder in (workplace / "new", workplace / "old"):
+        for pattern in _WRITTEN:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for path in (*(folder / name for name in ("annotations", *_PHOTO_PARTS)), folder):
+            with suppress(OSError):  # it is not there, or has something else in it
+                path.rmdir()
+    with suppress(OSError):
+        workplace.rmdir()
 
 
 def _write(folder: Path, recipe: dict[str, Any]) -> None:
@@ -224,7 +276,8 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
                 progress.update()
             path = folder / "annotations" / f"instances_{split}.json"
             path.write_text(json.dumps(_to_coco(contents, recipe["layout"]["image_size"])))
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    made = {"recipe": recipe, "digest": _digest(folder)}
+    (folder / "recipe.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
 def _file_name(index: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..made import note_made, refuse_foreign
 from .inputs import Frame, Picture
 
 __all__ = [
@@ -84,15 +85,17 @@ def plan_video(output: str, name: str) -> Path:
     return path / f"{name}.mp4"
 
 
-def refuse_overwriting(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+def refuse_overwriting(targets: Sequence[Path], inputs: Iterable[Path]) -> None:
     """
     Raises:
-        ValueError: a target is one of the inputs, by whatever name.
+        ValueError: a target is one of the inputs, by whatever name, or another file that this
+            package did not make.
     """
     read = {_identity(path) for path in inputs if path.exists()}
     for target in targets:
         if target.exists() and _identity(target) in read:
             raise ValueError(f"{target} is an input, and would be overwritten: name another file.")
+    refuse_foreign(targets)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -136,6 +139,7 @@ class PictureFiles(Sink):
         target = self._targets[frame.number - 1]
         if not cv2.imwrite(str(target), drawn):
             raise ValueError(f"{target} cannot be written.")
+        note_made(target)
         return True
 
 
@@ -163,6 +167,7 @@ class VideoFile(Sink):
     def __exit__(self, *error: object) -> None:
         if self._writer:
             self._writer.release()
+            note_made(self._path)
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """

@@ -11,6 +11,7 @@ from pathlib import Path
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
+from ..made import note_made
 from .inputs import Frame
 from .selection import Shown
 
@@ -32,7 +33,7 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            self._file, self._path = path.open("w", encoding="utf-8"), path
         except OSError as error:
             raise ValueError(f"{path} cannot be written ({error.strerror}).") from error
         ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
@@ -42,6 +43,7 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
     def __exit__(self, *error: object) -> None:
         self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
         self._file.close()
+        note_made(self._path)
 
     def write(self, frame: Frame, shown: Shown) -> None:
         """

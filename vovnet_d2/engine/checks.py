@@ -335,13 +335,17 @@ def check_initialisation(
         )
 
 
-def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str) -> None:
+def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: str = "") -> None:
     """Refuse to infer with weights that leave parts of the network as they were initialised.
 
+    Args:
+        part: what the names of the tensors that are needed begin with; all are, by default.
+
     Raises:
-        ValueError: the weights that ``checkpointer`` loaded last are not those of a whole model.
+        ValueError: the weights that ``checkpointer`` loaded last do not have all of them.
     """
-    if missing := checkpointer.missing_outside_backbone:
+    missing = [n for n in checkpointer.missing_outside_backbone if n.startswith(part)]
+    if missing:
         raise ValueError(
             f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
             f"{missing[0]} for one, which would be left at random values. Train first, or give "

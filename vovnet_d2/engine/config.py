@@ -32,7 +32,8 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="fit learning rate, schedule, warm-up and periods to the batch of this run: the "
         "config file's hold for its own SOLVER.IMS_PER_BATCH. Options given on the command line "
-        "stay as they are",
+        "stay as they are; steps, warm-up and periods keep their share of a SOLVER.MAX_ITER that "
+        "is one of them",
     )
     group.add_argument(
         "--allow-partial",

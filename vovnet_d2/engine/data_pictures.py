@@ -23,8 +23,10 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..checkpoint.atomic import atomic_write
 from ..data.check.files import resolve_inside
 from ..data.unreadable import image_roots
+from ..made import note_made, refuse_foreign
 from ..predictor import read_image
 from .trainer import Trainer
 
@@ -219,11 +221,17 @@ def write_pictures(folder: Path, drawn: Iterator[Drawn]) -> int:
 
     Returns:
         how many.
+
+    Raises:
+        ValueError: a file exists, and this package did not make it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for count, (name, pixels) in enumerate(drawn, start=1):
-        Image.fromarray(pixels).save(folder / f"{count:03d}_{Path(name).stem}.png")
+        path = folder / f"{count:03d}_{Path(name).stem}.png"
+        refuse_foreign([path])
+        Image.fromarray(pixels).save(path)
+        note_made(path)
     return count
 
 
@@ -232,7 +240,11 @@ def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
 
     Returns:
         how many.
+
+    Raises:
+        ValueError: the file exists, and this package did not make it.
     """
+    refuse_foreign([file])
     from matplotlib.figure import Figure  # draws without a display, unlike pyplot
 
     pictures = list(drawn)
@@ -250,5 +262,6 @@ def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
         panel.imshow(pixels)
         panel.set_title(Path(name).name, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    with atomic_write(file) as partial:
+        figure.savefig(partial, dpi=120, format=file.suffix[1:].lower())
     return len(pictures)

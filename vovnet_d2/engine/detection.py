@@ -25,6 +25,8 @@ from .trainer import Trainer
 
 __all__ = ["argument_parser", "main", "register_data", "run"]
 
+_EXAMPLE = "COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml"
+
 
 def argument_parser() -> argparse.ArgumentParser:
     """Those that all trainings share, and those for data of one's own."""
@@ -46,8 +48,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What each process does; see :func:`run_task`."""
+    """What each process does; see :func:`run_task`.
+
+    Raises:
+        ValueError: there is no config; for the others see :func:`run_task`.
+    """
+    _require_config(args)
     return run_task(Task(Trainer, partial(_check, args)), args)
+
+
+def _require_config(args: argparse.Namespace) -> None:
+    """Refuse Detectron2's defaults alone, which are no detector that anybody trains."""
+    if not args.config_file and "MODEL.BACKBONE.NAME" not in args.opts[::2]:
+        data = " (the --train-json and --val-json files are data, and need one too)"
+        raise ValueError(
+            "There is no config: give --config-file, a YAML file or the name of one of ours, such "
+            f"as {_EXAMPLE}{data if args.train_json or args.val_json else ''}."
+        )
 
 
 def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:

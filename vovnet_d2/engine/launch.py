@@ -5,8 +5,8 @@
 How a run ends, by its exit status:
 
 - 0: all is done.
-- 1: it failed on the way: the training diverged, the disk is full, another process or machine is
-  lost; an error with a traceback.
+- 1: it failed on the way: the training diverged, the disk or a GPU's memory is full, another
+  process or machine is lost; an error with a traceback.
 - 2: a mistake of the user, told in a sentence.
 - 75: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C ended it (EX_TEMPFAIL, "try again"); ``--resume`` goes on.
 
@@ -40,6 +40,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from ..checkpoint.atomic import FileNotWrittenError
 from ..data.unreadable import UnreadableImageError
+from .gpu_memory import GpuMemoryError
 from .interruption import (
     INTERRUPTED,
     Interrupted,
@@ -179,7 +180,7 @@ def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
         return run(args)
     except Interrupted as error:
         _exit(error.message, status=INTERRUPTED)
-    except (FileNotWrittenError, FloatingPointError) as error:
+    except (FileNotWrittenError, FloatingPointError, GpuMemoryError) as error:
         _exit(str(error), status=1)
     except UnreadableImageError as error:  # of a worker of the data loader, perhaps
         _exit(error.sentence)

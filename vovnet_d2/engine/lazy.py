@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode, LazyCall
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -33,12 +33,12 @@ from .checks import (
     check_initialisation,
     check_run,
 )
-from .config import find_config
 from .evaluation import check_evaluators
+from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
 from .report import write_report
-from .run import check_device, open_output_dir, train_or_evaluate
+from .run import check_device, open_output_dir, set_up_with_detectron2, train_or_evaluate
 from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
@@ -181,7 +181,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
-        results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
+        with explain_lack_of_memory(cfg, training=not args.eval_only):
+            results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
     if comm.is_main_process():
         write_report(cfg, model, results, args=args, seconds=time.perf_counter() - start)
     return results
@@ -189,7 +190,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
-    last = open_output_dir(cfg)
+    last = open_output_dir(cfg, args)
+    config.train.output_dir = cfg.OUTPUT_DIR
     training = not args.eval_only
     check_device(cfg)
     check_run(cfg, training=training)
@@ -200,5 +202,4 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
     cfg.freeze()
-    path = find_config(args.config_file)
-    default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
+    set_up_with_detectron2(config, cfg.OUTPUT_DIR, args)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import find_config, load_config
+from .gpu_memory import GpuMemoryError
 
 __all__ = ["in_lazy_terms", "instantiate", "load_lazy_config", "to_cfg"]
 
@@ -247,7 +248,7 @@ def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
     """Errors of the engine name the keys of YAML files: have them name a LazyConfig's."""
     try:
         yield
-    except (FloatingPointError, FileNotFoundError, KeyError, ValueError) as error:
+    except (FloatingPointError, FileNotFoundError, GpuMemoryError, KeyError, ValueError) as error:
         message = _translate(str(error.args[0]), _all_keys(cfg)) if len(error.args) == 1 else ""
         if message in ("", error.args[0]):
             raise
@@ -255,7 +256,8 @@ def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
 
 
 def _translate(message: str, keys: dict[str, str]) -> str:
-    message = message.replace("; --auto-scale-lr fits the config's", "")  # which is YAML's only
+    for flag in ("; --auto-scale-lr fits the config's", ", with --auto-scale-lr"):
+        message = message.replace(flag, "")  # which is YAML's only
     message = message.replace(
         "SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length × train.max_iter:"
     )

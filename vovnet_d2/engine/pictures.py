@@ -17,6 +17,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
 from torch import nn
 
+from ..checkpoint.atomic import atomic_write
 from ..data.mapper import build_mapper
 from .precision import autocast
 
@@ -85,7 +86,8 @@ def draw_curves(folder: str) -> str | None:
     panels[-1].set_xlabel("iteration")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     path = os.path.join(folder, "loss_curve.png")
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return path
 
 
@@ -149,7 +151,8 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
         panel.imshow(image)
         panel.set_title(title, fontsize=11)
     path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return path
 
 

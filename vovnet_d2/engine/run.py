@@ -22,15 +22,25 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
+from ..made import note_made, note_run, put_aside
 from ..modeling.inference import optimize_for_inference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
+from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
+from .output_folder import choose_folder, keep_foreign_config
 from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
 
-__all__ = ["Task", "check_device", "open_output_dir", "run_task", "train_or_evaluate"]
+__all__ = [
+    "Task",
+    "check_device",
+    "open_output_dir",
+    "run_task",
+    "set_up_with_detectron2",
+    "train_or_evaluate",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +74,15 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: the training diverged.
+        GpuMemoryError: a GPU has too little memory.
         FileNotFoundError, KeyError, ValueError: arguments, config, data or weights do not fit.
         FileNotWrittenError: the disk is full, say.
         Interrupted: a signal ended it.
     """
     start = time.perf_counter()
     cfg = _set_up(task, args)
-    results, model = train_or_evaluate(task.trainer, cfg, args)
+    with explain_lack_of_memory(cfg, training=not args.eval_only):
+        results, model = train_or_evaluate(task.trainer, cfg, args)
     if comm.is_main_process():
         seconds = time.perf_counter() - start
         write_report(cfg, model, results, args=args, seconds=seconds)
@@ -83,7 +95,8 @@ def train_or_evaluate(
 ) -> tuple[dict[str, Any], nn.Module]:
     """
     Args:
-        args: with ``eval_only``, ``resume``, ``allow_partial`` and ``allow_pickle``.
+        args: with ``eval_only``, ``resume``, ``run_dir``, ``allow_partial`` and
+            ``allow_pickle``.
 
     Returns:
         the results of the last evaluation, and the model as it is at the end.
@@ -94,10 +107,13 @@ def train_or_evaluate(
     options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
     if not args.eval_only:
         if not args.resume and comm.is_main_process():
-            _put_aside(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
+            # Detectron2 appends to this file, where runs would become one.
+            metrics = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+            if os.path.isfile(metrics):
+                put_aside(metrics)
         trainer = trainer_class(cfg, **options)
         trainer.resume_or_load(resume=args.resume)
-        if not args.resume and (last := _last_checkpoint(cfg)):
+        if not args.resume and (last := _last_checkpoint(cfg.OUTPUT_DIR)):
             logger.warning(
                 "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
                 "with it instead, add --resume; to keep it, write to another folder.",
@@ -107,7 +123,7 @@ def train_or_evaluate(
         results = trainer.train()
         return results, trainer.checkpointer.model  # without DistributedDataParallel around it
     model = trainer_class.build_model(cfg)
-    checkpointer = VoVNetCheckpointer(model, cfg.OUTPUT_DIR, **options)
+    checkpointer = VoVNetCheckpointer(model, args.run_dir, **options)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     report_loaded(checkpointer, cfg, resume=args.resume)
     if not args.allow_partial:
@@ -119,26 +135,43 @@ def train_or_evaluate(
     return trainer_class.test_all(cfg, evaluated), model
 
 
-def _put_aside(path: str) -> None:
-    """Detectron2 appends to this file, where the run that begins would be one with those before."""
-    if os.path.isfile(path):
-        os.replace(path, f"{path}.before")
-
-
-def open_output_dir(cfg: CfgNode) -> str:
+def open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     """Start the log in ``OUTPUT_DIR``, and tidy up after a killed run.
+
+    ``args.run_dir`` becomes the folder whose checkpoints ``--resume`` takes: ``OUTPUT_DIR``, which
+    is changed to another folder if an evaluation would overwrite the report of a run.
 
     Returns:
         the last checkpoint there; empty if there is none.
+
+    Raises:
+        ValueError: see :func:`choose_folder`.
     """
+    args.run_dir = cfg.OUTPUT_DIR
+    training = not args.eval_only
+    cfg.OUTPUT_DIR = choose_folder(cfg.OUTPUT_DIR, training=training, resume=args.resume)
     _start_logging(cfg.OUTPUT_DIR)
-    if comm.is_main_process() and (leftovers := remove_leftovers(cfg.OUTPUT_DIR)):
-        logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
-    return _last_checkpoint(cfg)
+    if args.run_dir != cfg.OUTPUT_DIR:
+        logger.info("%s has a report already: this one is %s.", args.run_dir, cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        note_run(cfg.OUTPUT_DIR)
+        if leftovers := remove_leftovers(cfg.OUTPUT_DIR):
+            logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
+    return _last_checkpoint(args.run_dir)
 
 
-def _last_checkpoint(cfg: CfgNode) -> str:
-    return Checkpointer(nn.Identity(), cfg.OUTPUT_DIR).get_checkpoint_file()
+def set_up_with_detectron2(config: Any, folder: str, args: argparse.Namespace) -> None:
+    """Call Detectron2's ``default_setup``, which writes ``config.yaml`` to a folder."""
+    if comm.is_main_process():
+        keep_foreign_config(folder)
+    path = find_config(args.config_file) if args.config_file else ""
+    default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
+    if comm.is_main_process():
+        note_made(os.path.join(folder, "config.yaml"))
+
+
+def _last_checkpoint(folder: str) -> str:
+    return Checkpointer(nn.Identity(), folder).get_checkpoint_file()
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
@@ -147,9 +180,11 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml, "add_config": task.add_config}
     written = load_config(path, **load_args)
     cfg = load_config(path, args.opts, **load_args)
-    last = open_output_dir(cfg)
+    last = open_output_dir(cfg, args)
     if args.auto_scale_lr:
+        folder = cfg.OUTPUT_DIR  # perhaps not the one that the options name
         cfg = scale_to_batch(written, args.opts)
+        cfg.OUTPUT_DIR = folder
     elif not args.eval_only:
         warn_of_unscaled_batch(written, cfg)
     cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -158,7 +193,7 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     check_config(cfg, training=training)
     task.check(cfg, training=training, resuming=args.resume and bool(last))
     cfg.freeze()
-    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
+    set_up_with_detectron2(cfg, cfg.OUTPUT_DIR, args)
     return cfg
 
 
@@ -187,5 +222,5 @@ def _start_logging(output_dir: str) -> None:
 
 def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    told = isinstance(error, FileNotWrittenError | FloatingPointError)
+    told = isinstance(error, FileNotWrittenError | FloatingPointError | torch.OutOfMemoryError)
     return error is None or not (told or is_lost_connection(error))

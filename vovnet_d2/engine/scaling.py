@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import logging
+import math
+from fractions import Fraction
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from tabulate import tabulate
 
@@ -31,7 +32,8 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
     """Fit a config to the batch that its run has, by the linear scaling rule (arXiv 1706.02677).
 
     The learning rates, first and last, grow with the batch; iterations, steps, warm-up and the
-    periods of checkpoints and evaluation shrink with it, so that the number of images stays.
+    periods of checkpoints and evaluation shrink with it, so that the number of images stays. Where
+    the options give ``SOLVER.MAX_ITER``, the other iterations keep their share of that instead.
 
     Args:
         written: the config as its file has it, for a batch of its ``SOLVER.IMS_PER_BATCH``.
@@ -60,7 +62,8 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
         batch = max(1, round(reference * processes / asked.SOLVER.REFERENCE_WORLD_SIZE))
     if batch < 1:
         raise ValueError(f"SOLVER.IMS_PER_BATCH must be at least 1, not {batch}.")
-    scaled = _scale(written, batch)
+    max_iter = asked.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in options[::2] else None
+    scaled = _scale(written, batch, max_iter)
     scaled.merge_from_list(options)
     scaled.SOLVER.IMS_PER_BATCH = batch
     scaled.SOLVER.REFERENCE_WORLD_SIZE = processes  # so that Detectron2 does not scale once more
@@ -70,17 +73,27 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
     return scaled
 
 
-def _scale(cfg: CfgNode, batch: int) -> CfgNode:
-    # Detectron2 scales by the number of workers; with one image for each, that is the batch.
-    cfg = cfg.clone()
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.IMS_PER_BATCH
-    scaled = DefaultTrainer.auto_scale_workers(cfg, batch)
-    scaled.SOLVER.BASE_LR_END *= batch / cfg.SOLVER.IMS_PER_BATCH  # Detectron2 leaves it as it is
-    # A period that rounds to 0 would switch off what it paces.
-    scaled.SOLVER.MAX_ITER = max(1, scaled.SOLVER.MAX_ITER)
-    scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
-    if cfg.TEST.EVAL_PERIOD > 0:
-        scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
+def _scale(cfg: CfgNode, batch: int, max_iter: int | None) -> CfgNode:
+    """Scale the learning rates of a config by its batch, and all iterations by one factor.
+
+    Args:
+        max_iter: what ``SOLVER.MAX_ITER`` is to be; None for as many images as the config has.
+    """
+    scaled = cfg.clone()
+    solver, reference = scaled.SOLVER, cfg.SOLVER.IMS_PER_BATCH
+    solver.BASE_LR *= batch / reference
+    solver.BASE_LR_END *= batch / reference
+    if max_iter is None:
+        factor = Fraction(reference, batch)
+    else:
+        factor = Fraction(max(1, max_iter), max(1, cfg.SOLVER.MAX_ITER))
+    solver.MAX_ITER = max(1, round(cfg.SOLVER.MAX_ITER * factor))
+    solver.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
+    solver.WARMUP_ITERS = round(cfg.SOLVER.WARMUP_ITERS * factor)
+    # Periods are rounded up: 0 would switch off what a period paces, and one that is too short
+    # would end just before the training does, whose end is evaluated and saved anyway.
+    solver.CHECKPOINT_PERIOD = math.ceil(cfg.SOLVER.CHECKPOINT_PERIOD * factor)
+    scaled.TEST.EVAL_PERIOD = math.ceil(cfg.TEST.EVAL_PERIOD * factor)
     return scaled
 
 

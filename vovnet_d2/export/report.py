@@ -16,6 +16,8 @@ import torch
 from tabulate import tabulate
 
 from ..benchmark.protocol import describe_environment, ratios, time_interleaved
+from ..checkpoint.atomic import atomic_write
+from ..made import note_made, refuse_foreign
 from .formats import FORMATS, ExportedFile, Program, export, load
 from .parity import DetectionDifference, Difference, MapDifference, compare
 from .targets import ExportTarget
@@ -48,14 +50,19 @@ def export_and_check(
         the report, as in the JSON file.
 
     Raises:
-        ValueError, ModuleNotFoundError: see :func:`export`.
+        ModuleNotFoundError, ValueError: see :func:`export`; or one of the files exists, and this
+            package did not make it.
     """
+    paths = {format: folder / (name + FORMATS[format].suffix) for format in formats}
+    json_path, markdown = folder / f"{name}.json", folder / f"{name}.md"
+    refuse_foreign([*paths.values(), json_path, markdown])
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [target.inputs_from(batch) for batch in images]
     device = images[0].device
     results = []
-    for format in formats:
-        file = export(target, format, folder / (name + FORMATS[format].suffix))
+    for format, path in paths.items():
+        file = export(target, format, path)
+        note_made(path)
         results.append(_check(target, format, file, inputs, device))
     report = {
         "target": target.description,
@@ -65,8 +72,12 @@ def export_and_check(
         "environment": _environment(device, formats),
         "exports": results,
     }
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / f"{name}.md").write_text(to_markdown(report))
+    for path, text in (
+        (json_path, json.dumps(report, indent=2) + "\n"),
+        (markdown, to_markdown(report)),
+    ):
+        with atomic_write(path) as partial:
+            Path(partial).write_text(text, encoding="utf-8")
     return report
 
 

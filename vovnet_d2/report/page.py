@@ -20,6 +20,7 @@ from ..checkpoint.atomic import atomic_write
 from ..data import register_digits
 from ..data.own import OwnDataSet, register_own_data
 from ..engine.pictures import SCORES
+from ..made import refuse_foreign
 from .average_precision import METRICS, AveragePrecision, evaluate
 from .detections import Detections, read_detections
 from .figures import draw_precision_recall, draw_training, sparkline
@@ -92,7 +93,8 @@ def write_page(folder: Path, output: Path | None = None, *, score_threshold: flo
 
     Raises:
         FileNotFoundError: there is no such folder, or none for the output.
-        ValueError: it is not that of a run, or the threshold is not from 0 to 1.
+        ValueError: it is not that of a run, the threshold is not from 0 to 1, or the page exists,
+            and this package did not make it.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"The score threshold is {score_threshold}: it goes from 0 to 1.")
@@ -100,6 +102,7 @@ def write_page(folder: Path, output: Path | None = None, *, score_threshold: flo
     output = output or folder / "report.html"
     if not output.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
+    refuse_foreign([output])
     register_digits()
     own = map(OwnDataSet.from_config, run.setting("DATASETS.OWN", []))
     # Files that were named with --annotations stand for theirs.

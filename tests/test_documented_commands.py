@@ -1,0 +1,111 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The training commands of README and docs: the schedule that each of them would have."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+
+from vovnet_d2.engine import Trainer, argument_parser, config, load_config
+from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser
+from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
+from vovnet_d2.engine.pretrain import add_pretraining_config
+from vovnet_d2.engine.scaling import scale_to_batch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What "..." in a command stands for.
+USUAL = "COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml"
+
+
+def find_commands() -> Iterator[tuple[str, list[str]]]:
+    """Each command's tool and its arguments."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        for line in [*lines, *(" ".join(code.split()) for code in inline)]:
+            found = re.search(
+                r"tools/((?:pre|lazyconfig_)?train_net)\.py (.*--config-file .*)", line
+            )
+            if found:
+                words = [USUAL if word == "..." else word for word in shlex.split(found[2])]
+                if "--eval-only" not in words and "mine.yaml" not in words:
+                    yield found[1], words
+
+
+COMMANDS = list(find_commands())
+
+
+class Schedule(NamedTuple):
+    """``written`` is the config as its file has it, with the batch and rate that it is made for."""
+
+    cfg: CfgNode
+    scheduler: Any
+    written: CfgNode
+
+
+def optimizer(rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+
+
+def schedule(tool: str, words: list[str]) -> Schedule:
+    if tool == "lazyconfig_train_net":
+        args = lazy_argument_parser().parse_args(words)
+        lazy = load_lazy_config(args.config_file, args.opts)
+        cfg = to_cfg(lazy)
+        scheduler = LazyTrainer.of(lazy).build_lr_scheduler(cfg, optimizer(lazy.optimizer.lr))
+        written = to_cfg(load_lazy_config(args.config_file, []))
+        written.SOLVER.BASE_LR = lazy.optimizer.lr
+        return Schedule(cfg, scheduler, written)
+    parser = config.argument_parser() if tool == "pretrain_net" else argument_parser()
+    args = parser.parse_args(words)
+    add = add_pretraining_config if tool == "pretrain_net" else None
+    written = load_config(args.config_file, add_config=add)
+    if args.auto_scale_lr:
+        cfg = scale_to_batch(written, args.opts)
+    else:
+        cfg = load_config(args.config_file, args.opts, add_config=add)
+    return Schedule(cfg, Trainer.build_lr_scheduler(cfg, optimizer(cfg.SOLVER.BASE_LR)), written)
+
+
+def learning_rates(scheduler: Any, iterations: range) -> list[float]:
+    """The rates at some iterations, without the steps between them."""
+    rates = []
+    for iteration in iterations:
+        scheduler.last_epoch = iteration - 1
+        scheduler.optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    return rates
+
+
+def test_the_pages_have_commands() -> None:
+    assert {tool for tool, _ in COMMANDS} == {"train_net", "pretrain_net", "lazyconfig_train_net"}
+    assert len(COMMANDS) >= 10
+    assert any("--auto-scale-lr" in words and "SOLVER.MAX_ITER" in words for _, words in COMMANDS)
+
+
+@pytest.mark.parametrize(("tool", "words"), COMMANDS, ids=lambda value: str(value)[-60:])
+def test_a_documented_training_learns_and_is_evaluated_and_saved(
+    tool: str, words: list[str]
+) -> None:
+    cfg, scheduler, written = schedule(tool, words)
+    total, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+    rates = learning_rates(scheduler, range(0, total, max(1, total // 500)))
+    # The linear rule, from the file's own batch. A cosine has begun to fall during the warm-up.
+    expected = written.SOLVER.BASE_LR * batch / written.SOLVER.IMS_PER_BATCH
+    assert max(rates) == pytest.approx(expected, rel=0.1)
+    assert rates.index(max(rates)) < len(rates) / 5
+    assert rates[-1] < 0.2 * max(rates)
+    assert 2 <= (total - 1) // cfg.TEST.EVAL_PERIOD <= 60
+    assert 2 <= (total - 1) // cfg.SOLVER.CHECKPOINT_PERIOD <= 100
+    # Neither comes just before the end, where both are done anyway.
+    assert total % cfg.TEST.EVAL_PERIOD == 0 or total % cfg.TEST.EVAL_PERIOD > total / 50

@@ -1,0 +1,131 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which files this package made: it overwrites and removes no others.
+
+Each folder that something is written to gets a hidden list with the name of every file that was
+written there, and what the file looked like. A file that is not in the list, or that somebody has
+changed since, is somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = [
+    "LIST_NAME",
+    "is_foreign",
+    "is_made_here",
+    "is_run",
+    "note_made",
+    "note_run",
+    "put_aside",
+    "refuse_foreign",
+]
+
+LIST_NAME = ".vovnet_d2_made.jsonl"
+
+_RUN = (".", "run")  # the entry of a folder that a run writes to
+_EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
+
+
+def note_made(path: str | os.PathLike[str], *, content: str | os.PathLike[str] = "") -> None:
+    """Note that this package has just written a file.
+
+    A list that cannot be written is no error: the file then counts as somebody else's.
+
+    Args:
+        content: a file that is about to be renamed to ``path``; by default ``path`` itself.
+    """
+    path = Path(path)
+    with suppress(OSError):
+        _append(path.parent, path.name, _fingerprint(Path(content or path)))
+
+
+def is_made_here(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file, and this package wrote it as it is now."""
+    path = Path(path)
+    try:
+        return _fingerprint(path) in _read_list(path.parent).get(path.name, ())
+    except OSError:
+        return False
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there that this package did not make. A folder is none: the system refuses
+    to put a file in the place of a folder."""
+    return os.path.lexists(path) and not os.path.isdir(path) and not is_made_here(path)
+
+
+def note_run(folder: str | os.PathLike[str]) -> None:
+    """Note that a run of this package writes to a folder, with Detectron2's files among its own."""
+    with suppress(OSError):
+        _append(Path(folder), *_RUN)
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether :func:`note_run` has noted this folder."""
+    name, value = _RUN
+    try:
+        return value in _read_list(Path(folder)).get(name, ())
+    except OSError:
+        return False
+
+
+def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse to write to files that are there already, unless this package made them.
+
+    Raises:
+        ValueError: one of them is somebody else's.
+    """
+    for path in map(Path, paths):
+        if is_foreign(path):
+            raise ValueError(
+                f"{path} exists, and is not as this package wrote it: it would be overwritten. "
+                "Move it away, or choose another output."
+            )
+
+
+def put_aside(path: str | os.PathLike[str]) -> str:
+    """Rename a file to a name that is free: its own with ``.before``, and a number if need be.
+
+    Returns:
+        the new name.
+    """
+    path = os.fspath(path)
+    name, number = f"{path}.before", 2
+    while os.path.lexists(name):
+        name, number = f"{path}.before{number}", number + 1
+    os.rename(path, name)
+    return name
+
+
+def _append(folder: Path, name: str, made: str) -> None:
+    # One line at once, so that several processes may write to one list.
+    with open(folder / LIST_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": name, "made": made}) + "\n")
+
+
+def _read_list(folder: Path) -> dict[str, list[str]]:
+    """Read, by name, all that the files of a folder have looked like."""
+    made: dict[str, list[str]] = {}
+    for line in (folder / LIST_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut by a kill
+            entry = json.loads(line)
+            made.setdefault(entry["name"], []).append(entry["made"])
+    return made
+
+
+def _fingerprint(path: Path) -> str:
+    """Describe a file by its size and its two ends."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return digest.hexdigest()
