@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import shutil
@@ -165,10 +166,12 @@ def rotate(path: Path) -> None:
     Image.open(path).save(path, exif=exif)
 
 
-def link_out(path: Path) -> None:
-    outside = path.parent.parent / "outside.jpg"
-    path.rename(outside)
-    path.symlink_to(outside)
+def upwards_from_a_link(data: DataSet) -> None:
+    pool = data.folder / "pool" / "deep"
+    pool.mkdir(parents=True)
+    shutil.copy(data.images / NAMES[0], pool.parent)
+    (data.images / "link").symlink_to(pool)
+    data.content["images"][0]["file_name"] = f"link/../{NAMES[0]}"
 
 
 def keypoints(*points: float, declared: int = 2, counted: int | None = 2) -> Callable:
@@ -230,7 +233,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "path upwards": (setting("images", "file_name", "../a.json"), {"path_outside"}),
     "absolute path": (setting("images", "file_name", "/etc/hostname"), {"path_outside"}),
     "path with a zero": (setting("images", "file_name", "a\0b"), {"path_outside"}),
-    "link out of the folder": (file(link_out), {"path_outside"}),
+    "path upwards from a link": (upwards_from_a_link, {"path_outside"}),
     "missing file": (file(Path.unlink), {"missing_file"}),
     "a folder for a file": (setting("images", "file_name", "."), {"missing_file"}),
     "truncated image": (file(truncate), {"unreadable_file"}),
@@ -395,6 +398,25 @@ def test_a_good_set(data: DataSet, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out.endswith("No problems.\n")
     assert data.check("--fix", str(data.folder / "fixed.json")) == (0, [])
     assert json.loads((data.folder / "fixed.json").read_text()) == data.content
+
+
+def test_images_may_be_links(data: DataSet) -> None:
+    """As DVC and git-annex have them: to files of one store, which has equal ones once."""
+    shutil.copy(data.images / "b.png", data.images / "d.png")
+    store = data.folder / "store"
+    store.mkdir()
+    for name in NAMES:
+        stored = store / hashlib.sha256((data.images / name).read_bytes()).hexdigest()
+        (data.images / name).rename(stored)
+        (data.images / name).symlink_to(stored)
+    data.write()
+    fixed = data.folder / "fixed.json"
+    status, findings = data.check("--fix", str(fixed))
+    assert (status, names_of(findings), names_of(findings, notes=True)) == (
+        *(0, set()),
+        {"same_content"},
+    )
+    assert json.loads(fixed.read_text()) == data.content
 
 
 @pytest.mark.parametrize(("note", "name"), [(v[1], k) for k, v in NOTES.items()], ids=NOTES)
