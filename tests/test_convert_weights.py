@@ -267,6 +267,6 @@ def test_help_says_where_folding_is_not_exact():
 def test_a_users_error_is_one_line(tmp_path):
     command = [sys.executable, TOOL, tmp_path / "nothing.pth", tmp_path / "out.pth"]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: No file of weights")
     assert "Traceback" not in run.stderr

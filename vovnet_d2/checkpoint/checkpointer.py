@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = ["VoVNetCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
+_CATEGORIES = "categories"  # key of a file's entry
 _HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept, oldest first
 
 
@@ -60,6 +61,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             (FPN, heads, a classifier) that the weights loaded last left at their initialisation:
             the file lacks them, or has them in another shape. In a model without a VoVNet, of all
             tensors.
+        categories: the names that are written to files, see ``__init__``.
+        loaded_categories: the same of the weights loaded last; empty if their file does not tell.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         allow_partial: bool = False,
         allow_pickle: bool = False,
         max_to_keep: int = 0,
+        categories: Mapping[str, Sequence[str]] | None = None,
         **checkpointables: Any,
     ):
         """
@@ -81,6 +85,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
             max_to_keep: how many checkpoints of a training are kept, the newest; 0 is all.
                 ``model_final.pth`` is not counted, and kept.
+            categories: what the numbers that the model predicts stand for: names by kind, which is
+                "thing_classes" or "stuff_classes". Files get them, so that they can be named
+                without the config.
         """
         if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
             setup_logger(distributed_rank=comm.get_rank(), name="vovnet_d2")
@@ -88,6 +95,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
         self.max_to_keep = max_to_keep
+        self.categories = {kind: list(names) for kind, names in (categories or {}).items()}
+        self.loaded_categories: dict[str, list[str]] = {}
         self.input_convention: InputConvention | tuple[InputConvention, ...] | None = None
         self.missing_outside_backbone: list[str] = []
 
@@ -105,10 +114,12 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             ValueError: it is damaged, unsafe, or does not fit; nothing has changed then.
         """
         self.input_convention, self.missing_outside_backbone = None, []
+        self.loaded_categories = {}
         if not path:
             return super().load(path)
         logger.info("Loading from %s ...", path)
         checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
+        categories = _read_categories(checkpoint.pop(_CATEGORIES, None))
         wanted = self.checkpointables if checkpointables is None else checkpointables
         present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}
 
@@ -131,6 +142,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                         f"{path} was not loaded: its {key} is not this run's ({error}). To start "
                         "from its weights alone, name it in MODEL.WEIGHTS and do not resume."
                     ) from error
+        self.loaded_categories = categories
         return checkpoint
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -188,6 +200,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         if len(nets := list(find_vovnets(self.model).values())) == 1:
             convention = InputConvention.of_model(self.model)
             kwargs.setdefault(METADATA_KEY, Metadata.of_spec(nets[0].spec, convention).to_dict())
+        if self.categories:
+            kwargs.setdefault(_CATEGORIES, self.categories)
         states = {key: target.state_dict() for key, target in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
@@ -304,6 +318,17 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             logger.info(
                 "The file does not tell its %s: taken to be the model's.", " and ".join(untold)
             )
+
+
+def _read_categories(found: Any) -> dict[str, list[str]]:
+    """A file's categories; none where it has something else under this name."""
+    if not isinstance(found, dict):
+        return {}
+    return {
+        kind: names
+        for kind, names in found.items()
+        if isinstance(names, list) and all(isinstance(name, str) for name in names)
+    }
 
 
 def _in_all(lists: Iterable[Iterable[str]]) -> list[str]:
