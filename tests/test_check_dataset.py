@@ -563,6 +563,22 @@ def test_compressed_rle_is_decoded_as_pycocotools_encodes(bits: list[bool], stre
     assert np.array_equal(values, mask[:, 0])
 
 
+def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
+    fixed = data.folder / "fixed.json"
+    spoil(data, without("annotations", "area"))
+    data.content["annotations"][0]["segmentation"] = [[4, 6, 20, 6, 20, 26]]  # half of its box
+    data.write()
+    data.check("--fix", str(fixed))
+    truth = COCO(str(fixed))
+    assert truth.anns[1]["area"] == truth.annToMask(truth.anns[1]).sum() < 200
+    for annotation in data.content["annotations"]:
+        del annotation["segmentation"]
+    data.write()
+    fixed.unlink()
+    data.check("--fix", str(fixed))
+    assert COCO(str(fixed)).anns[1]["area"] == BOX[2] * BOX[3]
+
+
 # Two sets
 
 
