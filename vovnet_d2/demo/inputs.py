@@ -14,11 +14,13 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ..predictor import read_image
 
-__all__ = ["Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
+__all__ = ["PICTURE_SUFFIXES", "Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _FPS = 30.0  # where a camera does not tell
 
 Skip = Callable[[str], None]
@@ -76,10 +78,10 @@ class Pictures:
             FileNotFoundError: there is no file at all.
         """
         found: dict[Path, Picture] = {}
-        self._missing: list[str] = []
+        self._missing: list[str] = []  # sentences
         for name in inputs:
             if not (pictures := _find_pictures(name, recursive)):
-                kind = "file in the folder" if os.path.isdir(name) else "file"
+                kind = "picture in the folder" if os.path.isdir(name) else "file"
                 self._missing.append(f"There is no {kind} {name}.")
             for picture in pictures:
                 found.setdefault(picture.path.resolve(), picture)
@@ -106,12 +108,28 @@ def _find_pictures(name: str, recursive: bool) -> list[Picture]:
     if path.is_dir():
         paths = sorted(path.rglob("*") if recursive else path.iterdir())
         relatives = ((found, found.relative_to(path)) for found in paths if not found.is_dir())
-        # Hidden files are not meant, such as those that file managers leave.
-        return [Picture(p, r) for p, r in relatives if not any(x.startswith(".") for x in r.parts)]
+        return [Picture(p, r) for p, r in relatives if _is_meant(p, r)]
     if path.exists():  # the name of a file may look like a pattern
         return [Picture(path, Path(path.name))]
     matches = map(Path, sorted(glob.glob(name, recursive=True)))
     return [Picture(match, Path(match.name)) for match in matches if not match.is_dir()]
+
+
+def _is_meant(path: Path, relative: Path) -> bool:
+    """Whether a file of a folder is one of its pictures, by its name or else by its first bytes.
+
+    Others are no mistake: a labels.txt beside the pictures, a Thumbs.db, hidden files of a file
+    manager. A damaged picture is.
+    """
+    if any(part.startswith(".") for part in relative.parts):
+        return False
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    try:
+        Image.open(path).close()
+    except (OSError, ValueError):  # UnidentifiedImageError, for one
+        return False
+    return True
 
 
 class Video:
