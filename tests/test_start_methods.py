@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import FASTER_RCNN, TINY, tiny_config
+from test_lazyconfig import TINY as TINY_LAZY
 from torch.utils.data import DataLoader
 
 from vovnet_d2.data.stream import TrainingStream
@@ -26,7 +27,7 @@ from vovnet_d2.engine.pretrain import add_pretraining_config
 pytest_plugins = ["engine_fixtures"]
 
 TOOLS = Path(__file__).parents[1] / "tools"
-LAZY = "lazy/COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.py"
+LAZY = "lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py"
 DIGITS = "Classification/V_19_slim_eSE_digits.yaml"
 # Runs a tool as its command line does, with another start method.
 RUN = """
@@ -44,8 +45,7 @@ def detector(folder: Path) -> tuple[Iterable[Any], Iterable[Any]]:
 
 
 def lazy_detector(folder: Path) -> tuple[Iterable[Any], Iterable[Any]]:
-    overrides = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
-    config = load_lazy_config(LAZY, [*overrides, f"train.output_dir={folder}"])
+    config = load_lazy_config(LAZY, [*TINY_LAZY, f"train.output_dir={folder}"])
     trainer, cfg = LazyTrainer.of(config), to_cfg(config)
     return trainer.build_train_loader(cfg), trainer.build_test_loader(cfg, "coco_2017_val")
 
@@ -84,10 +84,8 @@ def test_tools_with_workers(coco_root: Path, tmp_path: Path, tool: str, method: 
     words = {
         "train_net": ["--config-file", FASTER_RCNN, *TINY, *yaml],
         "lazyconfig_train_net": [
-            *["--config-file", LAZY, "train.max_iter=1", "train.device=cpu"],
-            *["dataloader.train.total_batch_size=1", "dataloader.train.num_workers=1"],
-            *["dataloader.test.num_workers=1", f"train.output_dir={tmp_path}"],
-            *["model.backbone.bottom_up.norm=BN", "train.init_checkpoint="],
+            *["--config-file", LAZY, *TINY_LAZY, f"train.output_dir={tmp_path}"],
+            *["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"],
         ],
         "pretrain_net": ["--config-file", DIGITS, "SOLVER.MAX_ITER", "2", *yaml],
     }[tool]
