@@ -31,9 +31,12 @@ from .recognition import Description, describe_state_dict, find_prefix
 from .sources import read_weights
 from .zoo import metadata_of_layout
 
-__all__ = ["VoVNetCheckpointer"]
+__all__ = ["CATEGORY_KINDS", "VoVNetCheckpointer"]
 
 logger = logging.getLogger(__name__)
+
+CATEGORY_KINDS = ("thing_classes", "stuff_classes")
+"""The kinds of categories, as Detectron2's metadata call them."""
 
 _CATEGORIES = "categories"  # key of a file's entry
 _HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept, oldest first
@@ -85,8 +88,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
             max_to_keep: how many checkpoints of a training are kept, the newest; 0 is all.
                 ``model_final.pth`` is not counted, and kept.
-            categories: what the numbers that the model predicts stand for: names by kind, which is
-                "thing_classes" or "stuff_classes". Files get them, so that they can be named
+            categories: names of the categories that the model predicts, by kind, see
+                :data:`CATEGORY_KINDS`. They are written to files, so that predictions can be named
                 without the config.
         """
         if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
@@ -321,14 +324,11 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
 
 def _read_categories(found: Any) -> dict[str, list[str]]:
-    """A file's categories; none where it has something else under this name."""
+    """Return a file's categories, and none where it has something else under this name."""
     if not isinstance(found, dict):
         return {}
-    return {
-        kind: names
-        for kind, names in found.items()
-        if isinstance(names, list) and all(isinstance(name, str) for name in names)
-    }
+    known = {kind: found[kind] for kind in CATEGORY_KINDS if isinstance(found.get(kind), list)}
+    return {k: names for k, names in known.items() if all(isinstance(name, str) for name in names)}
 
 
 def _in_all(lists: Iterable[Iterable[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from ..checkpoint import VoVNetCheckpointer
+from ..checkpoint.checkpointer import CATEGORY_KINDS, VoVNetCheckpointer
 from ..data import register_digits
 from ..data.own import register_own_data
 from .checks import find_num_classes
@@ -22,7 +22,6 @@ __all__ = ["category_names", "find_difference", "find_metadata"]
 logger = logging.getLogger(__name__)
 
 Names = Mapping[str, Sequence[str]]  # by kind: thing_classes, stuff_classes
-_KINDS = ("thing_classes", "stuff_classes")
 
 
 def category_names(data_sets: Sequence[str]) -> dict[str, list[str]]:
@@ -30,14 +29,14 @@ def category_names(data_sets: Sequence[str]) -> dict[str, list[str]]:
     if not data_sets or data_sets[0] not in DatasetCatalog:
         return {}
     metadata = MetadataCatalog.get(data_sets[0])
-    return {kind: list(metadata.get(kind)) for kind in _KINDS if metadata.get(kind)}
+    return {kind: list(metadata.get(kind)) for kind in CATEGORY_KINDS if metadata.get(kind)}
 
 
 def find_difference(
     cfg: CfgNode, data_sets: Sequence[str], checkpointer: VoVNetCheckpointer
 ) -> str:
-    """Say where the weights that were loaded last name a category otherwise than a data set does,
-    which has as many.
+    """Compare the names of the weights that were loaded last with those of a data set, which may
+    have as many other categories.
 
     Args:
         data_sets: ``DATASETS.TRAIN`` or ``DATASETS.TEST``; the first counts.
@@ -53,7 +52,7 @@ def find_difference(
 
 def _compare(cfg: CfgNode, data_set: str, weights: Names) -> str:
     names = category_names([data_set])
-    for kind in find_num_classes(cfg) or _KINDS:
+    for kind in find_num_classes(cfg) or CATEGORY_KINDS:
         told, known = weights.get(kind, ()), names.get(kind, ())
         if len(told) != len(known):
             continue
