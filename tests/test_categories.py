@@ -108,7 +108,7 @@ def test_predictions_are_named_as_the_weights_say(
 
 
 @pytest.mark.parametrize(
-    "entry", ["cat", ["cat"], {"thing_classes": "cat"}, {"thing_classes": [1]}]
+    "entry", ["cat", ["cat"], {"thing_classes": "cat"}, {"thing_classes": [1]}, {"name": ["x"]}]
 )
 def test_a_file_with_something_else_under_this_name(
     catalogs: None, tmp_path: Path, entry: object
