@@ -18,9 +18,9 @@ APART = {"doctor", "install_detectron2", "make_docs_figures"}
 
 # A mistake in what is asked for, by tool, and a part of the sentence about it.
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "analyze_model": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+    "analyze_model": (["--backbone", "V-39", "A.B", "1"], "Config options, A.B here, go with"),
     "benchmark": ([], "Nothing to measure"),
-    "check_dataset": (["no_such_set"], "'no_such_set' is not registered"),
+    "check_dataset": ([], "Nothing to check"),
     "convert_weights": (["missing.pth", "out.pth"], "No file of weights missing.pth"),
     "demo": (["--config-file", "x.yaml", "--input", "x.jpg"], "Nothing would be kept"),
     "export_model": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),

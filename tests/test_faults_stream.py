@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,24 +200,27 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
     worker.join()
 
 
-@pytest.fixture
+@contextmanager
 def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The signals of Windows. Handlers are as before afterwards."""
+    """The signals of Windows. Names and handlers are as before when a test fails or ends."""
     handlers = {number: signal.getsignal(number) for number in ending_signals()}
-    with monkeypatch.context() as patch:
-        for name in ("SIGUSR1", "SIGHUP", "SIGALRM", "alarm"):
-            patch.delattr(signal, name)
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with monkeypatch.context() as patch:
+            for name in ("SIGUSR1", "SIGHUP", "SIGALRM", "alarm"):
+                patch.delattr(signal, name)
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def test_signals_that_the_system_lacks(windows: None) -> None:
-    assert ending_signals() == [signal.SIGTERM, signal.SIGINT]
-    with handle_signals(lambda number, frame: None), exit_on_signal():
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    stay_until_dismissed(0)
-    assert {signal.getsignal(n) for n in ending_signals()} == {signal.SIG_IGN}
+def test_signals_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with windows(monkeypatch):
+        assert ending_signals() == [signal.SIGTERM, signal.SIGINT]
+        with handle_signals(lambda number, frame: None), exit_on_signal():
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        stay_until_dismissed(0)
+        assert {signal.getsignal(n) for n in ending_signals()} == {signal.SIG_IGN}
 
 
 def test_an_ignored_hang_up_ends_nothing() -> None:
