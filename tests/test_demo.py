@@ -178,7 +178,7 @@ def test_names_of_results() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_json_is_the_model_s_output(network: CfgNode, batch_size: int) -> None:
     write_pictures(Path("pictures"), 4)
-    Path("pictures/01_text.txt").touch()
+    Path("pictures/01_text.jpg").touch()
     words = ("--input", "pictures", "--json", "new/results.json", "--score-threshold", 0.3)
     assert demo(network, *words, "--batch-size", batch_size) == 1
     results = json.loads(Path("new/results.json").read_text())
@@ -526,7 +526,7 @@ def test_masks_on_a_frame() -> None:
 def test_names_are_written_in_any_letters() -> None:
     """OpenCV would write them with question marks."""
     pictures = []
-    for name in ("Füßchen", "F??chen", "Fußchen"):
+    for name in ("кошка", "?????", "кашка"):
         metadata = Metadata(**NAMES | {"thing_classes": ["cat", name]})
         pictures.append(FrameArtist(metadata).draw(GREY, shown()))
     for i, j in ((0, 1), (0, 2)):
