@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import shutil
@@ -166,10 +167,12 @@ def rotate(path: Path) -> None:
     Image.open(path).save(path, exif=exif)
 
 
-def link_out(path: Path) -> None:
-    outside = path.parent.parent / "outside.jpg"
-    path.rename(outside)
-    path.symlink_to(outside)
+def upwards_from_a_link(data: DataSet) -> None:
+    pool = data.folder / "pool" / "deep"
+    pool.mkdir(parents=True)
+    shutil.copy(data.images / NAMES[0], pool.parent)
+    (data.images / "link").symlink_to(pool)
+    data.content["images"][0]["file_name"] = f"link/../{NAMES[0]}"
 
 
 def keypoints(*points: float, declared: int = 2, counted: int | None = 2) -> Callable:
@@ -231,7 +234,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "path upwards": (setting("images", "file_name", "../a.json"), {"path_outside"}),
     "absolute path": (setting("images", "file_name", "/etc/hostname"), {"path_outside"}),
     "path with a zero": (setting("images", "file_name", "a\0b"), {"path_outside"}),
-    "link out of the folder": (file(link_out), {"path_outside"}),
+    "path upwards from a link": (upwards_from_a_link, {"path_outside"}),
     "missing file": (file(Path.unlink), {"missing_file"}),
     "a folder for a file": (setting("images", "file_name", "."), {"missing_file"}),
     "truncated image": (file(truncate), {"unreadable_file"}),
@@ -398,6 +401,25 @@ def test_a_good_set(data: DataSet, capsys: pytest.CaptureFixture) -> None:
     assert json.loads((data.folder / "fixed.json").read_text()) == data.content
 
 
+def test_images_may_be_links(data: DataSet) -> None:
+    """As DVC and git-annex have them: to files of one store, which has equal ones once."""
+    shutil.copy(data.images / "b.png", data.images / "d.png")
+    store = data.folder / "store"
+    store.mkdir()
+    for name in NAMES:
+        stored = store / hashlib.sha256((data.images / name).read_bytes()).hexdigest()
+        (data.images / name).rename(stored)
+        (data.images / name).symlink_to(stored)
+    data.write()
+    fixed = data.folder / "fixed.json"
+    status, findings = data.check("--fix", str(fixed))
+    assert (status, names_of(findings), names_of(findings, notes=True)) == (
+        *(0, set()),
+        {"same_content"},
+    )
+    assert json.loads(fixed.read_text()) == data.content
+
+
 @pytest.mark.parametrize(("note", "name"), [(v[1], k) for k, v in NOTES.items()], ids=NOTES)
 def test_notes_are_no_problems(data: DataSet, note: str, name: str) -> None:
     spoil(data, NOTES[name][0])
@@ -425,7 +447,8 @@ def test_faults_are_found_and_mended(data: DataSet, name: str) -> None:
     if name in HOPELESS:
         status, findings = data.check()
         arguments = ["--train-json", data.json, "--train-images", data.images, "--fix", fixed]
-        assert check_dataset.main(list(map(str, arguments))) == 2
+        with pytest.raises(SystemExit, match="2"):
+            check_dataset.main(list(map(str, arguments)))
         assert not fixed.exists()
     else:
         status, findings = data.check("--fix", str(fixed))
@@ -539,6 +562,22 @@ def test_compressed_rle_is_decoded_as_pycocotools_encodes(bits: list[bool], stre
     counts = decode_counts(text)
     values = np.repeat(np.arange(len(counts)) % 2, counts)
     assert np.array_equal(values, mask[:, 0])
+
+
+def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
+    fixed = data.folder / "fixed.json"
+    spoil(data, without("annotations", "area"))
+    data.content["annotations"][0]["segmentation"] = [[4, 6, 20, 6, 20, 26]]  # half of its box
+    data.write()
+    data.check("--fix", str(fixed))
+    truth = COCO(str(fixed))
+    assert truth.anns[1]["area"] == truth.annToMask(truth.anns[1]).sum() < 200
+    for annotation in data.content["annotations"]:
+        del annotation["segmentation"]
+    data.write()
+    fixed.unlink()
+    data.check("--fix", str(fixed))
+    assert COCO(str(fixed)).anns[1]["area"] == BOX[2] * BOX[3]
 
 
 # Two sets
@@ -679,7 +718,8 @@ def test_mistakes(
     data.write()
     before = data.json.read_bytes()
     words = [word.format(json=data.json, images=data.images) for word in words]
-    assert check_dataset.main(words) == 2
+    with pytest.raises(SystemExit, match="2"):
+        check_dataset.main(words)
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,13 +18,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, Instances
 from export_models import MASK_RCNN, build_detector, small_config
 from pycocotools.coco import COCO
 
 from vovnet_d2.demo import main
-from vovnet_d2.demo.inputs import Picture
-from vovnet_d2.demo.outputs import plan_pictures
+from vovnet_d2.demo.inputs import Frame, Picture
+from vovnet_d2.demo.outputs import VideoFile, plan_pictures
+from vovnet_d2.demo.selection import Shown
+from vovnet_d2.demo.video_drawing import FrameArtist
 from vovnet_d2.predictor import Predictor
 
 pytest_plugins = ["engine_fixtures"]
@@ -92,25 +97,34 @@ def write_pictures(folder: Path, count: int) -> None:
 # Pictures
 
 
-def test_folder_of_twenty(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_twenty(
+    network: CfgNode, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = Path("pictures")
     write_pictures(folder, 17)
     good = sorted(path.name for path in folder.iterdir())
     (folder / "03_cut.png").write_bytes((folder / "03.png").read_bytes()[:2000])
     (folder / "05_empty.jpg").touch()
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "labels.txt").write_text("of no interest")
+    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (folder / ".hidden").write_text("of no interest")
+    cv2.imwrite("x.png", patch(20))
+    Path("x.png").rename(folder / "without_suffix")
     assert demo(network, "--input", folder, "--output", "drawn") == 1
-    assert sorted(path.name for path in Path("drawn").glob("[!.]*")) == good
+    drawn = sorted(path.name for path in Path("drawn").glob("[!.]*"))
+    assert drawn == [*good, "without_suffix.png"]
     for name in good:
         before, after = (cv2.imread(f"{f}/{name}") for f in (folder, "drawn"))
         assert before.shape == after.shape
         assert (before != after).any()
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == "Done: 17 of 20 images. Not read: 3, named above."
-    for name in ("03_cut.png", "05_empty.jpg", "notes.txt"):
+    assert out.splitlines()[-1] == "Done: 18 of 20 images. Not read: 2, named above."
+    for name in ("03_cut.png", "05_empty.jpg"):
         assert f"pictures/{name} is not a picture that can be read" in err
     assert "hidden" not in err
+    told = "Files of pictures that are no pictures are passed over, 2: Thumbs.db, labels.txt."
+    assert caplog.messages.count(told) == 1
+    assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # named
     assert "Traceback" not in err
 
 
@@ -165,7 +179,7 @@ def test_names_of_results() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_json_is_the_model_s_output(network: CfgNode, batch_size: int) -> None:
     write_pictures(Path("pictures"), 4)
-    Path("pictures/01_text.txt").touch()
+    Path("pictures/01_text.jpg").touch()
     words = ("--input", "pictures", "--json", "new/results.json", "--score-threshold", 0.3)
     assert demo(network, *words, "--batch-size", batch_size) == 1
     results = json.loads(Path("new/results.json").read_text())
@@ -255,9 +269,9 @@ def read_video(path: str) -> list[np.ndarray]:
     ("source", "output", "codec", "fourcc"),
     [
         ("in.avi", "out.avi", (), "MJPG"),
-        ("in.mp4", "out.mp4", (), "FMP4"),  # as ffmpeg calls mp4v
+        ("in.mp4", "out.mp4", ("--codec", "mp4v"), "FMP4"),  # as ffmpeg calls it
         ("in.avi", "new/out.mkv", ("--codec", "MJPG"), "MJPG"),
-        ("in.avi", "folder", (), "FMP4"),
+        ("in.avi", "folder", ("--codec", "mp4v"), "FMP4"),
     ],
 )
 def test_video(
@@ -278,6 +292,35 @@ def test_video(
         errors = [np.abs(frame.astype(int) - other).mean() for other in before]
         assert np.argmin(errors) == index
         assert errors[index] < 4
+
+
+@pytest.mark.parametrize("has_h264", [True, False])
+def test_the_codec_is_one_that_browsers_play_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_h264: bool
+) -> None:
+    opened = []
+
+    class Writer:
+        def __init__(self, path: str, fourcc: int, fps: float, size: tuple[int, int]):
+            self.codec = fourcc.to_bytes(4, "little").decode()
+
+        def isOpened(self) -> bool:
+            return has_h264 or self.codec != "avc1"
+
+        def write(self, pixels: np.ndarray) -> None:
+            opened.append(self.codec)
+
+        def release(self) -> None:
+            pass
+
+    fourcc = lambda *letters: int.from_bytes("".join(letters).encode(), "little")  # noqa: E731
+    Writer.fourcc = staticmethod(fourcc)  # type: ignore[attr-defined]
+    monkeypatch.setattr(cv2, "VideoWriter", Writer)
+    with VideoFile(Path("out.mp4"), fps=9) as sink:
+        sink.write(Frame(1, "", patch(0)), patch(0))
+        sink.write(Frame(2, "", patch(0)), patch(0))
+    assert opened == 2 * ["avc1" if has_h264 else "mp4v"]
+    assert caplog.text.count("Browsers do not play it") == (not has_h264)
 
 
 def test_predictions_are_drawn_on_the_right_frames(
@@ -438,6 +481,99 @@ def test_window_closes_at_q(network: CfgNode, monkeypatch: pytest.MonkeyPatch) -
     assert np.array_equal(cv2.imread("out/01.png"), shown[1])
 
 
+# Drawing on frames
+
+
+NAMES = {"thing_classes": ["cat", "Füßchen"], "thing_colors": [[250, 0, 0], [0, 0, 250]]}
+GREY = np.full((120, 160, 3), 100, np.uint8)
+
+
+def shown(**fields: Any) -> Shown:
+    boxes = torch.tensor([[90.0, 60.0, 130.0, 100.0], [20.0, 40.0, 60.0, 80.0]])
+    numbers, scores = torch.tensor([1, 0]), torch.tensor([0.5, 0.9])
+    instances = Instances((120, 160), pred_boxes=Boxes(boxes), pred_classes=numbers, scores=scores)
+    for name, value in fields.items():
+        instances.set(name, value)
+    return Shown(instances, None, None)
+
+
+def changes(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    return (pixels == color).all(axis=2)
+
+
+def test_boxes_on_a_frame() -> None:
+    drawn = FrameArtist(Metadata(**NAMES)).draw(GREY, shown())
+    for color, (x1, y1, x2, y2) in (
+        ((0, 0, 250), (20, 40, 60, 80)),
+        ((250, 0, 0), (90, 60, 130, 100)),
+    ):
+        rows, columns = np.nonzero(changes(drawn, color))
+        # The label covers a part of the upper edge alone.
+        assert (rows.max(), columns.min(), columns.max()) == (y2, x1, x2)
+        assert rows.min() in (y1, y1 + 1) or rows.min() < y1 + 25
+        assert not changes(drawn, color)[y1 + 25 : y2 - 1, x1 + 2 : x2 - 1].any()
+    assert (GREY == 100).all()
+
+
+def test_masks_on_a_frame() -> None:
+    masks = torch.zeros(2, 120, 160, dtype=torch.bool)
+    masks[0, 80:100, 90:130] = True
+    drawn = FrameArtist(Metadata(**NAMES)).draw(GREY, shown(pred_masks=masks))
+    mixed = np.zeros((120, 160), bool)
+    mixed[80:100, 91:130] = True
+    assert np.array_equal(changes(drawn, (175, 50, 50)), mixed)  # half grey, half blue
+
+
+def test_names_are_written_in_any_letters() -> None:
+    """OpenCV would write them with question marks."""
+    pictures = []
+    for name in ("кошка", "?????", "кашка"):
+        metadata = Metadata(**NAMES | {"thing_classes": ["cat", name]})
+        pictures.append(FrameArtist(metadata).draw(GREY, shown()))
+    for i, j in ((0, 1), (0, 2)):
+        assert (pictures[i] != pictures[j]).any()
+
+
+def test_a_label_that_does_not_fit() -> None:
+    drawn = FrameArtist(Metadata(**NAMES)).draw(GREY[:9, :20], shown())
+    assert drawn.shape == (9, 20, 3)
+    assert (drawn != 100).any()
+
+
+def test_keypoints_on_a_frame() -> None:
+    metadata = Metadata(
+        **NAMES,
+        keypoint_names=["nose", "tail", "paw"],
+        keypoint_connection_rules=[("nose", "tail", (0, 250, 0)), ("nose", "paw", (1, 2, 3))],
+    )
+    points = torch.zeros(2, 3, 3)
+    points[1] = torch.tensor([[30.0, 70.0, 0.9], [50.0, 70.0, 0.9], [30.0, 50.0, 0.01]])
+    drawn = FrameArtist(metadata).draw(GREY, shown(pred_keypoints=points))
+    assert changes(drawn, (0, 250, 0))[70, 35:45].all()
+    assert changes(drawn, (0, 0, 255))[70, [30, 50]].all()
+    assert not changes(drawn, (3, 2, 1)).any()  # an end of it is not seen
+
+
+def test_segments_and_label_maps_on_a_frame() -> None:
+    stuff = {"stuff_classes": ["sky", "grass"], "stuff_colors": [[0, 250, 0], [250, 250, 0]]}
+    artist = FrameArtist(Metadata(**NAMES, **stuff))
+    labels = torch.full((120, 160), 2)  # none that is selected
+    labels[:50] = 1
+    drawn = artist.draw(GREY, Shown(None, labels, None))
+    assert changes(drawn, (50, 175, 175))[:50].all()
+    assert changes(drawn, (100, 100, 100))[50:].all()
+    ids = torch.zeros(120, 160, dtype=torch.int32)
+    ids[:40], ids[80:] = 1, 2
+    segments = [
+        {"id": 1, "isthing": False, "category_id": 0},
+        {"id": 2, "isthing": True, "category_id": 0, "score": 0.9},
+    ]
+    drawn = artist.draw(GREY, Shown(None, None, (ids, segments)))
+    assert changes(drawn, (50, 175, 50))[:40].all()
+    assert changes(drawn, (100, 100, 100))[40:80].all()
+    assert 0.5 < changes(drawn, (50, 50, 175))[80:].mean() < 1  # the rest is its label
+
+
 # Segmentation
 
 
@@ -497,7 +633,7 @@ def test_inputs_are_never_overwritten(network: CfgNode, capsys: pytest.CaptureFi
     [
         (["--input", "p"], "Nothing would be kept of the results"),
         (["--input", "gone.jpg", "--output", "o"], "There is no file gone.jpg."),
-        (["--input", "empty", "--output", "o"], "There is no file in the folder empty."),
+        (["--input", "empty", "--output", "o"], "There is no picture in the folder empty."),
         (["--video", "gone.mp4", "--output", "o"], "There is no file gone.mp4."),
         (["--input", "p", "--output", "one.png"], "is one picture and there are 2 inputs"),
         (["--input", "p", "--output", "file/o"], "The folder file/o cannot be made"),

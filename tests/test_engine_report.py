@@ -158,6 +158,19 @@ def test_an_empty_data_set_has_no_picture(catalogs: None, tmp_path: Path) -> Non
     assert draw_predictions(cfg, Oracle(0.9)) is None
 
 
+@pytest.mark.parametrize(
+    ("earlier", "told"),
+    [(0, "1:02:05"), (86400, "1 day, 1:02:05, of which 1:02:05 since --resume")],
+)
+def test_wall_time_is_that_of_the_whole_training(
+    catalogs: None, tmp_path: Path, earlier: float, told: str
+) -> None:
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
+    args = argparse.Namespace(config_file="", eval_only=False)
+    write_report(cfg, Oracle(0.9), {}, args=args, seconds=3725.4, earlier_seconds=earlier)
+    assert json.loads((tmp_path / "results.json").read_text())["run"]["wall time"] == told
+
+
 def test_a_picture_that_fails_loses_no_results(
     catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,9 @@ from torch import nn
 
 from vovnet_d2.checkpoint import VoVNetCheckpointer
 from vovnet_d2.checkpoint.atomic import FileNotWrittenError
-from vovnet_d2.engine import Trainer
+from vovnet_d2.engine import Trainer, nonfinite
+from vovnet_d2.engine import trainer as trainer_module
+from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
 from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.trainer import MixedPrecisionTrainer
 
@@ -131,6 +133,30 @@ def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str
     boxes, scores = zip(*[(o.pred_boxes.tensor, o.scores) for o in outputs], strict=True)
     torch.testing.assert_close(*boxes, atol=1e-3, rtol=0)  # pixels
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before the backward pass, which is not begun where a loss is not finite."""
+    waits: list[int] = []
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.25)
+    model = nn.Sequential(layer, nn.Flatten(0))
+    inputs = [torch.ones(1, 1), torch.full((1, 1), math.inf)]
+    trainer = AgreedSteps(model, inputs, optimizer)
+    monkeypatch.setattr(trainer, "_write_metrics", lambda losses, seconds: None)
+    monkeypatch.setattr(nonfinite.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(nonfinite.comm, "all_gather", lambda value: [value, value])
+    monkeypatch.setattr(nonfinite.comm, "_get_global_gloo_group", lambda: None)
+    monkeypatch.setattr(nonfinite.dist, "all_reduce", lambda tensor, *_, **__: waits.append(1))
+    trainer.run_step()
+    assert waits == [1]
+    assert layer.weight.item() == 0.75
+    layer.weight.grad = None
+    with pytest.raises(NonFiniteLossError, match="total_loss is inf"):
+        trainer.run_step()
+    assert waits == [1, 1]
+    assert layer.weight.grad is None
 
 
 def test_one_loss_without_a_name() -> None:
@@ -294,6 +320,30 @@ def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path
     assert before not in (tmp_path / "metrics.json").read_text()
 
 
+def test_processes_evaluate_the_statistics_of_the_first(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_config(FASTER_RCNN, tmp_path))
+    monkeypatch.setattr(trainer, "gather_rank_states", lambda: None)
+    monkeypatch.setattr(trainer_module.comm, "get_world_size", lambda: 2)
+    received = []
+
+    def broadcast(tensor: torch.Tensor, source: int) -> None:
+        received.append(source)
+        tensor.fill_(7)
+
+    def evaluate() -> dict:
+        statistics = dict(trainer.model.named_buffers())
+        assert any(name.endswith("running_mean") for name in statistics)
+        assert all((value == 7).all() for value in statistics.values())
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(trainer_module.dist, "broadcast", broadcast)
+    assert trainer._interruptible(evaluate)() == {"bbox": {"AP": 1.0}}
+    assert received
+    assert set(received) == {0}
+
+
 # The best weights
 
 
@@ -311,7 +361,16 @@ def test_the_best_weights_are_kept_over_a_resume(
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert "trainer" not in best
 
+    last = tmp_path / "model_0000001.pth"
+    saved = torch.load(last, weights_only=False)
+    assert 0 < saved["trainer"]["seconds"] < 600
+    saved["trainer"]["seconds"] = 86400.0
+    torch.save(saved, last)
     launch(FASTER_RCNN, tmp_path, "--resume", *options)
+    assert torch.load(tmp_path / "model_final.pth")["trainer"]["seconds"] > 86400
+    told = json.loads((tmp_path / "results.json").read_text())["run"]["wall time"]
+    assert told.startswith("1 day, 0:0")
+    assert told.endswith(" since --resume")
     assert torch.load(tmp_path / "model_best.pth")["value"] == 30.0
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert "No bbox/AP in this evaluation" in read_log(tmp_path)

@@ -141,13 +141,14 @@ def test_disagreement_is_told(monkeypatch):
         (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
     ],
 )
-def test_mistakes(args, message, monkeypatch):
+def test_mistakes(args, message, monkeypatch, capsys):
     command = ["export_model.py", "--config-file", MASK_RCNN, "--allow-partial", *args, *options()]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_path(export_model.__file__, run_name="__main__")
-    assert str(exit.value.code).startswith("error: ")
-    assert message in str(exit.value.code)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") or "\nerror: " in error
+    assert message in error
 
 
 def test_no_gpu(monkeypatch, capsys):

@@ -118,6 +118,26 @@ def test_a_file_is_written_where_folders_cannot_be_flushed(
     assert (tmp_path / "file").read_text() == "new"
 
 
+def test_files_are_flushed_as_windows_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a descriptor that is for reading alone cannot be flushed, and no folder opened."""
+    flushed = []
+    system_open = os.open
+
+    def windows_open(path: str, flags: int, *mode: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        flushed.append(flags & (os.O_RDONLY | os.O_WRONLY | os.O_RDWR))
+        return system_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", windows_open)
+    with atomic_write(tmp_path / "file") as partial:
+        Path(partial).write_text("new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert flushed == [os.O_RDWR]
+
+
 @pytest.mark.parametrize("history", ['["../important.pth", "model_0.pth"]', "{}", "[", "[1]"])
 def test_no_file_outside_the_folder_is_removed(tmp_path: Path, history: str) -> None:
     (tmp_path / "important.pth").touch()

@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from engine_runs import MASK_RCNN, tiny_config
@@ -29,7 +30,9 @@ from vovnet_d2.data.stream import (
     build_detection_stream,
     stay_until_dismissed,
 )
+from vovnet_d2.engine.interruption import exit_on_signal, handle_signals
 from vovnet_d2.engine.lazy import build_train_stream
+from vovnet_d2.signals import ending_signals
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -226,3 +229,55 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
     assert worker.exitcode is None
     worker.kill()
     worker.join()
+
+
+@contextmanager
+def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The signals of Windows. Names and handlers are as before when a test fails or ends."""
+    handlers = {number: signal.getsignal(number) for number in ending_signals()}
+    try:
+        with monkeypatch.context() as patch:
+            for name in ("SIGUSR1", "SIGHUP", "SIGALRM", "alarm"):
+                patch.delattr(signal, name)
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_signals_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with windows(monkeypatch):
+        assert ending_signals() == [signal.SIGTERM, signal.SIGINT]
+        with handle_signals(lambda number, frame: None), exit_on_signal():
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        stay_until_dismissed(0)
+        assert {signal.getsignal(n) for n in ending_signals()} == {signal.SIG_IGN}
+
+
+def test_an_ignored_hang_up_ends_nothing() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert signal.SIGHUP in ending_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert signal.SIGHUP not in ending_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_square_images_go_with_the_high_ones() -> None:
+    """As in Detectron2's loader, whose groups are wider than high, and the others."""
+    sizes = [(64, 64), (64, 65), (65, 64)]  # width, height
+    records = DatasetFromList([{"width": w, "height": h} for w, h in sizes])
+    stream = TrainingStream(records, lambda: iter(range(3)), 1, group_by_shape=True)
+    assert [stream._is_wide[i] for i in range(3)] == [False, False, True]  # type: ignore[index]
+
+
+def test_square_images_are_told_by_their_files(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{w}x{h}.png") for w, h in ((9, 9), (9, 10), (10, 9))]
+    for name in names:
+        width, height = map(int, Path(name).stem.split("x"))
+        Image.new("L", (width, height)).save(name)
+    records = DatasetFromList([{"file_name": name} for name in names])
+    stream = TrainingStream(records, lambda: iter(range(3)), 1, group_by_shape=True)
+    assert [stream._is_wide[i] for i in range(3)] == [False, False, True]  # type: ignore[index]

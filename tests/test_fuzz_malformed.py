@@ -210,7 +210,10 @@ def check(sandbox: Path, data: DataSet) -> int:
     words += ["--json", sandbox / "output" / "report.json"]
     words += ["--fix", sandbox / "output" / "fixed.json"]
     with watching(sandbox):
-        return check_dataset.main(list(map(str, words)))
+        try:
+            return check_dataset.main(list(map(str, words)))
+        except SystemExit as ended:
+            return int(ended.code or 0)
 
 
 @pytest.mark.parametrize("name", FAULTS)

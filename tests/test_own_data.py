@@ -21,7 +21,7 @@ from vovnet_d2.data import build_digits
 from vovnet_d2.data.own import OwnDataSet, register_own_data
 from vovnet_d2.data.own_files import read_contents
 from vovnet_d2.demo import main as demo
-from vovnet_d2.engine import argument_parser, load_config, run
+from vovnet_d2.engine import argument_parser, load_config, own_data, run
 from vovnet_d2.engine.checks import check_data, check_data_sets
 from vovnet_d2.engine.detection import register_data
 from vovnet_d2.report import write_page
@@ -180,6 +180,22 @@ def test_every_head_has_the_number_of_categories(catalogs: None, digits: Path, c
 
 
 # What is given
+
+
+def test_one_process_reads_a_file_for_all(
+    catalogs: None, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = own_data.read_contents(
+        str(digits / "train.json"), str(digits / "digits" / "train"), evaluated=False
+    )
+    told: list[Any] = [contents]
+    monkeypatch.setattr(own_data, "read_contents", lambda *_, **__: pytest.fail("read twice"))
+    monkeypatch.setattr(own_data.comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(own_data.comm, "all_gather", lambda value: [told[0], value])
+    assert setup(FASTER_RCNN, flags(digits, "train")).MODEL.ROI_HEADS.NUM_CLASSES == 10
+    told[0] = ValueError("What the main process says.")
+    with pytest.raises(ValueError, match="What the main process says"):
+        setup(FASTER_RCNN, flags(digits, "train"))
 
 
 def test_without_validation(catalogs: None, digits: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from report_runs import CLASSES, CONFIG, DATASET, SECTIONS, make_shapes, write_r
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.report import average_precision, register_files, write_page
 from vovnet_d2.report import page as page_module
-from vovnet_d2.report import register_files, write_page
 from vovnet_d2.report.average_precision import AveragePrecision, evaluate
 from vovnet_d2.report.detections import Detections, read_detections
 from vovnet_d2.report.figures import draw_training
@@ -128,6 +129,38 @@ def test_the_area_below_a_curve_is_its_metric(
     assert areas == pytest.approx(theirs[:3])
     for values in curves.values():
         assert (np.diff(values) <= 1e-12).all() or category is None
+
+
+@pytest.mark.parametrize(
+    ("api", "installed", "package"),
+    [
+        ("auto", True, "faster_coco_eval"),
+        ("faster-coco-eval", True, "faster_coco_eval"),
+        ("pycocotools", True, "pycocotools"),
+        ("auto", False, "pycocotools"),
+        ("faster-coco-eval", False, "pycocotools"),  # of a run on another machine
+    ],
+)
+def test_the_api_is_that_of_the_run(
+    shapes: tuple[Path, list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+    api: str,
+    installed: bool,
+    package: str,
+) -> None:
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.setattr(average_precision, "has_faster_coco", lambda: installed)
+    used, plain = [], average_precision._evaluate_predictions_on_coco
+
+    def look(truth: Any, predictions: list, task: str, *, cocoeval_fn: type) -> Any:
+        used.append(cocoeval_fn)
+        return plain(truth, predictions, task, cocoeval_fn=cocoeval_fn)
+
+    monkeypatch.setattr(average_precision, "_evaluate_predictions_on_coco", look)
+    path, predictions = shapes
+    found = evaluate(Detections(COCO(path), predictions, {}), "segm", api)
+    assert (used == [COCOeval]) == (package == "pycocotools")
+    assert found.metrics()["AP"] == pytest.approx(summarize(shapes, "segm", None)[0], abs=1e-9)
 
 
 def test_objects_are_counted_without_crowds(found: AveragePrecision) -> None:

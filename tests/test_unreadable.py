@@ -5,6 +5,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
+from detectron2.utils.serialize import PicklableWrapper
 from engine_runs import FASTER_RCNN, TINY, launch, read_log, tiny_config
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from vovnet_d2.data import unreadable
 from vovnet_d2.data.unreadable import ReadableOnly, UnreadableImageError, image_roots
 from vovnet_d2.engine import Trainer, main
 
@@ -42,6 +46,12 @@ def resave(path: Path, edit: Callable[[bytes], bytes] = lambda data: data) -> No
     """As a PNG under the old name, which Pillow does not care for."""
     Image.open(path).save(path, "PNG")
     path.write_bytes(edit(path.read_bytes()))
+
+
+def open_image(record: dict) -> tuple[int, int]:
+    with Image.open(record["file_name"]) as image:
+        image.load()
+        return image.size
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -127,6 +137,32 @@ def train(out: Path, workers: str, *words: str) -> dict[str, torch.Tensor]:
     return torch.load(out / "model_final.pth")["model"]
 
 
+def test_workers_that_are_not_forked_share_what_was_left_out(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Detectron2's loaders pickle the mapper by cloudpickle."""
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(unreadable, "multiprocessing", context)
+    mapper = ReadableOnly(open_image, max_skipped=1)
+    files = [damaged, *images(damaged.parents[1])[1:3]]
+    loader = DataLoader(
+        [{"file_name": str(file)} for file in files],
+        batch_size=None,
+        collate_fn=PicklableWrapper(mapper),
+        num_workers=1,
+        multiprocessing_context=context,
+    )
+    assert [item is None for item in loader] == [True, False, False]
+    assert mapper.count == 1
+
+
+def test_a_mapper_that_leaves_nothing_out_can_be_pickled_at_any_time() -> None:
+    mapper = pickle.loads(pickle.dumps(PicklableWrapper(ReadableOnly(open_image))))
+    assert mapper.count == 0
+    with pytest.raises(UnreadableImageError, match=r"nowhere\.jpg cannot be used"):
+        mapper({"file_name": "nowhere.jpg"})
+
+
 @pytest.mark.slow
 def test_what_takes_its_place_is_repeatable(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,32 +203,41 @@ def test_paths_cannot_leave_the_folder(
         assert "secret.jpg is not read: it leads out of the folder" in capsys.readouterr().err
 
 
-def test_links_cannot_leave_the_folder(coco_copy: Path, tmp_path: Path) -> None:
+def test_links_may_lead_anywhere(coco_copy: Path, tmp_path: Path) -> None:
+    """A file that is a link, and a folder, as DVC and pools on clusters have them."""
     path = images(coco_copy)[0]
     outside = path.rename(tmp_path / "outside.jpg")
     path.symlink_to(outside)
+    pool = (coco_copy / "train2017").rename(tmp_path / "pool")
+    (coco_copy / "train2017").symlink_to(pool)
+    (pool / "more").symlink_to(coco_copy / "val2017")
     mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
-    record = {"file_name": str(path), "height": 64, "width": 80}
     guarded = ReadableOnly(mapper, roots=image_roots(["coco_2017_train"]))
+    record = {"height": 64, "width": 80}
+    below = path.parent / "more" / images(coco_copy, "val2017")[0].name
+    for file in (path, pool / path.name, below):
+        assert guarded(record | {"file_name": str(file)}) is not None
     with pytest.raises(UnreadableImageError, match="leads out of the folder"):
-        guarded(record)
-    assert ReadableOnly(mapper)(record) is not None
+        guarded(record | {"file_name": str(outside)})
 
 
-def test_relative_paths_cannot_leave_a_relative_folder(
+def test_names_cannot_leave_a_folder(
     coco_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(coco_copy)  # as Detectron2's data sets are in datasets/ by default
-    Path("train2017/link.jpg").symlink_to(images(coco_copy, "val2017")[0])
-    inside = f"train2017/{images(coco_copy)[0].name}"
-    shutil.copy(inside, "secret.jpg")
-    guarded = ReadableOnly(
-        DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), True), roots=["train2017"]
-    )
-    assert guarded({"file_name": inside, "height": 64, "width": 80}) is not None
-    for name in ("train2017/../secret.jpg", "train2017/link.jpg"):
-        with pytest.raises(UnreadableImageError, match="leads out of the folder"):
-            guarded({"file_name": name, "height": 64, "width": 80})
+    name = images(coco_copy)[0].name
+    shutil.copy(f"train2017/{name}", "secret.jpg")
+    Path("train2017/link").symlink_to(coco_copy / "val2017")
+    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    record = {"height": 64, "width": 80}
+    for root in ("train2017", "val2017/../train2017"):
+        guarded = ReadableOnly(mapper, roots=[root])
+        for inside in (name, f"../train2017/{name}"):
+            assert guarded(record | {"file_name": f"{root}/{inside}"}) is not None
+        # What is beside the folder that a link leads to is outside, too.
+        for outside in ("../secret.jpg", "link/../secret.jpg", f"link/../train2017/../{name}"):
+            with pytest.raises(UnreadableImageError, match="leads out of the folder"):
+                guarded(record | {"file_name": f"{root}/{outside}"})
 
 
 def test_damaged_semantic_labels_are_named(coco_copy: Path, tmp_path: Path) -> None:

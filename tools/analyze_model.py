@@ -13,7 +13,6 @@ GPU, nor memory for the network.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +24,9 @@ from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.report import format_table, write_report
 from vovnet_d2.benchmark.protocol import describe_environment
 from vovnet_d2.data.classification import class_names
+from vovnet_d2.engine.checks import check_network
 from vovnet_d2.engine.config import load_config, resolve_config
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 
@@ -96,6 +97,7 @@ def build_from_config(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[i
         if "PRETRAIN" not in error.args[0]:
             raise
         return build_classifier(path, args, trusted)
+    check_network(cfg)
     cfg.MODEL.DEVICE = "meta"
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     fixed = cfg.INPUT.FIXED_SIZE
@@ -118,7 +120,4 @@ def build_classifier(
 
 
 if __name__ == "__main__":
-    try:
-        main(argument_parser().parse_args())
-    except (ValueError, FileNotFoundError, ImportError, KeyError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run_or_exit(main, argument_parser().parse_args())

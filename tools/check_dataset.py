@@ -6,8 +6,9 @@
     python tools/check_dataset.py digits_train digits_val
     python tools/check_dataset.py --train-json train.json --train-images images/ --fix fixed.json
 
-Exit status: 0 if there is no problem (notes are none), 1 if there is one, 2 for a mistake in the
-arguments. --fix does not change the first two: they tell of the files as they were.
+Exit status: 0 if there is no problem (notes are none); 1 if there is one, or if a file could not be
+written; 2 for a mistake in what was asked for. --fix does not change the first two: they tell of
+the files as they were.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vovnet_d2.checkpoint.atomic import FileNotWrittenError, atomic_write
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
@@ -29,6 +30,7 @@ from vovnet_d2.data.check import (
     require_free,
     write_fixed,
 )
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
 
 
@@ -101,11 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(argument_parser().parse_args(argv))
-    except (FileNotFoundError, FileNotWrittenError, KeyError, ValueError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
+    return run_or_exit(run, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ detector's file is left out, since such files load as they are.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from vovnet_d2.checkpoint.conversion import (
@@ -31,6 +30,7 @@ from vovnet_d2.checkpoint.sources import read_weights
 from vovnet_d2.checkpoint.writing import save_weights
 from vovnet_d2.checkpoint.zoo import metadata_of_layout
 from vovnet_d2.checkpoint.zoo_page import table_of_weights
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.layouts import LAYOUTS
 
 
@@ -152,8 +152,4 @@ def _report(args: argparse.Namespace, found: Description, metadata: Metadata) ->
 
 
 if __name__ == "__main__":
-    try:
-        main(argument_parser().parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_or_exit(main, argument_parser().parse_args())

@@ -7,7 +7,7 @@
         --format onnx torchscript --images *.jpg --opts MODEL.WEIGHTS output/model_final.pth
 
 Beside the files stands a report of the same name: differences, operators, times. The exit status
-is 1 if a file does not agree with the model.
+is 1 if a file does not agree with the model, and 2 for a mistake in what was asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vovnet_d2 import VoVNetCheckpointer
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.checks import check_all_loaded, parse_device
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.export import (
     FORMATS,
     PARTS,
@@ -189,6 +190,8 @@ def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
     for file in files:
         try:
             image = detection_utils.read_image(file, format=cfg.INPUT.FORMAT)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"There is no file {file}.") from error
         except UnidentifiedImageError as error:
             raise ValueError(f"{file} is not a picture that can be read.") from error
         image = resize.get_transform(image).apply_image(image).astype("float32")
@@ -209,7 +212,4 @@ def _random_images(sizes: Sequence[str], model: nn.Module, *, batched: bool) -> 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run_or_exit(main, sys.argv[1:])

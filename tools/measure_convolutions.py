@@ -11,7 +11,6 @@ convolution against the same work in several. Writes convolutions_DEVICE.csv and
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +21,7 @@ from vovnet_d2.analysis.convolution_study import make_cases, measure, plot
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
 from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
 
 
@@ -80,7 +80,4 @@ def _lines(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(argument_parser().parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_or_exit(main, argument_parser().parse_args())

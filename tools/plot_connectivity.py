@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,6 +27,7 @@ from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectiv
 from vovnet_d2.benchmark.protocol import describe_environment, write_csv
 from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.checkpoint.sources import read_weights
+from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
@@ -90,7 +90,4 @@ def read_state_dict(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    try:
-        main(argument_parser().parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_or_exit(main, argument_parser().parse_args())

@@ -47,8 +47,8 @@ class Predictor:
     Attributes:
         cfg: the config, with the weights and the device that were chosen.
         model: the network, by :func:`optimize_for_inference`.
-        metadata: names and colours of the categories; names are numbers where the config's data
-            sets do not tell them.
+        metadata: names and colours of the categories; names are numbers where neither the
+            config's data sets nor the weights tell them.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Predictor:
         self.cfg = cfg
         self.batch_size = batch_size
         self.output_device = torch.device(output_device)
-        model = _load_model(cfg, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        model, names = _load_model(cfg, allow_partial=allow_partial, allow_pickle=allow_pickle)
         self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
-        self.metadata = find_metadata(cfg)
+        self.metadata = find_metadata(cfg, names)
 
     @overload
     def __call__(self, images: ImageLike) -> Prediction: ...  # type: ignore[overload-overlap]
@@ -206,7 +206,10 @@ def _to_array(image: ImageLike) -> np.ndarray:
     return image
 
 
-def _load_model(cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool) -> torch.nn.Module:
+def _load_model(
+    cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool
+) -> tuple[torch.nn.Module, dict[str, list[str]]]:
+    """The model with its weights, and the names of the categories that these tell."""
     if not cfg.MODEL.WEIGHTS:
         raise ValueError(
             "There are no weights: set MODEL.WEIGHTS to a file (of a training, "
@@ -219,7 +222,7 @@ def _load_model(cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool) -> tor
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
     if warning := check_input_convention(cfg, checkpointer.input_convention):
         logger.warning(warning)
-    return model
+    return model, checkpointer.loaded_categories
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -10,9 +10,12 @@ __all__ = ["ending_signals"]
 
 
 def ending_signals() -> list[signal.Signals]:
-    """SIGTERM and SIGUSR1 (preemption, Slurm), SIGINT (Ctrl-C), and SIGHUP (the terminal is gone)
-    unless it is ignored, as under nohup."""
-    found = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        found.append(signal.SIGHUP)
-    return found
+    """Return those of the following signals that the system has; Windows has the first two.
+
+    They are SIGTERM (preemption), SIGINT (Ctrl-C), SIGUSR1 (Slurm), and SIGHUP (the terminal is
+    gone) unless it is ignored, as under nohup.
+    """
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        names.remove("SIGHUP")
+    return [signal.Signals[name] for name in names]

@@ -43,13 +43,13 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
     partial = f"{path}.{os.getpid()}{_SUFFIX}"
     try:
         yield partial
-        _flush_to_disk(partial)
+        _flush_to_disk(partial, os.O_RDWR)  # Windows flushes what may be written alone
         if not replace and is_foreign(path):
             logger.warning("%s was not made by this package: it is now %s.", path, put_aside(path))
         note_made(path, content=partial)  # first, for a kill in between
         os.replace(partial, path)
         with suppress(OSError):  # some network file systems cannot do this for a folder
-            _flush_to_disk(os.path.dirname(path) or ".")  # the new name
+            _flush_to_disk(os.path.dirname(path) or ".", os.O_RDONLY)  # the new name
     except (OSError, RuntimeError) as error:
         if (reason := _why_not_written(error)) is None:
             raise
@@ -74,8 +74,8 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
     return [partial.name for partial in found]
 
 
-def _flush_to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_to_disk(path: str, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,14 @@ from .recognition import Description, describe_state_dict, find_prefix
 from .sources import read_weights
 from .zoo import metadata_of_layout
 
-__all__ = ["VoVNetCheckpointer"]
+__all__ = ["CATEGORY_KINDS", "VoVNetCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
+CATEGORY_KINDS = ("thing_classes", "stuff_classes")
+"""The kinds of categories, as Detectron2's metadata call them."""
+
+_CATEGORIES = "categories"  # key of a file's entry
 _HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept, oldest first
 
 
@@ -62,6 +66,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             (FPN, heads, a classifier) that the weights loaded last left at their initialisation:
             the file lacks them, or has them in another shape. In a model without a VoVNet, of all
             tensors.
+        categories: the names that are written to files, see ``__init__``.
+        loaded_categories: the same of the weights loaded last; empty if their file does not tell.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         allow_partial: bool = False,
         allow_pickle: bool = False,
         max_to_keep: int = 0,
+        categories: Mapping[str, Sequence[str]] | None = None,
         **checkpointables: Any,
     ):
         """
@@ -83,6 +90,9 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
             max_to_keep: how many checkpoints of a training are kept, the newest; 0 is all.
                 ``model_final.pth`` is not counted, and kept.
+            categories: names of the categories that the model predicts, by kind, see
+                :data:`CATEGORY_KINDS`. They are written to files, so that predictions can be named
+                without the config.
         """
         if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
             setup_logger(distributed_rank=comm.get_rank(), name="vovnet_d2")
@@ -90,6 +100,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
         self.allow_pickle = allow_pickle
         self.max_to_keep = max_to_keep
+        self.categories = {kind: list(names) for kind, names in (categories or {}).items()}
+        self.loaded_categories: dict[str, list[str]] = {}
         self.input_convention: InputConvention | tuple[InputConvention, ...] | None = None
         self.missing_outside_backbone: list[str] = []
 
@@ -107,10 +119,12 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             ValueError: it is damaged, unsafe, or does not fit; nothing has changed then.
         """
         self.input_convention, self.missing_outside_backbone = None, []
+        self.loaded_categories = {}
         if not path:
             return super().load(path)
         logger.info("Loading from %s ...", path)
         checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
+        categories = _read_categories(checkpoint.pop(_CATEGORIES, None))
         wanted = self.checkpointables if checkpointables is None else checkpointables
         present = {key: self.checkpointables[key] for key in wanted if key in checkpoint}
 
@@ -133,6 +147,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                         f"{path} was not loaded: its {key} is not this run's ({error}). To start "
                         "from its weights alone, name it in MODEL.WEIGHTS and do not resume."
                     ) from error
+        self.loaded_categories = categories
         return checkpoint
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -190,6 +205,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         if len(nets := list(find_vovnets(self.model).values())) == 1:
             convention = InputConvention.of_model(self.model)
             kwargs.setdefault(METADATA_KEY, Metadata.of_spec(nets[0].spec, convention).to_dict())
+        if self.categories:
+            kwargs.setdefault(_CATEGORIES, self.categories)
         states = {key: target.state_dict() for key, target in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
@@ -307,6 +324,14 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             logger.info(
                 "The file does not tell its %s: taken to be the model's.", " and ".join(untold)
             )
+
+
+def _read_categories(found: Any) -> dict[str, list[str]]:
+    """Return a file's categories, and none where it has something else under this name."""
+    if not isinstance(found, dict):
+        return {}
+    known = {kind: found[kind] for kind in CATEGORY_KINDS if isinstance(found.get(kind), list)}
+    return {k: names for k, names in known.items() if all(isinstance(name, str) for name in names)}
 
 
 def _in_all(lists: Iterable[Iterable[str]]) -> list[str]:

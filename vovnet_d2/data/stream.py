@@ -270,6 +270,10 @@ class _Samples(Dataset[Any]):
 def stay_until_dismissed(worker: int) -> None:
     """Signals that go to all processes of a job are for the main one to act upon: a worker that
     ended at once would make it fail before it has saved anything. Called in the worker."""
+    if not hasattr(signal, "SIGALRM"):  # Windows, where a worker ends with the main process
+        for number in ending_signals():
+            signal.signal(number, signal.SIG_IGN)
+        return
     for number in ending_signals():
         signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before

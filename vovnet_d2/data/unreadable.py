@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -65,16 +66,23 @@ class ReadableOnly:
         """
         self.mapper = mapper
         self.roots = roots
-        # Shared with the workers: which images were left out, as hashes of their names, and the
-        # number of these.
-        self._skipped = multiprocessing.Array("q", max(max_skipped or 0, 1))
-        self._count = multiprocessing.Value("l", 0)
         self._max_skipped = max_skipped
+        # Shared with the workers: the number of images that were left out, then a hash of the name
+        # of each. Without any to leave out there is nothing to share.
+        self._skipped = multiprocessing.Array("q", 1 + max_skipped) if max_skipped else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers that are not forked get this object by pickle. Detectron2 pickles mappers by
+        # cloudpickle, which does not know shared memory: multiprocessing's own pickler does.
+        return {**self.__dict__, "_skipped": bytes(ForkingPickler.dumps(self._skipped))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _skipped=ForkingPickler.loads(state["_skipped"]))
 
     @property
     def count(self) -> int:
         """How many different images were left out, over all workers."""
-        return self._count.value
+        return self._skipped[0] if self._skipped else 0
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """
@@ -103,10 +111,13 @@ class ReadableOnly:
     def _require_inside(self, file_name: str) -> None:
         if not self.roots:
             return
-        path = os.path.abspath(file_name)  # it may be relative, but not to the folder
         for root in self.roots:
+            folder = os.path.join(root, "")
+            inside = file_name.startswith(folder)
+            # The name as the annotation file has it; or, of an absolute one, where it leads.
+            name = file_name[len(folder) :] if inside else os.path.join(os.getcwd(), file_name)
             try:
-                resolve_inside(root, path)
+                resolve_inside(root, name)
             except ValueError:
                 continue
             return
@@ -116,15 +127,17 @@ class ReadableOnly:
         )
 
     def _skip(self, file_name: str, reason: str, error: Exception) -> None:
+        if self._skipped is None:
+            raise UnreadableImageError(self._explain(file_name, reason)) from error
         key = _hash(file_name)
-        with self._count.get_lock():
-            known = self._skipped[: self._count.value]
+        with self._skipped.get_lock():
+            known = self._skipped[1 : 1 + self._skipped[0]]
             if key in known:
                 return
-            if len(known) >= (self._max_skipped or 0):
+            if len(known) >= len(self._skipped) - 1:
                 raise UnreadableImageError(self._explain(file_name, reason)) from error
-            self._skipped[self._count.value] = key
-            self._count.value += 1
+            self._skipped[1 + len(known)] = key
+            self._skipped[0] += 1
         logger.warning(
             "%s cannot be used (%s): another image takes its place, number %d of the %d that "
             "DATALOADER.MAX_UNREADABLE allows.",

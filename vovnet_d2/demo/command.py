@@ -29,6 +29,7 @@ from .outputs import (
 from .results import ResultsFile
 from .run import Outcome, Run
 from .selection import Selection
+from .video_drawing import FrameArtist
 
 __all__ = ["main"]
 
@@ -99,8 +100,9 @@ def _add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--show", action="store_true", help="show in a window; q or Escape ends")
     group.add_argument(
         "--codec",
-        help="four characters, for a video (default: what goes with the suffix, mp4v for .mp4 and "
-        "MJPG for .avi)",
+        help="four characters, for a video (default: what goes with the suffix: MJPG for .avi, "
+        "VP80 for .webm, and for others avc1, which is H.264, or mp4v where OpenCV cannot write "
+        "that)",
     )
 
 
@@ -196,7 +198,8 @@ def _run(args: argparse.Namespace) -> int:
         )
         metadata = predictor.metadata
         selection = Selection(metadata, min_score=args.score_threshold, names=args.classes)
-        artist = Artist(metadata, moving=not isinstance(source, Pictures))
+        kind = Artist if isinstance(source, Pictures) else FrameArtist
+        artist: Artist | FrameArtist = kind(metadata)
         results = stack.enter_context(ResultsFile(args.json, metadata)) if args.json else None
         outcome = Run(predictor, selection, artist, sinks, results)(source)
     return _conclude(source, outcome)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,17 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ..predictor import read_image
 
-__all__ = ["Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
+__all__ = ["PICTURE_SUFFIXES", "Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
 
 _FPS = 30.0  # where a camera does not tell
+_NUM_NAMED = 5
 
 Skip = Callable[[str], None]
 
@@ -76,10 +82,10 @@ class Pictures:
             FileNotFoundError: there is no file at all.
         """
         found: dict[Path, Picture] = {}
-        self._missing: list[str] = []
+        self._missing: list[str] = []  # sentences
         for name in inputs:
             if not (pictures := _find_pictures(name, recursive)):
-                kind = "file in the folder" if os.path.isdir(name) else "file"
+                kind = "picture in the folder" if os.path.isdir(name) else "file"
                 self._missing.append(f"There is no {kind} {name}.")
             for picture in pictures:
                 found.setdefault(picture.path.resolve(), picture)
@@ -105,13 +111,43 @@ def _find_pictures(name: str, recursive: bool) -> list[Picture]:
     path = Path(name)
     if path.is_dir():
         paths = sorted(path.rglob("*") if recursive else path.iterdir())
-        relatives = ((found, found.relative_to(path)) for found in paths if not found.is_dir())
+        files = [Picture(p, p.relative_to(path)) for p in paths if not p.is_dir()]
         # Hidden files are not meant, such as those that file managers leave.
-        return [Picture(p, r) for p, r in relatives if not any(x.startswith(".") for x in r.parts)]
+        files = [f for f in files if not any(part.startswith(".") for part in f.relative.parts)]
+        return _leave_out_others(name, files)
     if path.exists():  # the name of a file may look like a pattern
         return [Picture(path, Path(path.name))]
     matches = map(Path, sorted(glob.glob(name, recursive=True)))
     return [Picture(match, Path(match.name)) for match in matches if not match.is_dir()]
+
+
+def _leave_out_others(folder: str, files: list[Picture]) -> list[Picture]:
+    """Leave out what is no picture, as a labels.txt or a Thumbs.db, and say so: it is no mistake,
+    unlike a damaged picture."""
+    pictures: list[Picture] = []
+    others: list[str] = []
+    for file in files:
+        if _is_picture(file.path):
+            pictures.append(file)
+        else:
+            others.append(str(file.relative))
+    if others:
+        names = ", ".join(others[:_NUM_NAMED]) + (", ..." if len(others) > _NUM_NAMED else "")
+        logger.warning(
+            "Files of %s that are no pictures are passed over, %d: %s.", folder, len(others), names
+        )
+    return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is meant to be a picture, by its name or else by its first bytes."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return True
+    try:
+        Image.open(path).close()
+    except (OSError, ValueError):  # UnidentifiedImageError, for one
+        return False
+    return True
 
 
 class Video:

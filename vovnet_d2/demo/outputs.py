@@ -8,15 +8,15 @@ import logging
 import os
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from ..made import note_made, refuse_foreign
-from .inputs import Frame, Picture
+from .inputs import PICTURE_SUFFIXES, Frame, Picture
 
 __all__ = [
     "PictureFiles",
@@ -30,10 +30,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-# Suffix of a video to the codec that goes with it.
-_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "mp4v", ".mov": "mp4v", ".webm": "VP80"}
+# Suffix of a video to the codecs that go with it: the first that OpenCV can write is taken.
+# Browsers play avc1, which is H.264, but OpenCV's packages can often not write it.
+_H264 = ("avc1", "mp4v")
+_CODECS = {".mp4": _H264, ".avi": ("MJPG",), ".mkv": _H264, ".mov": _H264, ".webm": ("VP80",)}
 
 
 class Sink(AbstractContextManager["Sink"]):
@@ -57,7 +57,7 @@ def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
         ValueError: ``output`` is a file, and there are several pictures.
     """
     folder = Path(output)
-    if folder.suffix.lower() in _PICTURE_SUFFIXES and not folder.is_dir():
+    if folder.suffix.lower() in PICTURE_SUFFIXES and not folder.is_dir():
         if len(pictures) > 1:
             raise ValueError(
                 f"--output {output} is one picture and there are {len(pictures)} inputs: name a "
@@ -67,7 +67,7 @@ def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
     targets: dict[Path, None] = {}
     for picture in pictures:
         target = folder / picture.relative
-        if target.suffix.lower() not in _PICTURE_SUFFIXES:
+        if target.suffix.lower() not in PICTURE_SUFFIXES:
             target = target.with_name(target.name + ".png")
         stem, number = target.stem, 2
         while target in targets:
@@ -151,16 +151,16 @@ class VideoFile(Sink):
         Args:
             path: its suffix names the container.
             fps: frames per second.
-            codec: four characters; by default what usually goes with the container.
+            codec: four characters; by default the best for the container that can be written.
 
         Raises:
             ValueError: the codec is no such, or the folder cannot be made.
         """
-        codec = codec or _CODECS[path.suffix.lower()]
-        if len(codec) != 4:
+        codecs = (codec,) if codec else _CODECS[path.suffix.lower()]
+        if len(codecs[0]) != 4:
             raise ValueError(f"--codec {codec!r} must be four characters, such as mp4v or MJPG.")
         _make_folder(path.parent)
-        self._path, self._fps, self._codec = path, fps, codec
+        self._path, self._fps, self._codecs = path, fps, codecs
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
 
@@ -195,14 +195,39 @@ class VideoFile(Sink):
                 "column or row repeated.",
                 *(*even, *self._size),
             )
-        fourcc = cv2.VideoWriter.fourcc(*self._codec)
-        writer = cv2.VideoWriter(str(self._path), fourcc, self._fps, even)
+        *better, last = self._codecs
+        for codec in better:
+            with _quiet_opencv():
+                writer = self._try(codec, even)
+            if writer.isOpened():
+                return writer
+            logger.warning(
+                "%s is written with codec %s, as this OpenCV cannot write H.264. Browsers do not "
+                "play it: for them, name a .webm file.",
+                *(self._path, last),
+            )
+        writer = self._try(last, even)
         if not writer.isOpened():
             raise ValueError(
-                f"OpenCV cannot write {self._path} with codec {self._codec}: choose --codec mp4v "
-                "for .mp4, or MJPG for .avi."
+                f"OpenCV cannot write {self._path} with codec {last}: choose --codec mp4v for "
+                ".mp4, or MJPG for .avi."
             )
         return writer
+
+    def _try(self, codec: str, size: tuple[int, int]) -> cv2.VideoWriter:
+        return cv2.VideoWriter(str(self._path), cv2.VideoWriter.fourcc(*codec), self._fps, size)
+
+
+@contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """Keep OpenCV from logging an error where one is expected."""
+    log = cv2.utils.logging
+    before = log.getLogLevel()
+    log.setLogLevel(log.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        log.setLogLevel(before)
 
 
 class Window(Sink):

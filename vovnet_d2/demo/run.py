@@ -18,6 +18,7 @@ from .inputs import Frame, Source
 from .outputs import Sink
 from .results import ResultsFile
 from .selection import Selection
+from .video_drawing import FrameArtist
 
 __all__ = ["Outcome", "Run"]
 
@@ -49,7 +50,7 @@ class Run:
 
     predictor: Predictor
     selection: Selection
-    artist: Artist
+    artist: Artist | FrameArtist
     sinks: Sequence[Sink]
     results: ResultsFile | None
 

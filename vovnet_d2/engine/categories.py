@@ -5,26 +5,76 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from ..checkpoint.checkpointer import CATEGORY_KINDS, VoVNetCheckpointer
 from ..data import register_digits
 from ..data.own import register_own_data
 from .checks import find_num_classes
 
-__all__ = ["find_metadata"]
+__all__ = ["category_names", "find_difference", "find_metadata"]
 
 logger = logging.getLogger(__name__)
 
+Names = Mapping[str, Sequence[str]]  # by kind: thing_classes, stuff_classes
 
-def find_metadata(cfg: CfgNode) -> Metadata:
+
+def category_names(data_sets: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the categories of the first of some data sets, by kind, for its checkpoints."""
+    if not data_sets or data_sets[0] not in DatasetCatalog:
+        return {}
+    metadata = MetadataCatalog.get(data_sets[0])
+    return {kind: list(metadata.get(kind)) for kind in CATEGORY_KINDS if metadata.get(kind)}
+
+
+def find_difference(
+    cfg: CfgNode, data_sets: Sequence[str], checkpointer: VoVNetCheckpointer
+) -> str:
+    """Compare the names of the weights that were loaded last with those of a data set, which may
+    have as many other categories.
+
+    Args:
+        data_sets: ``DATASETS.TRAIN`` or ``DATASETS.TEST``; the first counts.
+
+    Returns:
+        a sentence; empty if there is no difference, or the file does not tell its categories, or
+        lacks the parts of the network that predict them.
+    """
+    if checkpointer.missing_outside_backbone or not data_sets:
+        return ""
+    return _compare(cfg, data_sets[0], checkpointer.loaded_categories)
+
+
+def _compare(cfg: CfgNode, data_set: str, weights: Names) -> str:
+    names = category_names([data_set])
+    for kind in find_num_classes(cfg) or CATEGORY_KINDS:
+        told, known = weights.get(kind, ()), names.get(kind, ())
+        if len(told) != len(known):
+            continue
+        pairs = enumerate(zip_longest(told, known))
+        if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
+            return (
+                "The weights were trained on other categories than {} has: number {} is {!r} for "
+                "them, and {!r} there.".format(data_set, *unequal)
+            )
+    return ""
+
+
+def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:
     """Names and colours of the categories that a config's network predicts.
 
     They are those of the first data set in ``DATASETS.TEST``, then ``DATASETS.TRAIN``, that is
-    registered and has as many categories as the network. Where there is none, the names are
-    numbers from 0, and a warning says so.
+    registered, has as many categories as the network, and names them as the weights do. Where there
+    is none, the names are those of the weights; if these do not tell, they are numbers from 0, and
+    a warning says so.
+
+    Args:
+        weights: :attr:`VoVNetCheckpointer.loaded_categories`.
 
     Raises:
         ValueError: ``DATASETS.OWN`` is not what it should be.
@@ -34,15 +84,17 @@ def find_metadata(cfg: CfgNode) -> Metadata:
     obstacles = []
     for name in dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)):
         if not (obstacle := _find_obstacle(cfg, name)):
-            return MetadataCatalog.get(name)
+            if not (difference := _compare(cfg, name, weights or {})):
+                return MetadataCatalog.get(name)
+            logger.warning("%s They are named as the weights say.", difference)
         obstacles.append(obstacle)
+    counts = find_num_classes(cfg)
+    if weights and all(len(weights.get(kind, ())) == count for kind, count in counts.items()):
+        return Metadata(name="categories of the weights", **weights)
     logger.warning(
         "Categories go by their numbers: %s.", "; ".join(obstacles) or "the config has no DATASETS"
     )
-    numbers = {
-        kind: [str(number) for number in range(count)]
-        for kind, count in find_num_classes(cfg).items()
-    }
+    numbers = {kind: [str(number) for number in range(count)] for kind, count in counts.items()}
     return Metadata(name="categories by number", **numbers)
 
 

@@ -30,7 +30,7 @@ from ..data.own import complete_categories
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
-__all__ = ["build_evaluator", "check_evaluators", "main_metric"]
+__all__ = ["build_evaluator", "check_evaluators", "has_faster_coco", "main_metric"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,13 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def has_faster_coco() -> bool:
+    """Whether faster-coco-eval is installed."""
+    return _has("faster_coco_eval")
+
+
 def _is_faster_api_chosen(cfg: CfgNode) -> bool:
-    api, installed = cfg.TEST.COCO_API, _has("faster_coco_eval")
+    api, installed = cfg.TEST.COCO_API, has_faster_coco()
     if api not in _COCO_APIS:
         raise ValueError(f"TEST.COCO_API {api!r} is none of {', '.join(map(repr, _COCO_APIS))}.")
     if api == "faster-coco-eval" and not installed:

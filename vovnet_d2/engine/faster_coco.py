@@ -12,10 +12,12 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-__all__ = ["FasterCOCOEvaluator"]
+__all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval"]
 
 
-class _COCOeval(COCOeval_faster):
+class FasterCOCOeval(COCOeval_faster):
+    """faster-coco-eval's evaluation, with all categories for keypoints, too."""
+
     def __init__(self, truth: COCO, detections: COCO, iou_type: str):
         super().__init__(truth, detections, iou_type)
         # For keypoints it leaves out the categories without any, and Detectron2 then misses them.
@@ -43,4 +45,4 @@ class FasterCOCOEvaluator(COCOEvaluator):
 
 
 def _in_detectron2() -> Any:
-    return mock.patch.multiple(coco_evaluation, COCO=COCO, COCOeval_opt=_COCOeval)
+    return mock.patch.multiple(coco_evaluation, COCO=COCO, COCOeval_opt=FasterCOCOeval)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -127,13 +127,23 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, but that it goes on from its file when a training is resumed, and that the
     file holds weights alone: it is there to be used, and ``--resume`` needs the newest."""
 
-    def __init__(self, eval_period: int, model: nn.Module, save_dir: str, val_metric: str):
+    def __init__(
+        self,
+        eval_period: int,
+        model: nn.Module,
+        save_dir: str,
+        val_metric: str,
+        *,
+        categories: Mapping[str, Sequence[str]] | None = None,
+    ):
         """
         Args:
             eval_period: the period of ``EvalHook``, at least 1.
             val_metric: its result to compare, such as ``"bbox/AP"``; more is better.
+            categories: see :class:`VoVNetCheckpointer`.
         """
-        super().__init__(eval_period, _WeightsCheckpointer(model, save_dir), val_metric)
+        checkpointer = _WeightsCheckpointer(model, save_dir, categories=categories)
+        super().__init__(eval_period, checkpointer, val_metric)
         self._path = os.path.join(save_dir, f"{self._file_prefix}.pth")
         self._checked: int | None = None  # the iteration of the latest evaluation
 

@@ -52,7 +52,7 @@ from .quiet import hide_known_messages
 
 __all__ = ["launch_command", "launch_or_exit", "run_or_exit"]
 
-Run = Callable[[argparse.Namespace], Any]
+Run = Callable[[Any], Any]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -174,8 +174,12 @@ def _join_torchrun() -> None:
     comm.synchronize()
 
 
-def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
-    """``run(args)`` in this process alone; raises what :func:`launch_or_exit` does."""
+def run_or_exit(run: Run, args: Any) -> Any:
+    """Call ``run(args)`` in this process alone, as every tool does that does not train.
+
+    Raises:
+        SystemExit: see :func:`launch_or_exit`.
+    """
     try:
         return run(args)
     except Interrupted as error:
@@ -185,7 +189,7 @@ def run_or_exit(run: Run, args: argparse.Namespace) -> Any:
     except UnreadableImageError as error:  # of a worker of the data loader, perhaps
         _exit(error.sentence)
     except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
-        if not _is_sentence_of_ours(error):
+        if not _is_sentence_of_ours(error, getattr(run, "__module__", "")):
             raise
         _exit(str(error.args[0]))
     except (OSError, RuntimeError) as error:
@@ -207,16 +211,17 @@ def _exit(message: str, *, status: int = 2) -> None:
     sys.exit(status)
 
 
-def _is_sentence_of_ours(error: Exception) -> bool:
-    """Whether this package raised an error on purpose, rather than ran into it or into a surprise
-    from further below: those are bugs, and keep their tracebacks."""
+def _is_sentence_of_ours(error: Exception, tool: str = "") -> bool:
+    """Whether this package, or the module of the tool, raised an error on purpose, rather than ran
+    into it or into a surprise from further below: those are bugs, and keep their tracebacks."""
     traceback = error.__traceback__
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     if traceback is None:
         return False
     frame = traceback.tb_frame
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    module = frame.f_globals.get("__name__", "")
+    ours = module == tool or module.partition(".")[0] == __package__.partition(".")[0]
     # The code and not its source, which may be gone or edited since.
     instruction = dis.opname[frame.f_code.co_code[traceback.tb_lasti]]
-    return package == __package__.partition(".")[0] and instruction == "RAISE_VARARGS"
+    return ours and instruction == "RAISE_VARARGS"

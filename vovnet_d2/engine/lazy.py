@@ -182,9 +182,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
         with explain_lack_of_memory(cfg, training=not args.eval_only):
-            results, model = train_or_evaluate(LazyTrainer.of(config), cfg, args)
+            results, model, earlier = train_or_evaluate(LazyTrainer.of(config), cfg, args)
     if comm.is_main_process():
-        write_report(cfg, model, results, args=args, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        write_report(cfg, model, results, args=args, seconds=seconds, earlier_seconds=earlier)
     return results
 
 

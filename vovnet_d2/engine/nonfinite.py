@@ -74,13 +74,16 @@ class AgreedSteps(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        losses = self._compute_losses(data)
+        losses, reason = self._compute_losses(data)
+        values = {name: loss.item() for name, loss in losses.items()}
+        self._agree(values, reason)
         self.optimizer.zero_grad()
         total: Any = sum(losses.values())
         self.backward(total)
         self.after_backward()
-        self._require_finite(losses)
-        self._write_metrics(losses, data_time)
+        # The values, as reading the losses once more would wait for the end of the backward pass.
+        told = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
+        self._write_metrics(told, data_time)
         self.update()
 
     def forward(self, data: Any) -> dict[str, torch.Tensor] | torch.Tensor:
@@ -92,27 +95,33 @@ class AgreedSteps(SimpleTrainer):
     def update(self) -> None:
         self.optimizer.step()
 
-    def _compute_losses(self, data: Any) -> dict[str, torch.Tensor]:
-        losses, reason = None, ""
+    def _compute_losses(self, data: Any) -> tuple[dict[str, torch.Tensor], str]:
+        """Return the losses, or none and why the network stopped before it had them."""
         try:
             losses = self.forward(data)
         except FloatingPointError as error:  # Detectron2's, of proposals
-            reason = str(error) or type(error).__name__
-        signal, reasons = self.request.signal, [reason]
-        # Before the backward pass, in which processes wait for each other.
-        if _in_any_process(bool(reason or signal)):
-            of_all = comm.all_gather((reason, signal))
-            self.stop_signal = next((signal for _, signal in of_all if signal), None)
-            reasons = [reason for reason, _ in of_all]
-        if losses is None or any(reasons):
-            raise NonFiniteLossError([{} for _ in reasons], next(filter(None, reasons)))
-        return losses if isinstance(losses, dict) else {"total_loss": losses}
+            return {}, str(error) or type(error).__name__
+        return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
-    @staticmethod
-    def _require_finite(losses: dict[str, torch.Tensor]) -> None:
-        values = {name: loss.detach().float().item() for name, loss in losses.items()}
-        if _in_any_process(not math.isfinite(sum(values.values()))):
-            raise NonFiniteLossError(comm.all_gather(values))
+    def _agree(self, values: dict[str, float], reason: str) -> None:
+        """Let all processes go on with the step, or none.
+
+        That is before the backward pass, in which processes wait for each other.
+        """
+        signal = self.request.signal
+        if not _in_any_process(bool(reason or signal) or not _is_finite(values)):
+            return
+        losses, reasons, signals = zip(*comm.all_gather((values, reason, signal)), strict=True)
+        self.stop_signal = next(filter(None, signals), None)
+        if any(reasons):
+            raise NonFiniteLossError([{} for _ in reasons], next(filter(None, reasons)))
+        if not all(map(_is_finite, losses)):
+            raise NonFiniteLossError(list(losses))
+
+
+def _is_finite(losses: dict[str, float]) -> bool:
+    """Whether the sum of the losses of a process is finite."""
+    return math.isfinite(sum(losses.values()))
 
 
 def _in_any_process(flag: bool) -> bool:

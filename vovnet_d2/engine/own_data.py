@@ -9,6 +9,7 @@ import logging
 import os
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
@@ -129,7 +130,7 @@ def _require_detector(cfg: CfgNode) -> None:
 
 def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
-    contents = read_contents(json, images, evaluated=split == "val")
+    contents = _read_once(json, images, evaluated=split == "val")
     logger.info(
         "%s: %d categories, %d images, %d annotations, of which %d are crowds.",
         *(json, len(contents.categories), contents.num_images, contents.num_annotations),
@@ -142,6 +143,20 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
             "MODEL.MASK_ON False. If most have masks, tools/check_dataset.py lists the others."
         )
     return contents
+
+
+def _read_once(json: str, images: str, *, evaluated: bool) -> Contents:
+    """Read a file in the main process, for all processes: it may be large."""
+    found: Contents | Exception | None = None
+    if comm.is_main_process():
+        try:
+            found = read_contents(json, images, evaluated=evaluated)
+        except (FileNotFoundError, ValueError) as error:
+            found = error
+    found = comm.all_gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: bool) -> None:

@@ -46,6 +46,7 @@ def write_report(
     *,
     args: argparse.Namespace,
     seconds: float,
+    earlier_seconds: float = 0.0,
 ) -> None:
     """Log the results as a table, and write the report to ``OUTPUT_DIR``.
 
@@ -55,10 +56,11 @@ def write_report(
         results: of :meth:`Trainer.test`.
         args: command-line arguments; their ``command``, if there is one, goes into the report.
         seconds: wall time of the run.
+        earlier_seconds: wall time of the training before this run resumed it.
     """
     table = format_results(cfg, results)
     logger.info("Results:\n%s", table)
-    facts = _describe_run(cfg, args, seconds)
+    facts = _describe_run(cfg, args, seconds, earlier_seconds)
     content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
     _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
     paths = _draw(draw_curves, cfg.OUTPUT_DIR), _draw(draw_predictions, cfg, model)
@@ -123,7 +125,9 @@ def _by_dataset(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
     return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
 
 
-def _describe_run(cfg: CfgNode, args: argparse.Namespace, seconds: float) -> dict[str, str]:
+def _describe_run(
+    cfg: CfgNode, args: argparse.Namespace, seconds: float, earlier_seconds: float
+) -> dict[str, str]:
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
@@ -137,10 +141,15 @@ def _describe_run(cfg: CfgNode, args: argparse.Namespace, seconds: float) -> dic
         "device": name,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, detectron2 {detectron2.__version__}",
-        "wall time": str(datetime.timedelta(seconds=round(seconds))),
+        "wall time": _format_time(earlier_seconds + seconds)
+        + (f", of which {_format_time(seconds)} since --resume" if earlier_seconds else ""),
         "date": datetime.date.today().isoformat(),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _format_time(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _without_nan(value: Any) -> Any:

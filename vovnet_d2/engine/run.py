@@ -24,6 +24,7 @@ from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
 from ..made import note_made, note_run, put_aside
 from ..modeling.inference import optimize_for_inference
+from .categories import find_difference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
 from .gpu_memory import explain_lack_of_memory
@@ -82,24 +83,25 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     cfg = _set_up(task, args)
     with explain_lack_of_memory(cfg, training=not args.eval_only):
-        results, model = train_or_evaluate(task.trainer, cfg, args)
+        results, model, earlier = train_or_evaluate(task.trainer, cfg, args)
     if comm.is_main_process():
         seconds = time.perf_counter() - start
-        write_report(cfg, model, results, args=args, seconds=seconds)
+        write_report(cfg, model, results, args=args, seconds=seconds, earlier_seconds=earlier)
         verify_results(cfg, results)
     return results
 
 
 def train_or_evaluate(
     trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace
-) -> tuple[dict[str, Any], nn.Module]:
+) -> tuple[dict[str, Any], nn.Module, float]:
     """
     Args:
         args: with ``eval_only``, ``resume``, ``run_dir``, ``allow_partial`` and
             ``allow_pickle``.
 
     Returns:
-        the results of the last evaluation, and the model as it is at the end.
+        the results of the last evaluation; the model as it is at the end; and the wall time in
+        seconds of the training before it was resumed.
 
     Raises:
         see :func:`run_task`.
@@ -121,18 +123,33 @@ def train_or_evaluate(
                 os.path.basename(last),
             )
         results = trainer.train()
-        return results, trainer.checkpointer.model  # without DistributedDataParallel around it
+        # The model without DistributedDataParallel around it.
+        return results, trainer.checkpointer.model, trainer.earlier_seconds
     model = trainer_class.build_model(cfg)
     checkpointer = VoVNetCheckpointer(model, args.run_dir, **options)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     report_loaded(checkpointer, cfg, resume=args.resume)
     if not args.allow_partial:
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
+    _require_same_categories(checkpointer, cfg, allow_others=args.allow_partial)
     evaluated = model
     if cfg.TEST.OPTIMIZE:
         logger.info("Evaluating what vovnet_d2.optimize_for_inference makes of the model.")
         evaluated = optimize_for_inference(model)
-    return trainer_class.test_all(cfg, evaluated), model
+    return trainer_class.test_all(cfg, evaluated), model, 0.0
+
+
+def _require_same_categories(
+    checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, allow_others: bool
+) -> None:
+    if not (difference := find_difference(cfg, cfg.DATASETS.TEST, checkpointer)):
+        return
+    if not allow_others:
+        raise ValueError(
+            f"{difference} Evaluate with the config.yaml of the training that they are from. If "
+            "the names mean the same, add --allow-partial."
+        )
+    logger.warning(difference)
 
 
 def open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:

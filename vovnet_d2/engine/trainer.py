@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ from ..data.stream import (
     step_seed,
 )
 from ..data.unreadable import ReadableOnly, image_roots
+from .categories import category_names, find_difference
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
 from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
@@ -111,6 +113,7 @@ class Trainer(DefaultTrainer):
 
     Attributes:
         stop_signal: the one that some process was sent, by the latest step; None without one.
+        earlier_seconds: wall time of the training before it was resumed, up to the checkpoint.
     """
 
     def __init__(self, cfg: CfgNode, *, allow_partial: bool = False, allow_pickle: bool = False):
@@ -154,8 +157,11 @@ class Trainer(DefaultTrainer):
             allow_partial=allow_partial,
             allow_pickle=allow_pickle,
             max_to_keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            categories=category_names(cfg.DATASETS.TRAIN),
             trainer=weakref.proxy(self),
         )
+        self.earlier_seconds = 0.0
+        self._began = time.perf_counter()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -186,7 +192,14 @@ class Trainer(DefaultTrainer):
             found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
         if comm.is_main_process():
             if metric and period > 0:
-                found.append(BestCheckpointer(period, self.model, cfg.OUTPUT_DIR, metric))
+                best = BestCheckpointer(
+                    period,
+                    self.model,
+                    cfg.OUTPUT_DIR,
+                    metric,
+                    categories=self.checkpointer.categories,
+                )
+                found.append(best)
             found.append(UnreadableCount())
             found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return found
@@ -237,6 +250,8 @@ class Trainer(DefaultTrainer):
         """
         super().resume_or_load(resume=resume)
         report_loaded(self.checkpointer, self.cfg, resume=resume)
+        if difference := find_difference(self.cfg, self.cfg.DATASETS.TRAIN, self.checkpointer):
+            logger.warning("%s The training goes on from what they learned of those.", difference)
         if resume and self.checkpointer.has_checkpoint():
             logger.info(
                 "%d of %d iterations are done%s.",
@@ -321,11 +336,13 @@ class Trainer(DefaultTrainer):
         state["stream"] = asdict(replace(self._place, batches=self._place.batches + done))
         state["ranks"] = self._rank_states
         state["skipped_steps"] = self._skipped_steps
+        state["seconds"] = self.earlier_seconds + time.perf_counter() - self._began
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         base_rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
+        self.earlier_seconds = state_dict.get("seconds", 0.0)
         if "stream" not in state_dict:
             logger.warning("The checkpoint is of another trainer: the training data start anew.")
             return

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Average precision by class and size, and the curves it is the area of: pycocotools' numbers."""
+"""Average precision by class and size, and the curves whose areas it is, by COCO's rules."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 
+from ..engine.evaluation import has_faster_coco
 from .detections import Detections
 
 __all__ = ["METRICS", "AveragePrecision", "evaluate"]
@@ -88,12 +89,21 @@ def _mean_of_known(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def evaluate(detections: Detections, task: str) -> AveragePrecision:
-    """By COCO's rules, as the evaluation of the run did it: with its function, which takes the
-    area of masks for masks."""
+def evaluate(detections: Detections, task: str, api: str = "auto") -> AveragePrecision:
+    """Evaluate as the run did: with Detectron2's function, which takes the area of masks for masks.
+
+    Args:
+        api: ``TEST.COCO_API`` of the run. Where faster-coco-eval is not installed, pycocotools
+            gives the same numbers.
+    """
+    truth, evaluation = detections.truth, COCOeval
+    if api != "pycocotools" and has_faster_coco():
+        from ..engine.faster_coco import COCO, FasterCOCOeval
+
+        truth, evaluation = COCO(truth.dataset, use_deepcopy=True), FasterCOCOeval
     with contextlib.redirect_stdout(io.StringIO()):
         coco_eval = _evaluate_predictions_on_coco(
-            detections.truth, _with_task(detections, task), task, cocoeval_fn=COCOeval
+            truth, _with_task(detections, task), task, cocoeval_fn=evaluation
         )
     params = coco_eval.params
     return AveragePrecision(

@@ -239,7 +239,7 @@ def _show_evaluation(
     shown = _Evaluation(title)
     for task in detections.tasks:
         logger.info("Evaluating %s of %s ...", _TASKS[task].lower(), title)
-        found = evaluate(detections, task)
+        found = evaluate(detections, task, run.setting("TEST.COCO_API", "auto"))
         shown.precision.append(_show_precision(found, detections))
         known = recorded.get(task + suffix, {}).get("AP")
         if known is not None and abs(known - found.metrics()["AP"]) > 0.1:

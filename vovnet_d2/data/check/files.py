@@ -47,27 +47,33 @@ class ImageFile:
 
 
 def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
-    """
+    """Find the file of an image by its name in an annotation file, which must not lead elsewhere.
+
+    The name is what is checked. A file or folder that is a symbolic link may lead anywhere: it is
+    the user who made the link, as DVC, git-annex and pools of images on clusters do.
+
     Args:
         root: the folder of a data set's images.
-        name: ``file_name`` of an image, relative to it.
+        name: ``file_name`` of an image, relative to ``root``.
 
     Returns:
-        the path of the file, all links followed.
+        the path of the file.
 
     Raises:
-        ValueError: it lies outside ``root``, by "..", as an absolute path or through a link; or
-            is no path.
+        ValueError: the name leads out of ``root``, by ".." or as an absolute path; or is no path.
     """
-    folder = os.path.realpath(root)
     if "\0" in name:
         raise ValueError(f"file_name {name!r} is no path.")
-    path = os.path.realpath(os.path.join(folder, name))
-    if os.path.commonpath((folder, path)) != folder:
+    folder, parts = os.path.realpath(root), Path(name).parts
+    # The system takes ".." from where a link before it leads.
+    resolved = 1 + max((index for index, part in enumerate(parts) if part == ".."), default=-1)
+    head = os.path.join(folder, *parts[:resolved])
+    path = Path(os.path.realpath(head) if resolved else head, *parts[resolved:])
+    if not any(path.is_relative_to(inside) for inside in (folder, os.path.abspath(root))):
         raise ValueError(
             f"file_name {name!r} leads out of the image folder {root}, to {path}: it is not read."
         )
-    return path
+    return str(path)
 
 
 def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:

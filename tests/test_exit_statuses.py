@@ -1,0 +1,84 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""All tools end alike: status 2 and a sentence for a mistake, a traceback for a bug."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+pytest_plugins = ["engine_fixtures"]
+
+TOOLS = Path(__file__).parents[1] / "tools"
+# These need neither PyTorch nor this package, or only start others.
+APART = {"doctor", "install_detectron2", "make_docs_figures"}
+
+# A mistake in what is asked for, by tool, and a part of the sentence about it.
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "analyze_model": (["--backbone", "V-39", "A.B", "1"], "Config options, A.B here, go with"),
+    "benchmark": ([], "Nothing to measure"),
+    "check_dataset": ([], "Nothing to check"),
+    "convert_weights": (["missing.pth", "out.pth"], "No file of weights missing.pth"),
+    "demo": (["--config-file", "x.yaml", "--input", "x.jpg"], "Nothing would be kept"),
+    "export_model": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+    "lazyconfig_train_net": (["--config-file", "missing.py"], "No config file 'missing.py'"),
+    "measure_convolutions": (["--output", "x", "--device", "abacus"], "'abacus' is no device"),
+    "plot_connectivity": (["missing.pth", "--output", "x"], "No file of weights missing.pth"),
+    "pretrain_net": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+    "report": (["missing"], "There is no folder missing"),
+    "train_net": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
+    "visualize_data": (["annotations", "x", "--config-file", "missing.yaml"], "No config file"),
+}
+
+
+class Surprise(argparse.Namespace):
+    """Arguments at whose first use something further below fails."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError("a bug")
+
+
+def run(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+
+
+def test_every_tool_is_here() -> None:
+    assert MISTAKES.keys() == {path.stem for path in TOOLS.glob("*.py")} - APART
+
+
+@pytest.mark.parametrize("tool", sorted(MISTAKES))
+def test_a_mistake_is_a_sentence_and_status_2(
+    tool: str,
+    fresh_logging: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words, sentence = MISTAKES[tool]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        run(tool, monkeypatch)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("tool", sorted(MISTAKES))
+def test_a_bug_is_no_sentence(
+    tool: str, fresh_logging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse_args(self: argparse.ArgumentParser, *words: Any) -> Surprise:
+        return Surprise()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py"])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(ValueError, match="a bug"):
+        run(tool, monkeypatch)
