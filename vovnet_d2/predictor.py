@@ -14,14 +14,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data.transforms import ResizeTransform
-from detectron2.modeling import build_model
 from PIL import Image
 
 from .checkpoint import VoVNetCheckpointer, check_input_convention
 from .data.mapper import build_augmentations
+from .engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
 from .engine.categories import find_metadata
-from .engine.checks import check_all_loaded, check_config, choose_device
-from .engine.config import load_config
+from .engine.checks import check_all_loaded, check_network, check_run, choose_device
 from .modeling.inference import optimize_for_inference
 
 __all__ = ["Predictor", "read_image"]
@@ -53,7 +52,7 @@ class Predictor:
 
     def __init__(
         self,
-        config: CfgNode | str | os.PathLike[str],
+        config: AnyConfig | str | os.PathLike[str],
         weights: str | os.PathLike[str] = "",
         *,
         device: str | torch.device = "",
@@ -67,7 +66,7 @@ class Predictor:
         """
         Args:
             config: a config with this package's keys, a YAML file, or its name among this
-                package's. Images are brought to the format and size that it evaluates at.
+                package's; or a LazyConfig. Images are brought to the format and size that it evaluates at.
             weights: what ``MODEL.WEIGHTS`` takes, and by default the config's.
             device: to compute on, by default the config's; cpu where there is no GPU.
             output_device: where the predictions are put.
@@ -83,16 +82,19 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        cfg = config.clone() if isinstance(config, CfgNode) else load_config(os.fspath(config))
-        cfg.defrost()
+        if isinstance(config, str | os.PathLike):
+            config = load_any_config(os.fspath(config))
+        cfg = as_cfg(config)
         cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
         cfg.MODEL.DEVICE = str(device) or cfg.MODEL.DEVICE
         choose_device(cfg)
-        check_config(cfg, training=False)
+        if isinstance(config, CfgNode):
+            check_network(cfg)
+        check_run(cfg, training=False)
         self.cfg = cfg
         self.batch_size = batch_size
         self.output_device = torch.device(output_device)
-        model = _load_model(cfg, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        model = _load_model(config, cfg, allow_partial=allow_partial, allow_pickle=allow_pickle)
         self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
         self.metadata = find_metadata(cfg)
 
@@ -206,13 +208,15 @@ def _to_array(image: ImageLike) -> np.ndarray:
     return image
 
 
-def _load_model(cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool) -> torch.nn.Module:
+def _load_model(
+    config: AnyConfig, cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool
+) -> torch.nn.Module:
     if not cfg.MODEL.WEIGHTS:
         raise ValueError(
             "There are no weights: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth)."
         )
-    model = build_model(cfg)
+    model = build_network(config, cfg)
     checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial, allow_pickle=allow_pickle)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     if not allow_partial:

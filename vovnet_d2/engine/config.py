@@ -127,7 +127,9 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
-    if path.endswith(".py"):
+    from .lazy_config import is_lazy_file  # which imports this module
+
+    if is_lazy_file(path):
         raise ValueError(f"{path} is a LazyConfig: tools/lazyconfig_train_net.py runs it.")
     try:
         cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
