@@ -48,7 +48,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, help="YAML file or LazyConfig, or its name among ours"
+        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
     )
     parser.add_argument("--part", choices=PARTS, default="detector", help="default: detector")
     parser.add_argument(

@@ -61,7 +61,7 @@ def _argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config-file", required=True, help="YAML file or LazyConfig, or its name among ours"
+        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
     )
     _add_inputs(parser.add_argument_group("inputs, one of"))
     _add_outputs(parser.add_argument_group("outputs, at least one of"))
