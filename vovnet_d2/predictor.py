@@ -121,7 +121,9 @@ class Predictor:
             FileNotFoundError: there is no such file.
             ValueError: an array is not of that kind, or a file is no picture.
         """
-        if isinstance(images, ImageLike) or not isinstance(images, Iterable | Sequence):
+        if isinstance(images, np.ndarray | Image.Image | str | os.PathLike) or not isinstance(
+            images, Iterable | Sequence
+        ):
             return self._predict([images])[0]  # which says what is wrong with what is no image
         if isinstance(images, torch.Tensor | dict):
             raise ValueError(_no_image(images))

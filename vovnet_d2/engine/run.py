@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
+from ..data.unreadable import UnreadableImageError
 from ..modeling.inference import optimize_for_inference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
@@ -187,5 +188,5 @@ def _start_logging(output_dir: str) -> None:
 
 def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    told = isinstance(error, FileNotWrittenError | FloatingPointError)
+    told = isinstance(error, FileNotWrittenError | FloatingPointError | UnreadableImageError)
     return error is None or not (told or is_lost_connection(error))
