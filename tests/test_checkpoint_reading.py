@@ -175,7 +175,6 @@ def test_wrappers(tmp_path, wrap, legacy):
     assert equal(read_checkpoint(str(path))["model"], GOOD)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_averaged_weights_beside_others_are_said_and_can_be_had(tmp_path, caplog):
     path = f"{tmp_path}/both.pth"
     torch.save({"state_dict": {"w": torch.ones(1)}, "state_dict_ema": {"w": torch.zeros(1)}}, path)
@@ -188,6 +187,7 @@ def test_averaged_weights_beside_others_are_said_and_can_be_had(tmp_path, caplog
         read_weights(f"{path}?entry=ema")
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_model_zoo_pickles_are_read_with_the_opt_in(tmp_path, protocol):
     path = tmp_path / "a.pkl"
     weights = {name: tensor.numpy() for name, tensor in GOOD.items()}

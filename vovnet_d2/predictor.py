@@ -121,11 +121,9 @@ class Predictor:
             FileNotFoundError: there is no such file.
             ValueError: an array is not of that kind, or a file is no picture.
         """
-        if isinstance(images, np.ndarray | Image.Image | str | os.PathLike) or not isinstance(
-            images, Iterable | Sequence
-        ):
-            return self._predict([images])[0]  # which says what is wrong with what is no image
-        if isinstance(images, torch.Tensor | dict):
+        if isinstance(images, np.ndarray | Image.Image | str | os.PathLike):
+            return self._predict([images])[0]
+        if isinstance(images, torch.Tensor | dict) or not isinstance(images, Iterable):
             raise ValueError(_no_image(images))
         images = list(images)
         chunks = range(0, len(images), self.batch_size)

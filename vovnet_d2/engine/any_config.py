@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -16,7 +17,7 @@ from .lazy_config import instantiate, is_lazy_file, load_lazy_config, set_option
 
 __all__ = ["AnyConfig", "as_cfg", "build_network", "load_any_config"]
 
-AnyConfig = CfgNode | DictConfig
+AnyConfig: TypeAlias = CfgNode | DictConfig
 
 
 def load_any_config(
