@@ -57,7 +57,7 @@ def recognised(state: dict[str, torch.Tensor], **options) -> VoVNet:
         in_channels=found.in_channels,
         norm="BN",
         num_classes=found.num_classes,
-        out_features=STAGES,
+        out_features=STAGES if found.num_classes else STAGES[:-1],
     ).eval()
 
 
