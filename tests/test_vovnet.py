@@ -415,7 +415,7 @@ def test_networks_with_different_norms_side_by_side():
         models[norm] = build(V19, norm=norm)
     for norm, model in models.items():
         kinds = {type(m.norm) for n, m in model.named_modules() if hasattr(m, "norm")}
-        assert kinds == {norm_type(norm), type(None)}  # None: eSE
+        assert kinds == {norm_type(norm)}
         assert all(torch.equal(model(x)[name], alone[norm][name]) for name in STAGES)
 
 
