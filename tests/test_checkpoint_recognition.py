@@ -148,7 +148,7 @@ def test_other_networks(names, what):
     [
         ["features.0.weight"],  # of a VGG, an AlexNet, a SqueezeNet, ...
         ["conv1.weight", "layer1.0.conv1.weight", "stage2.0.branches.0.0.conv1.weight"],  # HRNet
-        ["stages_0.blocks.0.token_mixer.attn.fc.weight"],
+        ["layers.0.attn.fc.weight"],
     ],
 )
 def test_what_could_be_several_networks_is_not_guessed(names):
