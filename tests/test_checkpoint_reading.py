@@ -23,6 +23,7 @@ from torch import nn
 from vovnet_d2 import VoVNet, VoVNetCheckpointer, VoVNetSpec
 from vovnet_d2.checkpoint import zipped as zipped_files
 from vovnet_d2.checkpoint.reading import read_checkpoint
+from vovnet_d2.checkpoint.sources import read_weights
 
 NET = thin(STRUCTURES["eSE in all"])
 GOOD = random_state(NET, counted=True)
@@ -175,6 +176,18 @@ def test_wrappers(tmp_path, wrap, legacy):
     path = tmp_path / "a.pth"
     torch.save(wrap(GOOD), path, _use_new_zipfile_serialization=not legacy)
     assert equal(read_checkpoint(str(path))["model"], GOOD)
+
+
+def test_averaged_weights_beside_others_are_said_and_can_be_had(tmp_path, caplog):
+    path = f"{tmp_path}/both.pth"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "state_dict_ema": {"w": torch.zeros(1)}}, path)
+    assert read_weights(path)[0]["model"]["w"] == 1
+    assert f"For the others, write {path}?entry=state_dict_ema." in caplog.text
+    caplog.clear()
+    assert read_weights(f"{path}?entry=state_dict_ema")[0]["model"]["w"] == 0
+    assert not caplog.text
+    with pytest.raises(ValueError, match=r"'ema'. There are: state_dict, state_dict_ema"):
+        read_weights(f"{path}?entry=ema")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

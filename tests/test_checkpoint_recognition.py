@@ -133,15 +133,27 @@ def test_custom_widths():
     [
         (["stem.conv1.weight", "res2.0.conv1.weight"], "a Detectron2 ResNet"),
         (["res2_0_branch2a_w", "res_conv1_bn_s"], "a Caffe2"),
-        (["conv1.weight", "layer1.0.conv1.weight"], "a torchvision ResNet"),
+        (["conv1.weight", "layer2.0.conv1.weight"], "a ResNet or one of its relatives"),
         (["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], "a vision transformer"),
         (["layers.0.blocks.0.attn.qkv.weight"], "a vision transformer"),
-        (["stem.0.weight", "stages.0.blocks.0.gamma"], "a ConvNeXt"),
-        (["features.0.weight"], "a torchvision VGG"),
+        (["stem.0.weight", "stages.0.blocks.0.conv_dw.weight"], "a ConvNeXt or"),
     ],
 )
 def test_other_networks(names, what):
     with pytest.raises(ValueError, match=f"No VoVNet is in it. It looks like {what}"):
+        describe_state_dict({name: torch.ones(3) for name in names})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["features.0.weight"],  # of a VGG, an AlexNet, a SqueezeNet, ...
+        ["conv1.weight", "layer1.0.conv1.weight", "stage2.0.branches.0.0.conv1.weight"],  # HRNet
+        ["layers.0.attn.fc.weight"],
+    ],
+)
+def test_what_could_be_several_networks_is_not_guessed(names):
+    with pytest.raises(ValueError, match=r"^No VoVNet is in it\. Its tensors: "):
         describe_state_dict({name: torch.ones(3) for name in names})
 
 

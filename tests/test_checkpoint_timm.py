@@ -57,7 +57,7 @@ def recognised(state: dict[str, torch.Tensor], **options) -> VoVNet:
         in_channels=found.in_channels,
         norm="BN",
         num_classes=found.num_classes,
-        out_features=STAGES,
+        out_features=STAGES if found.num_classes else STAGES[:-1],
     ).eval()
 
 
@@ -96,6 +96,18 @@ def test_features_are_timms(tmp_path, name, suffix, in_chans):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ese_vovnet19b_dw", "vovnet39a"])
+def test_names_of_features_only(tmp_path, name):
+    """timm flattens the names, to stem_0 and stages_0, and has no classifier."""
+    peer = timm_model(name, **thin_widths(name), features_only=True)
+    torch.save(peer.state_dict(), tmp_path / "features.pth")
+    model = recognised(peer.state_dict())
+    VoVNetCheckpointer(model).load(str(tmp_path / "features.pth"))
+    x = torch.rand(1, 3, 65, 96)
+    maps, expected = model(x), dict(zip(STAGES[1:5], peer(x)[1:], strict=True))
+    assert_same_maps({s: maps[s] for s in STAGES[1:5]}, expected, 1e-5)
+
+
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_features_are_timms_at_full_width(tmp_path, name):
     compare(name, tmp_path, ".safetensors")

@@ -29,6 +29,7 @@ from vovnet_d2.engine import load_config
 from vovnet_d2.engine.checks import check_initialisation, check_network, check_run
 from vovnet_d2.engine.lazy_config import instantiate, load_lazy_config, to_cfg
 from vovnet_d2.engine.pretrain import add_pretraining_config
+from vovnet_d2.modeling.fcos import FCOS
 from vovnet_d2.modeling.layers import DeformableConv2d
 
 ROOT = Path(get_config_file("Base-RCNN-VoVNet-FPN.yaml")).parent
@@ -557,6 +558,75 @@ def test_centermask_node(modulated: bool, tmp_path: Path) -> None:
     assert len(deformable) == 2 * 2 * 5
     # For each group of channels and each of the 9 taps, two offsets and, if modulated, a mask.
     assert {m.offset.out_channels for m in deformable} == {2 * 9 * (3 if modulated else 2)}
+
+
+ADELAIDET_STYLE = """
+MODEL:
+  META_ARCHITECTURE: "OneStageDetector"
+  BACKBONE:
+    NAME: "build_fcos_vovnet_fpn_backbone"
+    FREEZE_AT: 0
+  VOVNET:
+    CONV_BODY: "V-39-eSE"
+    OUT_FEATURES: ["stage3", "stage4", "stage5"]
+  FPN:
+    IN_FEATURES: ["stage3", "stage4", "stage5"]
+  PROPOSAL_GENERATOR:
+    NAME: "FCOS"
+  FCOS:
+    NUM_CLASSES: 7
+    FPN_STRIDES: [8, 16, 32, 64, 128]
+    NUM_CLS_CONVS: 2
+    NUM_BOX_CONVS: 2
+    THRESH_WITH_CTR: True
+    POST_NMS_TOPK_TEST: 50
+"""
+
+
+MASKS = """  ROI_HEADS:
+    NAME: "CenterROIHeads"
+  MASKIOU_ON: True
+  FCOS:"""
+
+
+def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
+    path = tmp_path / "fcos.yaml"
+    path.write_text(ADELAIDET_STYLE)
+    cfg = load_config(str(path))
+    assert cfg.MODEL.META_ARCHITECTURE == "FCOS"
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 50
+    cfg.MODEL.DEVICE = "meta"
+    model = build_model(cfg)
+    assert isinstance(model, FCOS)
+    assert model.head.cls_score.out_channels == 7
+    assert sum(isinstance(m, nn.Conv2d) for m in model.head.cls_subnet) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({"    FPN_STRIDES: [8": "    FPN_STRIDES: [4"}, r"here: MODEL\.FCOS\.FPN_STRIDES \[4, 16"),
+        ({"BOX_CONVS: 2": "BOX_CONVS: 3"}, r"here: MODEL\.FCOS\.NUM_CLS_CONVS other than"),
+        (
+            {"MODEL:": "MODEL:\n  BASIS_MODULE:\n    NAME: X", "OneStageDetector": "BlendMask"},
+            r"AdelaiDet's BlendMask, .*without a counterpart: MODEL\.BASIS_MODULE, MODEL\.FCOS",
+        ),
+        (
+            {"OneStageDetector": "GeneralizedRCNN", "  FCOS:": MASKS},
+            r"CenterMask2, .*without a counterpart: MODEL\.MASKIOU_ON, MODEL\.FCOS\.FPN_STRIDES",
+        ),
+    ],
+)
+def test_what_other_projects_have_alone_is_named(
+    lines: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    text = ADELAIDET_STYLE
+    for old, new in lines.items():
+        text = text.replace(old, new)
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(path))
 
 
 def test_node_of_another_project_keeps_its_values() -> None:

@@ -248,7 +248,7 @@ def test_largest_is_one(name: str) -> None:
 
 
 def test_another_network() -> None:
-    with pytest.raises(ValueError, match=r"No VoVNet is in it. It looks like a torchvision ResNet"):
+    with pytest.raises(ValueError, match=r"No VoVNet is in it. It looks like a ResNet"):
         measure_connectivity(torchvision.models.resnet18().state_dict())
 
 

@@ -12,12 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import demo
 import engine_runs
+import export_model
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -25,11 +27,14 @@ from module_facts import differences
 from omegaconf import DictConfig
 from torch import nn
 
-from vovnet_d2 import VOVNET_SPECS, get_config_file
+from vovnet_d2 import VOVNET_SPECS, Predictor, get_config_file
 from vovnet_d2.data.stream import TrainingStream
 from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine.any_config import load_any_config
 from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser, main, run
 from vovnet_d2.engine.lazy_config import instantiate, load_lazy_config, to_cfg
+from vovnet_d2.report import write_page
+from vovnet_d2.report.run_folder import read_run
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -283,6 +288,54 @@ def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
     assert (out / "loss_curve.png").is_file()
     saved = LazyConfig.load(str(out / "evaluation" / "config.yaml"))
     assert saved.train.output_dir == str(out / "evaluation")
+
+
+def test_what_a_training_leaves_is_taken_by_every_tool(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config.yaml that the training of a LazyConfig writes, and its weights."""
+    out = tmp_path / "out"
+    trained = launch(out)
+    predictions = read_predictions(out)
+    config, weights = str(out / "config.yaml"), str(out / "model_final.pth")
+    record = DatasetCatalog.get("coco_2017_val")[0]
+
+    evaluated = launch(
+        out, "--eval-only", f"train.init_checkpoint={weights}", config=config, options=[]
+    )
+    assert str(evaluated) == str(trained)
+    assert read_predictions(out) == predictions
+
+    found = Predictor(config, weights)(record["file_name"])["instances"]
+    expected = [p["score"] for p in predictions if p["image_id"] == record["image_id"]]
+    assert sorted(found.scores.tolist()) == pytest.approx(sorted(expected), abs=1e-4)
+    with pytest.raises(ValueError, match=r"RPN.NMS_THRESH is not read from a LazyConfig"):
+        load_any_config(config, ["MODEL.RPN.NMS_THRESH", "0.5"])
+
+    words = ["--config-file", config, "--input", record["file_name"], "--json", f"{out}/demo.json"]
+    with pytest.raises(SystemExit) as ended:
+        demo.main([*words, "--score-threshold", "0", "--opts", "MODEL.WEIGHTS", weights])
+    assert ended.value.code == 0
+    scores = [p["score"] for p in json.loads((out / "demo.json").read_text())]
+    assert sorted(scores) == pytest.approx(sorted(expected), abs=1e-4)
+
+    words = ["--config-file", config, "--part", "backbone", "--format", "torch_export"]
+    words += ["--sizes", "64x64", "--output", str(out / "exported")]
+    export_model.main([*words, "--opts", "MODEL.WEIGHTS", weights])
+    assert "All agree with eager" in capsys.readouterr().out
+
+    page = Path(write_page(out, None, score_threshold=0.5)).read_text()
+    assert read_run(out).setting("SOLVER.MAX_ITER") == 3
+    assert "coco_2017_val" in page
+
+
+def test_a_saved_config_calls_nothing_unknown(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    sections = {key: {} for key in ("dataloader", "optimizer", "lr_multiplier", "train")}
+    content = {"model": {"_target_": "os.system", "command": "true"}, **sections}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"calls os\.system, which .* add --allow-unsafe-yaml"):
+        load_any_config(str(file))
 
 
 def test_saved_config_describes_the_same_model(coco: Path, tmp_path: Path) -> None:

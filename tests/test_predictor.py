@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictor, against Detectron2's DefaultPredictor."""
 
+import io
 from pathlib import Path
 
 import cv2
@@ -318,12 +319,17 @@ def test_bad_arguments(
         ("gone.jpg", FileNotFoundError, "There is no file gone.jpg"),
         (__file__, ValueError, "test_predictor.py is not a picture .*of no known format"),
         (".", ValueError, "not a picture"),
-        (np.zeros((4, 4, 3)), ValueError, r"not float64 of shape \(4, 4, 3\)"),
-        (np.zeros((4, 4), np.uint8), ValueError, r"not uint8 of shape \(4, 4\)"),
-        (np.zeros((4, 4, 4), np.uint8), ValueError, r"not uint8 of shape \(4, 4, 4\)"),
-        (np.zeros((0, 4, 3), np.uint8), ValueError, "with pixels in it"),
-        ([torch.zeros(3, 4, 4)], ValueError, "or a file, not torch.float32"),
-        ([None], ValueError, "or a file, not <class 'NoneType'>"),
+        (np.zeros((4, 4, 3)), ValueError, r"not ndarray of float64 and shape \(4, 4, 3\)"),
+        (np.zeros((4, 4, 2), np.uint8), ValueError, r"not ndarray of uint8 and shape \(4, 4, 2\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), ValueError, "give a list of several images"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"shape \(0, 4, 3\)"),
+        (torch.zeros(3, 4, 4), ValueError, r"not Tensor of torch.float32 .*: give tensor\.permute"),
+        ([torch.zeros(3, 4, 4)], ValueError, r"a file, not Tensor of torch.float32"),
+        (None, ValueError, r"a file, not NoneType, which cv2\.imread returns"),
+        ([None], ValueError, r"a file, not NoneType, which cv2\.imread returns"),
+        (3, ValueError, "a file, not int"),
+        ({"image": "x.jpg"}, ValueError, "a file, not dict"),
+        (Image.new("I;16", (4, 4)), ValueError, "mode I;16, more than 8 bits per pixel"),
     ],
     ids=str,
 )
@@ -332,6 +338,26 @@ def test_bad_images(
 ) -> None:
     with pytest.raises(error, match=message):
         Predictor(mask_rcnn)(image)
+
+
+def test_kinds_of_images_are_one_picture(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
+    """Arrays as OpenCV gives them, and Pillow's images, turned as their EXIF says."""
+    image = images[0]
+    predictor = Predictor(mask_rcnn)
+    expected, grey = predictor(image), predictor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
+    rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = io.BytesIO()
+    rgb.rotate(90, expand=True).save(turned, "PNG", exif=exif)
+    alpha = cv2.cvtColor(image, cv2.COLOR_BGR2BGRA)
+    assert len(expected["instances"])
+    for same in (rgb, Image.open(turned), rgb.convert("RGBA"), alpha, (i for i in [image])):
+        found = predictor(same)
+        assert_close(found[0] if isinstance(found, list) else found, expected)
+    flat = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    assert_close(predictor(flat[:, :, None]), grey)
+    assert_close(predictor(cv2.merge([flat] * 3)), grey)
 
 
 # Files

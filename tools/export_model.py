@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
-from detectron2.modeling import build_model
 from PIL import UnidentifiedImageError
 from torch import nn
 
 from vovnet_d2 import VoVNetCheckpointer
 from vovnet_d2.data.mapper import build_augmentations
-from vovnet_d2.engine import load_config
+from vovnet_d2.engine.any_config import as_cfg, build_network, load_any_config
 from vovnet_d2.engine.checks import check_all_loaded, parse_device
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.export import (
@@ -49,7 +48,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help="YAML file, or its name among ours")
+    parser.add_argument(
+        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
+    )
     parser.add_argument("--part", choices=PARTS, default="detector", help="default: detector")
     parser.add_argument(
         "--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx"
@@ -115,9 +116,10 @@ def main(argv: list[str] | None = None) -> None:
     shape = _read_shape(args.fixed_shape) if args.fixed_shape else None
     if shape and args.images:
         raise ValueError("--fixed-shape is compared on random images: leave out --images.")
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
+    config = load_any_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
+    cfg = as_cfg(config)
     images = _read_images(cfg, args.images) if args.images else None
-    model = build_model(cfg).eval()
+    model = build_network(config, cfg).eval()
     _load_weights(model, cfg.MODEL.WEIGHTS, args.part, allow_partial=args.allow_partial)
     target = select_target(
         model,

@@ -7,7 +7,8 @@ Four layouts name the same tensors:
 - ``native``: this package's own.
 - ``detectron2``: the published Detectron2 weights (VoVNetV2, CenterMask2, DD3D, PETR, ...), and,
   with ``classifier``, the published v1 classification weights.
-- ``timm``: pytorch-image-models.
+- ``timm``: pytorch-image-models, also with ``stem_0`` and ``stages_0`` for ``stem.0`` and
+  ``stages.0``, as its ``features_only=True`` flattens them.
 - ``osmr``: pytorchcv (osmr/imgclsmob), which has V-27-slim, V-39 and V-57, so no names for eSE and
   depthwise convolutions.
 
@@ -67,6 +68,9 @@ _OTHERS = [
     ("linear", "classifier", "head.fc", "output"),
 ]
 
+# Of a pattern, what timm also writes with "_".
+_TIMM_BEGINNING = re.compile(r"^(stages|stem)\\\.(?=\d|\()")
+
 _FIELD = re.compile(r"\{(\w)([+-]\d+)?\}")
 _TENSOR = r"\.(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)"
 
@@ -91,7 +95,7 @@ class _Template:
             pattern += f"(?P={field})" if field in self.offsets else rf"(?P<{field}>\d+)"
             pattern += re.escape(literal)
             self.offsets[field] = int(offset or 0)
-        self.pattern = re.compile(pattern + _TENSOR)
+        self.pattern = re.compile(_TIMM_BEGINNING.sub(r"\1[._]", pattern) + _TENSOR)
 
     def parse(self, key: str) -> tuple[dict[str, int], str] | None:
         if not (match := self.pattern.fullmatch(key)):

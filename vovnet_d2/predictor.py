@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -14,21 +14,20 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data.transforms import ResizeTransform
-from detectron2.modeling import build_model
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .checkpoint import VoVNetCheckpointer, check_input_convention
 from .data.mapper import build_augmentations
+from .engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
 from .engine.categories import find_metadata
-from .engine.checks import check_all_loaded, check_config, choose_device
-from .engine.config import load_config
+from .engine.checks import check_all_loaded, check_network, check_run, choose_device
 from .modeling.inference import optimize_for_inference
 
 __all__ = ["Predictor", "read_image"]
 
 logger = logging.getLogger(__name__)
 
-ImageLike = np.ndarray | str | os.PathLike[str]
+ImageLike = np.ndarray | Image.Image | str | os.PathLike[str]
 Prediction = dict[str, Any]
 
 
@@ -53,7 +52,7 @@ class Predictor:
 
     def __init__(
         self,
-        config: CfgNode | str | os.PathLike[str],
+        config: AnyConfig | str | os.PathLike[str],
         weights: str | os.PathLike[str] = "",
         *,
         device: str | torch.device = "",
@@ -67,7 +66,8 @@ class Predictor:
         """
         Args:
             config: a config with this package's keys, a YAML file, or its name among this
-                package's. Images are brought to the format and size that it evaluates at.
+                package's; or a LazyConfig, loaded or as a file. Images are brought to the format
+                and size that it evaluates at.
             weights: what ``MODEL.WEIGHTS`` takes, and by default the config's.
             device: to compute on, by default the config's; cpu where there is no GPU.
             output_device: where the predictions are put.
@@ -83,16 +83,21 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        cfg = config.clone() if isinstance(config, CfgNode) else load_config(os.fspath(config))
-        cfg.defrost()
+        if isinstance(config, str | os.PathLike):
+            config = load_any_config(os.fspath(config))
+        cfg = as_cfg(config)
         cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
         cfg.MODEL.DEVICE = str(device) or cfg.MODEL.DEVICE
         choose_device(cfg)
-        check_config(cfg, training=False)
+        if isinstance(config, CfgNode):
+            check_network(cfg)
+        check_run(cfg, training=False)
         self.cfg = cfg
         self.batch_size = batch_size
         self.output_device = torch.device(output_device)
-        model, names = _load_model(cfg, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        model, names = _load_model(
+            config, cfg, allow_partial=allow_partial, allow_pickle=allow_pickle
+        )
         self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
         self.metadata = find_metadata(cfg, names)
 
@@ -107,7 +112,8 @@ class Predictor:
         """
         Args:
             images: one, or several of any sizes. An image is an array (H, W, 3), uint8, BGR, as
-                OpenCV reads it, or a file, see :func:`read_image`.
+                OpenCV reads it; grey, (H, W) or (H, W, 1); with transparency, (H, W, 4), BGRA,
+                which is dropped; an image of Pillow's; or a file, see :func:`read_image`.
 
         Returns:
             what the model returns for an image ("instances", "sem_seg", "panoptic_seg"), in its
@@ -117,8 +123,11 @@ class Predictor:
             FileNotFoundError: there is no such file.
             ValueError: an array is not of that kind, or a file is no picture.
         """
-        if isinstance(images, np.ndarray | str | os.PathLike):
+        if isinstance(images, np.ndarray | Image.Image | str | os.PathLike):
             return self._predict([images])[0]
+        if isinstance(images, torch.Tensor | dict) or not isinstance(images, Iterable):
+            raise ValueError(_no_image(images))
+        images = list(images)
         chunks = range(0, len(images), self.batch_size)
         return [p for i in chunks for p in self._predict(images[i : i + self.batch_size])]
 
@@ -198,16 +207,46 @@ def _reason(error: Exception) -> str:
 def _to_array(image: ImageLike) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_image(image)
-    kind = f"{image.dtype} of shape {image.shape}" if hasattr(image, "dtype") else type(image)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(f"An image is a uint8 array (H, W, 3) or a file, not {kind}.")
-    if image.shape[2] != 3 or not image.size:
-        raise ValueError(f"An image is an array (H, W, 3) with pixels in it, not {kind}.")
-    return image
+    if isinstance(image, Image.Image):
+        return _from_pillow(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
+        raise ValueError(_no_image(image))
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise ValueError(_no_image(image))
+    return image[:, :, :3]
+
+
+def _from_pillow(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise ValueError(
+            f"The image of Pillow's has mode {image.mode}, more than 8 bits per pixel: save it to "
+            "a file and give that, or convert it to mode L."
+        )
+    turned = ImageOps.exif_transpose(image).convert("RGB")
+    return np.asarray(turned)[:, :, ::-1]
+
+
+def _no_image(value: object) -> str:
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        kind = f"{kind} of {value.dtype} and shape {tuple(value.shape)}"
+    message = (
+        f"An image is a uint8 array (H, W, 3) of values from 0 to 255, an image of Pillow's or a "
+        f"file, not {kind}"
+    )
+    if value is None:
+        return f"{message}, which cv2.imread returns for a file that it cannot read."
+    if isinstance(value, torch.Tensor):
+        return f"{message}: give tensor.permute(1, 2, 0).byte().numpy() of a (C, H, W) tensor."
+    if getattr(value, "ndim", 0) == 4:
+        return f"{message}: give a list of several images."
+    return f"{message}."
 
 
 def _load_model(
-    cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool
+    config: AnyConfig, cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool
 ) -> tuple[torch.nn.Module, dict[str, list[str]]]:
     """The model with its weights, and the names of the categories that these tell."""
     if not cfg.MODEL.WEIGHTS:
@@ -215,7 +254,7 @@ def _load_model(
             "There are no weights: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth)."
         )
-    model = build_model(cfg)
+    model = build_network(config, cfg)
     checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial, allow_pickle=allow_pickle)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     if not allow_partial:

@@ -39,8 +39,8 @@ def plain(model: nn.Module) -> nn.Module:
 class _Convolution(Conv2d):
     """Detectron2's, of several maps."""
 
-    def forward(self, *maps: Tensor) -> Tensor:
-        return super().forward(maps[0] if len(maps) == 1 else torch.cat(maps, dim=1))
+    def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
+        return super().forward(torch.cat(maps, dim=1) if isinstance(maps, list) else maps)
 
 
 class _EffectiveSE(EffectiveSE):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import pickle
 import re
 import zipfile
@@ -24,6 +25,8 @@ import torch
 from .zipped import find_weights, unpacked
 
 __all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 METADATA_KEY = "vovnet_d2"
 """Where our own files say what the keys cannot: see :mod:`vovnet_d2.checkpoint.metadata`."""
@@ -61,7 +64,7 @@ _SENTENCES = {
 }
 
 
-def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str, *, allow_pickle: bool = False, entry: str = "") -> dict[str, Any]:
     """Read a .pth, .bin, .pt, .safetensors or Detectron2 model-zoo .pkl file to the CPU.
 
     Only tensors and plain values are read; nothing in the file is executed, whatever it is.
@@ -70,6 +73,8 @@ def read_checkpoint(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         path: a local file, or a zip archive that holds one such file (.pth.zip).
         allow_pickle: also read the Python pickles of NumPy arrays that Detectron2's model zoo
             consists of. From them, too, nothing but arrays is taken.
+        entry: the key of the file's weights, where it holds several; by default the first that
+            there is of those that are usual, averaged weights last.
 
     Returns:
         what the file holds, with its tensors by name under ``"model"`` and everything else that
@@ -101,7 +106,7 @@ def _read(file: IO[bytes], path: str, allow_pickle: bool) -> dict[str, Any]:
             f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
             "Detectron2's model zoo), or its beginning is damaged."
         )
-    return _with_model(content, path)
+    return _with_model(content, path, entry)
 
 
 def looks_like_html(path: str) -> bool:
@@ -290,8 +295,23 @@ def find_state_dict(content: Any, depth: int = 2) -> tuple[str, dict[Any, Any]] 
     return None
 
 
-def _with_model(content: Any, path: str) -> dict[str, Any]:
-    """What was read, with the state dict under "model" wherever it stood."""
+def _with_model(content: Any, path: str, entry: str) -> dict[str, Any]:
+    """Return what was read, with the state dict under "model" wherever it stood."""
+    entries = _entries(content)
+    if entry and entry not in entries:
+        there = f"There are: {', '.join(entries)}." if entries else "It has no such entries."
+        raise ValueError(f"{path} has no weights under {entry!r}. {there}")
+    if entry:
+        content = {
+            **{k: v for k, v in content.items() if k not in entries},
+            "model": content[entry],
+        }
+    elif others := entries[1:]:
+        logger.warning(
+            "%s holds weights under %s, and those under %s are taken. For the others, write "
+            "%s?entry=%s.",
+            *(path, ", ".join(entries), entries[0], path, others[0]),
+        )
     found = find_state_dict(content)
     if found is None:
         what = f"a {type(content).__name__}"
@@ -308,6 +328,13 @@ def _with_model(content: Any, path: str) -> dict[str, Any]:
     if wrapper == "model_state":  # pycls, whose names Detectron2 matches by heuristics
         rest["matching_heuristics"] = True
     return {**rest, "model": state_dict}
+
+
+def _entries(content: Any) -> list[str]:
+    """Return the usual keys of ``content`` that have a state dict, in the order of preference."""
+    if not isinstance(content, dict):
+        return []
+    return [key for key in _WRAPPERS if find_state_dict(content.get(key), 1) is not None]
 
 
 def _as_tensor(name: Any, value: Any, path: str) -> torch.Tensor:

@@ -27,7 +27,8 @@ __all__ = [
 
 # What a name of any layout begins with, after the prefix.
 _BEGINNING = re.compile(
-    r"(?:^|(?<=\.))(?=stem\.|stage\d\.|stages\.\d|features\.(?:init_block|stage\d)\.)"
+    r"(?:^|(?<=\.))(?=stem\.|stem_\d\.|stage\d\.|stages[._]\d"
+    r"|features\.(?:init_block|stage\d)\.)"
 )
 # Parts of our own blocks that no other layout has a name for.
 _NATIVE_ONLY = re.compile(
@@ -38,10 +39,9 @@ _NATIVE_ONLY = re.compile(
 _OTHER_NETWORKS = {
     r"(^|\.)res[2-5]\.\d+\.conv1\.": "a Detectron2 ResNet",
     r"^res[2-5]_\d+_branch": "a Caffe2 (Detectron1) ResNet",
-    r"(^|\.)layer[1-4]\.\d+\.conv1\.": "a torchvision ResNet",
-    r"(^|\.)(blocks|layers)\.\d+\.(blocks\.\d+\.)?attn\.": "a vision transformer",
-    r"(^|\.)stages\.\d\.blocks\.\d+\.(gamma|conv_dw)": "a ConvNeXt",
-    r"(^|\.)features\.\d+\.": "a torchvision VGG, DenseNet or MobileNet",
+    r"(^|\.)layer[2-4]\.\d+\.conv1\.": "a ResNet or one of its relatives in torchvision's names",
+    r"(^|\.)(blocks|layers)\.\d+\.(blocks\.\d+\.)?attn\.(qkv|proj)\.": "a vision transformer",
+    r"(^|\.)stages[._]\d\.blocks\.\d+\.conv_dw\.": "a ConvNeXt or one of its relatives",
     r"(^|\.)denseblock\d\.": "a DenseNet",
 }
 
@@ -143,7 +143,7 @@ def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
         {
             prefix: number
             for prefix, rest in split.items()
-            if (number := sum(not name.startswith("stem.") for name in match_keys(rest)))
+            if (number := sum(not name.startswith(("stem.", "stem_")) for name in match_keys(rest)))
         }
     )
     if not counts:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name
 
+_ENTRY = re.compile(r"\?entry=([\w.]+)$")  # which of a file's weights, likewise
+
 # Names such as resnet50-0676ba61.pth carry the beginning of a checksum: SHA-256 is the custom of
 # torch.hub, SHA-1 that of pytorchcv, whose names may also end with .pth.zip.
 _HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+(?:\.zip)?$")
@@ -35,7 +37,8 @@ def read_weights(
 ) -> tuple[dict[str, Any], Metadata | None]:
     """
     Args:
-        weights: see :func:`locate`.
+        weights: see :func:`locate`. ``?entry=NAME`` behind it says which weights of a file are
+            meant that holds several.
         allow_pickle: see :func:`read_checkpoint`.
 
     Returns:
@@ -45,8 +48,9 @@ def read_weights(
     Raises:
         FileNotFoundError, ValueError: see these two functions.
     """
-    path, entry = locate(weights.removesuffix(_HEURISTICS))
-    checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
+    named = _ENTRY.search(weights)
+    path, entry = locate(_ENTRY.sub("", weights).removesuffix(_HEURISTICS))
+    checkpoint = read_checkpoint(path, allow_pickle=allow_pickle, entry=named[1] if named else "")
     if weights.endswith(_HEURISTICS):
         checkpoint["matching_heuristics"] = True
     if (own := checkpoint.pop(METADATA_KEY, None)) is not None:

@@ -78,13 +78,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_name(value: Any) -> bool:
+    """Return whether a category can go by ``value``: text, or a number, which is read as text."""
+    return _is_text(value) or is_number(value)
+
+
 def _is_box(value: Any) -> bool:
     return are_numbers(value) and len(value) == 4
 
 
 _Fields = dict[str, Callable[[Any], bool]]
 _FIELDS: dict[str, _Fields] = {
-    "categories": {"id": is_whole, "name": _is_text},
+    "categories": {"id": is_whole, "name": _is_name},
     "images": {"id": is_whole, "file_name": _is_text, "height": is_whole, "width": is_whole},
     "annotations": {
         "id": is_whole,
@@ -121,12 +126,13 @@ def _look_for_images(json: str, folder: str, names: list[str]) -> None:
 def _count(json: str, content: dict[str, Any]) -> Contents:
     categories: dict[int, str] = {}
     for category in sorted(content["categories"], key=lambda c: c["id"]):
-        if category["id"] in categories or category["name"] in categories.values():
+        name = str(category["name"])
+        if category["id"] in categories or name in categories.values():
             raise ValueError(
                 f"{json} has two categories with the id {category['id']} or the name "
-                f"{category['name']!r}. {_HINT}"
+                f"{name!r}. {_HINT}"
             )
-        categories[category["id"]] = category["name"]
+        categories[category["id"]] = name
     annotations = content["annotations"]
     for index, annotation in enumerate(annotations):
         if annotation["category_id"] not in categories:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..engine.config import find_config, load_config
+from ..engine.any_config import as_cfg, load_any_config
+from ..engine.config import find_config
 from ..engine.launch import run_or_exit
 from ..predictor import Predictor
 from .drawing import Artist
@@ -60,7 +61,9 @@ def _argument_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, help="YAML file, or its name among ours")
+    parser.add_argument(
+        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
+    )
     _add_inputs(parser.add_argument_group("inputs, one of"))
     _add_outputs(parser.add_argument_group("outputs, at least one of"))
     _add_selection(parser.add_argument_group("what is shown"))
@@ -179,16 +182,16 @@ def _run(args: argparse.Namespace) -> int:
     if not (args.output or args.json or args.show):
         raise ValueError("Nothing would be kept of the results: add --output, --json or --show.")
     # What is wrong with the inputs and the config is found before the network is loaded.
-    config = find_config(args.config_file)
-    cfg = load_config(config, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
+    file = find_config(args.config_file)
+    config = load_any_config(file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
     source = _open_source(args)
-    read = [*source.files, Path(config), Path(cfg.MODEL.WEIGHTS)]
+    read = [*source.files, Path(file), Path(as_cfg(config).MODEL.WEIGHTS)]
     if args.json:
         refuse_overwriting([args.json], read)
     with ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in _open_sinks(args, source, read)]
         predictor = Predictor(
-            cfg,
+            config,
             device=args.device,
             dtype=_DTYPES[args.dtype],
             compile=args.compile,

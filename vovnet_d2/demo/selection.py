@@ -78,6 +78,7 @@ class Selection:
 
 class _Categories:
     def __init__(self, names: Sequence[str], selected: Sequence[str]):
+        names = [str(name) for name in names]  # a data set of somebody's may have numbers
         self.names = names
         self._all = not selected
         self._numbers = torch.tensor([i for i, name in enumerate(names) if name in selected])

@@ -118,8 +118,9 @@ def _check_keypoint_sigmas(cfg: CfgNode) -> None:
 def _check_registered(key: str, name: str, registry: Registry) -> None:
     if name not in registry:
         names = [known for known, _ in registry]
-        close = get_close_matches(name, names, n=3) or names
-        raise ValueError(f"{key} {name!r} is not registered. There are: {', '.join(close)}.")
+        close = get_close_matches(name, names, n=3)
+        hint = f" Close to it: {', '.join(close)}." if close else ""
+        raise ValueError(f"{key} {name!r} is not registered.{hint} There are: {', '.join(names)}.")
 
 
 def choose_device(cfg: CfgNode) -> None:

@@ -15,6 +15,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_vovnet_config, get_config_file
+from .other_projects import translate
 
 __all__ = ["argument_parser", "find_config", "load_config", "resolve_config"]
 
@@ -128,10 +129,16 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
-    if path.endswith(".py"):
+    from .lazy_config import is_lazy_file  # which imports this module
+
+    if is_lazy_file(path):
         raise ValueError(f"{path} is a LazyConfig: tools/lazyconfig_train_net.py runs it.")
     try:
-        cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
+        loaded = CfgNode(CfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe))
+        if translate(loaded, cfg):
+            cfg.merge_from_other_cfg(loaded)
+        else:
+            cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"Config file {path} inherits (_BASE_) from {error.filename}, which does not exist."
@@ -154,7 +161,8 @@ def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
     except KeyError as error:
         raise KeyError(f"Config file {path}: {_explain_key(cfg, error.args[0])}") from error
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        # Of yacs and fvcore, about contents: no mapping at the top, a value of another type, ...
+        # Of yacs and fvcore, about contents: no mapping at the top, a value of another type, ...;
+        # or of a config that is another project's.
         raise ValueError(
             f"Config file {path} does not fit Detectron2's config: {_one_line(error)}."
         ) from error

@@ -156,6 +156,7 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
     for name, effect in (
         ("--allow-partial", "load what fits of weights that do not fit the network"),
         ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
+        ("--allow-unsafe-yaml", "let the config.yaml of a training call functions of any package"),
     ):
         parser.add_argument(name, action="store_true", help=effect)
     return parser
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     register_digits()
     register_voc()
     provide_cityscapes_scripts()
-    config = load_lazy_config(args.config_file, args.opts)
+    config = load_lazy_config(args.config_file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.config import instantiate as detectron2_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,9 +22,23 @@ from omegaconf.errors import OmegaConfBaseException
 from .config import find_config, load_config
 from .gpu_memory import GpuMemoryError
 
-__all__ = ["in_lazy_terms", "instantiate", "load_lazy_config", "to_cfg"]
+__all__ = [
+    "in_lazy_terms",
+    "instantiate",
+    "is_lazy",
+    "is_lazy_file",
+    "load_lazy_config",
+    "set_options",
+    "to_cfg",
+]
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+# What the config.yaml of a training may call without being trusted as code is.
+_PLAIN_TARGETS = (
+    *(f"detectron2.{name}." for name in ("layers", "modeling", "data", "solver", "evaluation")),
+    *("vovnet_d2.", "torch.nn.", "torch.optim.", "torchvision.ops.", "fvcore.common."),
+)
 
 # What the engine reads, and where a LazyConfig has it. A config need not have all.
 _KEYS = {
@@ -67,13 +83,32 @@ _HEAD_KEYS = {
 }
 
 
-def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+def is_lazy(content: Any) -> bool:
+    """Return whether what a YAML file holds is a LazyConfig, as a training with one saves it."""
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and "_target_" in model
+
+
+def is_lazy_file(path: str) -> bool:
+    """Return whether a config file is a LazyConfig: a Python file, or one that was saved."""
+    if path.endswith(".py"):
+        return True
+    try:
+        return is_lazy(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+
+
+def load_lazy_config(
+    config_file: str, overrides: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
+) -> DictConfig:
     """
     Args:
         config_file: path of a Python file, or its name among this package's. It is run: load only
-            what you have read.
+            what you have read. Or the config.yaml that a training with one has saved.
         overrides: ``["path.to.key=value", ...]`` in Hydra's grammar; ``+path.to.key=value`` for a
             key that is not there yet.
+        allow_unsafe_yaml: let a config.yaml call functions of any package.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,11 +118,12 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     if not config_file:
         raise ValueError("There is no config: give --config-file with a LazyConfig, a .py file.")
     path = find_config(config_file)
-    if not path.endswith(".py"):
+    if not is_lazy_file(path):
         raise ValueError(
             f"{path} is no LazyConfig, which is a .py file: tools/train_net.py runs it."
         )
-    config = _load_file(path)
+    is_code = path.endswith(".py")
+    config = _load_file(path) if is_code else _load_saved(path, allow_unsafe_yaml)
     if missing := [name for name in _SECTIONS if name not in config]:
         raise ValueError(
             f"LazyConfig {path} lacks {', '.join(missing)}: it needs {', '.join(_SECTIONS)}."
@@ -108,6 +144,52 @@ def _load_file(path: str) -> DictConfig:
         raise ValueError(f"LazyConfig {path} cannot be loaded: {error}") from error
     finally:
         builtins.__import__ = original  # which Detectron2 leaves replaced after an error
+
+
+def _load_saved(path: str, allow_unsafe: bool) -> DictConfig:
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    strange = [t for t in _targets(content) if not str(t).startswith(_PLAIN_TARGETS)]
+    if strange and not allow_unsafe:
+        raise ValueError(
+            f"{path} calls {strange[0]}, which is not of Detectron2 or this package and could do "
+            "anything. If you trust the file, add --allow-unsafe-yaml, or give the .py file that "
+            "the training was started with."
+        )
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def _targets(node: Any) -> Iterator[Any]:
+    """Yield everything that a LazyConfig calls."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for value in values:
+        yield from _targets(value)
+
+
+def set_options(config: DictConfig, options: Sequence[str]) -> None:
+    """Change a LazyConfig by options that have the keys of YAML files.
+
+    Args:
+        options: ``[KEY, VALUE, ...]``, such as ``["MODEL.WEIGHTS", "model_final.pth"]``.
+
+    Raises:
+        ValueError: a LazyConfig has nothing for a key.
+    """
+    keys = _all_keys(to_cfg(config))
+    if len(options) % 2:
+        raise ValueError(
+            f"Config options are pairs of KEY and VALUE, but there are {len(options)} words: "
+            f"{' '.join(options)}"
+        )
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in keys:
+            close = get_close_matches(key, keys, n=3) or ["MODEL.WEIGHTS", "MODEL.DEVICE"]
+            raise ValueError(
+                f"Config option {key} is not read from a LazyConfig. Close to it: "
+                f"{', '.join(close)}. Anything else is changed in its .py file."
+            )
+        OmegaConf.update(config, keys[key], yaml.safe_load(value))
 
 
 def _apply_override(config: DictConfig, override: str) -> None:

@@ -172,11 +172,12 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
     num_images = contents.num_images
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         num_images = contents.num_trainable
-        logger.info(
-            "%d images without objects, or with crowds only, are left out of the training "
-            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS).",
-            contents.num_images - num_images,
-        )
+        if left_out := contents.num_images - num_images:
+            logger.info(
+                "%d images without objects, or with crowds only, are left out of the training "
+                "(DATALOADER.FILTER_EMPTY_ANNOTATIONS).",
+                left_out,
+            )
     epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / num_images
     unusual = not _LEAST_EPOCHS <= epochs <= _MOST_EPOCHS
     logger.log(

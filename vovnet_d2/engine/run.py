@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
+from ..data.unreadable import UnreadableImageError
 from ..made import note_made, note_run, put_aside
 from ..modeling.inference import optimize_for_inference
 from .categories import find_difference
@@ -239,5 +240,6 @@ def _start_logging(output_dir: str) -> None:
 
 def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    told = isinstance(error, FileNotWrittenError | FloatingPointError | torch.OutOfMemoryError)
+    kinds = (FileNotWrittenError, FloatingPointError, torch.OutOfMemoryError, UnreadableImageError)
+    told = isinstance(error, kinds)
     return error is None or not (told or is_lost_connection(error))

@@ -14,13 +14,14 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .tracing import call_as_one_node, is_symbolic, is_traced
+
 __all__ = [
     "ConvNormAct",
     "Geometry",
     "convolve",
     "has_hooks",
     "is_relu",
-    "is_traced",
     "needs_gradient",
 ]
 
@@ -47,13 +48,29 @@ class ConvNormAct(Conv2d):
     concatenates and folds anew.
     """
 
-    def forward(self, *maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
         """
         Args:
-            maps: each (N, channels, H, W); their channels together are ``in_channels``.
+            maps: one feature map or several, each (N, channels, H, W); their channels together are
+                ``in_channels``.
         """
+        if not torch.jit.is_scripting():
+            return self._run([maps] if not isinstance(maps, list) else maps)
+        x = maps if isinstance(maps, Tensor) else torch.cat(maps, dim=1)
+        x = F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def _run(self, maps: list[Tensor]) -> Tensor:
+        """Compute what :meth:`forward` returns, outside of TorchScript, which cannot express it."""
         scale, bias, norm = None, self.bias, self.norm
-        if type(norm) is FrozenBatchNorm2d and not has_hooks(norm):
+        symbolic = is_symbolic(maps[0])
+        if type(norm) is FrozenBatchNorm2d and not symbolic and not has_hooks(norm):
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             shift = norm.bias - norm.running_mean * scale
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
@@ -61,7 +78,7 @@ class ConvNormAct(Conv2d):
         relu = norm is None and is_relu(self.activation)
         x = convolve(maps, self.weight, scale, bias, Geometry.of(self), relu=relu)
         if norm is not None:
-            x = norm(x)
+            x = call_as_one_node(norm, x)
         if self.activation is not None and not relu:
             x = self.activation(x)
         return x
@@ -82,11 +99,6 @@ def is_relu(activation: Any) -> bool:
     if type(activation) is nn.ReLU:
         return not has_hooks(activation)
     return activation in (F.relu_, F.relu)
-
-
-def is_traced() -> bool:
-    """Whether this call is compiled, exported or traced, and so should show plain operators."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -111,6 +123,9 @@ def convolve(
         scale: (out,), or None.
         bias: (out,), added after scaling; None only without ``scale``.
     """
+    if is_symbolic(maps[0]):
+        y = F.conv2d(_concatenate(maps), weight, bias, *geometry)
+        return F.relu(y) if relu else y
     device = maps[0].device.type
     # The meta device has no autocast. torch.amp.is_autocast_available would tell, but torch.compile
     # of torch 2.6 cannot look into it.

@@ -11,13 +11,15 @@ from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
+import torch.fx
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
-from .convolution import ConvNormAct, is_traced, needs_gradient
+from .convolution import ConvNormAct, needs_gradient
+from .tracing import call_as_one_node, is_symbolic, is_traced
 
 __all__ = [
     "NORMS",
@@ -75,7 +77,7 @@ def conv_norm_act(
         dilation=dilation,
         bias=norm == "",
         norm=_make_norm(norm, out_channels),
-        activation=F.relu_,
+        activation=nn.ReLU(inplace=True),  # not a function, which TorchScript cannot call
         **conv_args,
     )
     weight_init.c2_msra_fill(conv)
@@ -102,7 +104,7 @@ class DepthwiseSeparableConv2d(nn.Sequential):
         Args:
             norm: see :func:`conv_norm_act`.
         """
-        depthwise = Conv2d(
+        depthwise = nn.Conv2d(
             in_channels,
             in_channels,
             kernel_size=3,
@@ -157,26 +159,48 @@ class DeformableConv2d(Conv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        offset, mask = self.offset(x), None
+        offset = self.offset(x)
+        mask: torch.Tensor | None = None
         if self.modulated:
-            offset, mask = offset[:, : self.num_offsets], offset[:, self.num_offsets :].sigmoid()
-        # torchvision's kernels lack bfloat16, and on the CPU autocast, too.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = deform_conv2d(
-            x.to(dtype),
-            offset.to(dtype),
-            self.weight.to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            mask=None if mask is None else mask.to(dtype),
-        ).to(x.dtype)
+            mask = offset[:, self.num_offsets :].sigmoid()
+            offset = offset[:, : self.num_offsets]
+        x = _deformable_convolution(
+            x, offset, mask, self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
         if self.norm is not None:
-            x = self.norm(x)
+            if torch.jit.is_scripting():
+                x = self.norm(x)
+            else:
+                x = call_as_one_node(self.norm, x)
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+
+@torch.fx.wrap  # A symbolic trace records the call, as it has no dtype to look at.
+def _deformable_convolution(
+    x: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> torch.Tensor:
+    """Compute torchvision's deformable convolution in at least 32 bits, whatever ``x`` has."""
+    # torchvision's kernels lack bfloat16, and on the CPU autocast, too.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return deform_conv2d(
+        x.to(dtype),
+        offset.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        mask=None if mask is None else mask.to(dtype),
+    ).to(x.dtype)
 
 
 def bottleneck(
@@ -198,7 +222,7 @@ class EffectiveSE(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.fc = Conv2d(channels, channels, kernel_size=1)
+        self.fc = nn.Conv2d(channels, channels, kernel_size=1)
         weight_init.c2_msra_fill(self.fc)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -207,12 +231,22 @@ class EffectiveSE(nn.Module):
             x: (N, C, H, W). Where no gradient is asked for, the result takes its memory.
             residual: (N, C, H, W), added to the result.
         """
+        if not torch.jit.is_scripting():
+            return self._run(x, residual)
+        return self._excite(x, residual)
+
+    def _excite(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Compute what :meth:`forward` returns, in plain operators."""
+        gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+        return x * gate if residual is None else residual + x * gate
+
+    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Compute what :meth:`forward` returns, outside of TorchScript."""
+        if is_traced(x):
+            return self._excite(x, residual)
         inputs = (x, self.fc.weight, self.fc.bias, residual)
-        if needs_gradient(*inputs) and not is_traced():
+        if needs_gradient(*inputs):
             return _Excitation.apply(*inputs)[0]
-        if is_traced():
-            gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
-            return x * gate if residual is None else residual + x * gate
         gate = F.hardsigmoid(self.fc(_average(x)[:, :, None, None]))
         return x.mul_(gate) if residual is None else torch.addcmul(residual, x, gate, out=x)
 
@@ -271,6 +305,15 @@ def downsample(x: torch.Tensor) -> torch.Tensor:
     the same to the bit for maps without negative values, such as those that come from a ReLU: one
     row and column of zeros is seen only by windows that ceil mode would let stand over the edge.
     """
+    if not torch.jit.is_scripting():
+        return _downsample(x)
+    return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+
+
+def _downsample(x: torch.Tensor) -> torch.Tensor:
+    """Compute what :func:`downsample` returns, outside of TorchScript."""
+    if is_symbolic(x):
+        return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
     if is_traced():
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
     if needs_gradient(x):

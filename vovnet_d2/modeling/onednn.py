@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from .convolution import ConvNormAct, has_hooks, is_relu, is_traced, needs_gradient
+from .convolution import ConvNormAct, has_hooks, is_relu, needs_gradient
+from .tracing import is_traced
 
 __all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
 
@@ -28,9 +29,9 @@ _SIZES = 64  # of maps, for which a layer remembers the order of its weight
 class PackedConv2d(ConvNormAct):
     """A convolution whose weight seldom changes."""
 
-    def forward(self, *maps: Tensor) -> Tensor:
+    def _run(self, maps: list[Tensor]) -> Tensor:
         if not self._is_packable(maps):
-            return super().forward(*maps)
+            return super()._run(maps)
         fused = is_relu(self.activation)
         y = self._convolve(maps, "relu" if fused else "none")
         return y if fused or self.activation is None else self.activation(y)
@@ -40,7 +41,7 @@ class PackedConv2d(ConvNormAct):
         return self._convolve((x,), "relu") if self._is_packable((x,)) else F.relu_(self(x))
 
     def _is_packable(self, maps: Sequence[Tensor]) -> bool:
-        if is_traced():  # first, as not all of the rest can be
+        if is_traced(*maps):  # first, as not all of the rest can be
             return False
         dtype = self.weight.dtype
         for x in maps:
@@ -108,7 +109,14 @@ class PackedSequential(nn.Sequential):
     """Modules in turn, of which convolutions take the ReLU that follows them with them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced():
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if is_traced(x):
             return super().forward(x)
         modules: list[Any] = list(self)
         taken = None

@@ -6,7 +6,7 @@ VoVNet: :paper:`VoVNet` arXiv 1904.09730, sections 3 and 4. VoVNetV2: :paper:`Ce
 1911.06667, section 3.3.
 """
 
-from __future__ import annotations
+# No annotations as strings here: torch.fx would write them, as names, into the code of a trace.
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +31,7 @@ from .layers import (
 )
 from .recomputation import recomputed
 from .specs import STAGE_NAMES, VoVNetSpec, get_spec
+from .tracing import is_symbolic
 
 __all__ = ["OSABlock", "VoVNet", "VoVNetStem"]
 
@@ -119,7 +120,7 @@ class OSABlock(CNNBlockBase):
         for layer in self.layers:
             y = layer(y)
             features.append(y)
-        y = self.aggregation(*features)
+        y = self.aggregation(features)
         residual = x if self.residual else None
         if self.ese is not None:
             return self.ese(y, residual)
@@ -244,10 +245,23 @@ class VoVNet(Backbone):
             the maps asked for in ``out_features``, each (N, channels, about H / stride, about
             W / stride), and "linear" of shape (N, num_classes).
         """
-        if x.dim() != 4:
+        if not torch.jit.is_scripting():
+            return self._run(x)
+        outputs: dict[str, torch.Tensor] = {}
+        for name, stage in self.named_children():  # scripts cannot look up a module by its name
+            x = stage(x.mean((2, 3)) if name == "linear" else x)
+            if name in self._out_features:
+                outputs[name] = x
+        return outputs
+
+    def _run(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute what :meth:`forward` returns, outside of TorchScript."""
+        symbolic = is_symbolic(x)
+        if not symbolic and x.dim() != 4:
             raise ValueError(f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}.")
         outputs = {}
         recompute = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
+        recompute = recompute and not symbolic
         for name in ("stem", *self.stage_names):
             stage = getattr(self, name)
             if recompute:
@@ -265,7 +279,7 @@ class VoVNet(Backbone):
         """Channels and stride of each map that :meth:`forward` returns ("linear" has none)."""
         return {name: self._shapes[name] for name in self._out_features if name != "linear"}
 
-    def freeze(self, freeze_at: int = 0) -> VoVNet:
+    def freeze(self, freeze_at: int = 0) -> "VoVNet":
         """Freeze the first stages: their parameters take no gradient and their batch norms become
         :class:`detectron2.layers.FrozenBatchNorm2d`. Nothing else is touched.
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
+from ..engine.lazy_config import is_lazy, to_cfg
 from ..engine.pictures import Series, read_metrics
 
 __all__ = ["MissingPart", "RunFolder", "read_run"]
@@ -103,6 +105,8 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, An
         config = yaml.safe_load(text)
     except yaml.YAMLError:
         config = None
+    if is_lazy(config):  # of which the page reads what both kinds of config have
+        config = yaml.safe_load(to_cfg(OmegaConf.create(config)).dump())
     if not isinstance(config, dict):
         notes.append("config.yaml is no plain YAML mapping: it is shown, and not used.")
         config = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from .files import ImageFile, inspect_files, resolve_inside
 from .problems import Findings
-from .values import Numbering, as_id, is_whole
+from .values import Numbering, as_id, is_number, is_whole
 
 __all__ = ["note_contents", "repair_categories", "repair_images"]
 
@@ -52,6 +52,8 @@ def repair_categories(records: list[Record], findings: Findings) -> dict[int | s
             findings.add("duplicate_category_id", f"category {meant!r}: {names}")
         found[meant] = group[-1]
     for category in found.values():
+        if is_number(category.get("name")):  # trained with as text
+            category["name"] = str(category["name"])
         if not isinstance(category.get("name"), str) or not category["name"]:
             findings.add("category_name", f"category {category['id']}: {category.get('name')!r}")
             category["name"] = f"category {category['id']}"

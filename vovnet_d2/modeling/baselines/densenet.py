@@ -13,10 +13,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
-from ..convolution import is_traced
 from ..layers import Norm, conv_norm_act
 from ..single_shot.extras import norm_relu_conv
 from ..single_shot.layers import fill_xavier
+from ..tracing import is_traced
 
 __all__ = ["DenseNet67"]
 

@@ -12,8 +12,8 @@ from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
-from ..convolution import is_traced
 from ..layers import Norm, conv_norm_act
+from ..tracing import is_traced
 from .densenet import halve
 
 __all__ = ["PeleeNet"]

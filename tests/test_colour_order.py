@@ -1,0 +1,164 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every place that reads, draws or saves an image keeps its colours apart: red is not blue."""
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Instances
+from engine_runs import FASTER_RCNN, tiny_config
+from PIL import Image
+from torch import nn
+
+from vovnet_d2.data.mapper import build_mapper
+from vovnet_d2.demo.drawing import Artist
+from vovnet_d2.demo.inputs import Pictures
+from vovnet_d2.demo.outputs import PictureFiles, plan_pictures
+from vovnet_d2.demo.selection import Shown
+from vovnet_d2.engine import pictures
+from vovnet_d2.engine.data_pictures import (
+    draw_annotations,
+    draw_results,
+    draw_training_samples,
+    write_contact_sheet,
+    write_pictures,
+)
+from vovnet_d2.predictor import Predictor
+from vovnet_d2.report.detections import Detections
+from vovnet_d2.report.images import draw_tile
+from vovnet_d2.report.matching import ImageMatches
+
+pytest_plugins = ["engine_fixtures"]
+
+RED = (220, 40, 10)
+BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 4, 4], "area": 16, "iscrowd": 0}
+
+
+class Blind(nn.Module):
+    """A detector that finds nothing."""
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        nothing = Instances((64, 80), scores=torch.zeros(0), pred_classes=torch.zeros(0).long())
+        nothing.pred_masks = torch.zeros(0, 64, 80)
+        return [{"instances": nothing}] * len(inputs)
+
+
+@pytest.fixture
+def file(catalogs: None, tmp_path: Path) -> Path:
+    """A red image, the only one of the data set "red"."""
+    path = tmp_path / "red.png"
+    Image.new("RGB", (80, 64), RED).save(path)
+    content = {
+        "images": [{"id": 1, "file_name": "red.png", "height": 64, "width": 80}],
+        "annotations": [BOX],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "red.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text(json.dumps([{**BOX, "score": 0.9}]))
+    register_coco_instances("red", {}, str(tmp_path / "red.json"), str(tmp_path))
+    DatasetCatalog.get("red")
+    return path
+
+
+def config(file: Path, *options: str):
+    options = ("DATASETS.TRAIN", "('red',)", "DATASETS.TEST", "('red',)", *options)
+    return tiny_config(FASTER_RCNN, file.parent, "SOLVER.IMS_PER_BATCH", "1", *options)
+
+
+def saved(path: Path) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def network_input(file: Path, format: str, training: bool, *options: str) -> np.ndarray:
+    cfg = config(file, "INPUT.FORMAT", format, *options)
+    record = DatasetCatalog.get("red")[0]
+    pixels = build_mapper(cfg, is_train=training)(record)["image"].permute(1, 2, 0).numpy()
+    return pixels[:, :, ::-1] if format == "BGR" else pixels
+
+
+def predictor_input(file: Path, format: str) -> np.ndarray:
+    predictor = object.__new__(Predictor)
+    predictor.cfg = config(file, "INPUT.FORMAT", format)
+    bgr = np.full((64, 80, 3), RED[::-1], np.uint8)
+    pixels = predictor._to_input(bgr)["image"].permute(1, 2, 0).numpy()
+    return pixels[:, :, ::-1] if format == "BGR" else pixels
+
+
+def picture_of_predictions(file: Path) -> np.ndarray:
+    return saved(pictures.draw_predictions(config(file), Blind()))
+
+
+def contact_sheet(file: Path) -> np.ndarray:
+    write_contact_sheet(file.parent / "sheet.png", draw_annotations("red", number=1))
+    return saved(file.parent / "sheet.png")
+
+
+def written_picture(file: Path) -> np.ndarray:
+    write_pictures(file.parent / "drawn", draw_annotations("red", number=1))
+    return saved(file.parent / "drawn" / "001_red.png")
+
+
+def results_beside_truth(file: Path) -> np.ndarray:
+    (drawn,) = draw_results("red", file.parent / "found.json", number=1, min_score=0.5)
+    return drawn.pixels
+
+
+def training_sample(file: Path, format: str) -> np.ndarray:
+    (drawn,) = draw_training_samples(config(file, "INPUT.FORMAT", format), number=1)
+    return drawn.pixels
+
+
+def tile_of_a_report(file: Path) -> np.ndarray:
+    truth = SimpleNamespace(cats={1: {"id": 1, "name": "a"}})
+    tile = draw_tile(Detections(truth, [], {1: str(file)}), ImageMatches(1, [BOX], [], []))
+    return saved(io.BytesIO(base64.b64decode(tile.truth.uri.partition(",")[2])))
+
+
+def demo_picture(file: Path, moving: bool) -> np.ndarray:
+    source = Pictures([str(file)])
+    (frame,) = source.frames(pytest.fail)
+    found = Blind()([{}])[0]["instances"]
+    found.pred_boxes = torch.zeros(0, 4)
+    drawn = Artist(MetadataCatalog.get("red"), moving=moving).draw(
+        frame.pixels, Shown(found, None, None)
+    )
+    targets = plan_pictures(str(file.parent / "demo"), source.pictures)
+    with PictureFiles(targets) as sink:
+        sink.write(frame, drawn)
+    return saved(targets[0])
+
+
+PLACES: dict[str, Callable[[Path], np.ndarray]] = {
+    "picture of predictions": picture_of_predictions,
+    "contact sheet": contact_sheet,
+    "written picture": written_picture,
+    "results beside the truth": results_beside_truth,
+    "tile of a report": tile_of_a_report,
+    "demo's picture": lambda file: demo_picture(file, False),
+    "demo's frame": lambda file: demo_picture(file, True),
+}
+for order in ("BGR", "RGB"):
+    PLACES |= {
+        f"training input, {order}": lambda file, f=order: network_input(file, f, True),
+        f"evaluation input, {order}": lambda file, f=order: network_input(file, f, False),
+        f"predictor's input, {order}": lambda file, f=order: predictor_input(file, f),
+        f"training sample, {order}": lambda file, f=order: training_sample(file, f),
+    }
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_red_stays_red(file: Path, place: str) -> None:
+    pixels = PLACES[place](file).reshape(-1, 3).astype(int)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    coloured = np.ptp(colours, axis=1) > 60  # neither paper nor letters
+    found = colours[coloured][counts[coloured].argmax()]
+    assert np.abs(found - RED).max() <= 6, f"{found} for {RED}"

@@ -1,0 +1,236 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Config keys, seeds, limits and selections that would be missed only by their effect."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from engine_runs import FASTER_RCNN, tiny_config
+from PIL import Image
+from torch import nn
+
+from vovnet_d2.data.check.leakage import compare_files
+from vovnet_d2.data.check.problems import Findings
+from vovnet_d2.data.mapper import build_mapper
+from vovnet_d2.data.stream import Place, sample_seed, step_seed
+from vovnet_d2.demo.selection import Selection
+from vovnet_d2.engine import Trainer, load_config, pictures, trainer
+from vovnet_d2.engine.classifier import ClassifierTrainer
+from vovnet_d2.engine.data_pictures import draw_annotations
+from vovnet_d2.engine.hooks import BestCheckpointer, PreciseBN
+from vovnet_d2.engine.interruption import StopRequest
+from vovnet_d2.engine.pretrain import add_pretraining_config
+
+pytest_plugins = ["engine_fixtures"]
+
+
+def bare_trainer(**attributes: Any) -> Trainer:
+    """A trainer without model and data."""
+    made = object.__new__(Trainer)
+    made.__dict__.update(attributes)
+    return made
+
+
+# Keys
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_test_amp(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluations and in the picture of predictions, whatever SOLVER.AMP says."""
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        DefaultTrainer,
+        "test",
+        classmethod(lambda *args: seen.append(torch.is_autocast_enabled("cpu"))),
+    )
+    options = ["TEST.AMP.ENABLED", str(enabled), "SOLVER.AMP.ENABLED", str(not enabled)]
+    cfg = tiny_config(FASTER_RCNN, tmp_path, *options)
+    Trainer.test(cfg, nn.Identity())
+
+    class Probe(nn.Module):
+        def forward(self, inputs: list[dict]) -> list[dict]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return [{}]
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "height": 64, "width": 64, "annotations": []}
+    pictures._draw_pair(cfg, Probe(), record, MetadataCatalog.get("amp"))
+    assert seen == [enabled, enabled]
+
+
+@pytest.mark.parametrize("fixed", ["0", "64"])
+@pytest.mark.parametrize(("kind", "size"), [("relative", "(0.5, 0.25)"), ("absolute", "(32, 48)")])
+def test_input_crop(tmp_path: Path, kind: str, size: str, fixed: str) -> None:
+    """Training sees a part of an image, and evaluation all of it: pixels tell which."""
+    ramp = np.arange(64, dtype=np.uint8)[:, None, None] * np.ones((1, 192, 3), np.uint8) * 4
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    record = {"file_name": str(tmp_path / "ramp.png"), "height": 64, "width": 192}
+    record["annotations"] = []
+    options = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size]
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "INPUT.FIXED_SIZE", fixed, *options)
+    shares = [
+        float(np.ptp(build_mapper(cfg, is_train=training)(record)["image"].numpy())) / 252
+        for training in (True, False)
+    ]
+    assert shares[0] == pytest.approx(0.5, abs=0.03)
+    assert shares[1] > 0.97
+
+
+@pytest.mark.parametrize("key", ["MIXUP", "CUTMIX"])
+def test_labels_of_mixed_images_are_smoothed_once(key: str, tmp_path: Path) -> None:
+    cfg = load_config("Classification/Base-Classification.yaml", add_config=add_pretraining_config)
+    cfg.MODEL.DEVICE, cfg.PRETRAIN.NUM_CLASSES, cfg.PRETRAIN.LABEL_SMOOTHING = "cpu", 4, 0.2
+    cfg.PRETRAIN.NETWORK, cfg.PRETRAIN.RE_PROB = "OSA-5x43", 0.0
+    smoothing = {}
+    for alpha in (0.0, 1.0):
+        cfg.PRETRAIN.MIXUP = cfg.PRETRAIN.CUTMIX = 0.0
+        cfg.PRETRAIN[key] = alpha
+        model = ClassifierTrainer.build_model(cfg)
+        images, targets = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+        for augment in model.augmentations:
+            images, targets = augment(images, targets)
+        smoothed = float(1 - targets[0, 0]) * 4 / 3 if targets.dim() == 2 else 0.0
+        smoothing[alpha] = model.label_smoothing, pytest.approx(smoothed)
+    assert smoothing == {0.0: (0.2, 0.0), 1.0: (0.0, 0.2)}
+
+
+# Seeds
+
+
+def test_seeds_differ_in_all_that_they_are_made_from() -> None:
+    steps = {step_seed(s, i, rank) for s in range(3) for i in range(3) for rank in range(3)}
+    samples = {sample_seed(s, position) for s in range(3) for position in range(3)}
+    assert (len(steps), len(samples), len(steps | samples)) == (27, 9, 36)
+
+
+def test_the_seed_of_a_step_is_that_of_seed_iteration_and_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds = []
+    monkeypatch.setattr(trainer, "seed_all", seeds.append)
+    monkeypatch.setattr(DefaultTrainer, "run_step", lambda self: None)
+    cases = [(7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0)]
+    for seed, iteration, rank in cases:
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        bare_trainer(_place=Place(seed, 0, 0, 2, 2), iter=iteration, _norms=[]).run_step()
+    assert seeds == [step_seed(*case) for case in cases]
+
+
+def test_precise_bn_has_the_batches_of_the_training_s_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hooks.PreciseBN, "update_stats", lambda self: None)
+    monkeypatch.setattr("vovnet_d2.engine.hooks.TrainingStream", SimpleNamespace)
+    for seed in (3, 4):
+        hook = object.__new__(PreciseBN)
+        hook._data_loader = SimpleNamespace(place=Place(0, 0, 0, 2, 1))
+        hook.trainer = SimpleNamespace(seed=seed)
+        hook.update_stats()
+        assert hook._data_loader.place.seed == seed
+
+
+# Several processes, and resuming
+
+
+def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has norms of its own, and all evaluate those of the first."""
+    model = nn.BatchNorm2d(3)
+    model.running_mean.fill_(5.0)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+
+    def broadcast(tensor: torch.Tensor, source: int) -> None:
+        assert source == 0
+        tensor.fill_(1)  # what the first process has
+
+    monkeypatch.setattr(trainer.dist, "broadcast", broadcast)
+    inner = SimpleNamespace(model=model)
+    made = bare_trainer(_trainer=inner, _request=StopRequest(), gather_rank_states=lambda: None)
+    found = made._interruptible(lambda: [buffer.clone() for buffer in model.buffers()])()
+    assert len(found) == 3
+    assert all((buffer == 1).all() for buffer in found)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("bbox/AP", 40.0), ("segm/AP", None)])
+def test_the_best_of_another_metric_is_not_gone_on_from(
+    metric: str, best: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "model_best.pth"
+    content = {"model": {"w": torch.ones(1)}, "metric": "bbox/AP", "value": 40.0, "iteration": 9}
+    torch.save(content, path)
+    hook = BestCheckpointer(10, nn.Linear(1, 1), str(tmp_path), metric)
+    hook.trainer = SimpleNamespace(start_iter=10)
+    hook._read_best()
+    assert hook.best_metric == best
+
+
+# Limits and selections
+
+
+def detections(scores: list[float]) -> Instances:
+    boxes = Boxes(torch.tensor([[1.0, 1.0, 9.0, 9.0]] * len(scores)))
+    classes = torch.zeros(len(scores), dtype=torch.long)
+    return Instances((64, 64), pred_boxes=boxes, scores=torch.tensor(scores), pred_classes=classes)
+
+
+def test_a_score_at_the_threshold_is_shown() -> None:
+    metadata = MetadataCatalog.get("threshold")
+    shown = Selection(metadata, min_score=0.5)({"instances": detections([0.49, 0.5, 0.51])})
+    assert shown.instances.scores.tolist() == pytest.approx([0.5, 0.51])
+    segments = [{"isthing": False, "category_id": 0, "score": s, "id": 1} for s in (0.49, 0.5)]
+    shown = Selection(metadata, min_score=0.5)({"panoptic_seg": (torch.zeros(1), segments)})
+    assert [segment["score"] for segment in shown.panoptic[1]] == [0.5]
+
+
+@pytest.fixture
+def twenty(catalogs: None, tmp_path: Path) -> Iterator[CfgNode]:
+    """A data set of twenty images, in the config's DATASETS.TEST."""
+    for number in range(20):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number:02d}.png")
+    annotation = {"bbox": [1, 1, 9, 9], "bbox_mode": 1, "category_id": 0}
+    records = [
+        {"file_name": str(path), "height": 64, "width": 64, "annotations": [annotation]}
+        for path in sorted(tmp_path.glob("*.png"))
+    ]
+    DatasetCatalog.register("twenty", lambda: records)
+    MetadataCatalog.get("twenty").set(thing_classes=["a"])
+    return tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('twenty',)")
+
+
+def test_pictures_are_of_images_from_all_over_a_set(
+    twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def note(cfg: CfgNode, model: nn.Module, record: dict, metadata: Any) -> tuple:
+        drawn.append(int(Path(record["file_name"]).stem))
+        return np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(pictures, "_draw_pair", note)
+    pictures.draw_predictions(twenty, nn.Identity())
+    annotated = [int(Path(d.name).stem) for d in draw_annotations("twenty", number=4)]
+    for numbers in (drawn, annotated):
+        assert len(set(numbers)) == len(numbers) > 2
+        assert np.ptp(np.histogram(numbers, bins=2, range=(0, 20))[0]) <= 1, numbers
+        assert max(numbers) >= 15
+
+
+@pytest.mark.parametrize(("bits", "near"), [(0, True), (16, True), (17, False), (128, False)])
+def test_the_limit_of_near_duplicates(bits: int, near: bool) -> None:
+    """16 of the 256 bits of a look may differ."""
+    look = np.random.default_rng(0).integers(0, 2**64, 4, dtype=np.uint64)
+    mask = np.packbits(np.random.default_rng(1).permutation(np.arange(256) < bits)).view(np.uint64)
+    mine = {"a.png": SimpleNamespace(digest=b"1", look=look)}
+    other = {"b.png": SimpleNamespace(digest=b"2", look=look ^ mask)}
+    findings = Findings()
+    assert compare_files(mine, other, findings) == set()
+    assert ("near_duplicate" in findings.examples) == near
