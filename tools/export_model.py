@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.modeling import build_model
-from PIL import UnidentifiedImageError
 from torch import nn
 
 from vovnet_d2 import VoVNetCheckpointer
+from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.checks import parse_device
@@ -140,10 +139,7 @@ def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
     (resize,) = build_augmentations(cfg, is_train=False)
     images = []
     for file in files:
-        try:
-            image = detection_utils.read_image(file, format=cfg.INPUT.FORMAT)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{file} is not a picture that can be read.") from error
+        image = read_image(file, cfg.INPUT.FORMAT)
         image = resize.get_transform(image).apply_image(image).astype("float32")
         images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
     return images

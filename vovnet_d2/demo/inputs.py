@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from ..predictor import read_image
+from ..data.image_file import read_image
 
 __all__ = ["Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
 

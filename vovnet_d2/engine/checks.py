@@ -25,6 +25,7 @@ from torch import nn
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
 from .precision import autocast_dtype
+from .semantic_data import check_label_maps
 
 __all__ = [
     "check_all_loaded",
@@ -181,6 +182,9 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
+    if "stuff_classes" in find_num_classes(cfg):
+        for name in dict.fromkeys(name for name, _ in checked):
+            check_label_maps(cfg, name)
 
 
 def check_data_sets(cfg: CfgNode, key: str) -> None:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..data.check.files import resolve_inside
+from ..data.image_file import read_image
 from ..data.unreadable import image_roots
-from ..predictor import read_image
 from .trainer import Trainer
 
 __all__ = [
@@ -129,7 +129,7 @@ def _read(
         try:
             for root in image_roots([name]):
                 resolve_inside(root, os.path.abspath(record["file_name"]))
-            yield record, np.ascontiguousarray(read_image(record["file_name"])[:, :, ::-1])
+            yield record, read_image(record["file_name"], "RGB")
         except (FileNotFoundError, ValueError) as error:
             logger.warning("Skipped: %s", error)
 

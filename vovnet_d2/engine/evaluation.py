@@ -23,9 +23,8 @@ from detectron2.evaluation import (
     LVISEvaluator,
     SemSegEvaluator,
 )
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 
+from ..data.image_file import read_labels
 from ..data.own import complete_categories
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
@@ -154,9 +153,7 @@ def _sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 
 
 def _read_labels(file_name: str, dtype: Any = None) -> np.ndarray:
-    # Detectron2's own function asks NumPy for no copy, which NumPy 2 takes for an order.
-    with PathManager.open(file_name, "rb") as file:
-        return np.array(Image.open(file), dtype=dtype)
+    return read_labels(file_name).astype(dtype)
 
 
 def _panoptic(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:

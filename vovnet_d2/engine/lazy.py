@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, LazyCall
+from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_argument_parser, default_setup
@@ -24,6 +25,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..data import register_digits
+from ..data.mapper import Mapper
 from ..data.stream import TrainingStream, stay_until_dismissed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
@@ -43,6 +45,8 @@ from .trainer import Trainer
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
 logger = logging.getLogger(__name__)
+
+_DATASET_MAPPER = f"{DatasetMapper.__module__}.{DatasetMapper.__qualname__}"
 
 _EXAMPLES = """
 Examples:
@@ -133,6 +137,8 @@ class LazyTrainer(Trainer):
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
     if loader.get("mapper") is not None:  # a loader of one's own may have none
+        if loader.mapper.get("_target_") in (DatasetMapper, _DATASET_MAPPER):
+            loader.mapper._target_ = Mapper  # reads files by one rule for all tools
         loader.mapper = LazyCall(ReadableOnly)(mapper=loader.mapper, roots=image_roots(names))
 
 
