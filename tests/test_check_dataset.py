@@ -94,9 +94,8 @@ class DataSet:
         """Exit status and findings of the tool."""
         report = self.folder / "report.json"
         file, images = str(self.json), str(self.images)
-        status = check_dataset.main(
-            ["--train-json", file, "--train-images", images, "--json", str(report), *words]
-        )
+        words = ("--json", str(report), "--masks", *words)
+        status = check_dataset.main(["--train-json", file, "--train-images", images, *words])
         content = json.loads(report.read_text())
         return status, content["data_sets"][0]["findings"]
 
@@ -239,7 +238,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "wrong size": (setting("images", "height", 47), {"image_size"}),
     "no size": (without("images", "width"), {"image_size"}),
     "size as text": (setting("images", "width", "64"), {"image_size"}),
-    "rotated": (file(rotate), {"rotated_size"}),
+    "rotated": (file(rotate), {"annotations_turned"}),
     # annotations
     "annotation without id": (without("annotations", "id"), {"annotation_id"}),
     "annotation id as text": (setting("annotations", "id", "1"), {"annotation_id"}),
@@ -354,7 +353,7 @@ NOTES = {
         "rle_masks",
     ),
     "16 bits": (
-        lambda d: Image.fromarray(np.full(SIZE, 999, dtype=np.uint16)).save(d.images / "b.png"),
+        lambda d: Image.fromarray(np.full(SIZE, 9999, dtype=np.uint16)).save(d.images / "b.png"),
         "deep_pixels",
     ),
     "a file twice": (
@@ -369,6 +368,10 @@ NOTES = {
     ),
 }
 BETWEEN = {"leaked_file", "near_duplicate", "same_name", "categories_differ"}  # below
+# In test_annotation_frames.py.
+TOGETHER = {"box_convention", "box_convention_unclear", "polygon_convention", "systematic"}
+TOGETHER |= {"turn_unclear", "resized", "dark_pixels"}
+ALSO = {"lost_with_image", "box_without_mask"}
 
 
 def names_of(findings: list[dict], *, notes: bool = False) -> set[str]:
@@ -385,7 +388,7 @@ def spoil(data: DataSet, fault: Callable[[DataSet], None]) -> None:
 
 def test_every_problem_is_in_a_test() -> None:
     found = set().union(*(problems for _, problems in FAULTS.values()))
-    found |= {note for _, note in NOTES.values()} | {"lost_with_image"} | BETWEEN
+    found |= {note for _, note in NOTES.values()} | ALSO | BETWEEN | TOGETHER
     assert found == set(PROBLEMS)
 
 
@@ -475,6 +478,27 @@ def evaluate_the_truth(path: Path, kind: str = "bbox") -> float:
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats[0]
+
+
+NO_MASKS = {"[[]]": [[]], "[]": [], "null": None, "two points": [[1, 2, 3, 4]], "text": "x"}
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+@pytest.mark.parametrize("mask", NO_MASKS)
+def test_boxes_need_no_masks(data: DataSet, mask: str, all_of_them: bool) -> None:
+    """Objects stay for their boxes, unless the check is for a network that learns masks."""
+    for annotation in data.content["annotations"][: None if all_of_them else 3]:
+        annotation["segmentation"] = NO_MASKS[mask]
+    data.write()
+    fixed = data.folder / "fixed.json"
+    words = ["--train-json", data.json, "--train-images", data.images, "--fix", fixed]
+    assert check_dataset.main(list(map(str, words))) == (mask in ("two points", "text"))
+    kept = json.loads(fixed.read_text())["annotations"]
+    assert [a["bbox"] for a in kept] == [a["bbox"] for a in data.content["annotations"]]
+    if not all_of_them:
+        fixed.unlink()
+        assert data.check("--fix", str(fixed))[0] == 1
+        assert len(json.loads(fixed.read_text())["annotations"]) == 5
 
 
 # What the severities claim, seen in Detectron2 and pycocotools
@@ -728,7 +752,7 @@ def change_and_fix(data: DataSet, changes: list) -> None:
     file, images = str(data.json), str(data.images)
     with contextlib.redirect_stdout(io.StringIO()):
         status = check_dataset.main(
-            ["--train-json", file, "--train-images", images, "--fix", str(fixed)]
+            ["--train-json", file, "--train-images", images, "--masks", "--fix", str(fixed)]
         )
         assert status in (0, 1) or not fixed.exists()
         if fixed.exists():

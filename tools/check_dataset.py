@@ -51,6 +51,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "order. The report says what they drop and change",
     )
     parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="the sets are for a network that learns masks: objects without one are problems, and "
+        "--fix drops them. Without, objects are kept for their boxes",
+    )
+    parser.add_argument(
         "--min-size", type=int, default=800, help="INPUT.MIN_SIZE_TRAIN (default %(default)s)"
     )
     parser.add_argument(
@@ -87,7 +93,9 @@ def check_outputs(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     sources = find_sources(args)
     check_outputs(args)
-    checked, between = check_data_sets(sources, resize=(args.min_size, args.max_size))
+    checked, between = check_data_sets(
+        sources, resize=(args.min_size, args.max_size), masks=args.masks
+    )
     print(format_report(checked, between, fixing=bool(args.fix)))
     report = report_to_json(checked, between)
     if args.json:

@@ -123,6 +123,8 @@ def why_unreadable(file: str | os.PathLike[str], *, labels: bool = False) -> str
     except FileNotFoundError:
         return "there is no such file"
     except ValueError as error:
+        if isinstance(error.__cause__, Exception):
+            return _reason(error.__cause__)
         return "it " + str(error).removeprefix(f"{os.fspath(file)} ").rstrip(".")
     return ""
 

@@ -163,12 +163,12 @@ def _why_unreadable(file_name: str, record: dict[str, Any]) -> str:
     """Why a file of the record cannot be read, or the size of its image is not the one in the
     annotations; or nothing."""
     try:
-        _verify_png(file_name)
-        if file_name != record["file_name"]:
-            return why_unreadable(file_name, labels=True)
-        if reason := why_unreadable(file_name):
+        is_picture = file_name == record["file_name"]
+        if reason := why_unreadable(file_name, labels=not is_picture):
             return reason
-        check_image_size(record, read_image(file_name))
+        _verify_png(file_name)
+        if is_picture:
+            check_image_size(record, read_image(file_name))
     except SizeMismatchError as error:
         return " ".join(str(error).split()).rstrip(".")
     except Exception as error:  # Pillow's decoders raise what comes to them

@@ -25,7 +25,8 @@ from detectron2.evaluation import (
 )
 
 from ..data.image_file import read_labels
-from ..data.own import complete_categories
+from ..data.own import match_categories
+from .coco_evaluators import PlainCOCOEvaluator, convert_anew
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
@@ -132,19 +133,23 @@ def _is_faster_api_chosen(cfg: CfgNode) -> bool:
 
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    faster, sigmas = _is_faster_api_chosen(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
-    logger.info("%s is evaluated by %s.", name, "faster-coco-eval" if faster else "pycocotools")
-    if faster:
+    convert_anew(name, folder)
+    evaluator: COCOEvaluator | None = None
+    options = {"output_dir": folder, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    if _is_faster_api_chosen(cfg):
         from .faster_coco import FasterCOCOEvaluator
 
-        evaluator: COCOEvaluator = FasterCOCOEvaluator(
-            name, output_dir=folder, kpt_oks_sigmas=sigmas
-        )
-    else:
-        evaluator = COCOEvaluator(
-            name, output_dir=folder, use_fast_impl=False, kpt_oks_sigmas=sigmas
-        )
-    complete_categories(evaluator._coco_api, MetadataCatalog.get(name))
+        chosen = cfg.TEST.COCO_API != "auto"
+        try:
+            evaluator = FasterCOCOEvaluator(name, fall_back=not chosen, **options)
+        except ValueError as error:
+            if chosen:
+                raise
+            logger.info("%s", str(error).partition(": set TEST.COCO_API")[0])
+    used = "faster-coco-eval" if evaluator else "pycocotools"
+    logger.info("%s is evaluated by %s.", name, used)
+    evaluator = evaluator or PlainCOCOEvaluator(name, **options)
+    match_categories(evaluator._coco_api, MetadataCatalog.get(name))
     return evaluator
 
 

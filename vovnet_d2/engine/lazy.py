@@ -34,6 +34,7 @@ from .checks import (
     check_initialisation,
     check_run,
 )
+from .coco_evaluators import convert_anew
 from .config import find_config
 from .evaluation import check_evaluators
 from .launch import launch_command
@@ -131,6 +132,9 @@ class LazyTrainer(Trainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if "evaluator" in cls.config.dataloader:
+            folder = cls.config.dataloader.evaluator.get("output_dir")
+            if folder:
+                convert_anew(dataset_name, folder)
             return instantiate(cls.config, "dataloader.evaluator")
         return super().build_evaluator(cfg, dataset_name)
 

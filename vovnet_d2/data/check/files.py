@@ -20,6 +20,7 @@ from ..image_file import read_header, read_image
 
 __all__ = ["ImageFile", "inspect_files", "resolve_inside"]
 
+_DARK = 16  # what 12 bits reach in the upper 8 of 16
 # Thumbnails flatter than this look like each other, whatever they show.
 _FLAT = 4.0
 
@@ -34,6 +35,7 @@ class ImageFile:
         stored_size: before it.
         orientation: EXIF's, 1 to 8.
         deep: whether a pixel has more than 8 bits per channel.
+        dark: whether such a picture has no value beyond 12 bits.
         digest: SHA-256 of the bytes.
         look: 256 bits, equal or almost so for pictures that look alike, as 4 words; None for
             pictures without contrast.
@@ -44,6 +46,7 @@ class ImageFile:
     stored_size: tuple[int, int] = (0, 0)
     orientation: int = 1
     deep: bool = False
+    dark: bool = False
     digest: str = ""
     look: NDArray[np.uint64] | None = None
 
@@ -96,7 +99,8 @@ def _inspect(path: str) -> ImageFile:
     height, width = pixels.shape[:2]
     sizes = (width, height), header.stored_size
     deep = header.bits > 8
-    return ImageFile("", *sizes, header.orientation, deep, digest, _look(pixels))
+    dark = deep and int(pixels.max()) < _DARK
+    return ImageFile("", *sizes, header.orientation, deep, dark, digest, _look(pixels))
 
 
 def _look(pixels: NDArray[np.uint8]) -> NDArray[np.uint64] | None:

@@ -13,12 +13,35 @@ import pycocotools.mask as mask_util
 from .problems import Findings
 from .values import are_numbers, is_whole
 
-__all__ = ["Mask", "decode_counts", "mask_area", "mask_box", "repair_mask"]
+__all__ = [
+    "Mask",
+    "decode_counts",
+    "has_mask",
+    "is_empty_mask",
+    "mask_area",
+    "mask_box",
+    "repair_mask",
+]
 
 Mask = list[list[float]] | dict[str, Any]
 
 TOLERANCE = 1.0
 """By how many pixels boxes and polygons may reach beyond the image: roundings do."""
+
+
+def is_empty_mask(value: Any) -> bool:
+    """Whether a ``segmentation`` is there only in name: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
+    if isinstance(value, list):
+        return all(isinstance(polygon, list) and not polygon for polygon in value)
+    return value is None or value in ({}, "")
+
+
+def has_mask(annotation: dict[str, Any]) -> bool:
+    """Whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three points."""
+    mask = annotation.get("segmentation")
+    if not isinstance(mask, list):
+        return bool(mask)
+    return any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:

@@ -73,12 +73,23 @@ PROBLEMS: dict[str, Problem] = {
     "missing_file": _error("image files that are missing", "dropped"),
     "unreadable_file": _error("image files that cannot be read", "dropped"),
     "image_size": _error("sizes that differ from the file's", "taken from the file"),
-    "rotated_size": _error(
-        "sizes of before the rotation that the file's EXIF asks for: the annotations may be of "
-        "the picture as it was",
-        "dropped",
+    "annotations_turned": _error(
+        "annotations of pictures as they are stored, which EXIF turns before training sees them",
+        "turned with the pictures",
     ),
-    "deep_pixels": _note("images of more than 8 bits, which reading clips to 255"),
+    "turn_unclear": _warning(
+        "pictures that EXIF turns, and whose annotations may be of the picture as it is stored: "
+        "neither the sizes nor the boxes tell (look with tools/visualize_data.py; to train on the "
+        "stored pictures, remove their EXIF orientation)"
+    ),
+    "resized": _error(
+        "annotations of pictures at another size, which were resized since", "scaled"
+    ),
+    "deep_pixels": _note("images of 16 bits, of which reading takes the upper 8"),
+    "dark_pixels": _warning(
+        "images of 16 bits with values in the lower 12 alone, which are almost black in the upper "
+        "8: spread the values to 0 to 65535, or write 8 bits"
+    ),
     "same_content": _note("image files that equal another of the set"),
     "no_annotations": _note(
         "images without annotations: left out of training unless "
@@ -99,6 +110,20 @@ PROBLEMS: dict[str, Problem] = {
     "iscrowd": _error('"iscrowd" missing (evaluation stops) or neither 0 nor 1', "0"),
     "crowd": _note("crowds: training leaves them out, evaluation forgives what is found there"),
     "repeated_annotation": _warning("annotations that repeat another", "dropped"),
+    # all annotations together
+    "box_convention": _error(
+        "boxes that are not x, y, width, height in pixels, all for one reason", "rewritten"
+    ),
+    "box_convention_unclear": _error(
+        "boxes that are not x, y, width, height in pixels, and may be several other things"
+    ),
+    "polygon_convention": _error(
+        "polygons that are not x, y, ... in pixels, all for one reason", "rewritten"
+    ),
+    "systematic": _error(
+        "one problem with most of the annotations, so one cause: it is to be mended where the file "
+        "is made, and not at each annotation"
+    ),
     # boxes
     "box": _error(
         "boxes that are missing or no four numbers", "taken from the mask, or else dropped"
@@ -123,6 +148,10 @@ PROBLEMS: dict[str, Problem] = {
     "rle_size": _error("RLE of another size than the image", "dropped"),
     "empty_mask": _warning("masks without a pixel", "dropped"),
     "missing_mask": _warning("annotations without a mask, where others have one", "dropped"),
+    "box_without_mask": _note(
+        "objects without a mask, where others have one: kept with their boxes. For a network that "
+        "learns masks check with --masks"
+    ),
     "rle_masks": _note("RLE masks of objects: for Mask R-CNN set INPUT.MASK_FORMAT bitmask"),
     # keypoints
     "keypoints": _error(

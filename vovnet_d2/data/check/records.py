@@ -162,10 +162,9 @@ def _repair_size(image: Record, file: ImageFile, findings: Findings) -> bool:
         return True
     sizes = " and ".join(f"{w!r:.20} x {h!r:.20}" for w, h in (given, file.size))
     where = f"{image['file_name']}: {sizes}, in the JSON file and the image"
-    if given == file.stored_size and all(map(is_whole, given)):
-        findings.add("rotated_size", where)
-        return False
-    findings.add("image_size", where)
+    # Of before the rotation that EXIF asks for: see frames.py.
+    if given != file.stored_size or not all(map(is_whole, given)):
+        findings.add("image_size", where)
     image["width"], image["height"] = file.size
     return True
 
@@ -179,6 +178,8 @@ def note_contents(
         name = images[key]["file_name"]
         if file.deep:
             findings.add("deep_pixels", name)
+        if file.dark:
+            findings.add("dark_pixels", name)
         if file.digest in first:
             findings.add("same_content", f"{name} equals {first[file.digest]}")
         first.setdefault(file.digest, name)
