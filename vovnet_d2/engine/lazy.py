@@ -39,9 +39,10 @@ from .config import find_config
 from .evaluation import check_evaluators
 from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
+from .rehearsal import rehearse_evaluation
 from .report import write_report
 from .run import check_device, open_output_dir, train_or_evaluate
-from .trainer import Trainer
+from .trainer import Trainer, check_stream
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
@@ -118,7 +119,9 @@ class LazyTrainer(Trainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         config = copy.deepcopy(cls.config)
         _name_unreadable_images(config.dataloader.train, cfg.DATASETS.TRAIN)
-        return instantiate(config, "dataloader.train")
+        loader = instantiate(config, "dataloader.train")
+        check_stream(cfg, loader)
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
@@ -207,6 +210,7 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     check_data(cfg, training=training)
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
+    rehearse_evaluation(cfg, LazyTrainer.of(config))
     cfg.freeze()
     path = find_config(args.config_file)
     default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))

@@ -8,7 +8,7 @@ import argparse
 import logging
 import os
 from difflib import get_close_matches
-from itertools import count
+from itertools import chain, count
 
 from detectron2.config import CfgNode
 
@@ -203,12 +203,17 @@ def _match(
     if not set(found.values()) & set(trained.categories):
         raise ValueError(f"{json} has no category with a name of those in {trained.json}.")
     by_name = {name: number for number, name in found.items()}
-    free = (i for i in count(1) if not {i, str(i)} & found.keys())
     as_text = any(isinstance(number, str) for number in found)
-    ids = [
-        by_name[name] if name in by_name else str(next(free)) if as_text else next(free)
-        for name in trained.categories
-    ]
+    taken: set[int | str] = set(found)
+    ids: list[int | str] = []
+    for name, number in zip(trained.categories, trained.category_ids, strict=True):
+        if name in by_name:
+            ids.append(by_name[name])
+            continue
+        choices = chain([number], count(1))  # the training's own, or the first that is free
+        kinds = (str(choice) if as_text else choice for choice in choices)
+        ids.append(next(kind for kind in kinds if kind not in taken))
+        taken.add(ids[-1])
     if tuple(ids) != trained.category_ids:
         logger.info("%s has other category ids than the training: matched by name.", json)
     return trained.categories, tuple(ids)

@@ -54,8 +54,8 @@ def repair_annotations(
             continue
         annotation |= {"image_id": image["id"], "category_id": category["id"]}
         _repair_flags(annotation, where, findings)
-        _repair_segmentation(annotation, image, where, findings)
-        found.append((where, annotation, image))
+        if _repair_segmentation(annotation, image, where, findings) or not masks:
+            found.append((where, annotation, image))
     found = list(_complete_masks(found, findings, masks=masks))
     found = [entry for entry in found if _repair_box(*entry, findings)]
     for where, annotation, image in found:
@@ -118,17 +118,18 @@ def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:
 # Masks
 
 
-def _repair_segmentation(annotation: Record, image: Record, where: str, findings: Findings) -> None:
-    """Leave the mask repaired; without one that can be used, leave none."""
+def _repair_segmentation(annotation: Record, image: Record, where: str, findings: Findings) -> bool:
+    """Leave the mask repaired, or none where it cannot be used; return False if there was one."""
     value = annotation.pop("segmentation", None)
     if is_empty_mask(value):
-        return
+        return True
     mask = repair_mask(value, image["height"], image["width"], where, findings)
     if mask is None:
-        return
+        return False
     annotation["segmentation"] = mask
     if isinstance(mask, dict) and not annotation["iscrowd"]:
         findings.add("rle_masks", where)
+    return True
 
 
 def _complete_masks(

@@ -5,6 +5,7 @@ read beyond its memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,18 @@ def is_empty_mask(value: Any) -> bool:
     return value is None or value in ({}, "")
 
 
-def has_mask(annotation: dict[str, Any]) -> bool:
+def has_mask(annotation: Mapping[str, Any]) -> bool:
     """Whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three points."""
     mask = annotation.get("segmentation")
-    if not isinstance(mask, list):
+    if isinstance(mask, Mapping):
         return bool(mask)
-    return any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:  # pixels, as Detectron2 takes them
+        return True
+    if not isinstance(mask, Sequence | np.ndarray):
+        return False
+    return any(
+        isinstance(p, list | tuple | np.ndarray) and len(p) >= 6 and len(p) % 2 == 0 for p in mask
+    )
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:
