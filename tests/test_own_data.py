@@ -411,7 +411,7 @@ def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: 
         (
             {"id": 5, "name": "0"},
             {"id": 5, "name": "zero"},
-            r"'zero' \(id 5\), and .* has no categ",
+            r"'zero' \(id 5\), and .* no categ",
         ),
         ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: '0'"),
     ],
