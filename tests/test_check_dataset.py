@@ -164,6 +164,34 @@ def rotate(path: Path) -> None:
     Image.open(path).save(path, exif=exif)
 
 
+def rename(name: str) -> Callable[[DataSet], None]:
+    """The file stays; its name in the annotations changes."""
+    return setting("images", "file_name", name)
+
+
+def decompose(data: DataSet) -> None:
+    (data.images / "a.jpg").rename(data.images / "\u00e4.jpg")
+    data.content["images"][0]["file_name"] = "a\u0308.jpg"
+
+
+def two_as_near(data: DataSet) -> None:
+    for folder in ("one", "two"):
+        (data.images / folder).mkdir()
+        shutil.copy(data.images / "a.jpg", data.images / folder)
+    (data.images / "a.jpg").unlink()
+
+
+def other_split(data: DataSet) -> None:
+    (data.images / "val").mkdir()
+    (data.images / "a.jpg").rename(data.images / "val" / "a.jpg")
+    data.content["images"][0]["file_name"] = "train/a.jpg"
+
+
+def other_size(data: DataSet) -> None:
+    Image.new("RGB", (9, 9)).save(data.images / "a.jpg")
+    data.content["images"][0]["file_name"] = "images/a.jpg"
+
+
 def link_out(path: Path) -> None:
     outside = path.parent.parent / "outside.jpg"
     path.rename(outside)
@@ -231,6 +259,18 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "path with a zero": (setting("images", "file_name", "a\0b"), {"path_outside"}),
     "link out of the folder": (file(link_out), {"path_outside"}),
     "missing file": (file(Path.unlink), {"missing_file"}),
+    "backslashes": (rename(r"images\a.jpg"), {"near_name"}),
+    "URL": (rename("https://example.org/data/a.jpg?download=1"), {"near_name"}),
+    "prefix": (rename("images/train/a.jpg"), {"near_name"}),
+    "absolute path of another machine": (rename("/home/me/images/a.jpg"), {"near_name"}),
+    "upper case": (rename("A.JPG"), {"near_name"}),
+    "another suffix": (rename("a.png"), {"near_name"}),
+    "no suffix": (rename("a"), {"near_name"}),
+    "spaces": (rename(" a.jpg "), {"near_name"}),
+    "Unicode form": (decompose, {"near_name"}),
+    "two files as near": (two_as_near, {"missing_file"}),
+    "another split": (other_split, {"missing_file"}),
+    "near, of another size": (other_size, {"missing_file"}),
     "a folder for a file": (setting("images", "file_name", "."), {"missing_file"}),
     "truncated image": (file(truncate), {"unreadable_file"}),
     "empty image": (file(lambda p: p.write_bytes(b"")), {"unreadable_file"}),
@@ -368,6 +408,7 @@ NOTES = {
     ),
 }
 BETWEEN = {"leaked_file", "near_duplicate", "same_name", "categories_differ"}  # below
+BETWEEN |= {"category_ids_differ"}
 # In test_annotation_frames.py.
 TOGETHER = {"box_convention", "box_convention_unclear", "polygon_convention", "systematic"}
 TOGETHER |= {"turn_unclear", "resized", "dark_pixels"}
@@ -635,6 +676,30 @@ def test_other_categories(data: DataSet, other: DataSet) -> None:
     data.write()
     other.write()
     assert check_two(data, other)[:2] == (1, {"categories_differ"})
+
+
+def test_ids_of_the_same_names_are_those_of_the_first_set(data: DataSet, other: DataSet) -> None:
+    """Corrected copies have one numbering, so that all tools take them; labels stay by name."""
+    ids = {1: 2, 2: 1}
+    for category in other.content["categories"]:
+        category["id"] = ids[category["id"]]
+    for annotation in other.content["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
+    data.content["categories"].append({"id": 7, "name": "fox"})
+    data.write()
+    other.write()
+    fixed = [str(d.folder / "fixed.json") for d in (data, other)]
+    assert check_two(data, other, "--fix", *fixed)[:2] == (1, {"category_ids_differ"})
+    contents = [json.loads(Path(path).read_text()) for path in fixed]
+    assert contents[0]["categories"] == contents[1]["categories"]
+    before, after = (
+        [{c["id"]: c["name"] for c in content["categories"]}[a["category_id"]]
+         for a in content["annotations"]]
+        for content in (other.content, contents[1])
+    )  # fmt: skip
+    assert before == after
+    data.json, other.json = map(Path, fixed)
+    assert check_two(data, other)[:2] == (0, set())
 
 
 # Real sets and the command line

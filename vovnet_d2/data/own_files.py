@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .check.masks import has_mask
+from .check.names import NearNames
 from .check.problems import PROBLEMS, Findings
 from .check.reading import SECTIONS, read_annotation_file
 from .check.values import are_numbers, as_id, is_number, is_whole
@@ -153,9 +154,11 @@ def _check_ids(json: str, content: dict[str, Any]) -> None:
 def _look_for_images(json: str, folder: str, names: list[str]) -> None:
     """Not for all of them: a training names the ones that are missing."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in names[:_NUM_LOOKED_FOR]):
+        near = NearNames(folder).find(names[0])
+        cause = f" The file that is meant seems to be {near!r}: {_HINT}" if near else ""
         raise FileNotFoundError(
             f"{folder} does not hold the images of {json}, where {names[0]!r} is the first: the "
-            "file names are relative to the folder."
+            f"file names are relative to the folder.{cause}"
         )
 
 
@@ -173,7 +176,7 @@ def _count(json: str, content: dict[str, Any]) -> Contents:
         if annotation["category_id"] not in categories:
             known = ", ".join(str(category) for category in islice(categories, 10))
             raise ValueError(
-                f"{json}: annotations[{index}] is of category {annotation['category_id']}, which "
+                f"{json}: annotations[{index}] is of category {annotation['category_id']!r}, which "
                 f"is not among its categories ({known}{', ...' if len(categories) > 10 else ''}). "
                 f"{_HINT}"
             )

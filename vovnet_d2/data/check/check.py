@@ -209,18 +209,31 @@ def _note_unused(
 def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
     findings = Findings()
     mine, theirs = _category_names(one), _category_names(other)
-    if mine != theirs:
-        only = sorted(set(mine) ^ set(theirs))
-        findings.add("categories_differ", f"in one only: {only}" if only else "in their order")
+    if only := sorted(set(theirs) - set(mine)):
+        findings.add("categories_differ", f"in {other.source.name} only: {only}")
+    elif different := sorted(name for name, number in mine.items() if theirs.get(name) != number):
+        findings.add("category_ids_differ", f"{len(different)}, {different[0]!r} for one")
+        _take_categories(other, one)
     if leaked := compare_files(one.files, other.files, findings):
         _drop_images(one, leaked)
     return findings
 
 
-def _category_names(checked: CheckedSet) -> list[str]:
-    """In the order of the network's outputs."""
+def _category_names(checked: CheckedSet) -> dict[str, int]:
+    """Ids by names."""
     assert checked.fixed is not None
-    return [c["name"] for c in sorted(checked.fixed["categories"], key=lambda c: c["id"])]
+    return {category["name"]: category["id"] for category in checked.fixed["categories"]}
+
+
+def _take_categories(checked: CheckedSet, first: CheckedSet) -> None:
+    """Give a set the categories of another one, with that one's ids; names stay what they are."""
+    assert checked.fixed is not None
+    assert first.fixed is not None
+    names = {number: name for name, number in _category_names(checked).items()}
+    ids = _category_names(first)
+    for annotation in checked.fixed["annotations"]:
+        annotation["category_id"] = ids[names[annotation["category_id"]]]
+    checked.fixed["categories"] = [dict(category) for category in first.fixed["categories"]]
 
 
 def _drop_images(checked: CheckedSet, names: set[str]) -> None:

@@ -70,6 +70,11 @@ PROBLEMS: dict[str, Problem] = {
     "duplicate_file_name": _warning("images of one file, with several ids", "made one"),
     "file_name": _error("images without a file name", "dropped"),
     "path_outside": _error("paths that leave the image folder", "dropped"),
+    "near_name": _error(
+        "file names that differ from the files' in slashes, case, suffix, Unicode form, or the "
+        "folder or address before them",
+        "the files' names taken",
+    ),
     "missing_file": _error("image files that are missing", "dropped"),
     "unreadable_file": _error("image files that cannot be read", "dropped"),
     "image_size": _error("sizes that differ from the file's", "taken from the file"),
@@ -163,7 +168,11 @@ PROBLEMS: dict[str, Problem] = {
     "leaked_file": _error("image files that another set has, too", "dropped from the first set"),
     "near_duplicate": _note("images that look like one of another set: look at these pairs"),
     "same_name": _note("file names that another set has, too, for other pictures"),
-    "categories_differ": _error("categories that differ from another set's"),
+    "categories_differ": _error("categories of names that another set does not have"),
+    "category_ids_differ": _warning(
+        "categories of another set's names, under other ids or not all of them",
+        "those of the first set taken",
+    ),
 }
 """Every problem that is looked for. Those without a repair have to be mended by hand, notes aside:
 these are no problems."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..image_file import read_header
 from .files import ImageFile, inspect_files, resolve_inside
+from .names import NearNames
 from .problems import Findings
 from .values import Numbering, as_id, is_whole
 
@@ -94,7 +96,8 @@ def repair_images(
     found: dict[int | str, Record | None] = {}
     for meant, group in _group_by_id(records, "image", findings).items():
         found[meant] = _choose(group, findings)
-    _drop_unless(found, lambda image: _find_path(image, root, findings))
+    names = NearNames(root)
+    _drop_unless(found, lambda image: _find_path(image, root, names, findings))
     _merge_by_file(found, root, findings)
     paths = {i["id"]: resolve_inside(root, i["file_name"]) for i in found.values() if i}
     inspected = inspect_files(paths.values(), title)
@@ -122,7 +125,8 @@ def _choose(group: list[Record], findings: Findings) -> Record | None:
     return None
 
 
-def _find_path(image: Record, root: Path, findings: Findings) -> bool:
+def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
+    """Whether the image has a file, with the name that this has."""
     name = image.get("file_name")
     where = f"image {image['id']}"
     if not isinstance(name, str) or not name.strip():
@@ -131,12 +135,34 @@ def _find_path(image: Record, root: Path, findings: Findings) -> bool:
     try:
         path = resolve_inside(root, name)
     except ValueError as error:
+        if _rename(image, root, names, findings):
+            return True
         findings.add("path_outside", f"{where}: {error}")
         return False
     if not os.path.isfile(path):
+        if not os.path.isdir(path) and _rename(image, root, names, findings):
+            return True
         what = "a folder" if os.path.isdir(path) else "missing"
         findings.add("missing_file", f"{where}: {name!r:.100} is {what}")
         return False
+    return True
+
+
+def _rename(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
+    """Whether there is one file that must be meant, inside the folder."""
+    near = names.find(image["file_name"])
+    if near is None:
+        return False
+    try:
+        header = read_header(resolve_inside(root, near))
+    except Exception:  # outside the folder, or no picture
+        return False
+    given = image.get("width"), image.get("height")
+    if all(map(is_whole, given)) and given not in (header.size, header.stored_size):
+        return False  # a file of that name, but another picture
+    where = f"image {image['id']}: {image['file_name']!r:.100} is {near!r:.100}"
+    findings.add("near_name", where)
+    image["file_name"] = near
     return True
 
 
