@@ -169,6 +169,29 @@ def rename(name: str) -> Callable[[DataSet], None]:
     return setting("images", "file_name", name)
 
 
+def image_ids(number: float) -> Callable[[DataSet], None]:
+    """The first image has another id, and so have its annotations."""
+
+    def spoil(data: DataSet) -> None:
+        data.content["images"][0]["id"] = number
+        for annotation in data.content["annotations"][:2]:
+            annotation["image_id"] = number
+
+    return spoil
+
+
+def text_ids(data: DataSet) -> None:
+    for image in data.content["images"]:
+        image["id"] = f"0{image['id']}"
+    for annotation in data.content["annotations"]:
+        annotation["image_id"] = f"0{annotation['image_id']}"
+
+
+def numbers_for_text(data: DataSet) -> None:
+    for image in data.content["images"]:
+        image["id"] = str(image["id"])
+
+
 def decompose(data: DataSet) -> None:
     (data.images / "a.jpg").rename(data.images / "\u00e4.jpg")
     data.content["images"][0]["file_name"] = "a\u0308.jpg"
@@ -245,6 +268,9 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "image without id": (adding("images", id=[1]), {"image_id"}),
     "image id as text": (setting("images", "id", "1"), {"image_id_type"}),
     "image id as a name": (setting("images", "id", "x"), {"image_id_type", "unknown_image"}),
+    "image id of many bits": (image_ids(2**60), {"image_id_type"}),
+    "image id with a fraction": (image_ids(0.5), {"image_id_type"}),
+    "references as numbers": (numbers_for_text, {"reference_type"}),
     "image id twice": (adding("images", file_name="b.png"), {"duplicate_image_id"}),
     "image twice": (adding("images"), {"repeated_image"}),
     "file twice": (adding("images", id=77), {"duplicate_file_name"}),
@@ -377,6 +403,7 @@ HOPELESS = {name for name, (_, problems) in FAULTS.items() if problems & {"json"
 
 # name: (what is done to the set, the note)
 NOTES = {
+    "image ids as text": (text_ids, "image_ids_text"),
     "category ids with gaps": (adding("categories", id=9, name="fox"), "category_gaps"),
     "a category without annotations": (adding("categories", id=3, name="fox"), "unused_category"),
     "an image without annotations": (

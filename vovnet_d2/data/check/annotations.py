@@ -97,9 +97,11 @@ def _find(
     meant = as_id(raw)
     if meant is None or meant not in records:
         return None
-    if isinstance(raw, str) and isinstance(meant, int):
+    found = records[meant]
+    as_text = found is not None and isinstance(found["id"], str)
+    if isinstance(raw, str) != as_text and isinstance(meant, int) and found is not None:
         findings.add("reference_type", f"{where}: {key} is {raw!r}")
-    return records[meant]
+    return found
 
 
 def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:

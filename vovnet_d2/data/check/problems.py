@@ -62,7 +62,10 @@ PROBLEMS: dict[str, Problem] = {
     "unused_category": _note("categories without annotations"),
     # images
     "image_id": _error("images without an id", "dropped"),
-    "image_id_type": _error("image ids that are no whole numbers", "numbered"),
+    "image_id_type": _error(
+        "image ids that are not whole numbers of up to 53 bits, or not all text", "numbered"
+    ),
+    "image_ids_text": _note("image ids that are text: fine here, but other tools may need numbers"),
     "duplicate_image_id": _error(
         "different images with one id, whose annotations cannot be told apart", "dropped"
     ),
@@ -110,7 +113,10 @@ PROBLEMS: dict[str, Problem] = {
     "unknown_image": _warning("annotations of images that are not listed", "dropped"),
     "lost_with_image": _note("annotations of images that cannot be used, which go with these"),
     "unknown_category": _error("annotations of categories that are not listed", "dropped"),
-    "reference_type": _error("references to ids as text", "made numbers"),
+    "reference_type": _error(
+        "references to ids that are text where the ids are numbers, or numbers where they are text",
+        "made what the ids are",
+    ),
     "ignore": _error('annotations with "ignore", which Detectron2 refuses', "made crowds"),
     "iscrowd": _error('"iscrowd" missing (evaluation stops) or neither 0 nor 1', "0"),
     "crowd": _note("crowds: training leaves them out, evaluation forgives what is found there"),

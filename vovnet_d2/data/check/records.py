@@ -24,18 +24,22 @@ Record = dict[str, Any]
 def _group_by_id(
     records: list[Record], kind: str, findings: Findings
 ) -> dict[int | str, list[Record]]:
-    """Records by the ids that they mean, each with a whole number for its id."""
+    """Records by the ids that they mean, each with a whole number for its id; images that all have
+    text for ids keep it."""
     groups: defaultdict[int | str, list[Record]] = defaultdict(list)
     numbering = Numbering(as_id(record.get("id")) for record in records)
-    for index, record in enumerate(records):
-        raw = record.get("id")
+    raw_ids = [record.get("id") for record in records]
+    all_text = kind == "image" and all(isinstance(raw, str) and raw.strip() for raw in raw_ids)
+    if all_text and records:
+        findings.add("image_ids_text", f"{raw_ids[0]!r:.40} for one", len(records))
+    for index, (record, raw) in enumerate(zip(records, raw_ids, strict=True)):
         meant = as_id(raw)
         if meant is None:
             findings.add(f"{kind}_id", f"{kind} at position {index}: {raw!r:.40}")
             continue
-        if not is_whole(raw):
+        if not is_whole(raw) and not all_text:
             findings.add(f"{kind}_id_type", f"{kind} {raw!r:.40}")
-        groups[meant].append(record | {"id": numbering.of(meant)})
+        groups[meant].append(record | {"id": raw if all_text else numbering.of(meant)})
     return dict(groups)
 
 
