@@ -5,6 +5,7 @@
 import logging
 from pathlib import Path
 
+import check_dataset
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -84,3 +85,15 @@ def test_no_maps_at_all(catalogs: None, tmp_path: Path) -> None:
     register(tmp_path, [])
     with pytest.raises(ValueError, match="has no label maps"):
         check()
+
+
+def test_the_tool_takes_registered_maps(
+    catalogs: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    register(tmp_path, [labels_of(0, 1)])
+    assert check_dataset.main(["maps"]) == 0
+    assert "maps: 1 label maps\n  the label maps have 2 of the 3 classes" in capsys.readouterr().out
+    DatasetCatalog.clear()
+    register(tmp_path, [labels_of(0, 3)])
+    assert check_dataset.main(["maps"]) == 1
+    assert "label maps have values that are no class, 3" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read data sets in COCO's format as training would, and list what is wrong with them.
+"""Read data sets in COCO's format, or registered label maps, as training would, and list what is
+wrong with them.
 
     python tools/check_dataset.py digits_train digits_val
     python tools/check_dataset.py --train-json train.json --train-images images/ --fix fixed.json
@@ -23,8 +24,10 @@ from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
     check_data_sets,
+    check_label_set,
     find_registered,
     format_report,
+    is_label_set,
     report_to_json,
     require_free,
     write_fixed,
@@ -74,8 +77,8 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
         if file is not None:
             sources.append(Source(split, file, folder))
     register_digits()
-    sources += map(find_registered, args.names)
-    if not sources:
+    sources += [find_registered(name) for name in args.names if not is_label_set(name)]
+    if not sources and not args.names:
         raise ValueError("Nothing to check: give --train-json and --train-images, or a name.")
     if args.fix and len(args.fix) != len(sources):
         raise ValueError(f"--fix takes a file for each data set: {len(sources)}, in their order.")
@@ -96,14 +99,20 @@ def run(args: argparse.Namespace) -> int:
     checked, between = check_data_sets(
         sources, resize=(args.min_size, args.max_size), masks=args.masks
     )
-    print(format_report(checked, between, fixing=bool(args.fix)))
+    if sources:
+        print(format_report(checked, between, fixing=bool(args.fix)))
+    good = True
+    for name in filter(is_label_set, args.names):
+        text, usable = check_label_set(name)
+        print(text)
+        good &= usable
     report = report_to_json(checked, between)
     if args.json:
         with atomic_write(args.json) as partial:
             Path(partial).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for one, path in zip(checked, args.fix or [], strict=bool(args.fix)):
         print(write_fixed(one, path))
-    return 1 if report["problems"] else 0
+    return 1 if report["problems"] or not good else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,8 @@ class CategoriesByName(COCOEvaluator):
     """Metrics of single categories go by their names, also where the ids of a file are in another
     order than the outputs of the network."""
 
+    _coco_api: Any
+
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:

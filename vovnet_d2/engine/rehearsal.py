@@ -30,6 +30,7 @@ from ..data.check.masks import has_mask
 from ..data.image_file import read_labels
 from ..data.records import check_orientations, check_records
 from .checks import find_num_classes
+from .interruption import is_lost_connection
 from .trainer import Trainer
 
 __all__ = ["rehearse_evaluation"]
@@ -76,6 +77,8 @@ def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Rec
                     evaluator._output_dir = folder
                 results = _run(evaluator, cfg, chosen, perfect=perfect)
             except Exception as error:  # whatever an evaluation ends with would end the run
+                if is_lost_connection(error):  # no fault of the data
+                    raise
                 what = "perfect predictions" if perfect else "no predictions"
                 reason = " ".join(str(error).split()) or "no reason given"
                 raise ValueError(

@@ -32,8 +32,8 @@ from .records import note_contents, repair_categories, repair_images
 from .values import as_id
 
 # What most annotations of a set have only if something is wrong with all of them.
-_GEOMETRY = ("box_outside", "box_beyond", "box_and_mask", "degenerate_box", "polygon_outside")
-_GEOMETRY += ("empty_mask", "unknown_category", "unknown_image")
+_GEOMETRY = ["box_outside", "box_beyond", "box_and_mask", "degenerate_box", "polygon_outside"]
+_GEOMETRY += ["empty_mask", "unknown_category", "unknown_image"]
 _LEAST = 10
 
 __all__ = [

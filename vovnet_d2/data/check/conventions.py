@@ -140,7 +140,7 @@ def _by_masks(shapes: dict[Convention, Array], masks: Array) -> list[Convention]
 def _agree(shape: Array, masks: Array) -> NDArray[np.bool_]:
     corners, others = _corners(shape), _corners(masks)
     limit = np.maximum(2, 0.1 * np.concatenate([masks[2:], masks[2:]]))
-    return (np.abs(corners - others) <= limit).all(axis=0)
+    return np.asarray((np.abs(corners - others) <= limit).all(axis=0))
 
 
 def _corners(shape: Array) -> Array:
@@ -168,7 +168,7 @@ def _fit(shape: Array, sizes: Array) -> NDArray[np.bool_]:
     x1, y1, x2, y2 = _corners(shape)
     slack = 1 + 0.01 * sizes.max(axis=0)
     inside = (x1 >= -slack) & (y1 >= -slack) & (x2 <= sizes[0] + slack) & (y2 <= sizes[1] + slack)
-    return inside & (shape[2:] > 0).all(axis=0)
+    return np.asarray(inside & (shape[2:] > 0).all(axis=0))
 
 
 def _same_area(shape: Array, areas: Array) -> float:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
 from ..image_file import read_header, read_labels
 
-__all__ = ["LabelCounts", "count_labels", "explain_labels"]
+__all__ = ["LabelCounts", "check_label_set", "count_labels", "explain_labels", "is_label_set"]
 
 _MAX_EXAMPLES = 5
 
@@ -73,6 +74,34 @@ def count_labels(records: Sequence[Mapping[str, Any]], title: str) -> LabelCount
         for record, (pixels, problem) in zip(records, progress, strict=True):
             counts.add(record["sem_seg_file_name"], pixels, problem)
     return counts
+
+
+def is_label_set(name: str) -> bool:
+    """Whether a data set is registered as label maps without annotations in COCO's format."""
+    if name not in DatasetCatalog:
+        return False
+    metadata = MetadataCatalog.get(name)
+    return bool(metadata.get("stuff_classes")) and not metadata.get("json_file")
+
+
+def check_label_set(name: str) -> tuple[str, bool]:
+    """Check a registered data set of label maps, with the classes that its metadata list.
+
+    Returns:
+        a report, and whether the maps can be used.
+
+    Raises:
+        FileNotFoundError: the data set is not where it is registered.
+    """
+    metadata = MetadataCatalog.get(name)
+    try:
+        records = [r for r in DatasetCatalog.get(name) if "sem_seg_file_name" in r]
+    except (AssertionError, OSError) as error:
+        raise FileNotFoundError(f"Data set {name} cannot be loaded: {error}") from error
+    counts = count_labels(records, name)
+    ignored = metadata.get("ignore_label", 255)
+    error, note = explain_labels(counts, len(metadata.stuff_classes), ignored)
+    return f"{name}: {counts.files} label maps\n  {error or note}", not error
 
 
 def _inspect(record: Mapping[str, Any]) -> tuple[dict[int, int], str]:

@@ -63,7 +63,9 @@ def judge(files: Iterable[TurnedFile]) -> dict[str, str]:
             verdicts[file.path] = _judge_by_size(file)
         else:
             silent.append(file)
-    readings = [(f.path, [f.boxes, [turn_box(b, f) for b in f.boxes]]) for f in silent]
+    readings: list[tuple[str, list[list[Box]]]] = [
+        (f.path, [f.boxes, [turn_box(box, f) for box in f.boxes]]) for f in silent
+    ]
     better = compare_readings(readings)
     verdict = {None: "unclear", 0: "turned", 1: "stored"}[better]
     return verdicts | {file.path: verdict for file in silent}
