@@ -62,6 +62,8 @@ class Mapper(DatasetMapper):
     """A :class:`DatasetMapper` that reads files by the rules of
     :mod:`~vovnet_d2.data.image_file`, and leaves a pixel of images that are thin lines."""
 
+    augmentations: T.AugmentationList
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         augmentations = [_leaving_a_pixel(augmentation) for augmentation in self.augmentations.augs]

@@ -100,8 +100,8 @@ def check_label_set(name: str) -> tuple[str, bool]:
         raise FileNotFoundError(f"Data set {name} cannot be loaded: {error}") from error
     counts = count_labels(records, name)
     ignored = metadata.get("ignore_label", 255)
-    error, note = explain_labels(counts, len(metadata.stuff_classes), ignored)
-    return f"{name}: {counts.files} label maps\n  {error or note}", not error
+    problem, note = explain_labels(counts, len(metadata.stuff_classes), ignored)
+    return f"{name}: {counts.files} label maps\n  {problem or note}", not problem
 
 
 def _inspect(record: Mapping[str, Any]) -> tuple[dict[int, int], str]:
