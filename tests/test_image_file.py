@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -16,6 +17,8 @@ from vovnet_d2.data.image_file import ORIENTATION, read_header, read_image, read
 from vovnet_d2.data.mapper import Mapper, build_mapper
 from vovnet_d2.data.unreadable import ReadableOnly
 from vovnet_d2.engine import load_config
+from vovnet_d2.engine.lazy import _name_unreadable_images
+from vovnet_d2.engine.lazy_config import load_lazy_config
 
 SIZE = (12, 20)  # height, width
 
@@ -178,3 +181,14 @@ def test_a_file_that_is_refused_is_named(tmp_path: Path) -> None:
     mapper = ReadableOnly(Mapper(True, augmentations=[], image_format="BGR"))
     with pytest.raises(ValueError, match=r"a\.tif cannot be used: it has 32 bits per pixel"):
         mapper({"file_name": str(tmp_path / "a.tif")})
+
+
+def test_lazy_configs_read_by_the_same_rule() -> None:
+    """Their files name Detectron2's mapper, which is replaced by the one that reads so."""
+    config = load_lazy_config("lazy/COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.py")
+    for loader in (config.dataloader.train, config.dataloader.test):
+        assert type(instantiate(loader.mapper)) is DatasetMapper
+        _name_unreadable_images(loader, [])
+        mapper = instantiate(loader.mapper)
+        assert isinstance(mapper, ReadableOnly)
+        assert type(mapper.mapper) is Mapper
