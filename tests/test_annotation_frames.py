@@ -14,6 +14,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
+from vovnet_d2.data.check.names import NearNames
 from vovnet_d2.data.check.orientation import TurnedFile, turn_annotation
 from vovnet_d2.data.image_file import ORIENTATION, TURNS
 
@@ -250,3 +251,11 @@ def test_16_bits_without_use(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 4096, SIZE).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
     assert check(tmp_path, content)[1] == {"dark_pixels"}
+
+
+def test_near_names_of_another_split_are_other_files(tmp_path: Path) -> None:
+    for folder, expected in (("val", None), ("train", "a.jpg"), ("pictures", "a.jpg")):
+        root = tmp_path / "data" / folder
+        root.mkdir(parents=True)
+        (root / "a.jpg").touch()
+        assert NearNames(root).find("images/train/a.jpg") == expected
