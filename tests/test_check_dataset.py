@@ -96,9 +96,8 @@ class DataSet:
         """Exit status and findings of the tool."""
         report = self.folder / "report.json"
         file, images = str(self.json), str(self.images)
-        status = check_dataset.main(
-            ["--train-json", file, "--train-images", images, "--json", str(report), *words]
-        )
+        words = ("--json", str(report), "--masks", *words)
+        status = check_dataset.main(["--train-json", file, "--train-images", images, *words])
         content = json.loads(report.read_text())
         return status, content["data_sets"][0]["findings"]
 
@@ -175,6 +174,57 @@ def upwards_from_a_link(data: DataSet) -> None:
     data.content["images"][0]["file_name"] = f"link/../{NAMES[0]}"
 
 
+def rename(name: str) -> Callable[[DataSet], None]:
+    """The file stays; its name in the annotations changes."""
+    return setting("images", "file_name", name)
+
+
+def image_ids(number: float) -> Callable[[DataSet], None]:
+    """The first image has another id, and so have its annotations."""
+
+    def spoil(data: DataSet) -> None:
+        data.content["images"][0]["id"] = number
+        for annotation in data.content["annotations"][:2]:
+            annotation["image_id"] = number
+
+    return spoil
+
+
+def text_ids(data: DataSet) -> None:
+    for image in data.content["images"]:
+        image["id"] = f"0{image['id']}"
+    for annotation in data.content["annotations"]:
+        annotation["image_id"] = f"0{annotation['image_id']}"
+
+
+def numbers_for_text(data: DataSet) -> None:
+    for image in data.content["images"]:
+        image["id"] = str(image["id"])
+
+
+def decompose(data: DataSet) -> None:
+    (data.images / "a.jpg").rename(data.images / "\u00e4.jpg")
+    data.content["images"][0]["file_name"] = "a\u0308.jpg"
+
+
+def two_as_near(data: DataSet) -> None:
+    for folder in ("one", "two"):
+        (data.images / folder).mkdir()
+        shutil.copy(data.images / "a.jpg", data.images / folder)
+    (data.images / "a.jpg").unlink()
+
+
+def other_split(data: DataSet) -> None:
+    (data.images / "val").mkdir()
+    (data.images / "a.jpg").rename(data.images / "val" / "a.jpg")
+    data.content["images"][0]["file_name"] = "train/a.jpg"
+
+
+def other_size(data: DataSet) -> None:
+    Image.new("RGB", (9, 9)).save(data.images / "a.jpg")
+    data.content["images"][0]["file_name"] = "images/a.jpg"
+
+
 def keypoints(*points: float, declared: int = 2, counted: int | None = 2) -> Callable:
     def spoil(data: DataSet) -> None:
         for category in data.content["categories"]:
@@ -222,6 +272,9 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "image without id": (adding("images", id=[1]), {"image_id"}),
     "image id as text": (setting("images", "id", "1"), {"image_id_type"}),
     "image id as a name": (setting("images", "id", "x"), {"image_id_type", "unknown_image"}),
+    "image id of many bits": (image_ids(2**60), {"image_id_type"}),
+    "image id with a fraction": (image_ids(0.5), {"image_id_type"}),
+    "references as numbers": (numbers_for_text, {"reference_type"}),
     "image id twice": (adding("images", file_name="b.png"), {"duplicate_image_id"}),
     "image twice": (adding("images"), {"repeated_image"}),
     "file twice": (adding("images", id=77), {"duplicate_file_name"}),
@@ -236,6 +289,18 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "path with a zero": (setting("images", "file_name", "a\0b"), {"path_outside"}),
     "path upwards from a link": (upwards_from_a_link, {"path_outside"}),
     "missing file": (file(Path.unlink), {"missing_file"}),
+    "backslashes": (rename(r"images\a.jpg"), {"near_name"}),
+    "URL": (rename("https://example.org/data/a.jpg?download=1"), {"near_name"}),
+    "prefix": (rename("images/train/a.jpg"), {"near_name"}),
+    "absolute path of another machine": (rename("/home/me/images/a.jpg"), {"near_name"}),
+    "upper case": (rename("A.JPG"), {"near_name"}),
+    "another suffix": (rename("a.png"), {"near_name"}),
+    "no suffix": (rename("a"), {"near_name"}),
+    "spaces": (rename(" a.jpg "), {"near_name"}),
+    "Unicode form": (decompose, {"near_name"}),
+    "two files as near": (two_as_near, {"missing_file"}),
+    "another split": (other_split, {"missing_file"}),
+    "near, of another size": (other_size, {"missing_file"}),
     "a folder for a file": (setting("images", "file_name", "."), {"missing_file"}),
     "truncated image": (file(truncate), {"unreadable_file"}),
     "empty image": (file(lambda p: p.write_bytes(b"")), {"unreadable_file"}),
@@ -243,7 +308,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "wrong size": (setting("images", "height", 47), {"image_size"}),
     "no size": (without("images", "width"), {"image_size"}),
     "size as text": (setting("images", "width", "64"), {"image_size"}),
-    "rotated": (file(rotate), {"rotated_size"}),
+    "rotated": (file(rotate), {"annotations_turned"}),
     # annotations
     "annotation without id": (without("annotations", "id"), {"annotation_id"}),
     "annotation id as text": (setting("annotations", "id", "1"), {"annotation_id"}),
@@ -342,6 +407,7 @@ HOPELESS = {name for name, (_, problems) in FAULTS.items() if problems & {"json"
 
 # name: (what is done to the set, the note)
 NOTES = {
+    "image ids as text": (text_ids, "image_ids_text"),
     "category ids with gaps": (adding("categories", id=9, name="fox"), "category_gaps"),
     "a category without annotations": (adding("categories", id=3, name="fox"), "unused_category"),
     "an image without annotations": (
@@ -358,7 +424,7 @@ NOTES = {
         "rle_masks",
     ),
     "16 bits": (
-        lambda d: Image.fromarray(np.full(SIZE, 999, dtype=np.uint16)).save(d.images / "b.png"),
+        lambda d: Image.fromarray(np.full(SIZE, 9999, dtype=np.uint16)).save(d.images / "b.png"),
         "deep_pixels",
     ),
     "a file twice": (
@@ -373,6 +439,11 @@ NOTES = {
     ),
 }
 BETWEEN = {"leaked_file", "near_duplicate", "same_name", "categories_differ"}  # below
+BETWEEN |= {"category_ids_differ"}
+# In test_annotation_frames.py.
+TOGETHER = {"box_convention", "box_convention_unclear", "polygon_convention", "systematic"}
+TOGETHER |= {"turn_unclear", "resized", "dark_pixels"}
+ALSO = {"lost_with_image", "box_without_mask"}
 
 
 def names_of(findings: list[dict], *, notes: bool = False) -> set[str]:
@@ -389,7 +460,7 @@ def spoil(data: DataSet, fault: Callable[[DataSet], None]) -> None:
 
 def test_every_problem_is_in_a_test() -> None:
     found = set().union(*(problems for _, problems in FAULTS.values()))
-    found |= {note for _, note in NOTES.values()} | {"lost_with_image"} | BETWEEN
+    found |= {note for _, note in NOTES.values()} | ALSO | BETWEEN | TOGETHER
     assert found == set(PROBLEMS)
 
 
@@ -499,6 +570,27 @@ def evaluate_the_truth(path: Path, kind: str = "bbox") -> float:
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats[0]
+
+
+NO_MASKS = {"[[]]": [[]], "[]": [], "null": None, "two points": [[1, 2, 3, 4]], "text": "x"}
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+@pytest.mark.parametrize("mask", NO_MASKS)
+def test_boxes_need_no_masks(data: DataSet, mask: str, all_of_them: bool) -> None:
+    """Objects stay for their boxes, unless the check is for a network that learns masks."""
+    for annotation in data.content["annotations"][: None if all_of_them else 3]:
+        annotation["segmentation"] = NO_MASKS[mask]
+    data.write()
+    fixed = data.folder / "fixed.json"
+    words = ["--train-json", data.json, "--train-images", data.images, "--fix", fixed]
+    assert check_dataset.main(list(map(str, words))) == (mask in ("two points", "text"))
+    kept = json.loads(fixed.read_text())["annotations"]
+    assert [a["bbox"] for a in kept] == [a["bbox"] for a in data.content["annotations"]]
+    if not all_of_them:
+        fixed.unlink()
+        assert data.check("--fix", str(fixed))[0] == 1
+        assert len(json.loads(fixed.read_text())["annotations"]) == 5
 
 
 # What the severities claim, seen in Detectron2 and pycocotools
@@ -661,6 +753,30 @@ def test_other_categories(data: DataSet, other: DataSet) -> None:
     assert check_two(data, other)[:2] == (1, {"categories_differ"})
 
 
+def test_ids_of_the_same_names_are_those_of_the_first_set(data: DataSet, other: DataSet) -> None:
+    """Corrected copies have one numbering, so that all tools take them; labels stay by name."""
+    ids = {1: 2, 2: 1}
+    for category in other.content["categories"]:
+        category["id"] = ids[category["id"]]
+    for annotation in other.content["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
+    data.content["categories"].append({"id": 7, "name": "fox"})
+    data.write()
+    other.write()
+    fixed = [str(d.folder / "fixed.json") for d in (data, other)]
+    assert check_two(data, other, "--fix", *fixed)[:2] == (1, {"category_ids_differ"})
+    contents = [json.loads(Path(path).read_text()) for path in fixed]
+    assert contents[0]["categories"] == contents[1]["categories"]
+    before, after = (
+        [{c["id"]: c["name"] for c in content["categories"]}[a["category_id"]]
+         for a in content["annotations"]]
+        for content in (other.content, contents[1])
+    )  # fmt: skip
+    assert before == after
+    data.json, other.json = map(Path, fixed)
+    assert check_two(data, other)[:2] == (0, set())
+
+
 # Real sets and the command line
 
 
@@ -777,7 +893,7 @@ def change_and_fix(data: DataSet, changes: list) -> None:
     file, images = str(data.json), str(data.images)
     with contextlib.redirect_stdout(io.StringIO()):
         status = check_dataset.main(
-            ["--train-json", file, "--train-images", images, "--fix", str(fixed)]
+            ["--train-json", file, "--train-images", images, "--masks", "--fix", str(fixed)]
         )
         assert status in (0, 1) or not fixed.exists()
         if fixed.exists():

@@ -35,9 +35,10 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from PIL import Image
 
 from vovnet_d2.data.cityscapes import provide_cityscapes_scripts
-from vovnet_d2.engine import build_evaluator, load_config
+from vovnet_d2.engine import Trainer, build_evaluator, load_config
 from vovnet_d2.engine.evaluation import _BUILDERS, check_evaluators, main_metric
 from vovnet_d2.engine.old_numpy import old_numpy
+from vovnet_d2.engine.rehearsal import rehearse_evaluation
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -409,3 +410,112 @@ def test_main_metric(
     assert main_metric(config(tmp_path, "mine", **model)) == metric
     assert main_metric(config(tmp_path, "mine", "other", **model)) == f"mine/{metric}"
     assert main_metric(config(tmp_path, **model)) is None
+
+
+# Ids of every sort, and what was converted before
+
+
+def write_ids(folder: Path, kind: str) -> str:
+    """Three images with ids of a kind, and an object in each; register them."""
+    ids = {
+        "text": ["a", "b", "c"],
+        "digits": ["1", "02", "3"],
+        "negative": [-1, 0, 7],
+        "large": [2**53 + 1, 2**53 + 3, 2**60],
+        "fractions": [0.5, 1.5, 2.5],
+    }[kind]
+    images, annotations = [], []
+    for number, image_id in enumerate(ids):
+        name = f"{number}.png"
+        Image.new("RGB", (80, 64)).save(folder / name)
+        images.append({"id": image_id, "file_name": name, "height": 64, "width": 80})
+        annotations.append(
+            {"id": number + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
+            | {"bbox": [10 + number, 10, 30, 20], "area": 600}
+        )
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "box"}]
+    (folder / "ids.json").write_text(json.dumps(content))
+    register_coco_instances("ids", {}, str(folder / "ids.json"), str(folder))
+    MetadataCatalog.get("ids").evaluator_type = "coco"
+    DatasetCatalog.get("ids")
+    return "ids"
+
+
+@pytest.mark.parametrize("kind", ["text", "digits", "negative", "large", "fractions"])
+def test_auto_takes_ids_of_every_sort(catalogs: None, tmp_path: Path, kind: str) -> None:
+    name = write_ids(tmp_path, kind)
+    cfg = config(tmp_path, name)
+    assert evaluate_perfection(cfg, name)["bbox"]["AP"] == pytest.approx(100)
+    rehearse_evaluation(cfg, Trainer)
+    if kind == "text":
+        cfg.TEST.COCO_API = "faster-coco-eval"
+        with pytest.raises(ValueError, match=r"takes? .*: set TEST.COCO_API pycocotools"):
+            build_evaluator(cfg, name)
+
+
+def test_pycocotools_takes_over_where_the_faster_one_fails(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for fails in (False, True):
+        if fails:
+            path = "vovnet_d2.engine.faster_coco._COCOeval.evaluate"
+            monkeypatch.setattr(path, lambda self: 1 / 0)
+        torch.manual_seed(0)
+        found.append(evaluate_noise(config(tmp_path, "coco_2017_val"), "coco_2017_val"))
+    assert "faster-coco-eval fails (ZeroDivisionError: division by zero)" in caplog.text
+    for task in ("bbox", "segm"):
+        assert found[1][task] == pytest.approx(found[0][task], abs=1e-6, nan_ok=True)
+
+
+def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
+    """What a function registers may have changed since an evaluation into the same folder."""
+    box = {"bbox": [10, 10, 30, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+    for left in (10, 40):
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.data.clear()
+        annotation = box | {"bbox": [left, 10, 30, 20]}
+        record = {"file_name": "a.png", "image_id": 1, "width": 80, "height": 64}
+        records = [record | {"annotations": [annotation]}]
+        DatasetCatalog.register("mine", lambda records=records: copy.deepcopy(records))
+        MetadataCatalog.get("mine").set(thing_classes=["box"], evaluator_type="coco")
+        cfg = config(tmp_path, "mine")
+        rehearse_evaluation(cfg, Trainer)
+        for _ in range(2):  # within a run, too
+            assert evaluate_perfection(cfg, "mine")["bbox"]["AP"] == pytest.approx(100)
+    files = sorted(
+        path.name for path in (tmp_path / "out" / "inference").glob("*_coco_format.json")
+    )
+    assert files == ["mine_coco_format.json"]
+
+
+# The rehearsal
+
+
+def test_the_rehearsal_finds_what_would_end_an_evaluation(coco: Path, tmp_path: Path) -> None:
+    content = json.loads((coco / "coco/annotations/instances_val2017.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_instances("no_area", {}, str(tmp_path / "a.json"), str(coco / "coco/val2017"))
+    MetadataCatalog.get("no_area").evaluator_type = "coco"
+    cfg = config(tmp_path, "no_area")
+    cfg.TEST.COCO_API = "pycocotools"  # the other one computes areas
+    with pytest.raises(ValueError, match=r"no_area cannot be evaluated: with perfect .*'area'"):
+        rehearse_evaluation(cfg, Trainer)
+    assert not (tmp_path / "out" / "inference").exists()
+
+
+def test_what_no_network_can_reach_is_said(
+    catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = write_ids(tmp_path, "negative")
+    rehearse_evaluation(config(tmp_path, name), Trainer)
+    assert "Perfect predictions" not in caplog.text
+    path = tmp_path / "ids.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["id"] = 0
+    path.write_text(json.dumps(content))
+    rehearse_evaluation(config(tmp_path, name), Trainer)
+    assert "Perfect predictions for 3 images of ids score bbox AP" in caplog.text

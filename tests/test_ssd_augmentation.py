@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
-from vovnet_d2.data.mapper import SSDMapper, build_augmentations, build_mapper
+from vovnet_d2.data.mapper import Mapper, SSDMapper, build_augmentations, build_mapper
 from vovnet_d2.data.ssd_augmentation import (
     Distort,
     Expand,
@@ -284,7 +283,7 @@ def test_config_tells_the_mapper(record: dict) -> None:
     cfg.INPUT.RANDOM_FLIP = "none"
     assert not any(isinstance(a, T.RandomFlip) for a in build_augmentations(cfg, True))
     cfg.INPUT.SSD_AUGMENTATION = False
-    assert type(build_mapper(cfg, True)) is DatasetMapper
+    assert type(build_mapper(cfg, True)) is Mapper
     assert build_mapper(cfg, True)(record)["image"].shape == (3, 320, 320)
     cfg.INPUT.FIXED_SIZE = 0
     resize = build_augmentations(cfg, False)

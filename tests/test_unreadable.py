@@ -55,10 +55,10 @@ def open_image(record: dict) -> tuple[int, int]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "No such file"),
+    "missing": (Path.unlink, "there is no such file"),
     "cut": (cut, "truncated"),
-    "empty": (lambda p: p.write_bytes(b""), "cannot identify image file"),
-    "text": (lambda p: p.write_text("404"), "cannot identify image file"),
+    "empty": (lambda p: p.write_bytes(b""), "of no known format"),
+    "text": (lambda p: p.write_text("404"), "of no known format"),
     "cut PNG": (lambda p: resave(p, lambda data: data[: len(data) // 2]), "truncated|broken"),
     "of another size": (
         lambda p: shutil.copy(p.parent.parent / "small.jpg", p),

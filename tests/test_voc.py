@@ -16,9 +16,11 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from vovnet_d2.data.voc import load_voc, register_voc
-from vovnet_d2.engine import load_config
+from vovnet_d2.data.voc import check_voc, load_voc, register_voc
+from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine.checks import check_data
 from vovnet_d2.engine.evaluation import build_evaluator
+from vovnet_d2.engine.rehearsal import rehearse_evaluation
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -91,6 +93,84 @@ def test_broken_annotation(tmp_path: Path, old: str, new: str, message: str) -> 
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         load_voc(str(root), "train")
+
+
+# Folders as people write them
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", 0), ("Unspecified", 0), ("1", 1), (" 0 ", 0)])
+def test_difficult_as_tools_write_it(tmp_path: Path, text: str, expected: int) -> None:
+    root = write_tree(tmp_path, OBJECTS, "train")
+    path = root / "Annotations" / "000001.xml"
+    path.write_text(path.read_text().replace(">0</difficult>", f">{text}</difficult>"))
+    assert load_voc(str(root), "train")[0]["annotations"][0]["iscrowd"] == expected
+    check_voc(str(root), "train", CLASS_NAMES, by_detectron2=True)
+
+
+def edit(old: str, new: str) -> Callable[[Path], object]:
+    def change(root: Path) -> None:
+        path = root / "Annotations" / "000001.xml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def list_as(text: str) -> Callable[[Path], object]:
+    return lambda root: (root / "ImageSets" / "Main" / "train.txt").write_text(text)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "class": (
+        edit("dog", "Dog"),
+        r"1\.xml: object 0 is of class 'Dog' \(close to it: 'dog'\)",
+    ),
+    "spaces": (edit("<name>dog", "<name> dog"), "'name' has spaces around it"),
+    "no number": (edit(">40<", ">forty<"), r"000001\.xml: .* has 'forty' for 'bndbox/xmax'"),
+    "nan": (edit(">40<", ">nan<"), "has 'nan' for 'bndbox/xmax'"),
+    "empty number": (edit(">40<", "><"), "has '' for 'bndbox/xmax'"),
+    "difficult": (edit(">0</difficult>", ">2</difficult>"), "has '2' for 'difficult'"),
+    "no size": (edit("<size>", "<sizes>"), r"000001\.xml: mismatched tag"),
+    "fraction": (edit("<width>80<", "<width>80.0<"), "'size' has no whole numbers"),
+    "other size": (edit("<width>80<", "<width>81<"), "81 x 60 and 80 x 60"),
+    "order": (edit(">40<", ">0<"), r"object 0 has the box .* not above its minima"),
+    "no box": (edit("bndbox", "polygon"), "lacks 'bndbox/xmin' in its 'object'"),
+    "no file": (lambda r: (r / "Annotations/000003.xml").unlink(), r"no annotation file .*3\.xml"),
+    "no image": (lambda r: (r / "JPEGImages/000003.jpg").unlink(), r"no image .*000003\.jpg\."),
+    "suffix": (
+        lambda r: (r / "JPEGImages/000003.jpg").rename(r / "JPEGImages/000003.JPG"),
+        r"no image .*000003\.jpg, but 000003\.JPG: rename it",
+    ),
+    "no picture": (lambda r: (r / "JPEGImages/000003.jpg").write_text(""), "is not a picture"),
+    "numbers in the list": (list_as("000001  1\n000002 -1\n"), "has the line '000001  1'"),
+    "suffix in the list": (list_as("000001.jpg\n000002.jpg"), "leave out the suffix in the list"),
+    "empty list": (list_as("\n"), r"train\.txt lists no image"),
+    "one image": (list_as("000001\n"), "lists one image, which Detectron2's loader cannot take"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_folders_are_checked_whole(tmp_path: Path, name: str) -> None:
+    change, message = BROKEN[name]
+    root = write_tree(tmp_path, OBJECTS, "train")
+    check_voc(str(root), "train", CLASS_NAMES, by_detectron2=True)
+    change(root)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_voc(str(root), "train", CLASS_NAMES, by_detectron2=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_checks_its_folders(register: Callable[..., None]) -> None:
+    register(OBJECTS)
+    cfg = load_config("PascalVOC-Detection/refinedet320_V_39_120k.yaml")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("voc_2007_test",)
+    check_data(cfg, training=True)
+    rehearse_evaluation(cfg, Trainer)
+    folder = Path(MetadataCatalog.get("voc_2007_test").dirname)
+    for path in sorted((folder / "Annotations").iterdir())[:2]:
+        path.write_text(path.read_text().replace(">0</difficult>", ">?</difficult>"))
+    with pytest.raises(ValueError, match=r"voc_2007_test: .*000001\.xml: .* 1 more images"):
+        check_data(cfg, training=True)
 
 
 @pytest.fixture

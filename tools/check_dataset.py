@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read data sets in COCO's format as training would, and list what is wrong with them.
+"""Read data sets in COCO's format, or registered label maps, as training would, and list what is
+wrong with them.
 
     python tools/check_dataset.py digits_train digits_val
     python tools/check_dataset.py --train-json train.json --train-images images/ --fix fixed.json
@@ -24,8 +25,10 @@ from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
     check_data_sets,
+    check_label_set,
     find_registered,
     format_report,
+    is_label_set,
     report_to_json,
     require_free,
     write_fixed,
@@ -54,6 +57,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "order. The report says what they drop and change",
     )
     parser.add_argument(
+        "--masks",
+        action="store_true",
+        help="the sets are for a network that learns masks: objects without one are problems, and "
+        "--fix drops them. Without, objects are kept for their boxes",
+    )
+    parser.add_argument(
         "--min-size", type=int, default=800, help="INPUT.MIN_SIZE_TRAIN (default %(default)s)"
     )
     parser.add_argument(
@@ -71,8 +80,8 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
         if file is not None:
             sources.append(Source(split, file, folder))
     register_digits()
-    sources += map(find_registered, args.names)
-    if not sources:
+    sources += [find_registered(name) for name in args.names if not is_label_set(name)]
+    if not sources and not args.names:
         raise ValueError("Nothing to check: give --train-json and --train-images, or a name.")
     if args.fix and len(args.fix) != len(sources):
         raise ValueError(f"--fix takes a file for each data set: {len(sources)}, in their order.")
@@ -91,15 +100,23 @@ def check_outputs(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     sources = find_sources(args)
     check_outputs(args)
-    checked, between = check_data_sets(sources, resize=(args.min_size, args.max_size))
-    print(format_report(checked, between, fixing=bool(args.fix)))
+    checked, between = check_data_sets(
+        sources, resize=(args.min_size, args.max_size), masks=args.masks
+    )
+    if sources:
+        print(format_report(checked, between, fixing=bool(args.fix)))
+    good = True
+    for name in filter(is_label_set, args.names):
+        text, usable = check_label_set(name)
+        print(text)
+        good &= usable
     report = report_to_json(checked, between)
     if args.json:
         with atomic_write(args.json) as partial:
             Path(partial).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for one, path in zip(checked, args.fix or [], strict=bool(args.fix)):
         print(write_fixed(one, path))
-    return 1 if report["problems"] else 0
+    return 1 if report["problems"] or not good else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
-from PIL import UnidentifiedImageError
 from torch import nn
 
 from vovnet_d2 import VoVNetCheckpointer
+from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine.any_config import as_cfg, build_network, load_any_config
 from vovnet_d2.engine.checks import check_all_loaded, parse_device
@@ -191,11 +190,9 @@ def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
     images = []
     for file in files:
         try:
-            image = detection_utils.read_image(file, format=cfg.INPUT.FORMAT)
+            image = read_image(file, cfg.INPUT.FORMAT)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"There is no file {file}.") from error
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{file} is not a picture that can be read.") from error
         image = resize.get_transform(image).apply_image(image).astype("float32")
         images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
     return images

@@ -17,6 +17,7 @@ from detectron2.data.transforms import ResizeTransform
 from PIL import Image, ImageOps
 
 from .checkpoint import VoVNetCheckpointer, check_input_convention
+from .data.image_file import read_image
 from .data.mapper import build_augmentations
 from .engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
 from .engine.categories import find_metadata
@@ -113,7 +114,8 @@ class Predictor:
         Args:
             images: one, or several of any sizes. An image is an array (H, W, 3), uint8, BGR, as
                 OpenCV reads it; grey, (H, W) or (H, W, 1); with transparency, (H, W, 4), BGRA,
-                which is dropped; an image of Pillow's; or a file, see :func:`read_image`.
+                which is dropped; an image of Pillow's; or a file, see
+                :func:`~vovnet_d2.data.image_file.read_image`.
 
         Returns:
             what the model returns for an image ("instances", "sem_seg", "panoptic_seg"), in its
@@ -165,43 +167,6 @@ class Predictor:
         divisor = max(1, getattr(backbone, "size_divisibility", 1))
         height, width = (-(-side // divisor) * divisor for side in image.shape[1:])
         return height, width
-
-
-def read_image(file: str | os.PathLike[str]) -> np.ndarray:
-    """Read a picture as Detectron2 does, turned as its EXIF orientation says.
-
-    Of 16-bit grey values, which Detectron2 would clip at 255, it takes the upper 8 bits.
-
-    Returns:
-        (H, W, 3), uint8, BGR.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a picture, is damaged, or has values without a known range.
-    """
-    path = os.fspath(file)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        with Image.open(path) as picture:  # reads the header alone
-            mode = picture.mode
-        if mode.startswith("I;16"):
-            grey = (detection_utils.read_image(path) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        image = detection_utils.read_image(path, format="BGR")
-    except Exception as error:  # decoders raise all kinds at damaged files
-        raise ValueError(f"{path} is not a picture that can be read ({_reason(error)}).") from error
-    if mode in ("I", "F"):
-        raise ValueError(
-            f"{path} has 32 bits per pixel, whose range is not known: convert it to 8 or 16."
-        )
-    return image
-
-
-def _reason(error: Exception) -> str:
-    # Pillow's words for what it does not recognise are about the file object that it was given.
-    known = {"UnidentifiedImageError": "of no known format"}
-    return known.get(type(error).__name__, str(error) or type(error).__name__)
 
 
 def _to_array(image: ImageLike) -> np.ndarray:

@@ -83,30 +83,29 @@ def read_checkpoint(path: str, *, allow_pickle: bool = False, entry: str = "") -
     Raises:
         ValueError: the file is damaged, is no checkpoint, or would run code; says which.
     """
-    if (entry := find_weights(path)) is not None:
-        return _read(io.BytesIO(b"".join(unpacked(path, entry))), path, allow_pickle)
-    with open(path, "rb") as file:
-        return _read(file, path, allow_pickle)
+    if (inner := find_weights(path)) is not None:
+        file = io.BytesIO(b"".join(unpacked(path, inner)))
+        return _with_model(_read(file, path, allow_pickle), path, entry)
+    with open(path, "rb") as whole:
+        return _with_model(_read(whole, path, allow_pickle), path, entry)
 
 
-def _read(file: IO[bytes], path: str, allow_pickle: bool) -> dict[str, Any]:
+def _read(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
     head = file.read(512)
     file.seek(0)
     kind = _kind(head)
     if kind in _SENTENCES:
         raise ValueError(f"{path} {_SENTENCES[kind]}")
     if kind == "safetensors":
-        content = _read_safetensors(path)
-    elif kind == "zip" or _is_legacy_torch(head):
-        content = _read_torch(file, path, is_zip=kind == "zip")
-    elif kind == "pickle":
-        content = _read_array_pickle(file, path, allow_pickle)
-    else:
-        raise ValueError(
-            f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
-            "Detectron2's model zoo), or its beginning is damaged."
-        )
-    return _with_model(content, path, entry)
+        return _read_safetensors(path)
+    if kind == "zip" or _is_legacy_torch(head):
+        return _read_torch(file, path, is_zip=kind == "zip")
+    if kind == "pickle":
+        return _read_array_pickle(file, path, allow_pickle)
+    raise ValueError(
+        f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
+        "Detectron2's model zoo), or its beginning is damaged."
+    )
 
 
 def looks_like_html(path: str) -> bool:

@@ -17,6 +17,7 @@ from torchvision.datasets.folder import find_classes
 
 from .digit_images import load_sources
 from .digits import CLASS_NAMES, digit_split
+from .image_file import read_image
 
 __all__ = ["SPLITS", "build_classification_dataset", "class_names"]
 
@@ -115,10 +116,9 @@ def _split_folder(data: str, split: str) -> Path:
 
 def _read_image(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): delete it.") from error
+        return Image.fromarray(read_image(path, "RGB"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image: delete it. {error}") from error
 
 
 class _Digits(Dataset):

@@ -15,19 +15,21 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
+from .image_file import read_image, read_labels
 from .ssd_augmentation import ssd_augmentations
 
-__all__ = ["SSDMapper", "build_augmentations", "build_mapper"]
+__all__ = ["Mapper", "SSDMapper", "build_augmentations", "build_mapper"]
 
 
-def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    """Detectron2's mapper, or with ``INPUT.SSD_AUGMENTATION`` in training, :class:`SSDMapper`.
+def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
+    """Build the mapper of a config: with ``INPUT.SSD_AUGMENTATION`` in training,
+    :class:`SSDMapper`.
 
     Raises:
         ValueError: see :func:`build_augmentations`.
     """
     ssd = is_train and cfg.INPUT.SSD_AUGMENTATION
-    mapper = SSDMapper if ssd else DatasetMapper
+    mapper = SSDMapper if ssd else Mapper
     augmentations = build_augmentations(cfg, is_train)
     if is_train and cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
@@ -56,9 +58,16 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     return [T.Resize((size, size)), *flips]
 
 
-class SSDMapper(DatasetMapper):
-    """A :class:`DatasetMapper` for training whose augmentations see the boxes, crowds aside, and
-    that leaves out what has its box's centre outside the result, as SSD does."""
+class Mapper(DatasetMapper):
+    """A :class:`DatasetMapper` that reads files by the rules of
+    :mod:`~vovnet_d2.data.image_file`, and leaves a pixel of images that are thin lines."""
+
+    augmentations: T.AugmentationList
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        augmentations = [_leaving_a_pixel(augmentation) for augmentation in self.augmentations.augs]
+        self.augmentations = T.AugmentationList(augmentations)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """
@@ -66,22 +75,76 @@ class SSDMapper(DatasetMapper):
             dataset_dict: an image in Detectron2's format.
 
         Returns:
-            the same with "image" (C, H, W) and "instances" instead of "annotations".
+            the same with "image" (C, H, W) and, in training, "instances" instead of "annotations"
+            and "sem_seg" (H, W), int64, instead of "sem_seg_file_name".
         """
         record = copy.deepcopy(dataset_dict)
-        image = utils.read_image(record["file_name"], format=self.image_format)
+        image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
-        annotations = [a for a in record.pop("annotations", []) if not a.get("iscrowd", 0)]
+        label_file = record.pop("sem_seg_file_name", None)
+        labels = read_labels(label_file) if label_file and self.is_train else None
+        image, labels, transforms = self._augment(record, image, labels)
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if labels is not None:
+            record["sem_seg"] = torch.as_tensor(labels)
+        shape = image.shape[:2]
+        if self.proposal_topk is not None:
+            utils.transform_proposals(record, shape, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, shape)
+        return record
+
+    def _augment(
+        self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None, T.TransformList]:
+        # Labels are picked and not averaged, which Detectron2 does for 8 bits only: a label above
+        # 255 goes through it in two bytes.
+        low = None if labels is None else (labels & 0xFF).astype(np.uint8)
+        aug_input = T.AugInput(image, sem_seg=low)
+        transforms = self.augmentations(aug_input)
+        if labels is None:
+            return aug_input.image, None, transforms
+        found = aug_input.sem_seg.astype(np.int64)
+        if labels.max(initial=0) > 0xFF:
+            high = transforms.apply_segmentation((labels >> 8).astype(np.uint8))
+            found += high.astype(np.int64) << 8
+        return aug_input.image, found, transforms
+
+
+def _leaving_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
+    """Return the augmentation; Detectron2's resizing makes a side of 0 of a thin line's."""
+    if type(augmentation) is not T.ResizeShortestEdge:
+        return augmentation
+    sizes = list(augmentation.short_edge_length)
+    style = "range" if augmentation.is_range else "choice"
+    return _ResizeShortestEdge(sizes, augmentation.max_size, style, augmentation.interp)
+
+
+class _ResizeShortestEdge(T.ResizeShortestEdge):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
+class SSDMapper(Mapper):
+    """A :class:`Mapper` for training whose augmentations see the boxes, crowds aside, and
+    that leaves out what has its box's centre outside the result, as SSD does."""
+
+    def _augment(
+        self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None, T.TransformList]:
+        annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
         aug_input = T.AugInput(image, boxes=corners)
         transforms = self.augmentations(aug_input)
-        image = aug_input.image
-        height, width = image.shape[:2]
+        height, width = aug_input.image.shape[:2]
         centres = transforms.apply_coords((corners[:, :2] + corners[:, 2:]) / 2)
         inside = ((centres > 0) & (centres < (width, height))).all(axis=1)
         record["annotations"] = [a for a, keep in zip(annotations, inside, strict=True) if keep]
-        self._transform_annotations(record, transforms, (height, width))
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return record
+        return aug_input.image, None, transforms

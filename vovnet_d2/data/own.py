@@ -8,16 +8,26 @@ whatever loads the config knows the data set, and where the files are not at han
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
-__all__ = ["OwnDataSet", "complete_categories", "register_own_data"]
+from .check.masks import has_mask
+
+__all__ = ["OwnDataSet", "match_categories", "register_own_data"]
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -37,7 +47,7 @@ class OwnDataSet:
     json: str
     images: str
     categories: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | str, ...]
 
     @classmethod
     def from_config(cls, entry: Any) -> OwnDataSet:
@@ -72,7 +82,7 @@ class OwnDataSet:
             ValueError: the annotation file is not in COCO's format, or has other categories.
         """
         try:
-            records = load_coco_json(self.json, self.images)
+            records = _load_records(self.json, self.images)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.json} is not in COCO's format ({type(error).__name__}: {error}). "
@@ -131,13 +141,63 @@ def register_own_data(entries: Sequence[Any]) -> None:
         OwnDataSet.from_config(entry).register()
 
 
-def complete_categories(truth: COCO, metadata: Metadata) -> None:
-    """Give annotations all categories of the network, where their file lacks some that do not occur
-    in it: evaluations compare category by category."""
+def _load_records(file: str, images: str) -> list[Record]:
+    """Load a file as Detectron2's ``load_coco_json`` does, but for objects without a usable mask:
+    they stay with their boxes, and a training of masks refuses them."""
+    content = json.loads(Path(file).read_bytes())
+    by_image: defaultdict[Any, list[Record]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    listed = sorted(content["images"], key=lambda image: image["id"])
+    lost = len(content["annotations"]) - sum(len(by_image[image["id"]]) for image in listed)
+    if lost:
+        logger.warning("%s has %d annotations of images that it does not list.", file, lost)
+    without_mask = sum(
+        bool(a.get("segmentation")) and not has_mask(a) for a in content["annotations"]
+    )
+    if without_mask:
+        logger.warning(
+            "%s has %d objects whose masks have no polygon of three points: they count with their "
+            "boxes alone.",
+            *(file, without_mask),
+        )
+    return [
+        {
+            "file_name": os.path.join(images, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [_load_object(a) for a in by_image[image["id"]]],
+        }
+        for image in listed
+    ]
+
+
+def _load_object(annotation: Record) -> Record:
+    if annotation.get("ignore", 0):
+        raise ValueError(f'annotation {annotation.get("id")!r} has "ignore"')
+    keys = ("iscrowd", "bbox", "category_id")
+    found = {key: annotation[key] for key in keys if key in annotation}
+    if has_mask(annotation):
+        mask = annotation["segmentation"]
+        if isinstance(mask, dict):
+            if isinstance(mask["counts"], list):
+                mask = mask_util.frPyObjects(mask, *mask["size"])
+        else:
+            mask = [p for p in mask if len(p) % 2 == 0 and len(p) >= 6]
+        found["segmentation"] = mask
+    if points := annotation.get("keypoints"):
+        # From indices of pixels to coordinates of their centres.
+        found["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in enumerate(points)]
+    return found | {"bbox_mode": BoxMode.XYWH_ABS}
+
+
+def match_categories(truth: COCO, metadata: Metadata) -> None:
+    """Give annotations the categories of the network and no others: evaluations compare category by
+    category. What a file lacks does not occur in it, nor does what it has beyond them."""
     own: OwnDataSet | None = metadata.get("own_data_set")
     if own is None:
         return
-    for category, name in zip(own.category_ids, own.categories, strict=True):
-        if category not in truth.cats:
-            truth.cats[category] = {"id": category, "name": name}
+    names = dict(zip(own.category_ids, own.categories, strict=True))
+    truth.cats = {number: {"id": number, "name": name} for number, name in names.items()}
     truth.dataset["categories"] = list(truth.cats.values())

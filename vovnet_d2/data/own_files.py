@@ -8,15 +8,18 @@ What would stop or spoil a run is refused at its first place; tools/check_datase
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .check.masks import has_mask
+from .check.names import NearNames
 from .check.problems import PROBLEMS, Findings
 from .check.reading import SECTIONS, read_annotation_file
-from .check.values import are_numbers, is_number, is_whole
+from .check.values import are_numbers, as_id, is_number, is_whole
 
 __all__ = ["Contents", "read_contents"]
 
@@ -33,15 +36,17 @@ class Contents:
         num_trainable: images with an annotation that is no crowd.
         num_annotations: crowds included.
         num_crowds: of these.
-        num_without_mask: annotations that are no crowds and have no segmentation.
+        used: the ids of categories that have annotations.
+        num_without_mask: annotations that are no crowds and have no mask that can be used.
         num_encoded_masks: annotations that are no crowds and have RLE for one.
     """
 
-    categories: dict[int, str]
+    categories: dict[int | str, str]
     num_images: int
     num_trainable: int
     num_annotations: int
     num_crowds: int
+    used: set[int | str]
     num_without_mask: int
     num_encoded_masks: int
 
@@ -70,6 +75,7 @@ def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
     assert content is not None
     for section in SECTIONS:
         _check_fields(json, section, content[section], evaluated)
+    _check_ids(json, content)
     _look_for_images(json, images, [image["file_name"] for image in content["images"]])
     return _count(json, content)
 
@@ -83,22 +89,33 @@ def _is_name(value: Any) -> bool:
     return _is_text(value) or is_number(value)
 
 
+def _is_id(value: Any) -> bool:
+    return _is_text(value) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    )
+
+
 def _is_box(value: Any) -> bool:
     return are_numbers(value) and len(value) == 4
 
 
 _Fields = dict[str, Callable[[Any], bool]]
 _FIELDS: dict[str, _Fields] = {
-    "categories": {"id": is_whole, "name": _is_name},
-    "images": {"id": is_whole, "file_name": _is_text, "height": is_whole, "width": is_whole},
+    "categories": {"id": _is_id, "name": _is_name},
+    "images": {"id": _is_id, "file_name": _is_text, "height": is_whole, "width": is_whole},
     "annotations": {
-        "id": is_whole,
-        "image_id": is_whole,
-        "category_id": is_whole,
+        "id": _is_id,
+        "image_id": _is_id,
+        "category_id": _is_id,
         "bbox": _is_box,
     },
 }
-_FIELDS_TO_EVALUATE: _Fields = {"area": is_number, "iscrowd": lambda value: value in (0, 1)}
+# What the evaluators count with: matches are found by the numbers of annotations.
+_FIELDS_TO_EVALUATE: _Fields = {
+    "id": is_whole,
+    "area": is_number,
+    "iscrowd": lambda value: value in (0, 1),
+}
 
 
 def _check_fields(json: str, section: str, records: list[dict[str, Any]], evaluated: bool) -> None:
@@ -114,17 +131,44 @@ def _check_fields(json: str, section: str, records: list[dict[str, Any]], evalua
                 raise ValueError(f"{json}: {section}[{index}] has {found}. {_HINT}")
 
 
+def _check_ids(json: str, content: dict[str, Any]) -> None:
+    """Ids may be numbers or text, but those of one list must compare with each other."""
+    for section in ("categories", "images"):
+        ids = [record["id"] for record in content[section]]
+        first = next((i for i in ids if isinstance(i, str) != isinstance(ids[0], str)), None)
+        if first is not None:
+            raise ValueError(
+                f"{json}: {section} have numbers and text for ids, {ids[0]!r} and {first!r} for "
+                f"two: write all of one kind. {_HINT}"
+            )
+    for section in ("images", "annotations"):
+        ids = [record["id"] for record in content[section]]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i, count in Counter(ids).items() if count > 1)
+            raise ValueError(f"{json}: two of its {section} have the id {twice!r}. {_HINT}")
+    listed = {image["id"] for image in content["images"]}
+    for index, annotation in enumerate(content["annotations"]):
+        meant = annotation["image_id"]
+        if meant not in listed and (str(meant) in listed or as_id(meant) in listed):
+            raise ValueError(
+                f"{json}: annotations[{index}] has image_id {meant!r}, and the images have ids "
+                f"such as {content['images'][0]['id']!r}: write numbers or text in both. {_HINT}"
+            )
+
+
 def _look_for_images(json: str, folder: str, names: list[str]) -> None:
     """Not for all of them: a training names the ones that are missing."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in names[:_NUM_LOOKED_FOR]):
+        near = NearNames(folder).find(names[0])
+        cause = f" The file that is meant seems to be {near!r}: {_HINT}" if near else ""
         raise FileNotFoundError(
             f"{folder} does not hold the images of {json}, where {names[0]!r} is the first: the "
-            "file names are relative to the folder."
+            f"file names are relative to the folder.{cause}"
         )
 
 
 def _count(json: str, content: dict[str, Any]) -> Contents:
-    categories: dict[int, str] = {}
+    categories: dict[int | str, str] = {}
     for category in sorted(content["categories"], key=lambda c: c["id"]):
         name = str(category["name"])
         if category["id"] in categories or name in categories.values():
@@ -138,7 +182,7 @@ def _count(json: str, content: dict[str, Any]) -> Contents:
         if annotation["category_id"] not in categories:
             known = ", ".join(str(category) for category in islice(categories, 10))
             raise ValueError(
-                f"{json}: annotations[{index}] is of category {annotation['category_id']}, which "
+                f"{json}: annotations[{index}] is of category {annotation['category_id']!r}, which "
                 f"is not among its categories ({known}{', ...' if len(categories) > 10 else ''}). "
                 f"{_HINT}"
             )
@@ -150,6 +194,7 @@ def _count(json: str, content: dict[str, Any]) -> Contents:
         num_trainable=len(listed & {annotation["image_id"] for annotation in objects}),
         num_annotations=len(annotations),
         num_crowds=len(annotations) - len(objects),
-        num_without_mask=sum(not annotation.get("segmentation") for annotation in objects),
+        used={annotation["category_id"] for annotation in annotations},
+        num_without_mask=sum(not has_mask(annotation) for annotation in objects),
         num_encoded_masks=sum(isinstance(a.get("segmentation"), dict) for a in objects),
     )

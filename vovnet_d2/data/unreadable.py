@@ -13,10 +13,11 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from PIL import Image
 
 from .check.files import resolve_inside
+from .image_file import read_image, why_unreadable
 
 __all__ = ["ReadableOnly", "UnreadableImageError", "image_roots"]
 
@@ -175,10 +176,12 @@ def _why_unreadable(file_name: str, record: dict[str, Any]) -> str:
     """Why a file of the record cannot be read, or the size of its image is not the one in the
     annotations; or nothing."""
     try:
-        with Image.open(file_name) as image:
-            image.load()
-        if file_name == record["file_name"]:
-            check_image_size(record, read_image(file_name, "BGR"))
+        is_picture = file_name == record["file_name"]
+        if reason := why_unreadable(file_name, labels=not is_picture):
+            return reason
+        _verify_png(file_name)
+        if is_picture:
+            check_image_size(record, read_image(file_name))
     except SizeMismatchError as error:
         return " ".join(str(error).split()).rstrip(".")
     except Exception as error:  # Pillow's decoders raise what comes to them

@@ -8,10 +8,14 @@ objects like any others, as DSOD does. RefineDet is trained without them.
 
 from __future__ import annotations
 
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from functools import partial
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,9 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["load_voc", "parse_annotations", "read_objects", "register_voc"]
+from .image_file import read_header
+
+__all__ = ["check_voc", "load_voc", "parse_annotations", "read_objects", "register_voc"]
 
 Record = dict[str, Any]
 
@@ -66,8 +72,8 @@ def _load_image(dirname: str, name: str, class_names: list[str]) -> Record:
     return {
         "file_name": os.path.join(dirname, "JPEGImages", f"{name}.jpg"),
         "image_id": name,
-        "height": int(_text(tree, "size/height")),
-        "width": int(_text(tree, "size/width")),
+        "height": int(_number(tree, "size/height")),
+        "width": int(_number(tree, "size/width")),
         "annotations": annotations,
     }
 
@@ -86,9 +92,9 @@ def read_objects(tree: ElementTree.Element) -> list[Record]:
     """
     return [
         {
-            "name": _text(item, "name"),
-            "difficult": int(item.findtext("difficult", "0")),
-            "bbox": [float(_text(item, f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")],
+            "name": _text(item, "name").strip(),
+            "difficult": _flag(item, "difficult"),
+            "bbox": [_number(item, f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")],
         }
         for item in tree.findall("object")
     ]
@@ -99,6 +105,120 @@ def _text(element: ElementTree.Element, path: str) -> str:
     if text is None:
         raise ValueError(f"An annotation of PASCAL VOC lacks {path!r} in its {element.tag!r}.")
     return text
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    text = _text(element, path)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"An annotation of PASCAL VOC has {text.strip()!r} for {path!r} in its "
+            f"{element.tag!r}, which must be a number."
+        )
+    return number
+
+
+def _flag(element: ElementTree.Element, path: str) -> int:
+    """0 or 1; 0 where the element is missing or empty, as labelling tools leave it."""
+    text = (element.findtext(path) or "").strip().lower()
+    known = {"": 0, "0": 0, "false": 0, "unspecified": 0, "1": 1, "true": 1}
+    if text not in known:
+        raise ValueError(
+            f"An annotation of PASCAL VOC has {text!r} for {path!r} in its {element.tag!r}, which "
+            "must be 0 or 1."
+        )
+    return known[text]
+
+
+def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detectron2: bool) -> None:
+    """Look at all files of a split before a run.
+
+    Args:
+        dirname: as in :func:`load_voc`; as is ``split``.
+        class_names: of the network.
+        by_detectron2: whether Detectron2's own loader reads the split, which cannot take a list of
+            one image or sizes with fractions.
+
+    Raises:
+        FileNotFoundError: the list of images is missing.
+        ValueError: the message names the first file and its element, and counts the others.
+    """
+    listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
+    if not os.path.isfile(listing):
+        raise FileNotFoundError(f"There is no list of images {listing}.")
+    lines = Path(listing).read_text(encoding="utf-8").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{listing} lists no image.")
+    if wrong := next((name for name in names if len(name.split()) > 1), None):
+        raise ValueError(
+            f"{listing} has the line {wrong!r}: leave the name of the image alone on its line."
+        )
+    if len(names) == 1 and by_detectron2:
+        raise ValueError(f"{listing} lists one image, which Detectron2's loader cannot take.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        check = partial(_find_problem, dirname, set(class_names), by_detectron2)
+        problems = [problem for problem in pool.map(check, names) if problem]
+    if problems:
+        others = f" {len(problems) - 1} more images have problems." if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0].rstrip('.')}.{others}")
+
+
+def _find_problem(dirname: str, classes: set[str], by_detectron2: bool, name: str) -> str:
+    path = os.path.join(dirname, "Annotations", f"{name}.xml")
+    try:
+        tree = parse_annotations(path)
+        size = _number(tree, "size/width"), _number(tree, "size/height")
+        objects = read_objects(tree)
+    except FileNotFoundError:
+        hint = ": leave out the suffix in the list" if Path(name).suffix else ""
+        return f"There is no annotation file {path}{hint}."
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        return f"{path}: {error}"
+    if by_detectron2 and any(not _text(tree, f"size/{k}").strip().isdigit() for k in _SIDES):
+        return f"{path}: 'size' has no whole numbers, which Detectron2's loader takes alone."
+    names = [item.findtext("name", "") for item in tree.findall("object")]
+    if by_detectron2 and any(text != text.strip() for text in names):
+        return f"{path}: a 'name' has spaces around it, which Detectron2's loader does not take."
+    for index, found in enumerate(objects):
+        if problem := _problem_of_object(found, classes):
+            return f"{path}: object {index} {problem}"
+    return _problem_of_image(dirname, name, size, path)
+
+
+_SIDES = ("width", "height")
+
+
+def _problem_of_object(found: Record, classes: set[str]) -> str:
+    name = found["name"]
+    if name not in classes:
+        close = get_close_matches(name.lower(), classes, n=1, cutoff=0.7)
+        hint = f" (close to it: {close[0]!r})" if close else ""
+        return f"is of class {name!r}{hint}, which is not among {', '.join(sorted(classes))}."
+    left, top, right, bottom = found["bbox"]
+    if right <= left or bottom <= top:
+        return f"has the box {found['bbox']}, whose maxima are not above its minima."
+    return ""
+
+
+def _problem_of_image(dirname: str, name: str, size: tuple[float, float], path: str) -> str:
+    folder = Path(dirname, "JPEGImages")
+    file = folder / f"{name}.jpg"
+    if not file.is_file():
+        beside = sorted(other.name for other in folder.glob(f"{glob_escape(name)}.*"))
+        hint = f", but {', '.join(beside)}: rename it" if beside else ""
+        return f"There is no image {file}{hint}."
+    try:
+        found = read_header(file).size
+    except Exception:  # whatever a decoder raises
+        return f"{file} is not a picture that can be read."
+    if found != size:
+        sizes = " and ".join(f"{w:g} x {h:g}" for w, h in (size, found))
+        return f"{path}: 'size' is not that of the image, which is turned as EXIF says: {sizes}."
+    return ""
 
 
 def register_voc() -> None:

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..predictor import read_image
+from ..data.image_file import read_image
 
 __all__ = ["PICTURE_SUFFIXES", "Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
 

@@ -24,7 +24,9 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
+from ..data.voc import check_voc
 from .precision import autocast_dtype
+from .semantic_data import check_label_maps
 
 __all__ = [
     "check_all_loaded",
@@ -179,9 +181,13 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
         for name in values:
             metadata = _load_metadata(name, evaluated=key == "DATASETS.TEST")
             _check_num_classes(cfg, key, name, metadata)
+            _check_voc(name, metadata)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
+    if "stuff_classes" in find_num_classes(cfg):
+        for name in dict.fromkeys(name for name, _ in checked):
+            check_label_maps(cfg, name)
 
 
 def check_data_sets(cfg: CfgNode, key: str) -> None:
@@ -287,6 +293,22 @@ def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) ->
             )
 
 
+def _check_voc(name: str, metadata: Metadata) -> None:
+    """Read the annotations of a folder in PASCAL VOC's layout, all of them."""
+    is_voc = metadata.get("evaluator_type") == "pascal_voc"
+    if not is_voc or not metadata.get("dirname") or not metadata.get("split"):
+        return
+    try:
+        check_voc(
+            metadata.dirname,
+            metadata.split,
+            metadata.thing_classes,
+            by_detectron2=not name.endswith("_no_difficult"),
+        )
+    except ValueError as error:
+        raise ValueError(f"Data set {name}: {error}") from error
+
+
 def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:
     mine, theirs = metadata.get("thing_classes"), others.get("thing_classes")
     if not mine or not theirs:
@@ -295,7 +317,8 @@ def _check_same_categories(name: str, metadata: Metadata, other: str, others: Me
     if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
         raise ValueError(
             "Data sets {} and {} differ in their categories: number {} is {!r} in one and {!r} in "
-            "the other. All data sets of a run must have the same, in the same order.".format(
+            "the other. All data sets of a run must have the same, in the same order. (Given with "
+            "--train-json and --val-json, files in COCO's format are matched by name.)".format(
                 other, name, *unequal
             )
         )

@@ -25,9 +25,9 @@ from PIL import Image
 
 from ..checkpoint.atomic import atomic_write
 from ..data.check.files import resolve_inside
+from ..data.image_file import read_image
 from ..data.unreadable import image_roots
 from ..made import note_made, refuse_foreign
-from ..predictor import read_image
 from .trainer import Trainer
 
 __all__ = [
@@ -131,7 +131,7 @@ def _read(
         try:
             for root in image_roots([name]):
                 resolve_inside(root, os.path.abspath(record["file_name"]))
-            yield record, np.ascontiguousarray(read_image(record["file_name"])[:, :, ::-1])
+            yield record, read_image(record["file_name"], "RGB")
         except (FileNotFoundError, ValueError) as error:
             logger.warning("Skipped: %s", error)
 

@@ -20,6 +20,7 @@ from .checks import check_data, check_initialisation
 from .evaluation import check_evaluators
 from .launch import launch_command
 from .own_data import add_own_data_arguments, use_own_data
+from .rehearsal import rehearse_evaluation
 from .run import Task, run_task
 from .trainer import Trainer
 
@@ -89,3 +90,4 @@ def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: 
     register_data(cfg, args, training=training)
     check_data(cfg, training=training)
     check_evaluators(cfg)
+    rehearse_evaluation(cfg, Trainer)

@@ -23,10 +23,10 @@ from detectron2.evaluation import (
     LVISEvaluator,
     SemSegEvaluator,
 )
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 
-from ..data.own import complete_categories
+from ..data.image_file import read_labels
+from ..data.own import match_categories
+from .coco_evaluators import PlainCOCOEvaluator, convert_anew
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
@@ -138,19 +138,23 @@ def _is_faster_api_chosen(cfg: CfgNode) -> bool:
 
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    faster, sigmas = _is_faster_api_chosen(cfg), cfg.TEST.KEYPOINT_OKS_SIGMAS
-    logger.info("%s is evaluated by %s.", name, "faster-coco-eval" if faster else "pycocotools")
-    if faster:
+    convert_anew(name, folder)
+    evaluator: COCOEvaluator | None = None
+    options = {"output_dir": folder, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    if _is_faster_api_chosen(cfg):
         from .faster_coco import FasterCOCOEvaluator
 
-        evaluator: COCOEvaluator = FasterCOCOEvaluator(
-            name, output_dir=folder, kpt_oks_sigmas=sigmas
-        )
-    else:
-        evaluator = COCOEvaluator(
-            name, output_dir=folder, use_fast_impl=False, kpt_oks_sigmas=sigmas
-        )
-    complete_categories(evaluator._coco_api, MetadataCatalog.get(name))
+        chosen = cfg.TEST.COCO_API != "auto"
+        try:
+            evaluator = FasterCOCOEvaluator(name, fall_back=not chosen, **options)
+        except ValueError as error:
+            if chosen:
+                raise
+            logger.info("%s", str(error).partition(": set TEST.COCO_API")[0])
+    used = "faster-coco-eval" if evaluator else "pycocotools"
+    logger.info("%s is evaluated by %s.", name, used)
+    evaluator = evaluator or PlainCOCOEvaluator(name, **options)
+    match_categories(evaluator._coco_api, MetadataCatalog.get(name))
     return evaluator
 
 
@@ -159,9 +163,7 @@ def _sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 
 
 def _read_labels(file_name: str, dtype: Any = None) -> np.ndarray:
-    # Detectron2's own function asks NumPy for no copy, which NumPy 2 takes for an order.
-    with PathManager.open(file_name, "rb") as file:
-        return np.array(Image.open(file), dtype=dtype)
+    return read_labels(file_name).astype(dtype)
 
 
 def _panoptic(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:

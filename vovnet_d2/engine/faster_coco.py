@@ -4,15 +4,26 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 from unittest import mock
 
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+import pycocotools.coco
+from detectron2.evaluation import coco_evaluation
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
+from ..data.own import match_categories
+from .coco_evaluators import CategoriesByName
+
 __all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval"]
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = 2**53  # ids that a double holds exactly
 
 
 class FasterCOCOeval(COCOeval_faster):
@@ -24,24 +35,66 @@ class FasterCOCOeval(COCOeval_faster):
         self.params.catIds = sorted(truth.getCatIds())
 
 
-class FasterCOCOEvaluator(COCOEvaluator):
+class FasterCOCOEvaluator(CategoriesByName):
     """Detectron2's evaluator with the results of pycocotools in a fraction of its time.
 
     Detectron2 looks both classes up in its module, so that is where they are replaced, for as long
     as this evaluator is at work.
     """
 
-    def __init__(self, dataset_name: str, **arguments: Any):
+    def __init__(self, dataset_name: str, *, fall_back: bool = False, **arguments: Any):
         """
         Args:
+            fall_back: whether pycocotools takes over where faster-coco-eval fails.
             arguments: of :class:`detectron2.evaluation.COCOEvaluator`.
+
+        Raises:
+            ValueError: faster-coco-eval does not take the ids of the annotations.
         """
-        with _in_detectron2():
-            super().__init__(dataset_name, use_fast_impl=True, **arguments)
+        self._fall_back = fall_back
+        try:
+            with _in_detectron2():
+                super().__init__(dataset_name, use_fast_impl=True, **arguments)
+        except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"faster-coco-eval does not take the annotations of {dataset_name} ({reason}): set "
+                "TEST.COCO_API pycocotools."
+            ) from error
+        for image in self._coco_api.dataset["images"]:
+            # Of text it makes numbers where it can, which no prediction has then.
+            if not isinstance(image["id"], int) or abs(image["id"]) >= _LIMIT:
+                raise ValueError(
+                    f"faster-coco-eval takes no image ids such as {image['id']!r} in "
+                    f"{dataset_name}: set TEST.COCO_API pycocotools."
+                )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, Any]:
         with _in_detectron2():
             return super().evaluate(img_ids)
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: Sequence[int] | None = None
+    ) -> None:
+        # Detectron2 changes the ids of categories in these.
+        kept = [p | {"instances": [dict(r) for r in p["instances"]]} for p in predictions]
+        try:
+            super()._eval_predictions(predictions, img_ids=img_ids)
+        except Exception as error:  # whatever comes from below
+            if not self._fall_back:
+                raise
+            logger.warning(
+                "faster-coco-eval fails (%s: %s): pycocotools takes over.",
+                *(type(error).__name__, " ".join(str(error).split())),
+            )
+            truth = self._coco_api
+            with redirect_stdout(io.StringIO()):
+                self._coco_api = pycocotools.coco.COCO(self._metadata.json_file)
+            match_categories(self._coco_api, self._metadata)
+            self._use_fast_impl = False
+            with mock.patch.object(coco_evaluation, "COCO", pycocotools.coco.COCO):
+                super()._eval_predictions(kept, img_ids=img_ids)
+            self._coco_api, self._use_fast_impl = truth, True
 
 
 def _in_detectron2() -> Any:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, LazyCall
+from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_argument_parser
@@ -25,6 +26,7 @@ from torch import nn
 
 from ..data import register_digits
 from ..data.cityscapes import provide_cityscapes_scripts
+from ..data.mapper import Mapper
 from ..data.stream import TrainingStream, stay_until_dismissed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
@@ -33,17 +35,21 @@ from .checks import (
     check_initialisation,
     check_run,
 )
+from .coco_evaluators import convert_anew
 from .evaluation import check_evaluators
 from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
 from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
+from .rehearsal import rehearse_evaluation
 from .report import write_report
 from .run import check_device, open_output_dir, set_up_with_detectron2, train_or_evaluate
-from .trainer import Trainer
+from .trainer import Trainer, check_stream
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
 logger = logging.getLogger(__name__)
+
+_DATASET_MAPPER = f"{DatasetMapper.__module__}.{DatasetMapper.__qualname__}"
 
 _EXAMPLES = """
 Examples:
@@ -114,7 +120,9 @@ class LazyTrainer(Trainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         config = copy.deepcopy(cls.config)
         _name_unreadable_images(config.dataloader.train, cfg.DATASETS.TRAIN)
-        return instantiate(config, "dataloader.train")
+        loader = instantiate(config, "dataloader.train")
+        check_stream(cfg, loader)
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
@@ -128,12 +136,17 @@ class LazyTrainer(Trainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if "evaluator" in cls.config.dataloader:
+            folder = cls.config.dataloader.evaluator.get("output_dir")
+            if folder:
+                convert_anew(dataset_name, folder)
             return instantiate(cls.config, "dataloader.evaluator")
         return super().build_evaluator(cfg, dataset_name)
 
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
     if loader.get("mapper") is not None:  # a loader of one's own may have none
+        if loader.mapper.get("_target_") in (DatasetMapper, _DATASET_MAPPER):
+            loader.mapper._target_ = Mapper  # reads files by one rule for all tools
         loader.mapper = LazyCall(ReadableOnly)(mapper=loader.mapper, roots=image_roots(names))
 
 
@@ -203,5 +216,6 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     check_data(cfg, training=training)
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
+    rehearse_evaluation(cfg, LazyTrainer.of(config))
     cfg.freeze()
     set_up_with_detectron2(config, cfg.OUTPUT_DIR, args)

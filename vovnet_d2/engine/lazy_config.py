@@ -76,8 +76,12 @@ _HEAD_KEYS = {
     "PanopticFPN": {
         "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes",
+        "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "model.sem_seg_head.ignore_value",
     },
-    "SemanticSegmentor": {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes"},
+    "SemanticSegmentor": {
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes",
+        "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "model.sem_seg_head.ignore_value",
+    },
     "RetinaNet": {"MODEL.RETINANET.NUM_CLASSES": "model.num_classes"},
     "FCOS": {"MODEL.FCOS.NUM_CLASSES": "model.num_classes"},
 }

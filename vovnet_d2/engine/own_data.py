@@ -7,6 +7,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from difflib import get_close_matches
+from itertools import chain, count
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -73,8 +75,7 @@ def use_own_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> N
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (_SPLITS["train"],), ()
     if "val" in files:
         contents = _read(cfg, "val", files["val"])
-        categories = _match(files["val"][0], contents, own.get(_SPLITS["train"]))
-        names, ids = tuple(categories.values()), tuple(categories)
+        names, ids = _match(files["val"][0], contents, own.get(_SPLITS["train"]))
         own[_SPLITS["val"]] = OwnDataSet(_SPLITS["val"], *files["val"], names, ids)
         cfg.DATASETS.TEST = (_SPLITS["val"],)
     elif training:
@@ -192,24 +193,42 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
     )
 
 
-def _match(json: str, contents: Contents, trained: OwnDataSet | None) -> dict[int, str]:
-    """Names by their ids in this file, in the order of the network's outputs."""
+def _match(
+    json: str, contents: Contents, trained: OwnDataSet | None
+) -> tuple[tuple[str, ...], tuple[int | str, ...]]:
+    """Find the categories of the training by their names, whatever their ids are in this file.
+
+    Returns:
+        names in the order of the network's outputs, and their ids in this file. A name that the
+        file lacks gets an id that the file does not have.
+    """
     found = contents.categories
-    if trained is None or tuple(found.values()) == trained.categories:
-        return found
-    expected = dict(zip(trained.category_ids, trained.categories, strict=True))
-    for category, name in found.items():
-        if expected.get(category) != name:
-            raise ValueError(
-                f"{json} has category {category}, {name!r}, and {trained.json}, which the network "
-                f"is trained on, {_describe(expected, category, name)}. Ids and names must be the "
-                "same; categories that do not occur may be missing."
-            )
-    return expected
-
-
-def _describe(expected: dict[int, str], category: int, name: str) -> str:
-    if category in expected:
-        return f"has {expected[category]!r} under that id"
-    ids = [number for number, known in expected.items() if known == name]
-    return f"has it under {ids[0]}" if ids else "has none of that id or name"
+    if trained is None:
+        return tuple(found.values()), tuple(found)
+    extra = {number: name for number, name in found.items() if name not in trained.categories}
+    if wrong := [number for number in extra if number in contents.used]:
+        name = extra[wrong[0]]
+        close = get_close_matches(name, trained.categories, n=1, cutoff=0.5)
+        hint = f" Close to it: {close[0]!r}." if close else ""
+        raise ValueError(
+            f"{json} has objects of category {name!r} (id {wrong[0]!r}), and {trained.json}, which "
+            f"the network is trained on, has no category of that name.{hint} Categories are "
+            "matched by name; their ids may differ, and those that do not occur may be missing."
+        )
+    if not set(found.values()) & set(trained.categories):
+        raise ValueError(f"{json} has no category with a name of those in {trained.json}.")
+    by_name = {name: number for number, name in found.items()}
+    as_text = any(isinstance(number, str) for number in found)
+    taken: set[int | str] = set(found)
+    ids: list[int | str] = []
+    for name, number in zip(trained.categories, trained.category_ids, strict=True):
+        if name in by_name:
+            ids.append(by_name[name])
+            continue
+        choices = chain([number], count(1))  # the training's own, or the first that is free
+        kinds = (str(choice) if as_text else choice for choice in choices)
+        ids.append(next(kind for kind in kinds if kind not in taken))
+        taken.add(ids[-1])
+    if tuple(ids) != trained.category_ids:
+        logger.info("%s has other category ids than the training: matched by name.", json)
+    return trained.categories, tuple(ids)

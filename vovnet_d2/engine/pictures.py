@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
 from torch import nn
 
 from ..checkpoint.atomic import atomic_write
+from ..data.image_file import read_image
 from ..data.mapper import build_mapper
 from .precision import autocast
 
@@ -162,7 +163,7 @@ def _draw_pair(
     """Pictures (H, W, 3) of the annotations and of the predictions for one image."""
     from detectron2.utils.visualizer import Visualizer
 
-    image = detection_utils.read_image(record["file_name"], format="RGB")
+    image = read_image(record["file_name"], "RGB")
     scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
 

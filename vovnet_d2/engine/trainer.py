@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
+from detectron2.data.common import DatasetFromList
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -28,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..data.mapper import build_mapper
+from ..data.records import check_orientations, check_records
 from ..data.stream import (
     Place,
     TrainingStream,
@@ -38,6 +40,7 @@ from ..data.stream import (
 )
 from ..data.unreadable import ReadableOnly, image_roots
 from .categories import category_names, find_difference
+from .checks import find_num_classes
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
 from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
@@ -452,7 +455,12 @@ class Trainer(DefaultTrainer):
             roots=image_roots(cfg.DATASETS.TRAIN),
             max_skipped=cfg.DATALOADER.MAX_UNREADABLE,
         )
-        return build_detection_stream(cfg, mapper=mapper)
+        try:
+            stream = build_detection_stream(cfg, mapper=mapper)
+        except AssertionError as error:  # of Detectron2, where nothing is left to train on
+            raise ValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
+        check_stream(cfg, stream)
+        return stream
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
@@ -499,6 +507,19 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             results = _merge(results, cls.test_with_tta(cfg, model))
         return results
+
+
+def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
+    """Look once at all annotations of a training, where its loader shows them.
+
+    Raises:
+        ValueError: see :func:`check_records` and :func:`check_orientations`.
+    """
+    if isinstance(loader, TrainingStream) and isinstance(loader.dataset, DatasetFromList):
+        name, classes = ", ".join(cfg.DATASETS.TRAIN), find_num_classes(cfg).get("thing_classes")
+        records = (loader.dataset[index] for index in range(len(loader.dataset)))
+        check_records(records, name, num_classes=classes, masks=cfg.MODEL.MASK_ON)
+        check_orientations(loader.dataset, name)
 
 
 def _rename(tasks: Results) -> Results:

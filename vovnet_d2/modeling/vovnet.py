@@ -225,7 +225,7 @@ class VoVNet(Backbone):
         self.freeze(freeze_at)
         self.train()  # for norm_eval
 
-    def train(self, mode: bool = True) -> VoVNet:
+    def train(self, mode: bool = True) -> "VoVNet":
         """Set the training mode, as :meth:`torch.nn.Module.train` does, but for the batch norms
         where ``norm_eval`` is set."""
         super().train(mode)

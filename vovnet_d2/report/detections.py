@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 
-from ..data.own import complete_categories
+from ..data.own import match_categories
 from .run_folder import MissingPart, RunFolder, read_run
 
 __all__ = ["Detections", "read_detections", "register_files"]
@@ -101,7 +101,7 @@ def read_detections(run: RunFolder, dataset: str, suffix: str = "") -> Detection
     # What the evaluator made of a data set that has no such file.
     converted = path.parent / f"{dataset}_coco_format.json"
     truth = _read_truth(Path(metadata.get("json_file") or converted), dataset)
-    complete_categories(truth, metadata)
+    match_categories(truth, metadata)
     if {p["image_id"] for p in predictions} - truth.imgs.keys() or (
         {p["category_id"] for p in predictions} - truth.cats.keys()
     ):

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from detectron2.data import detection_utils
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..data.image_file import read_image
 from .detections import Detections
 from .matching import Annotation, ImageMatches
 
@@ -84,8 +84,8 @@ def draw_tile(detections: Detections, matches: ImageMatches) -> Tile:
     path = detections.image_files.get(matches.image_id, f"image {matches.image_id}")
     name = os.path.basename(path)
     try:
-        image = detection_utils.read_image(path, format="RGB")
-    except Exception:  # missing, or no picture: Pillow's decoders raise what comes to them
+        image = read_image(path, "RGB")
+    except (FileNotFoundError, ValueError):
         return Tile(name, None, None, matches)
     found = dict(matches.pairs)
     sought = {j: i for i, j in matches.pairs}

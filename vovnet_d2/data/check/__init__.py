@@ -3,6 +3,7 @@
 """What is wrong with a data set in COCO's format, found before a training trips over it."""
 
 from .check import Source, check_data_sets, find_registered, require_free, write_fixed
+from .label_maps import check_label_set, is_label_set
 from .problems import PROBLEMS, Severity
 from .report import format_report, report_to_json
 
@@ -11,8 +12,10 @@ __all__ = [
     "Severity",
     "Source",
     "check_data_sets",
+    "check_label_set",
     "find_registered",
     "format_report",
+    "is_label_set",
     "report_to_json",
     "require_free",
     "write_fixed",

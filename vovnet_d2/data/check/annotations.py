@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .masks import TOLERANCE, mask_area, mask_box, repair_mask
+from .masks import TOLERANCE, is_empty_mask, mask_area, mask_box, repair_mask
 from .problems import Findings
 from .values import Numbering, are_numbers, as_id, is_number, is_whole
 
@@ -29,6 +29,8 @@ def repair_annotations(
     categories: Mapping[int | str, Record],
     resize: tuple[int, int],
     findings: Findings,
+    *,
+    masks: bool,
 ) -> list[Record]:
     """
     Args:
@@ -38,6 +40,8 @@ def repair_annotations(
         categories: the repaired categories by the ids that stand in the file.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``.
         findings: what is wrong is added here.
+        masks: whether the set is for a network that learns masks, so that objects without one are
+            dropped.
 
     Returns:
         what of them can be trained on, with the ids of ``images`` and ``categories``.
@@ -50,9 +54,9 @@ def repair_annotations(
             continue
         annotation |= {"image_id": image["id"], "category_id": category["id"]}
         _repair_flags(annotation, where, findings)
-        if _repair_segmentation(annotation, image, where, findings):
+        if _repair_segmentation(annotation, image, where, findings) or not masks:
             found.append((where, annotation, image))
-    found = list(_complete_masks(found, findings))
+    found = list(_complete_masks(found, findings, masks=masks))
     found = [entry for entry in found if _repair_box(*entry, findings)]
     for where, annotation, image in found:
         _repair_area(annotation, image, where, findings)
@@ -93,9 +97,11 @@ def _find(
     meant = as_id(raw)
     if meant is None or meant not in records:
         return None
-    if isinstance(raw, str) and isinstance(meant, int):
+    found = records[meant]
+    as_text = found is not None and isinstance(found["id"], str)
+    if isinstance(raw, str) != as_text and isinstance(meant, int) and found is not None:
         findings.add("reference_type", f"{where}: {key} is {raw!r}")
-    return records[meant]
+    return found
 
 
 def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:
@@ -115,9 +121,9 @@ def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:
 
 
 def _repair_segmentation(annotation: Record, image: Record, where: str, findings: Findings) -> bool:
-    """Whether the annotation stays: with its mask repaired, or without one if it had none."""
+    """Leave the mask repaired, or none where it cannot be used; return False if there was one."""
     value = annotation.pop("segmentation", None)
-    if value is None or value in ([], {}, ""):
+    if is_empty_mask(value):
         return True
     mask = repair_mask(value, image["height"], image["width"], where, findings)
     if mask is None:
@@ -129,14 +135,15 @@ def _repair_segmentation(annotation: Record, image: Record, where: str, findings
 
 
 def _complete_masks(
-    found: list[tuple[str, Record, Record]], findings: Findings
+    found: list[tuple[str, Record, Record]], findings: Findings, *, masks: bool
 ) -> Iterator[tuple[str, Record, Record]]:
-    """Either all annotations have masks, or none: a batch of both stops Mask R-CNN."""
+    """A batch of objects with and without masks stops Mask R-CNN; other networks need none."""
     any_masks = any("segmentation" in annotation for _, annotation, _ in found)
     for entry in found:
-        if any_masks and "segmentation" not in entry[1]:
-            findings.add("missing_mask", entry[0])
-        else:
+        missing = any_masks and "segmentation" not in entry[1]
+        if missing:
+            findings.add("missing_mask" if masks else "box_without_mask", entry[0])
+        if not (missing and masks):
             yield entry
 
 

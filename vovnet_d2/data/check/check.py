@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -23,11 +23,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...checkpoint.atomic import atomic_write
 from .annotations import repair_annotations
-from .files import ImageFile
+from .files import ImageFile, resolve_inside
+from .frames import Frame, interpret_annotations, size_of
 from .leakage import compare_files
-from .problems import Findings
+from .problems import PROBLEMS, Findings
 from .reading import SECTIONS, read_annotation_file
 from .records import note_contents, repair_categories, repair_images
+from .values import as_id
+
+# What most annotations of a set have only if something is wrong with all of them.
+_GEOMETRY = ["box_outside", "box_beyond", "box_and_mask", "degenerate_box", "polygon_outside"]
+_GEOMETRY += ["empty_mask", "unknown_category", "unknown_image"]
+_LEAST = 10
 
 __all__ = [
     "CheckedSet",
@@ -58,6 +65,7 @@ class CheckedSet:
         counts: of the lists in the file as it stands.
         fixed: the corrected content; None if the file cannot be read.
         files: the image files of ``fixed``, by ``file_name``.
+        refusal: why no corrected copy is written; empty if one can be.
     """
 
     source: Source
@@ -65,6 +73,7 @@ class CheckedSet:
     counts: dict[str, int] = field(default_factory=dict)
     fixed: dict[str, Any] | None = None
     files: dict[str, ImageFile] = field(default_factory=dict)
+    refusal: str = ""
 
 
 def find_registered(name: str) -> Source:
@@ -93,12 +102,13 @@ def find_registered(name: str) -> Source:
 
 
 def check_data_sets(
-    sources: Sequence[Source], *, resize: tuple[int, int] = (800, 1333)
+    sources: Sequence[Source], *, resize: tuple[int, int] = (800, 1333), masks: bool = False
 ) -> tuple[list[CheckedSet], dict[tuple[str, str], Findings]]:
     """
     Args:
         sources: the data sets; the one that is trained on before the one it is measured with.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``, in pixels.
+        masks: whether they are for a network that learns masks.
 
     Returns:
         each set with its problems, and the problems between each two sets by their names.
@@ -111,7 +121,7 @@ def check_data_sets(
             raise FileNotFoundError(f"There is no annotation file {source.json_file}.")
         if not source.image_root.is_dir():
             raise FileNotFoundError(f"There is no folder of images {source.image_root}.")
-    checked = [_check(source, resize) for source in sources]
+    checked = [_check(source, resize, masks=masks) for source in sources]
     between = {
         (one.source.name, other.source.name): _compare(one, other)
         for one, other in combinations(checked, 2)
@@ -120,7 +130,7 @@ def check_data_sets(
     return checked, between
 
 
-def _check(source: Source, resize: tuple[int, int]) -> CheckedSet:
+def _check(source: Source, resize: tuple[int, int], *, masks: bool) -> CheckedSet:
     found = Findings()
     checked = CheckedSet(source, found)
     content = read_annotation_file(source.json_file, found)
@@ -129,7 +139,12 @@ def _check(source: Source, resize: tuple[int, int]) -> CheckedSet:
     checked.counts = {section: len(content[section]) for section in SECTIONS}
     categories = repair_categories(content["categories"], found)
     images, files = repair_images(content["images"], source.image_root, source.name, found)
-    annotations = repair_annotations(content["annotations"], images, categories, resize, found)
+    frames = _frames(content["images"], images, files, source.image_root)
+    given, checked.refusal = interpret_annotations(content["annotations"], frames, found)
+    if checked.refusal:  # what is found of single boxes would be of the same cause
+        return checked
+    annotations = repair_annotations(given, images, categories, resize, found, masks=masks)
+    checked.refusal = _find_cause(found, len(given))
     by_id = {image["id"]: image for image in images.values() if image}
     note_contents(by_id, files, found)
     _note_unused(list(by_id.values()), list(categories.values()), annotations, found)
@@ -141,6 +156,36 @@ def _check(source: Source, resize: tuple[int, int]) -> CheckedSet:
     }
     checked.files = {by_id[key]["file_name"]: file for key, file in files.items()}
     return checked
+
+
+def _frames(
+    records: list[dict[str, Any]],
+    images: Mapping[int | str, dict[str, Any] | None],
+    files: Mapping[int, ImageFile],
+    root: Path,
+) -> dict[int | str, Frame]:
+    given = {as_id(record.get("id")): size_of(record) for record in records}
+    return {
+        key: Frame(
+            image["file_name"],
+            resolve_inside(root, image["file_name"]),
+            files[image["id"]],
+            given[key],
+        )
+        for key, image in images.items()
+        if image
+    }
+
+
+def _find_cause(findings: Findings, num_annotations: int) -> str:
+    """Say what is wrong with most annotations alike, which no repair of each can mend."""
+    for problem in _GEOMETRY:
+        count = findings.counts[problem]
+        if count >= _LEAST and count >= num_annotations / 2:
+            sentence = f"{count} of its {num_annotations} annotations: {PROBLEMS[problem].title}"
+            findings.add("systematic", sentence)
+            return f"it has one problem with most annotations, so one cause ({sentence})"
+    return ""
 
 
 def _note_unused(
@@ -164,18 +209,31 @@ def _note_unused(
 def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
     findings = Findings()
     mine, theirs = _category_names(one), _category_names(other)
-    if mine != theirs:
-        only = sorted(set(mine) ^ set(theirs))
-        findings.add("categories_differ", f"in one only: {only}" if only else "in their order")
+    if only := sorted(set(theirs) - set(mine)):
+        findings.add("categories_differ", f"in {other.source.name} only: {only}")
+    elif different := sorted(name for name, number in mine.items() if theirs.get(name) != number):
+        findings.add("category_ids_differ", f"{len(different)}, {different[0]!r} for one")
+        _take_categories(other, one)
     if leaked := compare_files(one.files, other.files, findings):
         _drop_images(one, leaked)
     return findings
 
 
-def _category_names(checked: CheckedSet) -> list[str]:
-    """In the order of the network's outputs."""
+def _category_names(checked: CheckedSet) -> dict[str, int]:
+    """Ids by names."""
     assert checked.fixed is not None
-    return [c["name"] for c in sorted(checked.fixed["categories"], key=lambda c: c["id"])]
+    return {category["name"]: category["id"] for category in checked.fixed["categories"]}
+
+
+def _take_categories(checked: CheckedSet, first: CheckedSet) -> None:
+    """Give a set the categories of another one, with that one's ids; names stay what they are."""
+    assert checked.fixed is not None
+    assert first.fixed is not None
+    names = {number: name for name, number in _category_names(checked).items()}
+    ids = _category_names(first)
+    for annotation in checked.fixed["annotations"]:
+        annotation["category_id"] = ids[names[annotation["category_id"]]]
+    checked.fixed["categories"] = [dict(category) for category in first.fixed["categories"]]
 
 
 def _drop_images(checked: CheckedSet, names: set[str]) -> None:
@@ -214,6 +272,11 @@ def write_fixed(checked: CheckedSet, path: Path) -> str:
     """
     require_free(path)
     fixed = checked.fixed
+    if checked.refusal:
+        raise ValueError(
+            f"{path} is not written, as {checked.source.json_file} cannot be corrected safely: "
+            f"{checked.refusal}. Mend what writes the file."
+        )
     if fixed is None or all(annotation["iscrowd"] for annotation in fixed["annotations"]):
         raise ValueError(
             f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from ..image_file import read_header, read_image
+
 __all__ = ["ImageFile", "inspect_files", "resolve_inside"]
 
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_DARK = 16  # what 12 bits reach in the upper 8 of 16
 # Thumbnails flatter than this look like each other, whatever they show.
 _FLAT = 4.0
 
@@ -32,7 +33,9 @@ class ImageFile:
         problem: why it cannot be read; empty if it can.
         size: width and height as training sees them, after the rotation that EXIF asks for.
         stored_size: before it.
+        orientation: EXIF's, 1 to 8.
         deep: whether a pixel has more than 8 bits per channel.
+        dark: whether such a picture has no value beyond 12 bits.
         digest: SHA-256 of the bytes.
         look: 256 bits, equal or almost so for pictures that look alike, as 4 words; None for
             pictures without contrast.
@@ -41,7 +44,9 @@ class ImageFile:
     problem: str = ""
     size: tuple[int, int] = (0, 0)
     stored_size: tuple[int, int] = (0, 0)
+    orientation: int = 1
     deep: bool = False
+    dark: bool = False
     digest: str = ""
     look: NDArray[np.uint64] | None = None
 
@@ -77,7 +82,7 @@ def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
 
 
 def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:
-    """Read and decode each file as Detectron2 does for training, several at a time.
+    """Read and decode each file as training does, several at a time.
 
     Args:
         title: what the progress bar is headed with.
@@ -92,15 +97,16 @@ def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:
 
 def _inspect(path: str) -> ImageFile:
     try:
-        with Image.open(path) as image:
-            stored_size, deep = image.size, image.mode in _DEEP_MODES
-            image.load()  # Detectron2 takes a damaged PNG for a black one
+        header = read_header(path)
         pixels = read_image(path, "RGB")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except Exception as error:  # Pillow's decoders raise what comes to them
         return ImageFile(problem=" ".join(str(error).split()) or type(error).__name__)
     height, width = pixels.shape[:2]
-    return ImageFile("", (width, height), stored_size, deep, digest, _look(pixels))
+    sizes = (width, height), header.stored_size
+    deep = header.bits > 8
+    dark = deep and int(pixels.max()) < _DARK
+    return ImageFile("", *sizes, header.orientation, deep, dark, digest, _look(pixels))
 
 
 def _look(pixels: NDArray[np.uint8]) -> NDArray[np.uint64] | None:

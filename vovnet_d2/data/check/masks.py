@@ -5,6 +5,7 @@ read beyond its memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,41 @@ import pycocotools.mask as mask_util
 from .problems import Findings
 from .values import are_numbers, is_whole
 
-__all__ = ["Mask", "decode_counts", "mask_area", "mask_box", "repair_mask"]
+__all__ = [
+    "Mask",
+    "decode_counts",
+    "has_mask",
+    "is_empty_mask",
+    "mask_area",
+    "mask_box",
+    "repair_mask",
+]
 
 Mask = list[list[float]] | dict[str, Any]
 
 TOLERANCE = 1.0
 """By how many pixels boxes and polygons may reach beyond the image: roundings do."""
+
+
+def is_empty_mask(value: Any) -> bool:
+    """Whether a ``segmentation`` is there only in name: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
+    if isinstance(value, list):
+        return all(isinstance(polygon, list) and not polygon for polygon in value)
+    return value is None or value in ({}, "")
+
+
+def has_mask(annotation: Mapping[str, Any]) -> bool:
+    """Whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three points."""
+    mask = annotation.get("segmentation")
+    if isinstance(mask, Mapping):
+        return bool(mask)
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:  # pixels, as Detectron2 takes them
+        return True
+    if not isinstance(mask, Sequence | np.ndarray):
+        return False
+    return any(
+        isinstance(p, list | tuple | np.ndarray) and len(p) >= 6 and len(p) % 2 == 0 for p in mask
+    )
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:

@@ -65,7 +65,10 @@ PROBLEMS: dict[str, Problem] = {
     "unused_category": _note("categories without annotations"),
     # images
     "image_id": _error("images without an id", "dropped"),
-    "image_id_type": _error("image ids that are no whole numbers", "numbered"),
+    "image_id_type": _error(
+        "image ids that are not whole numbers of up to 53 bits, or not all text", "numbered"
+    ),
+    "image_ids_text": _note("image ids that are text: fine here, but other tools may need numbers"),
     "duplicate_image_id": _error(
         "different images with one id, whose annotations cannot be told apart", "dropped"
     ),
@@ -73,15 +76,31 @@ PROBLEMS: dict[str, Problem] = {
     "duplicate_file_name": _warning("images of one file, with several ids", "made one"),
     "file_name": _error("images without a file name", "dropped"),
     "path_outside": _error("paths that leave the image folder", "dropped"),
+    "near_name": _error(
+        "file names that differ from the files' in slashes, case, suffix, Unicode form, or the "
+        "folder or address before them",
+        "the files' names taken",
+    ),
     "missing_file": _error("image files that are missing", "dropped"),
     "unreadable_file": _error("image files that cannot be read", "dropped"),
     "image_size": _error("sizes that differ from the file's", "taken from the file"),
-    "rotated_size": _error(
-        "sizes of before the rotation that the file's EXIF asks for: the annotations may be of "
-        "the picture as it was",
-        "dropped",
+    "annotations_turned": _error(
+        "annotations of pictures as they are stored, which EXIF turns before training sees them",
+        "turned with the pictures",
     ),
-    "deep_pixels": _note("images of more than 8 bits, which reading clips to 255"),
+    "turn_unclear": _warning(
+        "pictures that EXIF turns, and whose annotations may be of the picture as it is stored: "
+        "neither the sizes nor the boxes tell (look with tools/visualize_data.py; to train on the "
+        "stored pictures, remove their EXIF orientation)"
+    ),
+    "resized": _error(
+        "annotations of pictures at another size, which were resized since", "scaled"
+    ),
+    "deep_pixels": _note("images of 16 bits, of which reading takes the upper 8"),
+    "dark_pixels": _warning(
+        "images of 16 bits with values in the lower 12 alone, which are almost black in the upper "
+        "8: spread the values to 0 to 65535, or write 8 bits"
+    ),
     "same_content": _note("image files that equal another of the set"),
     "no_annotations": _note(
         "images without annotations: left out of training unless "
@@ -97,11 +116,28 @@ PROBLEMS: dict[str, Problem] = {
     "unknown_image": _warning("annotations of images that are not listed", "dropped"),
     "lost_with_image": _note("annotations of images that cannot be used, which go with these"),
     "unknown_category": _error("annotations of categories that are not listed", "dropped"),
-    "reference_type": _error("references to ids as text", "made numbers"),
+    "reference_type": _error(
+        "references to ids that are text where the ids are numbers, or numbers where they are text",
+        "made what the ids are",
+    ),
     "ignore": _error('annotations with "ignore", which Detectron2 refuses', "made crowds"),
     "iscrowd": _error('"iscrowd" missing (evaluation stops) or neither 0 nor 1', "0"),
     "crowd": _note("crowds: training leaves them out, evaluation forgives what is found there"),
     "repeated_annotation": _warning("annotations that repeat another", "dropped"),
+    # all annotations together
+    "box_convention": _error(
+        "boxes that are not x, y, width, height in pixels, all for one reason", "rewritten"
+    ),
+    "box_convention_unclear": _error(
+        "boxes that are not x, y, width, height in pixels, and may be several other things"
+    ),
+    "polygon_convention": _error(
+        "polygons that are not x, y, ... in pixels, all for one reason", "rewritten"
+    ),
+    "systematic": _error(
+        "one problem with most of the annotations, so one cause: it is to be mended where the file "
+        "is made, and not at each annotation"
+    ),
     # boxes
     "box": _error(
         "boxes that are missing or no four numbers", "taken from the mask, or else dropped"
@@ -126,6 +162,10 @@ PROBLEMS: dict[str, Problem] = {
     "rle_size": _error("RLE of another size than the image", "dropped"),
     "empty_mask": _warning("masks without a pixel", "dropped"),
     "missing_mask": _warning("annotations without a mask, where others have one", "dropped"),
+    "box_without_mask": _note(
+        "objects without a mask, where others have one: kept with their boxes. For a network that "
+        "learns masks check with --masks"
+    ),
     "rle_masks": _note("RLE masks of objects: for Mask R-CNN set INPUT.MASK_FORMAT bitmask"),
     # keypoints
     "keypoints": _error(
@@ -137,7 +177,11 @@ PROBLEMS: dict[str, Problem] = {
     "leaked_file": _error("image files that another set has, too", "dropped from the first set"),
     "near_duplicate": _note("images that look like one of another set: look at these pairs"),
     "same_name": _note("file names that another set has, too, for other pictures"),
-    "categories_differ": _error("categories that differ from another set's"),
+    "categories_differ": _error("categories of names that another set does not have"),
+    "category_ids_differ": _warning(
+        "categories of another set's names, under other ids or not all of them",
+        "those of the first set taken",
+    ),
 }
 """Every problem that is looked for. Those without a repair have to be mended by hand, notes aside:
 these are no problems."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..image_file import read_header
 from .files import ImageFile, inspect_files, resolve_inside
+from .names import NearNames
 from .problems import Findings
 from .values import Numbering, as_id, is_number, is_whole
 
@@ -22,18 +24,22 @@ Record = dict[str, Any]
 def _group_by_id(
     records: list[Record], kind: str, findings: Findings
 ) -> dict[int | str, list[Record]]:
-    """Records by the ids that they mean, each with a whole number for its id."""
+    """Records by the ids that they mean, each with a whole number for its id; images that all have
+    text for ids keep it."""
     groups: defaultdict[int | str, list[Record]] = defaultdict(list)
     numbering = Numbering(as_id(record.get("id")) for record in records)
-    for index, record in enumerate(records):
-        raw = record.get("id")
+    raw_ids = [record.get("id") for record in records]
+    all_text = kind == "image" and all(isinstance(raw, str) and raw.strip() for raw in raw_ids)
+    if all_text and records:
+        findings.add("image_ids_text", f"{raw_ids[0]!r:.40} for one", len(records))
+    for index, (record, raw) in enumerate(zip(records, raw_ids, strict=True)):
         meant = as_id(raw)
         if meant is None:
             findings.add(f"{kind}_id", f"{kind} at position {index}: {raw!r:.40}")
             continue
-        if not is_whole(raw):
+        if not is_whole(raw) and not all_text:
             findings.add(f"{kind}_id_type", f"{kind} {raw!r:.40}")
-        groups[meant].append(record | {"id": numbering.of(meant)})
+        groups[meant].append(record | {"id": raw if all_text else numbering.of(meant)})
     return dict(groups)
 
 
@@ -96,7 +102,8 @@ def repair_images(
     found: dict[int | str, Record | None] = {}
     for meant, group in _group_by_id(records, "image", findings).items():
         found[meant] = _choose(group, findings)
-    _drop_unless(found, lambda image: _find_path(image, root, findings))
+    names = NearNames(root)
+    _drop_unless(found, lambda image: _find_path(image, root, names, findings))
     _merge_by_file(found, root, findings)
     paths = {i["id"]: resolve_inside(root, i["file_name"]) for i in found.values() if i}
     inspected = inspect_files(paths.values(), title)
@@ -124,7 +131,8 @@ def _choose(group: list[Record], findings: Findings) -> Record | None:
     return None
 
 
-def _find_path(image: Record, root: Path, findings: Findings) -> bool:
+def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
+    """Whether the image has a file, with the name that this has."""
     name = image.get("file_name")
     where = f"image {image['id']}"
     if not isinstance(name, str) or not name.strip():
@@ -133,12 +141,34 @@ def _find_path(image: Record, root: Path, findings: Findings) -> bool:
     try:
         path = resolve_inside(root, name)
     except ValueError as error:
+        if _rename(image, root, names, findings):
+            return True
         findings.add("path_outside", f"{where}: {error}")
         return False
     if not os.path.isfile(path):
+        if not os.path.isdir(path) and _rename(image, root, names, findings):
+            return True
         what = "a folder" if os.path.isdir(path) else "missing"
         findings.add("missing_file", f"{where}: {name!r:.100} is {what}")
         return False
+    return True
+
+
+def _rename(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
+    """Whether there is one file that must be meant, inside the folder."""
+    near = names.find(image["file_name"])
+    if near is None:
+        return False
+    try:
+        header = read_header(resolve_inside(root, near))
+    except Exception:  # outside the folder, or no picture
+        return False
+    given = image.get("width"), image.get("height")
+    if all(map(is_whole, given)) and given not in (header.size, header.stored_size):
+        return False  # a file of that name, but another picture
+    where = f"image {image['id']}: {image['file_name']!r:.100} is {near!r:.100}"
+    findings.add("near_name", where)
+    image["file_name"] = near
     return True
 
 
@@ -164,10 +194,9 @@ def _repair_size(image: Record, file: ImageFile, findings: Findings) -> bool:
         return True
     sizes = " and ".join(f"{w!r:.20} x {h!r:.20}" for w, h in (given, file.size))
     where = f"{image['file_name']}: {sizes}, in the JSON file and the image"
-    if given == file.stored_size and all(map(is_whole, given)):
-        findings.add("rotated_size", where)
-        return False
-    findings.add("image_size", where)
+    # Of before the rotation that EXIF asks for: see frames.py.
+    if given != file.stored_size or not all(map(is_whole, given)):
+        findings.add("image_size", where)
     image["width"], image["height"] = file.size
     return True
 
@@ -181,6 +210,8 @@ def note_contents(
         name = images[key]["file_name"]
         if file.deep:
             findings.add("deep_pixels", name)
+        if file.dark:
+            findings.add("dark_pixels", name)
         if file.digest in first:
             findings.add("same_content", f"{name} equals {first[file.digest]}")
         first.setdefault(file.digest, name)

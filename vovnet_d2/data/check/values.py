@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
@@ -26,14 +27,19 @@ def are_numbers(values: Any) -> TypeGuard[list[float]]:
 
 
 def as_id(value: Any) -> int | str | None:
-    """The id that is meant: 7 by ``7``, ``7.0`` and ``"7"``; other text stays; None if none is."""
-    if is_number(value):
-        return int(value) if value == int(value) else None
+    """Return the id that is meant: 7 by ``7``, ``7.0`` and ``"7"``; other text stays, ``"007"``
+    too; fractions and numbers of more than 53 bits are taken as text; None if there is no id."""
+    if is_number(value) and value == int(value):
+        return int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
     if not isinstance(value, str) or not value.strip():
         return None
     text = value.strip()
     digits = text.removeprefix("-")
-    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 16 else text
+    canonical = digits.isascii() and digits.isdigit() and len(digits) < 16
+    return int(text) if canonical and str(int(text)) == text else text
 
 
 class Numbering:

@@ -1,0 +1,194 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One reading of image files for all that reads them: every mode, orientation and depth."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from PIL import Image, ImageOps
+
+from vovnet_d2.data.image_file import ORIENTATION, read_header, read_image, read_labels
+from vovnet_d2.data.mapper import Mapper, build_mapper
+from vovnet_d2.data.unreadable import ReadableOnly
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.lazy import _name_unreadable_images
+from vovnet_d2.engine.lazy_config import load_lazy_config
+
+SIZE = (12, 20)  # height, width
+
+
+def scene() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+# Modes of 8 bits and the file type that holds each: read as Detectron2 reads them.
+EIGHT_BITS = {
+    "1": "png", "L": "png", "P": "png", "RGB": "png", "RGBA": "png", "LA": "png", "CMYK": "tif",
+    "YCbCr": "tif",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", EIGHT_BITS)
+@pytest.mark.parametrize("format", ["BGR", "RGB", "L", "YUV-BT.601"])
+def test_eight_bits_are_read_as_detectron2_does(tmp_path: Path, mode: str, format: str) -> None:
+    path = tmp_path / f"a.{EIGHT_BITS[mode]}"
+    Image.fromarray(scene()).convert(mode).save(path)
+    assert np.array_equal(read_image(path, format), utils.read_image(str(path), format))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_those_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / "a.png"
+    Image.fromarray(scene()).save(path, exif=exif)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(read_image(path, "RGB"), expected)
+    header = read_header(path)
+    assert (header.orientation, header.stored_size) == (orientation, SIZE[::-1])
+    assert header.size == expected.shape[1::-1]
+    assert np.array_equal(read_labels(save_labels(tmp_path, exif)), expected[..., 0])
+
+
+def save_labels(folder: Path, exif: Image.Exif) -> Path:
+    path = folder / "labels.png"
+    Image.fromarray(scene()[..., 0]).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_the_upper_half_of_16_bits(tmp_path: Path, suffix: str) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, SIZE).astype(np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    cv2.imwrite(str(path), values)
+    expected = np.repeat((values // 256)[..., None], 3, axis=2)
+    assert np.array_equal(read_image(path), expected)
+    assert read_header(path).bits == 16
+    # As OpenCV makes 8 bits of them, which Predictor's arrays come from.
+    assert np.abs(cv2.imread(str(path)).astype(int) - expected).max() <= 1
+    colours = np.stack([values, values[::-1], values.T.reshape(SIZE)], axis=2)
+    if suffix == "png":
+        cv2.imwrite(str(path), colours)
+        assert np.array_equal(read_image(path), colours // 256)
+
+
+def test_what_has_no_known_range_is_refused(tmp_path: Path) -> None:
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=r"a\.tif has 32 bits per pixel, whose range is not"):
+            read_image(tmp_path / "a.tif")
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*b\.png\."):
+        read_image(tmp_path / "b.png")
+    (tmp_path / "b.png").write_text("404")
+    with pytest.raises(ValueError, match=r"b\.png is not a picture .*\(of no known format\)"):
+        read_image(tmp_path / "b.png")
+
+
+# Label maps
+
+
+def as_palette(labels: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    return picture
+
+
+LABELS = np.random.default_rng(1).integers(0, 4, SIZE)
+LABEL_FILES = {
+    "grey": Image.fromarray(LABELS.astype(np.uint8)),
+    "palette": as_palette(LABELS),
+    "16 bits": Image.fromarray(LABELS.astype(np.uint16)),
+    "grey thrice": Image.fromarray(np.repeat(LABELS.astype(np.uint8)[..., None], 3, axis=2)),
+    "with alpha": Image.fromarray(LABELS.astype(np.uint8)).convert("LA"),
+}
+
+
+@pytest.mark.parametrize("kind", LABEL_FILES)
+def test_labels_are_the_numbers_in_the_file(tmp_path: Path, kind: str) -> None:
+    """For training and evaluation alike; Detectron2's mapper takes a palette's luminance."""
+    path = tmp_path / "a.png"
+    LABEL_FILES[kind].save(path)
+    assert np.array_equal(read_labels(path), LABELS)
+    Image.fromarray(scene()).save(tmp_path / "picture.png")
+    record = {"file_name": str(tmp_path / "picture.png"), "sem_seg_file_name": str(path)}
+    mapper = Mapper(True, augmentations=[T.ResizeShortestEdge(24)], image_format="BGR")
+    expected = np.repeat(np.repeat(LABELS, 2, axis=0), 2, axis=1)
+    assert np.array_equal(mapper(record)["sem_seg"], expected)
+    theirs = DatasetMapper(True, augmentations=[], image_format="BGR")
+    if kind == "palette":
+        assert set(theirs(record)["sem_seg"].unique().tolist()) == {0, 38, 75, 113}
+
+
+def test_labels_beyond_8_bits(tmp_path: Path) -> None:
+    labels = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) * 273
+    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(scene()).save(tmp_path / "b.png")
+    record = {"file_name": str(tmp_path / "b.png"), "sem_seg_file_name": str(tmp_path / "a.png")}
+    augmentations = [T.RandomFlip(1.0), T.ResizeShortestEdge(24)]
+    found = Mapper(True, augmentations=augmentations, image_format="BGR")(record)["sem_seg"]
+    assert np.array_equal(found, np.repeat(np.repeat(labels[:, ::-1], 2, axis=0), 2, axis=1))
+
+
+def test_colours_are_no_labels(tmp_path: Path) -> None:
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is no map of labels: its pixels are colours"):
+        read_labels(tmp_path / "a.png")
+
+
+# The mapper
+
+
+def test_the_mapper_gives_what_detectron2s_gives(tmp_path: Path) -> None:
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    box = {"bbox": [2, 3, 9, 8], "bbox_mode": 0, "category_id": 1, "iscrowd": 0}
+    record = {"file_name": str(tmp_path / "a.png"), "annotations": [box]}
+    cfg = load_config()
+    for train in (True, False):
+        found = []
+        for mapper in (build_mapper(cfg, train), DatasetMapper(cfg, train)):
+            np.random.seed(3)  # noqa: NPY002
+            found.append(mapper(record))
+        ours, theirs = found
+        assert ours.keys() == theirs.keys()
+        assert np.array_equal(ours["image"], theirs["image"])
+        if train:
+            assert ours["instances"].gt_boxes.tensor.equal(theirs["instances"].gt_boxes.tensor)
+
+
+@pytest.mark.parametrize("size", [(2, 6000), (6000, 2), (1, 3000)])
+def test_thin_lines_keep_a_pixel(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "annotations": []}
+    cfg = load_config()
+    for train in (True, False):
+        image = build_mapper(cfg, train)(record)["image"]
+        assert min(image.shape[1:]) == 1
+        assert max(image.shape[1:]) == 1333
+        with pytest.raises((RuntimeError, ValueError)):
+            DatasetMapper(cfg, train)(record)
+
+
+def test_a_file_that_is_refused_is_named(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
+    mapper = ReadableOnly(Mapper(True, augmentations=[], image_format="BGR"))
+    with pytest.raises(ValueError, match=r"a\.tif cannot be used: it has 32 bits per pixel"):
+        mapper({"file_name": str(tmp_path / "a.tif")})
+
+
+def test_lazy_configs_read_by_the_same_rule() -> None:
+    """Their files name Detectron2's mapper, which is replaced by the one that reads so."""
+    config = load_lazy_config("lazy/COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.py")
+    for loader in (config.dataloader.train, config.dataloader.test):
+        assert type(instantiate(loader.mapper)) is DatasetMapper
+        _name_unreadable_images(loader, [])
+        mapper = instantiate(loader.mapper)
+        assert isinstance(mapper, ReadableOnly)
+        assert type(mapper.mapper) is Mapper

@@ -1,0 +1,173 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Annotations are looked at before the first iteration: numbers, categories, masks, conventions."""
+
+import copy
+import json
+import logging
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from engine_runs import FASTER_RCNN, MASK_RCNN, launch, tiny_config
+from PIL import Image
+
+from vovnet_d2.data.image_file import ORIENTATION
+from vovnet_d2.data.records import check_orientations, check_records, find_absurd
+from vovnet_d2.engine import Trainer
+
+pytest_plugins = ["engine_fixtures"]
+
+NAN, INF = float("nan"), float("inf")
+POLYGON = [10.0, 10.0, 40.0, 10.0, 40.0, 30.0]
+GOOD: dict[str, Any] = {"bbox": [10, 10, 30, 20], "bbox_mode": 1, "category_id": 0}
+GOOD["segmentation"] = [POLYGON]
+RLE = {"size": [96, 128], "counts": [96 * 128]}
+ABSURD: dict[str, tuple[dict, str]] = {
+    "NaN in a polygon": ({"segmentation": [[*POLYGON, NAN, 3.0]]}, "polygon .* is not finite"),
+    "infinite polygon": ({"segmentation": [[*POLYGON, INF, 3.0]]}, "polygon .* is not finite"),
+    "huge polygon": ({"segmentation": [[*POLYGON, 1e9, 3.0]]}, r"the number 1e\+09, absurd in an"),
+    "array": ({"segmentation": [np.array([*POLYGON, NAN, 3])]}, "polygon .* is not finite"),
+    "text in a polygon": ({"segmentation": [["1"] * 6]}, "polygon with what is no number"),
+    "NaN in a box": ({"bbox": [NAN, 1, 2, 3]}, "bbox with a number that is not finite"),
+    "far box": ({"bbox": [-99999, 1, 2, 3]}, r"bbox with the number -99999, absurd in an image"),
+    "NaN in a keypoint": ({"keypoints": [1, NAN, 2]}, "keypoints .* is not finite"),
+    "RLE of another image": ({"segmentation": RLE | {"size": [9, 9]}}, r"RLE of size \[9, 9\]"),
+    "RLE of too many": ({"segmentation": RLE | {"counts": [9**9]}}, "RLE of 387420489 pixels"),
+    "RLE of rubbish": ({"segmentation": RLE | {"counts": b"ooo"}}, "RLE that is malformed"),
+    "category": ({"category_id": 3}, "category 3, where the network has 3"),
+}
+
+
+def records(*annotations: dict) -> list[dict[str, Any]]:
+    record = {"file_name": "a.jpg", "width": 128, "height": 96}
+    return [record | {"annotations": list(annotations)}]
+
+
+@pytest.mark.parametrize("kind", ABSURD)
+def test_absurd_numbers_are_named(kind: str) -> None:
+    changes, message = ABSURD[kind]
+    data = records(GOOD, GOOD | changes, GOOD | changes)
+    pattern = rf"^Data set d: object 1 of a\.jpg has .*{message}.* 1 more objects have such"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=pattern):
+        check_records(data, "d", num_classes=3, masks=True)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    check_records(records(GOOD, GOOD), "d", num_classes=3, masks=True)
+
+
+def test_good_masks_of_all_kinds() -> None:
+    pixels = np.zeros((96, 128), bool)
+    for mask in (RLE, [np.array(POLYGON)], pixels, [POLYGON, POLYGON]):
+        assert find_absurd(GOOD | {"segmentation": mask}, 128, 96) == ""
+        check_records(records(GOOD | {"segmentation": mask}), "d", masks=True)
+
+
+def test_objects_without_masks_are_counted() -> None:
+    bare = {k: v for k, v in GOOD.items() if k != "segmentation"}
+    data = records(GOOD, bare, bare | {"segmentation": [[]]}, bare | {"iscrowd": 1})
+    check_records(data, "d")
+    with pytest.raises(ValueError, match=r"2 objects of 4 without a mask \(object 1 of a\.jpg"):
+        check_records(data, "d", masks=True)
+
+
+def test_boxes_as_corners_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    objects = []
+    for _ in range(20):
+        x, y = rng.integers(20, 60, 2).tolist()
+        objects.append({"bbox": [x, y, x + 40, y + 30], "bbox_mode": 1, "category_id": 0})
+    with pytest.raises(ValueError, match="but x1, y1, x2, y2 in pixels"):
+        check_records(records(*objects), "d")
+    check_records(records(*(o | {"bbox_mode": 0} for o in objects)), "d")
+
+
+# Before a training
+
+
+def spoil(coco: Path, tmp_path: Path, change: Callable[[dict], Any], name: str = "mine") -> None:
+    """Register the miniature with its annotations changed."""
+    content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
+    change(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(tmp_path / "a.json"), str(coco / "coco/train2017"))
+
+
+def test_a_polygon_with_a_nan_ends_no_training_on_its_way(coco: Path, tmp_path: Path) -> None:
+    def change(content: dict) -> None:
+        content["annotations"][4]["segmentation"][0][2] = NAN
+
+    spoil(coco, tmp_path, change)
+    with pytest.raises(ValueError, match=r"Data set mine: object . of .*polygon .* not finite"):
+        launch(MASK_RCNN, tmp_path, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()")
+    cfg = tiny_config(MASK_RCNN, tmp_path, "DATASETS.TEST", "('mine',)")
+    with pytest.raises(ValueError, match=r"polygon .* not finite"):
+        launch(MASK_RCNN, tmp_path, "DATASETS.TEST", "('mine',)")
+    assert cfg.DATASETS.TEST == ("mine",)
+
+
+def test_nothing_left_to_train_on_is_said(coco: Path, tmp_path: Path) -> None:
+    """Detectron2's own loader drops objects with empty masks; its assertion becomes a sentence."""
+
+    def change(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[]]
+
+    spoil(coco, tmp_path, change)
+    with pytest.raises(ValueError, match="No valid data found in mine"):
+        launch(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()")
+
+
+# Orientation
+
+
+def turned(folder: Path, orientation: int, *, stored: bool) -> list[dict[str, Any]]:
+    """Square pictures of bright boxes, whose annotations are for the stored or the read picture."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    found = []
+    for index in range(6):
+        pixels = rng.integers(0, 30, (80, 80, 3)).astype(np.uint8)
+        x, y, w, h = (int(n) for n in (rng.integers(4, 20), rng.integers(4, 20), 22, 14))
+        pixels[y : y + h, x : x + w] = 200
+        Image.fromarray(pixels).save(folder / f"{index}.png", exif=exif)
+        box = [x, y, w, h] if stored else [80 - x - w, 80 - y - h, w, h]
+        annotation = {"bbox": box, "bbox_mode": 1, "category_id": 0}
+        record = {"file_name": str(folder / f"{index}.png"), "width": 80, "height": 80}
+        found.append(record | {"annotations": [annotation]})
+    return found
+
+
+def test_orientations_that_the_sizes_do_not_tell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_orientations(turned(tmp_path, 3, stored=False), "d")
+    assert not caplog.records
+    with pytest.raises(ValueError, match=r"6 of the 6 pictures are turned .* as they are stored"):
+        check_orientations(turned(tmp_path, 3, stored=True), "d")
+    unclear = turned(tmp_path, 3, stored=True)
+    for record in unclear:
+        exif = Image.Exif()
+        exif[ORIENTATION] = 3
+        Image.new("RGB", (80, 80)).save(record["file_name"], exif=exif)
+    with caplog.at_level(logging.WARNING):
+        check_orientations(unclear, "d")
+    assert "Data set d: 6 of the 6 pictures are turned by their EXIF orientation" in caplog.text
+
+
+def test_the_trainer_looks(catalogs: None, fresh_logging: None, tmp_path: Path) -> None:
+    data = turned(tmp_path, 4, stored=True)
+    for record in data:  # upside down
+        for annotation in record["annotations"]:
+            assert annotation["bbox"][1] < 40
+    DatasetCatalog.register("turned", lambda: copy.deepcopy(data))
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('turned',)")
+    with pytest.raises(ValueError, match="turned by their EXIF orientation"):
+        Trainer.build_train_loader(cfg)

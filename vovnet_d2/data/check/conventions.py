@@ -1,0 +1,224 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the numbers of boxes and polygons mean: COCO's x, y, width, height in pixels, or another
+order or unit, which the masks, the areas or the sizes of the images give away.
+
+One cause is found for a whole set, before any annotation is looked at alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .values import are_numbers, is_number
+
+__all__ = [
+    "COCO",
+    "Convention",
+    "Sample",
+    "find_conventions",
+    "find_polygon_convention",
+    "polygons_of",
+    "sample_of",
+]
+
+Array = NDArray[np.float64]
+
+# Orders of four numbers, each to x, y, width, height.
+ORDERS: dict[str, Callable[[Array], Array]] = {
+    "x, y, width, height": lambda b: b,
+    "x1, y1, x2, y2": lambda b: _stack(b[0], b[1], b[2] - b[0], b[3] - b[1]),
+    "y1, x1, y2, x2": lambda b: _stack(b[1], b[0], b[3] - b[1], b[2] - b[0]),
+    "x1, x2, y1, y2": lambda b: _stack(b[0], b[2], b[1] - b[0], b[3] - b[2]),
+    "y, x, height, width": lambda b: _stack(b[1], b[0], b[3], b[2]),
+    "centre x, centre y, width, height": lambda b: _stack(
+        b[0] - b[2] / 2, b[1] - b[3] / 2, b[2], b[3]
+    ),
+}
+# Units by the numbers that stand for a whole side of the image; 0 for pixels.
+UNITS = {"pixels": 0.0, "fractions of the size": 1.0, "percent": 100.0, "thousandths": 1000.0}
+
+_MIN_BOXES = 3
+# A share of all boxes that is enough to speak for a reading, or too few to speak for COCO's.
+_NEARLY_ALL, _FEW = 0.98, 0.75
+_AGREE = 0.9
+_MIN_SIDE = 16  # pixels of an image in which no object is a pixel wide
+
+
+def _stack(*columns: Array) -> Array:
+    return np.stack(columns)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An annotation, as it stands, and its image.
+
+    Attributes:
+        box: four finite numbers.
+        size: width and height of the image that the annotations speak of.
+        mask_box: x, y, width, height around its polygons; None without any.
+        area: its "area"; None without one.
+    """
+
+    box: Sequence[float]
+    size: tuple[float, float]
+    mask_box: Sequence[float] | None
+    area: float | None
+
+
+@dataclass(frozen=True)
+class Convention:
+    order: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.order} in {self.unit}"
+
+    def to_coco(self, boxes: Array, sizes: Array) -> Array:
+        """
+        Args:
+            boxes: (4, N).
+            sizes: (2, N), width and height.
+
+        Returns:
+            (4, N): x, y, width, height in pixels.
+        """
+        if whole := UNITS[self.unit]:
+            # The sides that the numbers are parts of, by the order of the four.
+            along_y = self.order.startswith("y")
+            pair = sizes[::-1] if along_y else sizes
+            four = np.concatenate([pair, pair])
+            if self.order == "x1, x2, y1, y2":
+                four = np.repeat(sizes, 2, axis=0)
+            boxes = boxes * four / whole
+        return ORDERS[self.order](boxes)
+
+
+COCO = Convention("x, y, width, height", "pixels")
+
+
+def find_conventions(samples: Sequence[Sample]) -> list[Convention]:
+    """Return the readings of the boxes that fit: COCO's alone where nothing speaks against it, one
+    other, or several that cannot be told apart."""
+    if len(samples) < _MIN_BOXES:
+        return [COCO]
+    boxes = np.array([s.box for s in samples], dtype=float).T
+    sizes = np.array([s.size for s in samples], dtype=float).T
+    shapes = {
+        convention: convention.to_coco(boxes, sizes) for convention in _candidates(boxes, sizes)
+    }
+    masks = np.array([s.mask_box or [np.nan] * 4 for s in samples], dtype=float).T
+    if np.isfinite(masks[0]).mean() >= 0.5:
+        return _by_masks(shapes, masks)
+    areas = np.array([np.nan if s.area is None else s.area for s in samples])
+    return _by_sizes(shapes, sizes, areas)
+
+
+def _candidates(boxes: Array, sizes: Array) -> list[Convention]:
+    tiny = boxes.min() >= -0.01 and boxes.max() <= 1.01 and sizes.min() >= _MIN_SIDE
+    units = ["fractions of the size"] if tiny else ["pixels"]
+    if not tiny and boxes.min() >= 0:
+        units += [unit for unit in ("percent", "thousandths") if boxes.max() <= UNITS[unit]]
+    found = [Convention(order, unit) for unit in units for order in ORDERS]
+    return found if COCO in found else [COCO, *found]
+
+
+def _by_masks(shapes: dict[Convention, Array], masks: Array) -> list[Convention]:
+    known = np.isfinite(masks[0])
+    shares = {c: _agree(shape[:, known], masks[:, known]).mean() for c, shape in shapes.items()}
+    if shares[COCO] >= 0.5:
+        return [COCO]
+    best = max(shares, key=lambda c: shares[c])
+    return [best] if shares[best] >= _AGREE else [COCO]
+
+
+def _agree(shape: Array, masks: Array) -> NDArray[np.bool_]:
+    corners, others = _corners(shape), _corners(masks)
+    limit = np.maximum(2, 0.1 * np.concatenate([masks[2:], masks[2:]]))
+    return np.asarray((np.abs(corners - others) <= limit).all(axis=0))
+
+
+def _corners(shape: Array) -> Array:
+    return np.concatenate([shape[:2], shape[:2] + shape[2:]])
+
+
+def _by_sizes(shapes: dict[Convention, Array], sizes: Array, areas: Array) -> list[Convention]:
+    fits = {c: _fit(shape, sizes).mean() for c, shape in shapes.items()}
+    by_area = {c: _same_area(shape, areas) for c, shape in shapes.items()}
+    told = max(by_area.values()) >= _AGREE  # masks' areas are none of boxes
+    fractions = not any(c.unit == "pixels" for c in shapes if c != COCO)
+    doubted = told and by_area[COCO] < 0.5
+    if not fractions and fits[COCO] >= _FEW and not doubted:
+        return [COCO]
+    fitting = [c for c in shapes if c != COCO and fits[c] >= _NEARLY_ALL]
+    if told:
+        fitting = [c for c in fitting if by_area[c] >= _AGREE] or fitting
+    for unit in UNITS:  # other units only where pixels do not fit
+        if found := [c for c in fitting if c.unit == unit]:
+            return found
+    return [COCO]
+
+
+def _fit(shape: Array, sizes: Array) -> NDArray[np.bool_]:
+    x1, y1, x2, y2 = _corners(shape)
+    slack = 1 + 0.01 * sizes.max(axis=0)
+    inside = (x1 >= -slack) & (y1 >= -slack) & (x2 <= sizes[0] + slack) & (y2 <= sizes[1] + slack)
+    return np.asarray(inside & (shape[2:] > 0).all(axis=0))
+
+
+def _same_area(shape: Array, areas: Array) -> float:
+    known = np.isfinite(areas)
+    if known.mean() < 0.5:
+        return 0.0
+    products = (shape[2] * shape[3])[known]
+    return float((np.abs(products - areas[known]) <= 0.01 * areas[known] + 0.01).mean())
+
+
+# Polygons
+
+
+def find_polygon_convention(samples: Sequence[Sample]) -> str:
+    """Say how the polygons of annotations are written: "" for COCO's x, y, ... in pixels,
+    "fractions" or "y, x"."""
+    known = [s for s in samples if s.mask_box is not None]
+    if len(known) < _MIN_BOXES:
+        return ""
+    around = np.array([s.mask_box for s in known], dtype=float).T
+    boxes = np.array([s.box for s in known], dtype=float).T
+    sizes = np.array([s.size for s in known], dtype=float).T
+    corners = _corners(around)
+    if corners.min() >= -0.01 and corners.max() <= 1.01 and sizes.min() >= _MIN_SIDE:
+        return "fractions"
+    swapped = around[[1, 0, 3, 2]]
+    fits, swapped_fits = (_fit(shape, sizes).mean() for shape in (around, swapped))
+    agree, swapped_agree = (_agree(boxes, shape).mean() for shape in (around, swapped))
+    by_sizes = fits < _FEW and swapped_fits >= _NEARLY_ALL
+    return "y, x" if by_sizes or (agree < 0.5 and swapped_agree >= _AGREE) else ""
+
+
+def sample_of(annotation: dict[str, Any], size: tuple[float, float]) -> Sample | None:
+    """What :func:`find_conventions` looks at; None if the box is no four numbers."""
+    box = annotation.get("bbox")
+    if not are_numbers(box) or len(box) != 4:
+        return None
+    polygons = polygons_of(annotation)
+    around = None
+    if polygons:
+        xs = [x for p in polygons for x in p[::2]]
+        ys = [y for p in polygons for y in p[1::2]]
+        around = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    area = annotation.get("area")
+    return Sample(box, size, around, area if is_number(area) and area > 0 else None)
+
+
+def polygons_of(annotation: dict[str, Any]) -> list[list[float]]:
+    """The well-formed polygons of an annotation."""
+    mask = annotation.get("segmentation")
+    if not isinstance(mask, list):
+        return []
+    return [p for p in mask if are_numbers(p) and len(p) >= 6 and len(p) % 2 == 0]

@@ -1,0 +1,102 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""File names that are written a little otherwise than the files are called: by Windows, as URLs,
+from another folder, with another suffix, in another case or Unicode form."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from functools import cached_property
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["NearNames"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+
+
+class NearNames:
+    """The files below a folder, to be found by names that are almost theirs."""
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self._root = os.fspath(root)
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[str]]:
+        """Names relative to the folder, by the plain form of their last part without a suffix."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for folder, folders, files in os.walk(self._root):
+            folders.sort()
+            for file in sorted(files):
+                name = os.path.relpath(os.path.join(folder, file), self._root)
+                found[_key(name)].append(name.replace(os.sep, "/"))
+        return dict(found)
+
+    def find(self, name: str) -> str | None:
+        """
+        Args:
+            name: ``file_name`` of an image for which there is no file.
+
+        Returns:
+            the name, relative to the folder, of the one file that must be meant; None if there is
+            none, or several are as near.
+        """
+        meant = _plain(name)
+        if not meant or not (near := self._by_key.get(_key(meant), [])):
+            return None
+        if _contradict(os.path.abspath(self._root), meant):
+            return None
+        scores = {c: _score(_plain(c), meant) for c in near if _one_ends_the_other(c, meant)}
+        best = max(scores.values(), default=None)
+        chosen = [candidate for candidate, score in scores.items() if score == best]
+        return chosen[0] if len(chosen) == 1 else None
+
+
+def _plain(name: str) -> str:
+    """With slashes, without the parts of a URL, and in Unicode's composed form."""
+    text = name.strip()
+    if "://" in text:
+        text = unquote(urlsplit(text).path)
+    elif "%" in text:
+        text = unquote(text)
+    text = text.replace("\\", "/")
+    return unicodedata.normalize("NFC", text).strip("/")
+
+
+def _key(name: str) -> str:
+    last = PurePosixPath(_plain(name)).name.casefold()
+    stem, suffix = os.path.splitext(last)
+    return stem if suffix in _SUFFIXES else last
+
+
+def _one_ends_the_other(candidate: str, meant: str) -> bool:
+    """Whether the folders of one path are the last ones of the other's: train/a.jpg is no
+    val/a.jpg."""
+    ours, theirs = (PurePosixPath(path).parent.parts for path in (candidate, meant))
+    pairs = zip(reversed(ours), reversed(theirs), strict=False)
+    return all(_plain(one).casefold() == other.casefold() for one, other in pairs)
+
+
+def _contradict(root: str, meant: str) -> bool:
+    """Whether the folder of images is that of another split than a name speaks of."""
+    ours = {split for part in PurePosixPath(root).parts[-2:] if (split := _split_of(part))}
+    theirs = {s for part in PurePosixPath(meant).parent.parts if (s := _split_of(part))}
+    return bool(ours and theirs) and not ours & theirs
+
+
+def _split_of(part: str) -> str:
+    return next((split for split in ("train", "val", "test") if split in part.casefold()), "")
+
+
+def _score(candidate: str, meant: str) -> tuple[int, bool, bool]:
+    """How many folders before the last part agree, then whether suffix and case do."""
+    ours, theirs = (PurePosixPath(path) for path in (candidate, meant))
+    folders = 0
+    for one, other in zip(reversed(ours.parts[:-1]), reversed(theirs.parts[:-1]), strict=False):
+        if one.casefold() != other.casefold():
+            break
+        folders += 1
+    same_suffix = ours.suffix.casefold() == theirs.suffix.casefold()
+    return folders, same_suffix, ours.name == theirs.name

@@ -1,0 +1,210 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that EXIF turns: whether their annotations are for the picture as it is stored, or as it
+is read, which is turned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from numpy.typing import NDArray
+
+from ..image_file import read_image
+from .masks import decode_counts
+from .values import are_numbers
+
+__all__ = ["TurnedFile", "compare_readings", "judge", "turn_annotation", "turn_box"]
+
+Box = Sequence[float]
+_MIN_BOXES = 3
+_MIN_SCORE = 3.0  # standard errors by which one reading must be better
+_REACH = 2  # pixels to either side of a box's edge
+
+
+@dataclass(frozen=True)
+class TurnedFile:
+    """A picture whose EXIF orientation is not 1.
+
+    Attributes:
+        path: its file.
+        orientation: EXIF's, 2 to 8.
+        stored_size: width and height of the picture as it is stored.
+        given_size: the annotations' width and height of it; None if they have none.
+        boxes: of its objects, each x, y, width, height in the annotations' pixels.
+    """
+
+    path: str
+    orientation: int
+    stored_size: tuple[int, int]
+    given_size: tuple[int, int] | None
+    boxes: list[Box]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width, height = self.stored_size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+def judge(files: Iterable[TurnedFile]) -> dict[str, str]:
+    """Say for each file, by its path, what its annotations are for: "stored", "turned" or
+    "unclear".
+
+    The size in the annotations tells it where turning changes the size and no box contradicts. For
+    the other files, all together, the edges of the boxes are compared with the pictures.
+    """
+    verdicts: dict[str, str] = {}
+    silent: list[TurnedFile] = []
+    for file in files:
+        if file.stored_size != file.size and file.given_size in (file.stored_size, file.size):
+            verdicts[file.path] = _judge_by_size(file)
+        else:
+            silent.append(file)
+    readings: list[tuple[str, list[list[Box]]]] = [
+        (f.path, [f.boxes, [turn_box(box, f) for box in f.boxes]]) for f in silent
+    ]
+    better = compare_readings(readings)
+    verdict = {None: "unclear", 0: "turned", 1: "stored"}[better]
+    return verdicts | {file.path: verdict for file in silent}
+
+
+def _judge_by_size(file: TurnedFile) -> str:
+    in_stored, in_turned = _fit(file.boxes, file.stored_size), _fit(file.boxes, file.size)
+    if in_stored != in_turned:
+        return "stored" if in_stored else "turned"
+    return "stored" if file.given_size == file.stored_size else "turned"
+
+
+def _fit(boxes: list[Box], size: tuple[int, int]) -> bool:
+    width, height = size
+    return all(x + w <= width + 1 and y + h <= height + 1 for x, y, w, h in boxes)
+
+
+def compare_readings(files: Sequence[tuple[str, list[list[Box]]]]) -> int | None:
+    """Find the reading of boxes whose edges lie where the pictures change.
+
+    Args:
+        files: paths, each with the readings of its boxes: as many boxes in each reading.
+
+    Returns:
+        the index of the reading that is better than each other by three standard errors; None if
+        there is none, or there are fewer than three boxes.
+    """
+    scores: list[list[float]] = []
+    for path, readings in files:
+        if not readings[0]:
+            continue
+        try:
+            grey = read_image(path, "L")[..., 0].astype(np.float32)
+        except (FileNotFoundError, ValueError):
+            continue
+        for boxes in zip(*readings, strict=True):
+            scores.append([_contrast(grey, box) for box in boxes])
+    table = np.array(scores)
+    if len(table) < _MIN_BOXES:
+        return None
+    best = int(table.mean(axis=0).argmax())
+    for other in range(table.shape[1]):
+        difference = table[:, best] - table[:, other]
+        error = difference.std(ddof=1) / np.sqrt(len(difference))
+        if other != best and not difference.mean() > _MIN_SCORE * error:
+            return None
+    return best
+
+
+def _contrast(grey: NDArray[np.float32], box: Box) -> float:
+    """The mean change of grey across the edges of a box, in units of the picture's own changes."""
+    height, width = grey.shape
+    x, y, w, h = box
+    left, right = (int(np.clip(round(v), 0, width)) for v in (x, x + w))
+    top, bottom = (int(np.clip(round(v), 0, height)) for v in (y, y + h))
+    if right <= left or bottom <= top:
+        return 0.0
+    changes: list[float] = []
+    for at, limit, lines in ((left, width, grey[top:bottom]), (right, width, grey[top:bottom]),
+                             (top, height, grey[:, left:right].T),
+                             (bottom, height, grey[:, left:right].T)):  # fmt: skip
+        if _REACH <= at <= limit - _REACH:  # an edge along the picture's own tells nothing
+            before = lines[:, at - _REACH : at].mean(axis=1)
+            changes.append(float(np.abs(lines[:, at : at + _REACH].mean(axis=1) - before).mean()))
+    return float(np.mean(changes)) / (float(grey.std()) + 1e-3) if changes else 0.0
+
+
+# Turning
+
+
+def turn_box(box: Box, file: TurnedFile) -> list[float]:
+    """The box in the picture as it is read, of one in the picture as it is stored."""
+    x, y, w, h = box
+    corners = _turn_points([x, y, x + w, y + h], file, file.stored_size)
+    x1, x2 = sorted(corners[::2])
+    y1, y2 = sorted(corners[1::2])
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def _turn_points(points: list[float], file: TurnedFile, size: tuple[float, float]) -> list[float]:
+    width, height = size
+    turned: list[float] = []
+    for x, y in zip(points[::2], points[1::2], strict=True):
+        turned += {
+            2: (width - x, y),
+            3: (width - x, height - y),
+            4: (x, height - y),
+            5: (y, x),
+            6: (height - y, x),
+            7: (height - y, width - x),
+            8: (y, width - x),
+        }[file.orientation]
+    return turned
+
+
+def turn_annotation(annotation: dict[str, Any], file: TurnedFile) -> dict[str, Any]:
+    """The annotation for the picture as it is read. What is malformed stays as it is."""
+    turned = dict(annotation)
+    if are_numbers(box := annotation.get("bbox")) and len(box) == 4:
+        turned["bbox"] = turn_box(box, file)
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        turned["segmentation"] = [
+            _turn_points(p, file, file.stored_size) if are_numbers(p) and len(p) % 2 == 0 else p
+            for p in mask
+        ]
+    elif isinstance(mask, dict):
+        turned["segmentation"] = _turn_rle(mask, file)
+    points = annotation.get("keypoints")
+    if are_numbers(points) and len(points) % 3 == 0:
+        # Keypoints are indices of pixels.
+        last = (file.stored_size[0] - 1, file.stored_size[1] - 1)
+        triples = [points[i : i + 3] for i in range(0, len(points), 3)]
+        turned["keypoints"] = [
+            number
+            for x, y, seen in triples
+            for number in (*(_turn_points([x, y], file, last) if seen else (x, y)), seen)
+        ]
+    return turned
+
+
+def _turn_rle(rle: dict[str, Any], file: TurnedFile) -> dict[str, Any]:
+    width, height = file.stored_size
+    try:
+        counts = decode_counts(rle.get("counts"))
+    except ValueError:
+        return rle
+    if rle.get("size") != [height, width] or sum(counts) != height * width:
+        return rle
+    flat = np.repeat(np.arange(len(counts)) % 2, counts).astype(np.uint8)
+    mask = flat.reshape(width, height).T
+    turned = {
+        2: mask[:, ::-1],
+        3: mask[::-1, ::-1],
+        4: mask[::-1],
+        5: mask.T,
+        6: mask[::-1].T,
+        7: mask[::-1, ::-1].T,
+        8: mask.T[::-1],
+    }[file.orientation]
+    encoded = mask_util.encode(np.asfortranarray(turned))
+    return {"size": list(turned.shape), "counts": encoded["counts"].decode()}

@@ -1,0 +1,194 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading of image files: the same in training, evaluation, checks, pictures and prediction.
+
+The rules, for every file:
+
+- The picture is turned as its EXIF orientation says.
+- 8 bits per channel are read as Detectron2 reads them. Transparency is dropped.
+- Of 16 bits per channel the upper 8 are taken. Detectron2 clips grey values at 255 instead.
+- 32 bits per pixel, whole or floating-point numbers, have no known range and are refused.
+- A label map gives its numbers as they are stored: the indices of a palette, or grey values.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["ImageHeader", "read_header", "read_image", "read_labels", "why_unreadable"]
+
+ORIENTATION = 274  # EXIF's tag
+# What turns a stored picture as its orientation asks; 1 is the picture as it is stored.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats of which Pillow opens 16-bit grey values as 32-bit numbers, depending on its version.
+_NEVER_32_BITS = ("PNG", "PPM", "JPEG2000")
+_LABEL_MODES = ("1", "L", "P", "PA", "LA", "I")
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header of a file says.
+
+    Attributes:
+        stored_size: width and height as the file stores the picture.
+        orientation: EXIF's, 1 to 8; 1 where it is missing or no such number.
+        bits: per channel.
+    """
+
+    stored_size: tuple[int, int]
+    orientation: int
+    bits: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture as it is read: turned as EXIF says."""
+        width, height = self.stored_size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+def read_header(file: str | os.PathLike[str]) -> ImageHeader:
+    """Read a picture's size and orientation, and none of its pixels."""
+    with Image.open(file) as picture:
+        return _header_of(picture)
+
+
+def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.uint8]:
+    """Read a picture by the rules of this module.
+
+    Args:
+        format: ``INPUT.FORMAT``: "BGR" or another that Detectron2 knows.
+
+    Returns:
+        (H, W, C), uint8; float64 for "YUV-BT.601".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a picture, is damaged, or has values without a known range.
+    """
+    path = _require_file(file)
+    try:
+        with PathManager.open(path, "rb") as stream, Image.open(stream) as picture:
+            header = _header_of(picture)
+            picture.load()
+            turned = _to_8_bits(_turn(picture, header.orientation)) if header.bits <= 16 else None
+            pixels = None if turned is None else convert_PIL_to_numpy(turned, format)
+    except Exception as error:  # decoders raise all kinds at damaged files
+        raise ValueError(f"{path} is not a picture that can be read ({_reason(error)}).") from error
+    if pixels is None:
+        raise ValueError(
+            f"{path} has 32 bits per pixel, whose range is not known: convert it to 8 or 16."
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
+    """Read a map of labels, a class for each pixel.
+
+    Returns:
+        (H, W): the numbers that the file stores.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a picture, is damaged, or its pixels are colours and no numbers.
+    """
+    path = _require_file(file)
+    try:
+        with PathManager.open(path, "rb") as stream, Image.open(stream) as picture:
+            picture.load()
+            labels = _numbers_of(_turn(picture, _header_of(picture).orientation))
+    except Exception as error:
+        raise ValueError(f"{path} is no map of labels: {_reason(error)}.") from error
+    return labels.astype(np.int64)
+
+
+def why_unreadable(file: str | os.PathLike[str], *, labels: bool = False) -> str:
+    """Say why :func:`read_image`, or :func:`read_labels`, refuses a file; empty if it does not."""
+    try:
+        (read_labels if labels else read_image)(file)
+    except FileNotFoundError:
+        return "there is no such file"
+    except ValueError as error:
+        if isinstance(error.__cause__, Exception):
+            return _reason(error.__cause__)
+        return "it " + str(error).removeprefix(f"{os.fspath(file)} ").rstrip(".")
+    return ""
+
+
+def _require_file(file: str | os.PathLike[str]) -> str:
+    path = os.fspath(file)
+    if not PathManager.exists(path):
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path
+
+
+def _header_of(picture: Image.Image) -> ImageHeader:
+    try:
+        orientation = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged EXIF part does not spoil the picture
+        orientation = 1
+    bits = 8
+    if picture.mode.startswith("I;16"):
+        bits = 16
+    elif picture.mode in ("I", "F"):
+        bits = 16 if picture.format in _NEVER_32_BITS and picture.mode == "I" else 32
+    return ImageHeader(picture.size, orientation if orientation in TURNS else 1, bits)
+
+
+def _turn(picture: Image.Image, orientation: int) -> Image.Image:
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits; pictures of 8 bits stay as they are."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray((np.clip(values, 0, 0xFFFF) >> 8).astype(np.uint8))
+    return picture
+
+
+def _numbers_of(picture: Image.Image) -> NDArray[np.generic]:
+    mode = picture.mode
+    values = np.asarray(picture)
+    if mode in _LABEL_MODES or mode.startswith("I;16"):
+        return values if values.ndim == 2 else values[..., 0]
+    if mode == "F" and np.array_equal(values, np.round(values)):
+        return values
+    if mode in ("RGB", "RGBA"):
+        red, *others = (values[..., channel] for channel in range(3))
+        if all(np.array_equal(red, other) for other in others):
+            return red  # grey values, saved thrice
+        place = np.argwhere((red != others[0]) | (red != others[1]))[0]
+        colours = len(np.unique(values[..., :3].reshape(-1, 3), axis=0))
+        raise ValueError(
+            f"its pixels are colours ({tuple(values[tuple(place)][:3].tolist())} for one, of "
+            f"{colours}) and not numbers of classes: write a picture of one channel, or with a "
+            "palette, whose values are the numbers"
+        )
+    raise ValueError(f"its pixels are not whole numbers (Pillow's mode {mode})")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            "it has more pixels than Pillow reads, as a guard against files that are made to fill "
+            "the memory: make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS = None if you trust it"
+        )
+    # Pillow's words for what it does not recognise are about the file object that it was given.
+    known = {"UnidentifiedImageError": "of no known format"}
+    text = known.get(type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
+    return text.rstrip(".")

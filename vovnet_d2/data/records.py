@@ -1,0 +1,212 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Records in Detectron2's format, looked at once before a run: what would end it later, fill the
+memory, or spoil it silently."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from .check.conventions import COCO, Sample, find_conventions, sample_of
+from .check.masks import decode_counts, has_mask
+from .check.orientation import TurnedFile, judge
+from .image_file import ImageHeader, read_header
+
+__all__ = ["check_orientations", "check_records", "find_absurd"]
+
+logger = logging.getLogger(__name__)
+
+# How far numbers may reach beyond an image, in its longer sides. Masks are drawn in memory that
+# grows with the numbers of their polygons.
+_REACH = 10
+_UNKNOWN_SIDE = 100_000  # pixels, where a record does not say its size
+_MAX_SAMPLES = 20_000
+_MAX_HEADERS = 1000
+
+_HINT = (
+    "tools/check_dataset.py lists all that is wrong with annotations in COCO's format, and writes "
+    "a corrected copy."
+)
+
+
+def check_records(
+    records: Iterable[Mapping[str, Any]],
+    name: str,
+    *,
+    num_classes: int | None = None,
+    masks: bool = False,
+) -> None:
+    """Look at all objects in one pass.
+
+    Args:
+        records: of a data set, in Detectron2's format.
+        name: what to call it.
+        num_classes: of the network; None if that is not known.
+        masks: whether the network learns masks.
+
+    Raises:
+        ValueError: a number is not finite or absurd, a category is none of the network's, objects
+            lack masks, or the boxes are not what their mode says. The message counts the objects
+            and names the first.
+    """
+    wrong: list[str] = []
+    without_mask: list[str] = []
+    count = objects = 0
+    samples: list[Sample] = []
+    for record in records:
+        for index, annotation in enumerate(record.get("annotations", ())):
+            objects += 1
+            problem = find_absurd(annotation, record.get("width"), record.get("height"))
+            category = annotation.get("category_id", 0)
+            if not problem and num_classes is not None and not 0 <= category < num_classes:
+                problem = f"category {category}, where the network has {num_classes}"
+            if problem:
+                count += 1
+                wrong = wrong or [f"object {index} of {_name_of(record)} has {problem}"]
+            elif masks and not annotation.get("iscrowd", 0) and not has_mask(annotation):
+                without_mask.append(f"object {index} of {_name_of(record)}")
+            elif len(samples) < _MAX_SAMPLES and (sample := _sample(annotation, record)):
+                samples.append(sample)
+    if wrong:
+        others = f" {count - 1} more objects have such numbers." if count > 1 else ""
+        raise ValueError(f"Data set {name}: {wrong[0]}.{others} {_HINT}")
+    if without_mask:
+        raise ValueError(
+            f"Data set {name} has {len(without_mask)} objects of {objects} without a mask "
+            f"({without_mask[0]} is the first), and the network learns masks: leave them out "
+            "(tools/check_dataset.py --masks --fix), choose a config of Faster R-CNN or RetinaNet, "
+            "or set MODEL.MASK_ON False."
+        )
+    readings = find_conventions(samples)
+    if readings != [COCO]:
+        raise ValueError(
+            f"Data set {name}: its boxes are not x, y, width, height in pixels, but "
+            f"{' or '.join(map(str, readings))} ({list(samples[0].box)} in an image of "
+            f"{samples[0].size[0]} x {samples[0].size[1]} for one). {_HINT}"
+        )
+
+
+def _name_of(record: Mapping[str, Any]) -> str:
+    return str(record.get("file_name", record.get("image_id", "an image")))
+
+
+def _sample(annotation: Mapping[str, Any], record: Mapping[str, Any]) -> Sample | None:
+    in_coco = annotation.get("bbox_mode") == BoxMode.XYWH_ABS
+    if not in_coco or "width" not in record or "height" not in record:
+        return None
+    known = {
+        "bbox": list(annotation.get("bbox", ())),
+        "segmentation": annotation.get("segmentation"),
+    }
+    return sample_of(known, (record["width"], record["height"]))
+
+
+def find_absurd(annotation: Mapping[str, Any], width: int | None, height: int | None) -> str:
+    """Say which number of an annotation is not finite, or absurd beside its image; empty if none
+    is."""
+    limit = _REACH * max(width or _UNKNOWN_SIDE, height or _UNKNOWN_SIDE)
+    mask = annotation.get("segmentation")
+    lists = [("bbox", annotation.get("bbox")), ("keypoints", annotation.get("keypoints"))]
+    if isinstance(mask, Mapping):
+        if width and height and (problem := _wrong_rle(mask, width, height)):
+            return problem
+    elif isinstance(mask, list | tuple):
+        lists += [("a polygon", polygon) for polygon in mask]
+    for kind, numbers in lists:
+        if numbers is None or len(numbers) == 0:
+            continue
+        try:
+            total, least, most = float(sum(numbers)), float(min(numbers)), float(max(numbers))
+        except (TypeError, ValueError):
+            return f"{kind} with what is no number: {list(numbers)!r:.60}"
+        if not isfinite(total):
+            return f"{kind} with a number that is not finite"
+        if not -limit <= least <= most <= limit:
+            worst = most if abs(most) >= abs(least) else least
+            image = f"an image of {width} x {height}" if width else "any image"
+            return f"{kind} with the number {worst:g}, absurd in {image}"
+    return ""
+
+
+def _wrong_rle(rle: Mapping[str, Any], width: int, height: int) -> str:
+    if list(rle.get("size", ())) != [height, width]:
+        return f"RLE of size {rle.get('size')} in an image of {[height, width]}"
+    counts = rle.get("counts")
+    try:
+        runs = decode_counts(counts.decode() if isinstance(counts, bytes) else counts)
+    except (UnicodeDecodeError, ValueError) as error:
+        return f"RLE that is malformed ({error})"
+    if sum(runs) != width * height:
+        return f"RLE of {sum(runs)} pixels in an image of {width * height}"
+    return ""
+
+
+# Orientation
+
+
+def check_orientations(records: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Warn of pictures that EXIF turns and whose annotations may be for the picture as it is
+    stored. Of large sets a thousand pictures are looked at.
+
+    Raises:
+        ValueError: the sizes, or the pictures along the edges of the boxes, say that they are.
+    """
+    count = min(len(records), _MAX_HEADERS)
+    chosen = (records[i * len(records) // count] for i in range(count))
+    looked_at = [record for record in chosen if "file_name" in record]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        headers = list(pool.map(_header, looked_at))
+    turned = [
+        _turned_file(record, header)
+        for record, header in zip(looked_at, headers, strict=True)
+        if header and header.orientation != 1
+    ]
+    verdicts = judge(turned)
+    of = f"{len(looked_at)} pictures" + (" looked at" if len(looked_at) < len(records) else "")
+    # Where the size is another, reading a picture says so, and DATALOADER.MAX_UNREADABLE holds.
+    stored = [
+        file
+        for file in turned
+        if verdicts[file.path] == "stored" and file.given_size in (None, file.size)
+    ]
+    if stored:
+        raise ValueError(
+            f"Data set {name}: {len(stored)} of the {of} are turned by their EXIF orientation "
+            f"before training sees them, {stored[0].path} for one, and their annotations are for "
+            "the pictures as they are stored. tools/check_dataset.py --fix turns annotations in "
+            "COCO's format; or remove the orientation from the files."
+        )
+    unclear = [file for file in turned if verdicts[file.path] == "unclear" and file.boxes]
+    if unclear:
+        logger.warning(
+            "Data set %s: %d of the %s are turned by their EXIF orientation before training sees "
+            "them, %s for one. Look whether the annotations are for the pictures so turned: "
+            "tools/visualize_data.py draws them.",
+            *(name, len(unclear), of, unclear[0].path),
+        )
+
+
+def _header(record: Mapping[str, Any]) -> ImageHeader | None:
+    try:
+        return read_header(record["file_name"])
+    except Exception:  # reading it will say what is wrong
+        return None
+
+
+def _turned_file(record: Mapping[str, Any], header: ImageHeader) -> TurnedFile:
+    boxes = [
+        BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYWH_ABS)
+        for a in record.get("annotations", ())
+        if "bbox" in a and a.get("bbox_mode") in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+    ]
+    given = (record["width"], record["height"]) if "width" in record else None
+    boxes = [np.asarray(box).tolist() for box in boxes]
+    return TurnedFile(record["file_name"], header.orientation, header.stored_size, given, boxes)

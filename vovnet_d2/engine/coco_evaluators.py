@@ -1,0 +1,63 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Detectron2's evaluator of COCO-format data sets, for categories and annotations of all kinds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+
+__all__ = ["CategoriesByName", "PlainCOCOEvaluator", "convert_anew"]
+
+# Files that Detectron2 has written of data sets without an annotation file.
+_CONVERTED: set[str] = set()
+
+
+class CategoriesByName(COCOEvaluator):
+    """Metrics of single categories go by their names, also where the ids of a file are in another
+    order than the outputs of the network."""
+
+    _coco_api: Any
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if class_names and numbers:
+            # The evaluation is in the order of the ids.
+            class_names = [class_names[numbers[category]] for category in sorted(numbers)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+class PlainCOCOEvaluator(CategoriesByName):
+    """Detectron2's evaluator on pycocotools."""
+
+    def __init__(self, dataset_name: str, **arguments: Any):
+        """
+        Args:
+            arguments: of :class:`detectron2.evaluation.COCOEvaluator`.
+        """
+        super().__init__(dataset_name, use_fast_impl=False, **arguments)
+
+
+def convert_anew(name: str, folder: str) -> None:
+    """Have Detectron2 write the annotation file of a data set that has none from what is registered
+    now. It takes a file of an earlier run for that otherwise, whatever has changed since.
+
+    Args:
+        folder: of the evaluator's files.
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file") in _CONVERTED:
+        del metadata.json_file
+    if metadata.get("json_file"):
+        return
+    path = os.path.join(folder, f"{name}_coco_format.json")
+    if comm.is_main_process() and os.path.exists(path):
+        os.remove(path)
+    comm.synchronize()
+    _CONVERTED.add(path)
