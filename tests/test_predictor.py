@@ -331,7 +331,7 @@ def test_bad_arguments(
         ({"image": "x.jpg"}, ValueError, "a file, not dict"),
         (Image.new("I;16", (4, 4)), ValueError, "mode I;16, more than 8 bits per pixel"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_bad_images(
     image: object, error: type[Exception], message: str, mask_rcnn: CfgNode
