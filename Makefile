@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Two tests at a time, each in one thread (tests/conftest.py).
+PYTEST := $(PY) -m pytest -n 2
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint types test test-slow fuzz doctor clean
+.PHONY: help setup demo lint types test test-slow test-arithmetic fuzz doctor clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 # Set-up: one stamp per step, so that a finished step is not repeated -------------------------------
 
@@ -59,10 +61,17 @@ types: setup ## check the types of the package
 	$(PY) -m mypy
 
 test: setup lint types ## lint, types and the fast tests
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup ## the tests that take longer
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
+
+# As CPUs without AVX-512 and without AVX2 compute.
+ARITHMETIC := $(addprefix tests/test_,allocation.py benchmark_measures.py folding.py fpn.py \
+	inference.py layers.py onednn.py training_step.py vovnet.py)
+test-arithmetic: setup ## the tests of arithmetic, as other kinds of CPU compute
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow and not gpu" $(ARITHMETIC)
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow and not gpu" $(ARITHMETIC)
 
 fuzz: setup ## feed damaged files to what reads files from outside, a minute for each reader
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[fuzz]'
