@@ -54,7 +54,10 @@ def check(folder: Path, content: Content) -> tuple[int, set[str], Content | None
     (fixed := folder / "fixed.json").unlink(missing_ok=True)
     words = ["--train-json", folder / "a.json", "--train-images", folder / "images"]
     words += ["--json", folder / "report.json", "--fix", fixed]
-    status = check_dataset.main(list(map(str, words)))
+    try:
+        status = check_dataset.main(list(map(str, words)))
+    except SystemExit as ended:
+        status = int(ended.code or 0)
     findings = json.loads((folder / "report.json").read_text())["data_sets"][0]["findings"]
     problems = {f["problem"] for f in findings if f["severity"] != "note"}
     return status, problems, json.loads(fixed.read_text()) if fixed.exists() else None

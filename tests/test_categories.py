@@ -52,7 +52,7 @@ def test_evaluation_refuses_weights_of_other_categories(coco: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=message):
         launch(FASTER_RCNN, tmp_path, "--eval-only", *weights)
     launch(FASTER_RCNN, tmp_path, "--eval-only", "--allow-partial", *weights)
-    assert "number 3 is 'airplane' for them" in read_log(tmp_path)
+    assert "number 3 is 'airplane' for them" in read_log(tmp_path / "evaluation")
 
 
 def test_training_from_weights_of_other_categories_is_said(

@@ -85,8 +85,8 @@ def compare(name: str, tmp_path, suffix: str, **options) -> None:
         torch.save(peer.state_dict(), path)
     model = recognised(peer.state_dict())
     VoVNetCheckpointer(model).load(str(path))
-    x = torch.randn(1, peer.in_chans, 64, 64)
-    assert_same_maps(model(x), timm_maps(peer, x), tolerance=1e-5)
+    x = torch.randn(1, peer.in_chans, 64, 64).double()
+    assert_same_maps(model.double()(x), timm_maps(peer.double(), x), tolerance=1e-12)
 
 
 @pytest.mark.parametrize(("suffix", "in_chans"), [(".safetensors", 3), (".bin", 5)])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from engine_runs import FASTER_RCNN, tiny_config
 from PIL import Image
 from torch import nn
@@ -24,6 +24,7 @@ from vovnet_d2.demo.drawing import Artist
 from vovnet_d2.demo.inputs import Pictures
 from vovnet_d2.demo.outputs import PictureFiles, plan_pictures
 from vovnet_d2.demo.selection import Shown
+from vovnet_d2.demo.video_drawing import FrameArtist
 from vovnet_d2.engine import pictures
 from vovnet_d2.engine.data_pictures import (
     draw_annotations,
@@ -127,10 +128,9 @@ def demo_picture(file: Path, moving: bool) -> np.ndarray:
     source = Pictures([str(file)])
     (frame,) = source.frames(pytest.fail)
     found = Blind()([{}])[0]["instances"]
-    found.pred_boxes = torch.zeros(0, 4)
-    drawn = Artist(MetadataCatalog.get("red"), moving=moving).draw(
-        frame.pixels, Shown(found, None, None)
-    )
+    found.pred_boxes = Boxes(torch.zeros(0, 4))
+    artist = (FrameArtist if moving else Artist)(MetadataCatalog.get("red"))
+    drawn = artist.draw(frame.pixels, Shown(found, None, None))
     targets = plan_pictures(str(file.parent / "demo"), source.pictures)
     with PictureFiles(targets) as sink:
         sink.write(frame, drawn)

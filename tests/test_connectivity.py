@@ -141,6 +141,11 @@ def torchvision_densenet() -> nn.Module:
     return torchvision.models.DenseNet(4, (2, 3, 2), 8, bn_size=2, num_classes=5)
 
 
+def concatenated(maps: Tensor | list[Tensor]) -> Tensor:
+    """What a convolution reads: a feature map, or several of them."""
+    return torch.cat(maps, dim=1) if isinstance(maps, list) else maps
+
+
 def captured(
     model: nn.Module, sources: Mapping[str, nn.Module], readers: Mapping[str, nn.Module], size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -152,7 +157,7 @@ def captured(
         )
     for name, module in readers.items():
         module.register_forward_pre_hook(
-            lambda m, inputs, name=name: taken.update({name: torch.cat(inputs, dim=1)})
+            lambda m, inputs, name=name: taken.update({name: concatenated(*inputs)})
         )
     with torch.no_grad():
         model.eval()(torch.rand(1, 3, size, size))

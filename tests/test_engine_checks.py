@@ -231,7 +231,9 @@ def test_training_from_scratch_is_allowed() -> None:
 def test_weights_that_can_be_had_are_named(name: str, variant: str) -> None:
     with pytest.raises(ValueError, match=rf"\(MODEL.WEIGHTS [^;]*{name}"):
         check_initialisation(
-            config("MODEL.VOVNET.CONV_BODY", variant), training=True, resuming=False
+            config("MODEL.VOVNET.CONV_BODY", variant, "MODEL.VOVNET.NORM", "FrozenBN"),
+            training=True,
+            resuming=False,
         )
 
 

@@ -460,7 +460,7 @@ def test_pycocotools_takes_over_where_the_faster_one_fails(
     found = []
     for fails in (False, True):
         if fails:
-            path = "vovnet_d2.engine.faster_coco._COCOeval.evaluate"
+            path = "vovnet_d2.engine.faster_coco.FasterCOCOeval.evaluate"
             monkeypatch.setattr(path, lambda self: 1 / 0)
         torch.manual_seed(0)
         found.append(evaluate_noise(config(tmp_path, "coco_2017_val"), "coco_2017_val"))

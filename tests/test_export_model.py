@@ -136,7 +136,10 @@ def test_disagreement_is_told(monkeypatch):
             "The part fpn has no post-processing to leave out.",
         ),
         (["--sizes", "64"], "Size '64' is not of the form HxW, such as 224x224."),
-        (["--images", __file__], f"{__file__} is not a picture that can be read."),
+        (
+            ["--images", __file__],
+            f"{__file__} is not a picture that can be read (of no known format).",
+        ),
         (["--images", "missing.jpg"], "missing.jpg"),
         (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
     ],

@@ -223,6 +223,9 @@ def test_malformed_annotations(sandbox: Path, capsys, name: str) -> None:
     status = check(sandbox, data)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
+    if name == "mask missing":  # the box is good, and all that a detector of boxes needs
+        assert status == 0
+        return
     assert "error " in captured.out or "warning " in captured.out
     if status != 1:
         assert status == 2  # nothing is left to write

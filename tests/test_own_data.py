@@ -189,7 +189,7 @@ def test_one_process_reads_a_file_for_all(
     catalogs: None, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = own_data.read_contents(
-        str(digits / "train.json"), str(digits / "digits" / "train"), evaluated=False
+        str(digits / "train.json"), str(digits / "vovnet_d2_digits" / "train"), evaluated=False
     )
     told: list[Any] = [contents]
     monkeypatch.setattr(own_data, "read_contents", lambda *_, **__: pytest.fail("read twice"))
@@ -257,7 +257,7 @@ def test_categories_are_matched_by_name(
     content["categories"].append({"id": "zz" if kind == "text" else 999, "name": "never"})
     (tmp_path / "val.json").write_text(json.dumps(content))
     words = [*flags(digits, "train"), "--val-json", str(tmp_path / "val.json")]
-    words += ["--val-images", str(digits / "digits" / "val")]
+    words += ["--val-images", str(digits / "vovnet_d2_digits" / "val")]
     cfg = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path), training=False)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
     names = {c["id"]: c["name"] for c in content["categories"]}

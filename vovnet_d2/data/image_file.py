@@ -83,8 +83,8 @@ def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.
     path = _require_file(file)
     try:
         with PathManager.open(path, "rb") as stream, Image.open(stream) as picture:
+            picture.load()  # first: of two attempts at damaged pixels the second one succeeds
             header = _header_of(picture)
-            picture.load()
             turned = _to_8_bits(_turn(picture, header.orientation)) if header.bits <= 16 else None
             pixels = None if turned is None else convert_PIL_to_numpy(turned, format)
     except Exception as error:  # decoders raise all kinds at damaged files
