@@ -280,8 +280,8 @@ def test_each_way_is_tried_and_told(
         "Building Detectron2 from upstream's commit 00000000, some two minutes ...",
         "Way 'git' does not work here: building upstream's commit 00000000 failed.",
         f"Looking for a prebuilt wheel for {build} in {wheels} ...",
-        f"Way 'wheel' does not work here: {wheels} offers no wheel of Detectron2 for {build} and "
-        "this Python.",
+        f"Way 'wheel' does not work here: no wheel of Detectron2 for {build} and this Python was "
+        f"found in {wheels}.",
         "Taking Detectron2's Python files out of labgym==3.1.2 ...",
     ]
     assert install_detectron2.main([*options, "--source", "git"]) == 1

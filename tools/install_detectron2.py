@@ -214,7 +214,7 @@ def from_wheel(wheel_dir: Path | None, find_links: str | None) -> str:
     fitting = [version for version in offered_versions(options) if version.endswith(build)]
     if not fitting:
         raise InstallError(
-            f"{place} offers no wheel of Detectron2 for {build} and this Python",
+            f"no wheel of Detectron2 for {build} and this Python was found in {place}",
             "use --source git or --source pypi, or name another place by --find-links",
         )
     wheel = f"detectron2=={fitting[0]}"
