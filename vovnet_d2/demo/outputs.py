@@ -221,7 +221,10 @@ class VideoFile(Sink):
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
     """Keep OpenCV from logging an error where one is expected."""
-    log = cv2.utils.logging
+    log = getattr(cv2.utils, "logging", None)
+    if log is None:  # in OpenCV 4
+        yield
+        return
     before = log.getLogLevel()
     log.setLogLevel(log.LOG_LEVEL_SILENT)
     try:
