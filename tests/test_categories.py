@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What weights say of their categories, against what a config says."""
+"""Compare the categories that weights name with those that a config names."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -473,7 +473,7 @@ def test_a_good_set(data: DataSet, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_images_may_be_links(data: DataSet) -> None:
-    """As DVC and git-annex have them: to files of one store, which has equal ones once."""
+    """DVC and git-annex link images to one store, which keeps equal files once."""
     shutil.copy(data.images / "b.png", data.images / "d.png")
     store = data.folder / "store"
     store.mkdir()

@@ -34,7 +34,7 @@ def randomise(peer: nn.Module) -> nn.Module:
 
 
 def thin_peer() -> nn.Module:
-    """Of V-39's structure."""
+    """The weights have the structure of V-39."""
     spec = VOVNET_SPECS["V-27-slim"]
     widths = [[[c // 8] * n for c, n in zip(row, BLOCKS, strict=True)] for row in
               (spec.stage_out_channels, spec.stage_mid_channels)]  # fmt: skip

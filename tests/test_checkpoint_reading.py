@@ -441,7 +441,7 @@ def test_the_file_that_the_malformed_ones_are_made_from_loads(tmp_path, format, 
 
 
 def test_a_zip_archive_of_one_file_loads(tmp_path):
-    """As osmr publishes its weights; folders and what macOS adds do not count."""
+    """osmr publishes weights as zip archives; folders and what macOS adds do not count."""
     path = tmp_path / "weights.pth.zip"
     path.write_bytes(zipped(a=saved({"model": GOOD, "epoch": 3})))
     content = read_checkpoint(str(path))

@@ -323,7 +323,7 @@ TIMM_FILES = [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS.startswith(
 
 def test_weights_of_the_zoo_are_used() -> None:
     """A variant with living weights has them in every detector of its own."""
-    # Of several, those that are listed first.
+    # Where there are several, the ones that are listed first are taken.
     expected = {entry.variant: name for name, entry in reversed(ZOO.items())}
     for name in COCO_FILES:
         match = COCO_NAME.fullmatch(name)

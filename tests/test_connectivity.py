@@ -142,7 +142,7 @@ def torchvision_densenet() -> nn.Module:
 
 
 def concatenated(maps: Tensor | list[Tensor]) -> Tensor:
-    """What a convolution reads: a feature map, or several of them."""
+    """Return what a convolution reads: one feature map, or the concatenation of several."""
     return torch.cat(maps, dim=1) if isinstance(maps, list) else maps
 
 

@@ -20,7 +20,7 @@ from vovnet_d2.engine.scaling import scale_to_batch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What "..." in a command stands for.
+# This replaces "..." in a command.
 USUAL = "COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml"
 
 

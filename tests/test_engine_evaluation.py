@@ -470,7 +470,7 @@ def test_pycocotools_takes_over_where_the_faster_one_fails(
 
 
 def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
-    """What a function registers may have changed since an evaluation into the same folder."""
+    """A function may register other data than it did at an evaluation into the same folder."""
     box = {"bbox": [10, 10, 30, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     for left in (10, 40):
         for catalog in (DatasetCatalog, MetadataCatalog):

@@ -255,7 +255,7 @@ def test_signals_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_ignored_hang_up_ends_nothing() -> None:
-    """As under nohup."""
+    """The process ignores SIGHUP, as it does under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         assert signal.SIGHUP in ending_signals()
