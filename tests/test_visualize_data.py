@@ -115,6 +115,17 @@ def test_results(coco: Path, tmp_path: Path, overlays: list[dict], masks: bool) 
         assert (shown["masks"] is not None) == masks
 
 
+def test_a_result_at_the_threshold_is_drawn(
+    coco: Path, tmp_path: Path, overlays: list[dict]
+) -> None:
+    write_results(tmp_path / "results.json", score=0.75)
+    for min_score, drawn in ((0.75, True), (0.7501, False)):
+        overlays.clear()
+        file = tmp_path / "results.json"
+        list(data_pictures.draw_results("coco_2017_val", file, number=3, min_score=min_score))
+        assert {len(words["boxes"]) > 0 for words in overlays[1::2]} == {drawn}
+
+
 def test_unreadable_images_are_named_and_skipped(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,216 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Each limit lies where the documentation has it: one case on either side, close to it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from test_single_shot_models import build_tiny
+
+from vovnet_d2.checkpoint.metadata import BGR_255, InputConvention, check_input_convention
+from vovnet_d2.data.check import Source, check_data_sets
+from vovnet_d2.data.check.conventions import COCO, Sample, find_conventions
+from vovnet_d2.data.check.files import inspect_files
+from vovnet_d2.data.check.orientation import compare_readings
+from vovnet_d2.data.records import check_records, find_absurd
+from vovnet_d2.demo.selection import Shown
+from vovnet_d2.demo.video_drawing import FrameArtist
+from vovnet_d2.export.masks import paste_masks
+
+SIDE = 100
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def polygon(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def found(folder: Path, *annotations: dict[str, Any], side: int = SIDE, **image: Any) -> Counter:
+    """The problems of a data set of one image with these annotations, by their names."""
+    usual = {"bbox": [10, 10, 30, 40], "area": 1200, "image_id": 1, "category_id": 1, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": SIDE, "height": SIDE} | image],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"id": i} | usual | a for i, a in enumerate(annotations, start=1)],
+    }
+    Image.fromarray(np.resize(NOISE, (side, side, 3))).save(folder / "a.png")
+    (folder / "a.json").write_text(json.dumps(content))
+    source = Source("a", folder / "a.json", folder)
+    ((checked,), _) = check_data_sets([source], resize=(SIDE, 2 * SIDE))
+    return checked.findings.counts
+
+
+# Of a data set
+
+
+@pytest.mark.parametrize(
+    ("problem", "fine", "beyond"),
+    [
+        # Sides below 4 pixels after the resizing of training, by 1 here.
+        ("tiny_box", {"bbox": [10, 10, 4, 40]}, {"bbox": [10, 10, 3.9, 40]}),
+        # Boxes and polygons may reach a pixel beyond the image.
+        ("box_outside", {"bbox": [70, 10, 31, 40]}, {"bbox": [70, 10, 31.2, 40]}),
+        (
+            "polygon_outside",
+            {"bbox": [70, 10, 30, 40], "segmentation": [polygon(70, 10, 101, 50)]},
+            {"bbox": [70, 10, 30, 40], "segmentation": [polygon(70, 10, 101.2, 50)]},
+        ),
+        # Their edges may differ by a tenth of the side, and by two pixels in any case.
+        (
+            "box_and_mask",
+            {"bbox": [10, 10, 60, 60], "segmentation": [polygon(10, 10, 64, 70)]},
+            {"bbox": [10, 10, 60, 60], "segmentation": [polygon(10, 10, 63, 70)]},
+        ),
+        (
+            "box_and_mask",
+            {"bbox": [10, 10, 12, 60], "segmentation": [polygon(10, 10, 20, 70)]},
+            {"bbox": [10, 10, 12, 60], "segmentation": [polygon(10, 10, 19.8, 70)]},
+        ),
+    ],
+)
+def test_annotations(
+    tmp_path: Path, problem: str, fine: dict[str, Any], beyond: dict[str, Any]
+) -> None:
+    assert problem not in found(tmp_path, fine)
+    assert found(tmp_path, beyond)[problem] == 1
+
+
+def test_a_cause_is_sought_where_half_of_the_annotations_have_one_problem(tmp_path: Path) -> None:
+    wrong, right = {"category_id": 2}, {}
+    for number, systematic in ((9, False), (10, True), (11, True)):
+        counts = found(tmp_path, *[wrong] * number, *[right] * (20 - number))
+        assert counts["unknown_category"] == number
+        assert ("systematic" in counts) == systematic, number
+
+
+@pytest.mark.parametrize(("side", "resized"), [(104, False), (106, True)])
+def test_a_picture_was_resized_from_a_twentieth_on(
+    tmp_path: Path, side: int, resized: bool
+) -> None:
+    annotations = [{"bbox": [10 * i, 10, 20, 30]} for i in range(4)]
+    counts = found(tmp_path, *annotations, side=side)
+    assert ("resized" in counts) == resized
+
+
+@pytest.mark.parametrize(("largest", "dark"), [(4095, True), (4096, False)])
+def test_12_bits_of_16_are_dark(tmp_path: Path, largest: int, dark: bool) -> None:
+    pixels = RNG.integers(0, largest, (8, 8)).astype(np.uint16)
+    pixels[0, 0] = largest
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (file,) = inspect_files([str(tmp_path / "a.png")], "").values()
+    assert (file.deep, file.dark) == (True, dark)
+
+
+@pytest.mark.parametrize(("deviation", "flat"), [(3, True), (5, False)])
+def test_flat_pictures_look_like_nothing(tmp_path: Path, deviation: int, flat: bool) -> None:
+    """A standard deviation of 4 grey levels is enough to be compared with others."""
+    pixels = np.full((160, 170, 3), 100 - deviation, np.uint8)
+    pixels[80:] = 100 + deviation
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (file,) = inspect_files([str(tmp_path / "a.png")], "").values()
+    assert (file.look is None) == flat
+
+
+@pytest.mark.parametrize(("fitting", "is_coco"), [(3, True), (2, False)])
+def test_boxes_of_which_three_of_four_fit_are_cocos(fitting: int, is_coco: bool) -> None:
+    corners = [[5, 5, 40, 30]] * fitting + [[60, 70, 90, 85]] * (4 - fitting)
+    readings = find_conventions([Sample(box, (SIDE, SIDE), None, None) for box in corners])
+    assert (readings == [COCO]) == is_coco
+
+
+def test_edges_in_noise_tell_nothing(tmp_path: Path) -> None:
+    """A reading must be better by three standard errors, which chance gives to one in hundreds."""
+    Image.fromarray(NOISE).save(tmp_path / "a.png")
+    verdicts = []
+    for _ in range(20):
+        boxes = RNG.integers(10, 60, (2, 8, 4)).tolist()
+        verdicts.append(compare_readings([(str(tmp_path / "a.png"), boxes)]))
+    assert verdicts.count(None) >= 18
+
+
+# Of records before a training
+
+
+@pytest.mark.parametrize(("number", "absurd"), [(1000, False), (1001, True), (-1001, True)])
+def test_numbers_are_absurd_beyond_ten_sides(number: float, absurd: bool) -> None:
+    assert bool(find_absurd({"bbox": [number, 0, 5, 5]}, SIDE, 40)) == absurd
+
+
+def test_the_last_category_is_one_less_than_their_number() -> None:
+    box = {"bbox": [1, 1, 9, 9], "bbox_mode": 1}
+    for category, fits in ((2, True), (3, False), (0, True), (-1, False)):
+        records = [{"width": 64, "height": 64, "annotations": [box | {"category_id": category}]}]
+        if fits:
+            check_records(records, "set", num_classes=3)
+            continue
+        with pytest.raises(ValueError, match=f"category {category}, where the network has 3"):
+            check_records(records, "set", num_classes=3)
+
+
+@pytest.mark.parametrize(("runs", "fits"), [([3, 5, 4], True), ([3, 5, 3], False), ([13], False)])
+def test_an_rle_has_the_pixels_of_its_image(runs: list[int], fits: bool) -> None:
+    mask = {"size": [3, 4], "counts": runs}
+    assert (find_absurd({"segmentation": mask}, 4, 3) == "") == fits
+
+
+# Of weights
+
+
+@pytest.mark.parametrize(("off", "warned"), [(0.5, False), (0.65, True)])
+def test_a_mean_may_be_off_by_a_percent_of_the_deviation(off: float, warned: bool) -> None:
+    """Of about 57, also where the weights have absorbed it."""
+    cfg = get_cfg()
+    cfg.MODEL.PIXEL_MEAN = [BGR_255.pixel_mean[0] + off, *BGR_255.pixel_mean[1:]]
+    assert (check_input_convention(cfg, BGR_255) is not None) == warned
+
+
+@pytest.mark.parametrize(("off", "warned"), [(0.5, False), (0.65, True)])
+def test_a_deviation_may_be_off_by_a_percent(off: float, warned: bool) -> None:
+    cfg = get_cfg()
+    cfg.MODEL.PIXEL_STD = [57.0, 57.0, 57.0 + off]
+    convention = InputConvention("BGR", BGR_255.pixel_mean, (57.0,) * 3)
+    assert (check_input_convention(cfg, convention) is not None) == warned
+
+
+# Of predictions
+
+
+def test_keypoints_are_drawn_above_a_score_of_a_twentieth() -> None:
+    box = Boxes(torch.tensor([[5.0, 5.0, 90.0, 90.0]]))
+    instances = Instances((SIDE, SIDE), pred_boxes=box, scores=torch.ones(1))
+    instances.pred_classes = torch.zeros(1).long()
+    for score, drawn in ((0.05, False), (0.06, True)):
+        instances.pred_keypoints = torch.tensor([[[50.0, 60.0, score]]])
+        canvas = np.full((SIDE, SIDE, 3), 100, np.uint8)
+        picture = FrameArtist(Metadata(thing_classes=["a"])).draw(
+            canvas, Shown(instances, None, None)
+        )
+        assert (picture[60, 50].tolist() == [0, 0, 255]) == drawn
+
+
+def test_a_mask_is_where_its_probability_is_at_least_a_half() -> None:
+    masks, boxes = torch.full((1, 4, 4), 0.5), torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    assert paste_masks(masks, boxes, 8, 8)[0, 2:6, 2:6].all()
+    assert not paste_masks(masks - 1e-3, boxes, 8, 8).any()
+
+
+def test_anchors_at_the_threshold_of_objectness_take_part() -> None:
+    """RefineDet's logits are all alike here, so that each anchor has an objectness of a half."""
+    model = build_tiny("refinedet", MODEL__SINGLE_SHOT__SCORE_THRESH_TEST=0.0).eval()
+    for parameter in model.head.arm.parameters():
+        torch.nn.init.zeros_(parameter)
+    image = {"image": torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)}
+    for threshold, some in ((0.5, True), (0.5001, False)):
+        model.objectness_threshold = threshold
+        with torch.no_grad():
+            assert (len(model([image])[0]["instances"]) > 0) == some
