@@ -9,16 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import export_model
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from engine_runs import FASTER_RCNN, tiny_config
 from PIL import Image
 from torch import nn
 
+from vovnet_d2.data.check.files import inspect_files
 from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.demo.drawing import Artist
 from vovnet_d2.demo.inputs import Pictures
@@ -94,6 +97,12 @@ def predictor_input(file: Path, format: str) -> np.ndarray:
     return pixels[:, :, ::-1] if format == "BGR" else pixels
 
 
+def exported_input(file: Path, format: str) -> np.ndarray:
+    (image,) = export_model._read_images(config(file, "INPUT.FORMAT", format), [str(file)])
+    pixels = image[0].permute(1, 2, 0).numpy()
+    return pixels[:, :, ::-1] if format == "BGR" else pixels
+
+
 def picture_of_predictions(file: Path) -> np.ndarray:
     return saved(pictures.draw_predictions(config(file), Blind()))
 
@@ -151,6 +160,7 @@ for order in ("BGR", "RGB"):
         f"training input, {order}": lambda file, f=order: network_input(file, f, True),
         f"evaluation input, {order}": lambda file, f=order: network_input(file, f, False),
         f"predictor's input, {order}": lambda file, f=order: predictor_input(file, f),
+        f"input of an exported model, {order}": lambda file, f=order: exported_input(file, f),
         f"training sample, {order}": lambda file, f=order: training_sample(file, f),
     }
 
@@ -162,3 +172,33 @@ def test_red_stays_red(file: Path, place: str) -> None:
     coloured = np.ptp(colours, axis=1) > 60  # neither paper nor letters
     found = colours[coloured][counts[coloured].argmax()]
     assert np.abs(found - RED).max() <= 6, f"{found} for {RED}"
+
+
+BLUE = (0, 114, 189)  # the first of Detectron2's colour map
+
+
+@pytest.mark.parametrize("artist", [Artist, FrameArtist])
+def test_categories_without_colours_have_detectron2s(artist: type) -> None:
+    """The first category of a label map, and in a video of boxes, is blue."""
+    grey = np.full((64, 80, 3), 100, np.uint8)
+    metadata = Metadata(stuff_classes=["a"], thing_classes=["a"])
+    drawn = artist(metadata).draw(grey, Shown(None, torch.zeros(64, 80).long(), None))
+    change = drawn[..., ::-1].astype(int).mean(axis=(0, 1)) - 100
+    direction = np.array(BLUE) - 100
+    assert change @ direction > 0.95 * np.linalg.norm(change) * np.linalg.norm(direction)
+    if artist is FrameArtist:
+        box = Boxes(torch.tensor([[10.0, 10, 60, 50]]))
+        found = Instances((64, 80), pred_boxes=box, scores=torch.ones(1))
+        found.pred_classes = torch.zeros(1).long()
+        drawn = artist(metadata).draw(grey, Shown(found, None, None))
+        assert np.abs(drawn[50, 40, ::-1].astype(int) - BLUE).max() <= 1
+
+
+def test_looks_are_compared_by_brightness_as_it_is_seen(tmp_path: Path) -> None:
+    """Red is brighter than blue: where it falls from left to right, brightness does."""
+    ramp = np.linspace(255, 0, 170).astype(np.uint8)
+    pixels = np.zeros((160, 170, 3), np.uint8)
+    pixels[..., 0], pixels[..., 2] = ramp, ramp[::-1]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (found,) = inspect_files([str(tmp_path / "a.png")], "").values()
+    assert not found.look.any()

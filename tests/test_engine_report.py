@@ -124,6 +124,7 @@ class Oracle(nn.Module):
 
     def forward(self, inputs: list[dict]) -> list[dict]:
         assert not self.training
+        assert not torch.is_grad_enabled()
         instances = Instances((64, 80))
         instances.pred_boxes = Boxes(torch.tensor([[10.0, 10.0, 50.0, 50.0]]))
         instances.scores = torch.tensor([self.score])
@@ -139,10 +140,12 @@ def test_predictions_are_drawn_beside_the_truth(catalogs: None, tmp_path: Path) 
     cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('mine',)")
 
     pictures = {}
-    for score in (0.9, 0.1):
+    for score in (0.9, 0.5, 0.49, 0.1):
         model = Oracle(score)
         pictures[score] = np.array(Image.open(draw_predictions(cfg, model)).convert("L"))
         assert model.training
+    assert np.array_equal(pictures[0.49], pictures[0.1])  # not drawn
+    assert not np.array_equal(pictures[0.5], pictures[0.49])
     different = pictures[0.9] != pictures[0.1]
     columns = np.flatnonzero(different.any(axis=0)) / different.shape[1]
     # The first of four panels is the truth, the second shows predictions.

@@ -274,6 +274,10 @@ def test_config_tells_the_mapper(record: dict) -> None:
     assert kinds == [Distort, T.RandomApply, SamplerCrop, RandomInterpolationResize, T.RandomFlip]
     assert isinstance(train, SSDMapper)
     assert not isinstance(test, SSDMapper)
+    for order in ("BGR", "RGB"):
+        rgb = load_config(REFINEDET, ["INPUT.FORMAT", order, "MODEL.PIXEL_MEAN", "[1, 2, 3]"])
+        distort, expand, *_ = build_augmentations(rgb, True)
+        assert (distort.image_format, expand.aug.fill) == (order, [1, 2, 3])
     for each in (train, test):
         assert each(record)["image"].shape == (3, 320, 320)
     expected = Image.open(record["file_name"]).resize((320, 320), Image.Resampling.BILINEAR)
