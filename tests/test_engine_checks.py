@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import register_all_coco, register_all_pascal_voc
+from detectron2.utils import comm
 from engine_runs import FASTER_RCNN, RETINANET
 
 from vovnet_d2.checkpoint.zoo import ZOO
@@ -276,6 +277,13 @@ KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "False"]
 def test_what_does_not_go_together(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config(config(*options), training=True)
+
+
+def test_the_processes_have_equal_shares_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    check_config(config("SOLVER.IMS_PER_BATCH", "6"), training=True)
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 8: it must be a multiple .* is 3"):
+        check_config(config("SOLVER.IMS_PER_BATCH", "8"), training=True)
 
 
 def test_as_many_sigmas_as_keypoints() -> None:

@@ -167,6 +167,17 @@ def test_shapes_that_records_do_not_tell_are_those_of_the_files(tmp_path: Path) 
     assert {tuple(index for _, index in batch) for batch in batches} == {(0, 0), (1, 1)}
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_batches_are_of_one_shape_where_the_config_says_so(tmp_path: Path, grouped: bool) -> None:
+    options = ["SEED", "3", "DATALOADER.ASPECT_RATIO_GROUPING", str(grouped)]
+    cfg = tiny_config(MASK_RCNN, tmp_path, *options)
+    wide, high = {"height": 4, "width": 8}, {"height": 8, "width": 4}
+    records = [{"file_name": f"{i}.jpg"} | (wide if i % 2 else high) for i in range(16)]
+    stream = build_detection_stream(cfg, mapper=augment, dataset=records)
+    batches = itertools.islice(stream.batches(replace(stream.place, seed=3)), 16)
+    assert all(len({index % 2 for _, index in batch}) == 1 for batch in batches) == grouped
+
+
 def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) -> None:
     cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "3")
     np.random.seed(3)  # noqa: NPY002

@@ -13,21 +13,37 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from engine_runs import FASTER_RCNN, tiny_config
 from PIL import Image
 from torch import nn
 
+from vovnet_d2.data import records
+from vovnet_d2.data.check import frames
+from vovnet_d2.data.check.conventions import COCO, Convention, Sample
+from vovnet_d2.data.check.files import ImageFile
+from vovnet_d2.data.check.label_maps import LabelCounts
 from vovnet_d2.data.check.leakage import compare_files
 from vovnet_d2.data.check.problems import Findings
 from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.data.stream import Place, sample_seed, step_seed
 from vovnet_d2.demo.selection import Selection
-from vovnet_d2.engine import Trainer, load_config, pictures, trainer
-from vovnet_d2.engine.classifier import ClassifierTrainer
+from vovnet_d2.engine import (
+    Trainer,
+    classifier,
+    load_config,
+    nonfinite,
+    pictures,
+    rehearsal,
+    semantic_data,
+    trainer,
+)
+from vovnet_d2.engine.classifier import AccuracyEvaluator, ClassifierTrainer
 from vovnet_d2.engine.data_pictures import draw_annotations
-from vovnet_d2.engine.hooks import BestCheckpointer, PreciseBN
+from vovnet_d2.engine.dense import write_loss_normalizers
+from vovnet_d2.engine.hooks import BestCheckpointer, EvalHook, PreciseBN
 from vovnet_d2.engine.interruption import StopRequest
 from vovnet_d2.engine.pretrain import add_pretraining_config
 
@@ -160,6 +176,109 @@ def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch
     assert all((buffer == 1).all() for buffer in found)
 
 
+@pytest.mark.parametrize("others", [1.0, float("nan")])
+def test_a_loss_of_another_process_that_is_not_finite_counts(
+    others: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes give the largest of their flags, so one is enough."""
+    other = torch.tensor(others != others, dtype=torch.uint8)
+
+    def all_reduce(flag: torch.Tensor, operation: Any, group: Any) -> None:
+        reductions = {nonfinite.dist.ReduceOp.MAX: max, nonfinite.dist.ReduceOp.MIN: min}
+        flag.copy_(reductions[operation](flag, other))
+
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "_get_global_gloo_group", lambda: None)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own, ({"loss": others}, "", None)])
+    monkeypatch.setattr(nonfinite.dist, "all_reduce", all_reduce)
+    layer = nn.Linear(1, 1)
+    made = nonfinite.AgreedSteps(layer, [], torch.optim.SGD(layer.parameters(), lr=1.0))
+    if others == others:
+        made._agree({"loss": 1.0}, "")
+        return
+    with pytest.raises(nonfinite.NonFiniteLossError, match="loss is nan"):
+        made._agree({"loss": 1.0}, "")
+
+
+def test_each_process_goes_on_with_its_own_loss_normalizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And with the mean, where there were more or fewer processes."""
+    detector = object.__new__(DenseDetector)
+    nn.Module.__init__(detector)
+    model = nn.ModuleDict({"a": detector})
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    write_loss_normalizers(model, [{"a": 1.0}, {"a": 3.0}])
+    assert detector.loss_normalizer == 3.0
+    write_loss_normalizers(model, [{"a": 1.0}, {"a": 3.0}, {"a": 8.0}])
+    assert detector.loss_normalizer == 4.0
+
+
+def test_accuracy_is_of_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = torch.tensor([30, 9, 24])  # images, right at first, right among five
+    monkeypatch.setattr(classifier.comm, "gather", lambda own: [own, others])
+    evaluator = AccuracyEvaluator()
+    evaluator.reset()
+    evaluator.process((torch.empty(0), torch.arange(10)), torch.eye(10))
+    assert evaluator.evaluate() == {
+        "classification": {"top1": 100 * (10 + 9) / 40, "top5": 100 * (10 + 24) / 40}
+    }
+
+
+def test_a_process_evaluates_its_share_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config("Classification/Base-Classification.yaml", add_config=add_pretraining_config)
+    cfg.PRETRAIN.DATA, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = "digits", 12, 0
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    assert ClassifierTrainer.build_test_loader(cfg, "val").batch_size == 4
+
+
+def test_processes_share_the_label_maps(
+    catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = [{"file_name": f"{i}.jpg", "sem_seg_file_name": f"{i}.png"} for i in range(7)]
+    DatasetCatalog.register("maps", lambda: maps)
+    seen: list[str] = []
+
+    def count(part: list[dict], title: str) -> LabelCounts:
+        seen.extend(record["sem_seg_file_name"] for record in part)
+        counts = LabelCounts()
+        counts.add("a.png", {0: 1}, "")
+        return counts
+
+    monkeypatch.setattr(semantic_data, "count_labels", count)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own])
+    for rank in range(3):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        cfg = load_config("COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml")
+        semantic_data.check_label_maps(cfg, "maps")
+    assert sorted(seen) == [f"{i}.png" for i in range(7)]
+
+
+def test_a_resumed_training_knows_its_time_and_its_skipped_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DefaultTrainer, "load_state_dict", lambda self, state: None)
+    place = Place(7, 0, 0, 2, 1)
+    made = bare_trainer(
+        scheduler=SimpleNamespace(base_lrs=[]),
+        cfg=SimpleNamespace(SEED=-1),
+        checkpointer=SimpleNamespace(model=nn.Identity()),
+        earlier_seconds=0.0,
+        _place=place,
+        _skipped_steps=0,
+    )
+    stream = {"seed": 9, "origin": 4, "batches": 3, "batch_size": 2, "num_processes": 1}
+    made.load_state_dict({"seconds": 5.5, "skipped_steps": 2, "stream": stream, "ranks": []})
+    assert (made.earlier_seconds, made._skipped_steps) == (5.5, 2)
+    assert made.seed == 9
+    made.cfg.SEED = 3  # a seed that the config has goes before the one that was drawn
+    made._place = place
+    made.load_state_dict({"seconds": 5.5, "skipped_steps": 2, "stream": stream, "ranks": []})
+    assert made.seed == 3
+
+
 @pytest.mark.parametrize(("metric", "best"), [("bbox/AP", 40.0), ("segm/AP", None)])
 def test_the_best_of_another_metric_is_not_gone_on_from(
     metric: str, best: float | None, tmp_path: Path
@@ -189,6 +308,22 @@ def test_a_score_at_the_threshold_is_shown() -> None:
     segments = [{"isthing": False, "category_id": 0, "score": s, "id": 1} for s in (0.49, 0.5)]
     shown = Selection(metadata, min_score=0.5)({"panoptic_seg": (torch.zeros(1), segments)})
     assert [segment["score"] for segment in shown.panoptic[1]] == [0.5]
+
+
+@pytest.mark.parametrize(("start", "made_up"), [(4, False), (6, False), (8, True)])
+def test_an_evaluation_of_another_iteration_is_no_substitute(
+    tmp_path: Path, start: int, made_up: bool
+) -> None:
+    (tmp_path / "metrics.json").write_text('{"iteration": 3, "bbox/AP": 1.0}\n')
+    evaluated: list[int] = []
+    storage = SimpleNamespace(iter=start)
+    hook = EvalHook(
+        4, lambda: evaluated.append(storage.iter), metric="bbox/AP", folder=str(tmp_path)
+    )
+    hook.trainer = SimpleNamespace(start_iter=start, max_iter=20, storage=storage)
+    hook.before_train()
+    assert evaluated == [start - 1] * made_up
+    assert storage.iter == start
 
 
 @pytest.fixture
@@ -222,6 +357,77 @@ def test_pictures_are_of_images_from_all_over_a_set(
         assert len(set(numbers)) == len(numbers) > 2
         assert np.ptp(np.histogram(numbers, bins=2, range=(0, 20))[0]) <= 1, numbers
         assert max(numbers) >= 15
+
+
+def test_pictures_are_of_images_with_objects(
+    twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    pair = (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        pictures, "_draw_pair", lambda *words: drawn.append(words[2]["file_name"]) or pair
+    )
+    all_records = DatasetCatalog.get("twenty")
+    for without in (all_records[::2], all_records):
+        for record in without:
+            record["annotations"] = []
+        drawn.clear()
+        pictures.draw_predictions(twenty, nn.Identity())
+        with_objects = {r["file_name"] for r in all_records if r["annotations"]}
+        assert drawn
+        assert set(drawn) <= (with_objects or set(drawn))
+
+
+def are_spread(numbers: list[int], total: int) -> bool:
+    """Whether all quarters of a set have as many, but for one."""
+    counts = np.histogram(numbers, bins=4, range=(0, total))[0]
+    return len(set(numbers)) == len(numbers) >= 4 and np.ptp(counts) <= 1
+
+
+def test_the_rehearsal_is_on_images_from_all_over_a_set(
+    twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [{"file_name": f"{number}.png", "annotations": []} for number in range(400)]
+    rehearsed: list[list[int]] = []
+
+    def note(evaluator: Any, cfg: CfgNode, chosen: list[dict], *, perfect: bool) -> None:
+        rehearsed.append([int(Path(record["file_name"]).stem) for record in chosen])
+
+    monkeypatch.setattr(rehearsal, "_run", note)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: many)
+    monkeypatch.setattr(rehearsal, "check_orientations", lambda *_: None)
+    MetadataCatalog.get("twenty").set(evaluator_type="coco")
+    maker = SimpleNamespace(build_evaluator=lambda cfg, name: None)
+    rehearsal.rehearse_evaluation(twenty, maker)
+    assert len(rehearsed) == 2
+    assert all(are_spread(numbers, 400) and len(numbers) == 50 for numbers in rehearsed)
+
+
+def test_orientations_are_looked_for_all_over_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(records, "read_header", lambda file: seen.append(int(file)) or 1 / 0)
+    monkeypatch.setattr(records, "_MAX_HEADERS", 60)
+    records.check_orientations([{"file_name": str(number)} for number in range(1000)], "set")
+    assert are_spread(seen, 1000)
+    assert len(seen) == 60
+
+
+def test_readings_are_compared_with_pictures_from_all_over_a_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def note(files: list[tuple[str, list]]) -> int:
+        seen.extend(int(path) for path, _ in files)
+        return 1
+
+    monkeypatch.setattr(frames, "compare_readings", note)
+    file = ImageFile(size=(64, 64), stored_size=(64, 64))
+    pairs = [({}, frames.Frame(f"{n}.png", str(n), file, (64, 64))) for n in range(1000)]
+    samples = {n: Sample([1, 2, 3, 4], (64, 64), None, None) for n in range(1000)}
+    corners = Convention("x1, y1, x2, y2", "pixels")
+    assert frames._tell_apart([COCO, corners], samples, pairs) == [corners]
+    assert are_spread(seen, 1000)
 
 
 @pytest.mark.parametrize(("bits", "near"), [(0, True), (16, True), (17, False), (128, False)])
