@@ -141,6 +141,19 @@ def test_timm_maps_are_timms_own(name: str) -> None:
         assert torch.equal(maps[stage], by_channels_and_size[stride])
 
 
+def test_the_order_of_the_maps_asked_for_does_not_matter() -> None:
+    stages = ["stage4", "stage2", "stage5"]
+    model = TimmBackbone("efficientnet_b0", out_features=stages)
+    with torch.no_grad():
+        maps = model.eval()(torch.randn(1, 3, 64, 96))
+    shapes = model.output_shape()
+    assert set(maps) == set(shapes) == set(stages)
+    for stage, found in maps.items():
+        stride = 2 ** int(stage[-1])
+        assert shapes[stage].stride == stride
+        assert found.shape[1:] == (shapes[stage].channels, 64 // stride, 96 // stride)
+
+
 def test_timm_features_are_the_whole_networks() -> None:
     whole = timm.create_model("efficientnet_b0")
     model = TimmBackbone("efficientnet_b0")

@@ -290,6 +290,12 @@ def test_peak_memory_of_a_training_step():
     assert peak_memory(call, CPU, before=0) == pytest.approx(3 * 4 * 1000**2, rel=0.01)
 
 
+def test_inference_is_without_autograd():
+    conv, image = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
+    assert conv(image).requires_grad
+    assert not inference(conv, image, TREATMENTS["plain"], CPU)().requires_grad
+
+
 def test_peak_memory_of_packed_weights():
     """The weight, its copies in the orders that oneDNN chose for two images, and two maps.
 

@@ -638,3 +638,11 @@ def test_node_of_another_project_keeps_its_values() -> None:
     fcos = cfg.MODEL.FCOS
     assert (fcos.TOP_LEVELS, fcos.NUM_CLASSES, fcos.USE_SCALE) == (1, 20, True)
     assert cfg.MODEL.VOVNET.OUT_CHANNELS == 128
+
+
+def test_digits_are_not_mirrored() -> None:
+    for name in (name for name in ALL_FILES if "Digits" in name):
+        if name.startswith("Classification"):
+            assert load_config(name, add_config=add_pretraining_config).PRETRAIN.HFLIP == 0
+        else:
+            assert load_config(name).INPUT.RANDOM_FLIP == "none", name

@@ -120,13 +120,13 @@ def test_mixed_precision_of_panoptic_fpn(coco: Path) -> None:
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str) -> None:
     outputs = []
-    for enabled in ("True", "False"):
+    for options in ([], ["MODEL.CHANNELS_LAST", "False"]):
         torch.manual_seed(0)
-        cfg = tiny_config(config, Path("out"), "MODEL.CHANNELS_LAST", enabled)
+        cfg = tiny_config(config, Path("out"), *options)
         model = Trainer.build_model(cfg).eval()
         weight = next(p for p in model.parameters() if p.dim() == 4 and p.shape[2] == 3)
         in_order = weight.is_contiguous(memory_format=torch.channels_last)
-        assert in_order == (enabled == "True")
+        assert in_order == (not options)
         image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             outputs.append(model([{"image": image}])[0]["instances"])

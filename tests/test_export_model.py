@@ -107,12 +107,23 @@ def test_weights_that_the_part_has_suffice(tmp_path):
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
     weights = {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")}
     arguments = ["--format", "torchscript", "--sizes", "64x64"]
+    with pytest.raises(ValueError, match=r"backbone\.fpn_"):
+        export("--part", "fpn", *arguments, config=RETINANET, **weights)
     report = export("--part", "backbone", *arguments, config=RETINANET, **weights)
     assert report["weights"] == weights["MODEL.WEIGHTS"]
     export_model.main(
         ["--config-file", RETINANET, "--allow-partial", *arguments, *options(**weights)]
     )
     assert Path("exported/detector.ts").is_file()
+
+
+def test_a_detector_needs_weights_of_its_heads(tmp_path):
+    state = build_detector(small_config(RETINANET)).state_dict()
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    weights = {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")}
+    with pytest.raises(ValueError, match=r"head\."):
+        export("--format", "torchscript", "--sizes", "64x64", config=RETINANET, **weights)
 
 
 def test_nothing_to_compare_is_told(capsys):

@@ -3,6 +3,7 @@
 """RefineDet, DSOD and SSD as whole networks: their cost against the VoVNet paper's tables, their
 parts, and one step of training and inference each."""
 
+import inspect
 import math
 from functools import cache
 from typing import Any
@@ -14,12 +15,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from test_single_shot_parts import slow_encode, slow_iou, slow_losses
 from torch import nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
 
-from vovnet_d2 import optimize_for_inference
+from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.solver import build_optimizer
-from vovnet_d2.modeling.single_shot.extras import DSODExtra, SSDExtra
+from vovnet_d2.modeling.single_shot.extras import BackboneWithExtras, DSODExtra, SSDExtra
 from vovnet_d2.modeling.single_shot.layers import L2Norm, Predictor, ResidualBlock
 
 # Cost ---------------------------------------------------------------------------------------------
@@ -126,6 +129,24 @@ def test_ssd_extra_without_padding() -> None:
     block = SSDExtra(6, 8, norm="BN", stride=1).eval()
     assert block(torch.randn(1, 6, 5, 5)).shape == (1, 8, 3, 3)
     assert block(torch.randn(1, 6, 3, 3)).shape == (1, 8, 1, 1)
+    bottom_up = VoVNet("V-19-slim-dw-eSE", out_features=["stage3"])
+    channels = bottom_up.output_shape()["stage3"].channels
+    stages = [SSDExtra(channels, 6, norm="BN"), block]
+    backbone = BackboneWithExtras(bottom_up, ["stage3"], stages)
+    assert [shape.stride for shape in backbone.output_shape().values()] == [8, 16, 16]
+
+
+def test_values_of_ssd() -> None:
+    """Those that no config sets are torchvision's, as both take them from SSD."""
+    words = inspect.signature(SSD).parameters
+    node = load_config().MODEL.SINGLE_SHOT
+    assert words["score_thresh"].default == node.SCORE_THRESH_TEST
+    assert words["nms_thresh"].default == node.NMS_THRESH_TEST
+    assert [words["iou_thresh"].default] * 2 == node.IOU_THRESHOLDS
+    assert 1 / words["positive_fraction"].default == 1 + node.NEGATIVE_RATIO
+    coder = SSD(nn.Identity(), DefaultBoxGenerator([[]]), (8, 8), 2, head=nn.Identity()).box_coder
+    assert coder.weights == node.BBOX_REG_WEIGHTS
+    assert pytest.approx(1 - 0.999) == node.NORM_MOMENTUM  # Caffe's moving average
 
 
 def test_l2_norm() -> None:
