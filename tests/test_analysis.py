@@ -25,6 +25,7 @@ from vovnet_d2.analysis import Complexity, analyze
 from vovnet_d2.analysis.complexity import CONVENTIONS
 from vovnet_d2.analysis.memory_access import LayerCost, convolution_cost, layer_cost
 from vovnet_d2.analysis.observe import observe
+from vovnet_d2.analysis.report import format_table
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 STAGES = ["stage2", "stage3", "stage4", "stage5"]
@@ -227,6 +228,26 @@ def test_what_runs_outside_the_parts() -> None:
     assert list(parts) == ["layers.0", "layers.1", "other"]
     assert (parts["other"].parameters, parts["other"].multiply_adds) == (30, 4 * 30)
     assert found.total.parameters == 12 + 4 + 20 + 5 + 30
+
+
+def test_evaluation_is_what_is_counted() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.BatchNorm2d(4)).train()
+    analyze(net, (8, 8))
+    assert not any(module.training for module in net.modules())
+    assert not net[2].running_mean.any()
+
+
+def test_units_follow_the_total() -> None:
+    for unit, channels, shown in (
+        ("(M)", 40_000, "1.120"),
+        ("(k)", 40, "1.120"),
+        ("()", 35, "980.000"),
+    ):
+        net = nn.Sequential(nn.Conv2d(3, channels, 3))  # 28 parameters a channel
+        table = format_table(analyze(net, (3, 3)))
+        heading, _, first = [row.split("|") for row in table.splitlines()[:3]]
+        column = [cell.strip() for cell in heading].index(f"parameters {unit}")
+        assert first[column].strip() == shown
 
 
 # Peak memory -------------------------------------------------------------------------------------

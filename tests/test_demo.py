@@ -25,7 +25,7 @@ from export_models import MASK_RCNN, build_detector, small_config
 from pycocotools.coco import COCO
 
 from vovnet_d2.demo import main
-from vovnet_d2.demo.inputs import Frame, Picture
+from vovnet_d2.demo.inputs import Frame, Picture, Pictures
 from vovnet_d2.demo.outputs import VideoFile, plan_pictures
 from vovnet_d2.demo.selection import Shown
 from vovnet_d2.demo.video_drawing import FrameArtist
@@ -156,6 +156,19 @@ def test_folders_in_a_folder(network: CfgNode) -> None:
     assert demo(network, "--input", "pictures", "--recursive", "--output", "out") == 0
     found = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*.png"))
     assert found == ["a/00.png", "a/01.png", "b/00.png"]
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_pictures_are_in_the_order_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recursive: bool
+) -> None:
+    """Whatever order the file system has."""
+    names = ["b.png", "c.png", "a.png"]
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), patch(0, (20, 30)))
+    files = [tmp_path / name for name in names]
+    monkeypatch.setattr(Path, "rglob" if recursive else "iterdir", lambda *_: iter(files))
+    assert Pictures([str(tmp_path)], recursive=recursive).files == sorted(files)
 
 
 def test_missing_among_others(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
@@ -544,12 +557,12 @@ def test_keypoints_on_a_frame() -> None:
     metadata = Metadata(
         **NAMES,
         keypoint_names=["nose", "tail", "paw"],
-        keypoint_connection_rules=[("nose", "tail", (0, 250, 0)), ("nose", "paw", (1, 2, 3))],
+        keypoint_connection_rules=[("nose", "tail", (10, 250, 90)), ("nose", "paw", (1, 2, 3))],
     )
     points = torch.zeros(2, 3, 3)
     points[1] = torch.tensor([[30.0, 70.0, 0.9], [50.0, 70.0, 0.9], [30.0, 50.0, 0.01]])
     drawn = FrameArtist(metadata).draw(GREY, shown(pred_keypoints=points))
-    assert changes(drawn, (0, 250, 0))[70, 35:45].all()
+    assert changes(drawn, (90, 250, 10))[70, 35:45].all()
     assert changes(drawn, (0, 0, 255))[70, [30, 50]].all()
     assert not changes(drawn, (3, 2, 1)).any()  # an end of it is not seen
 

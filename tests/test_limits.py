@@ -24,6 +24,7 @@ from vovnet_d2.data.check.orientation import compare_readings
 from vovnet_d2.data.records import check_records, find_absurd
 from vovnet_d2.demo.selection import Shown
 from vovnet_d2.demo.video_drawing import FrameArtist
+from vovnet_d2.engine import rehearsal
 from vovnet_d2.export.masks import paste_masks
 
 SIDE = 100
@@ -214,3 +215,11 @@ def test_anchors_at_the_threshold_of_objectness_take_part() -> None:
         model.objectness_threshold = threshold
         with torch.no_grad():
             assert (len(model([image])[0]["instances"]) > 0) == some
+
+
+@pytest.mark.parametrize(("score", "said"), [(98.9, True), (99.0, False)])
+def test_perfect_predictions_score_99(
+    caplog: pytest.LogCaptureFixture, score: float, said: bool
+) -> None:
+    rehearsal._say_if_imperfect("a", {"segm": {"AP": score}}, 3)
+    assert ("Perfect predictions" in caplog.text) == said

@@ -357,6 +357,12 @@ def test_digits_are_those_of_the_detection_data() -> None:
             cells = np.asarray(image)[..., 0].reshape(10, 4, 10, 4).mean((1, 3))
             scan = np.pad(scans[index].reshape(8, 8), 1) * 255 / 16
             assert np.corrcoef(cells.ravel(), scan.ravel())[0, 1] > 0.98
+            # Smoothly: between two pixels the ink changes less than between two cells.
+            steps = [
+                np.abs(np.diff(np.asarray(p, float), axis=1)).max()
+                for p in (image.convert("L"), scan)
+            ]
+            assert steps[0] < 0.7 * steps[1]
             assert image.size == (40, 40)
 
 
