@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import _meta_registrations
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
@@ -23,11 +27,13 @@ __all__ = ["FORMATS", "ExportedFile", "Format", "export", "load"]
 OPSET = 20
 """Of ONNX: the newest that both of torch's exporters write; from 19 on, convolutions may deform."""
 
-EXPORTS_ANY_SIZE = hasattr(symbolic_shapes, "backed_size_oblivious")
-"""Whether torch.export takes maps of one pixel, which torch 2.6 does not in all networks."""
+_TAKES_ONE_PIXEL = hasattr(symbolic_shapes, "backed_size_oblivious")
 
-MIN_SIZE = 32
-"""The smallest height and width that VoVNet takes."""
+MIN_SIZE = 32 if _TAKES_ONE_PIXEL else 64
+"""The least height and width of the images that an exported network takes.
+
+VoVNet takes 32 pixels, whose last feature map has one. torch 2.6 exports no such feature map.
+"""
 
 Program = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -76,17 +82,16 @@ def export(target: ExportTarget, format: str, path: Path) -> ExportedFile:
     """
     check_format(format, type(target))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _sizes_of_any_parity():
             # What tracing fixes by mistake shows in the comparison with eager at other sizes.
             warnings.simplefilter("ignore")
             return FORMATS[format].write(target, path)
     except RuntimeError as error:
         others = [name for name in formats_for(type(target)) if name != format]
         reason = str(error).strip().partition("\n")[0]
-        newer = "" if EXPORTS_ANY_SIZE else " A newer torch, such as 2.11, may export it."
         raise ValueError(
             f"This model cannot be exported as {format} ({reason}). Other formats to try: "
-            f"{', '.join(others)}.{newer}"
+            f"{', '.join(others)}."
         ) from error
 
 
@@ -127,6 +132,17 @@ def check_format(format: str, target: type[ExportTarget]) -> None:
 # torch.export ------------------------------------------------------------------------------------
 
 
+def _sizes_of_any_parity() -> AbstractContextManager[Any]:
+    """Let torch up to 2.11 export a pooling layer for odd and even sizes, as newer versions do.
+
+    Its function for the size of the result looks at the remainder of the division, although
+    Python's division rounds down already. So the program holds for sizes of one parity only.
+    """
+    if not hasattr(_meta_registrations, "div_rtn"):
+        return nullcontext()
+    return mock.patch.object(_meta_registrations, "div_rtn", operator.floordiv)
+
+
 def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]] | None:
     if target.shape:
         return None
@@ -138,8 +154,8 @@ def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]] | None:
 
 def _export_program(target: ExportTarget) -> ExportedProgram:
     assert isinstance(target, BackboneTarget)
-    # Otherwise maps of one pixel are excluded, which a small image's last levels are.
-    settings = {"backed_size_oblivious": True} if EXPORTS_ANY_SIZE else {}
+    # Otherwise torch excludes feature maps of one pixel.
+    settings = {"backed_size_oblivious": True} if _TAKES_ONE_PIXEL else {}
     with symbolic_shapes.patch(settings):  # type: ignore[attr-defined]
         return torch.export.export(
             target.module, target.example, dynamic_shapes=_dynamic_shapes(target)
