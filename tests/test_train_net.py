@@ -272,6 +272,22 @@ def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
     assert f"python {TOOL} --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
 
 
+def test_progress_in_the_place_of_the_log(coco_root: Path, tmp_path: Path) -> None:
+    words = ["--progress", *TINY, "SOLVER.MAX_ITER", "8", "OUTPUT_DIR", str(tmp_path)]
+    done = run_tool(coco_root, *words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    first, *others = [line for line in lines if not line.startswith("WARNING")]
+    assert first.startswith("This takes about ")
+    assert "Training:" in done.stderr
+    assert "| coco_2017_val | bbox" in done.stdout
+    own = [line for line in others if line.startswith("[")]
+    assert [line for line in own if "vovnet_d2.engine.report" not in line] == []
+    log = read_log(tmp_path)
+    assert "Starting training from iteration 0" in log
+    assert "| coco_2017_val | bbox" in log
+
+
 @pytest.mark.parametrize("name", ["train_net", "lazyconfig_train_net", "pretrain_net", "demo"])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(
     name: str, monkeypatch: pytest.MonkeyPatch

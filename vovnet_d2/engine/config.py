@@ -17,7 +17,11 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_vovnet_config, get_config_file
 from .other_projects import translate
 
-__all__ = ["argument_parser", "find_config", "load_config", "resolve_config"]
+__all__ = ["PROGRESS_HELP", "argument_parser", "find_config", "load_config", "resolve_config"]
+
+PROGRESS_HELP = (
+    "show a progress bar with the time left instead of the log, which goes to OUTPUT_DIR/log.txt"
+)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -53,6 +57,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="load config files with Python tags (!!python/...), which can run any code: only for "
         "files that you have read",
     )
+    group.add_argument("--progress", action="store_true", help=PROGRESS_HELP)
     return parser
 
 

@@ -36,6 +36,7 @@ from .checks import (
     check_run,
 )
 from .coco_evaluators import convert_anew
+from .config import PROGRESS_HELP
 from .evaluation import check_evaluators
 from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
@@ -170,6 +171,7 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
         ("--allow-partial", "load what fits of weights that do not fit the network"),
         ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
         ("--allow-unsafe-yaml", "let the config.yaml of a training call functions of any package"),
+        ("--progress", PROGRESS_HELP),
     ):
         parser.add_argument(name, action="store_true", help=effect)
     return parser

@@ -31,6 +31,7 @@ from .config import find_config, load_config
 from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
 from .output_folder import choose_folder, keep_foreign_config
+from .progress import ProgressBar, shorten_log
 from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
@@ -123,6 +124,8 @@ def train_or_evaluate(
                 cfg.OUTPUT_DIR,
                 os.path.basename(last),
             )
+        if args.progress and comm.is_main_process():
+            trainer.register_hooks([ProgressBar()])
         results = trainer.train()
         # The model without DistributedDataParallel around it.
         return results, trainer.checkpointer.model, trainer.earlier_seconds
@@ -168,7 +171,7 @@ def open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     args.run_dir = cfg.OUTPUT_DIR
     training = not args.eval_only
     cfg.OUTPUT_DIR = choose_folder(cfg.OUTPUT_DIR, training=training, resume=args.resume)
-    _start_logging(cfg.OUTPUT_DIR)
+    _start_logging(cfg.OUTPUT_DIR, progress=args.progress)
     if args.run_dir != cfg.OUTPUT_DIR:
         logger.info("%s has a report already: this one is %s.", args.run_dir, cfg.OUTPUT_DIR)
     if comm.is_main_process():
@@ -230,10 +233,15 @@ def check_device(cfg: CfgNode) -> None:
         )
 
 
-def _start_logging(output_dir: str) -> None:
+def _start_logging(output_dir: str, *, progress: bool) -> None:
     rank = comm.get_rank()
-    setup_logger(output_dir, distributed_rank=rank)  # as default_setup does, and then no more
-    setup_logger(output_dir, distributed_rank=rank, name="vovnet_d2")
+    # With the arguments that default_setup gives, so that it adds no handlers of its own.
+    setup_logger(output_dir, distributed_rank=rank)
+    for name in ("fvcore", "vovnet_d2"):
+        setup_logger(output_dir, distributed_rank=rank, name=name)
+    if progress:
+        for name in ("detectron2", "fvcore", "vovnet_d2"):
+            shorten_log(name)
     # What is told in a sentence at the end has no tracebacks on the way there.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_surprise)
 
