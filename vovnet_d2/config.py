@@ -60,6 +60,9 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # The type that SOLVER.AMP.ENABLED and TEST.AMP.ENABLED compute in: "float16" (GPU), "bfloat16",
     # or "auto", which is float16 on a GPU, as Detectron2 has it, and bfloat16 on a CPU.
     cfg.SOLVER.AMP.setdefault("DTYPE", "auto")
+    # "SGD", or "AdamW", which decays biases and norms only as far as WEIGHT_DECAY_BIAS and
+    # WEIGHT_DECAY_NORM say.
+    cfg.SOLVER.setdefault("OPTIMIZER", "SGD")
     # How many checkpoints of a training to keep, the newest; 0 is all. Beside them stay
     # model_best.pth and model_final.pth.
     cfg.SOLVER.setdefault("CHECKPOINTS_KEPT", 0)
