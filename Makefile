@@ -45,8 +45,12 @@ $(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
 # What it is for ----------------------------------------------------------------------------------
 
 demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
-	$(PY) tools/train_net.py --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml OUTPUT_DIR output/demo
-	$(PY) tools/report.py output/demo
+	@$(PY) tools/train_net.py --progress --config-file configs/Digits/demo_mask_rcnn_FPN.yaml OUTPUT_DIR output/demo
+	@$(PY) tools/report.py output/demo
+	@echo "Picture: output/demo/predictions.png"
+	@echo "Report:  output/demo/report.html"
+	@echo "To draw on a picture of yours: $(PY) tools/demo.py --config-file output/demo/config.yaml" \
+		"--input PICTURE --output drawn MODEL.WEIGHTS output/demo/model_final.pth"
 
 doctor: ## say what is installed, what is missing, and what mends it
 	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) tools/doctor.py
