@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vovnet_d2.benchmark import ceilings, energy
+from vovnet_d2.benchmark import ceilings, energy, study
 from vovnet_d2.benchmark.networks import Network
 from vovnet_d2.benchmark.study import Plan, Study
 
@@ -36,6 +36,12 @@ def make_ceilings_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 128)
     monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 2**20)
     monkeypatch.setattr(ceilings, "_CONVOLUTIONS", [(8, 16)])
+
+
+def measure_energy_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Returns the seconds for energy with which each case is called once for its energy."""
+    monkeypatch.setattr(study, "_LEAST_ENERGY_SECONDS", 0)
+    return 1e-9
 
 
 class SteadyMeter(energy.EnergyMeter):

@@ -63,6 +63,17 @@ STRUCTURES = {
 }
 
 
+def _kind(net: Net) -> tuple[object, ...]:
+    reduced = net.depthwise and net.stem_channels[-1] != net.stage_mid_channels[0]
+    repeated = max(net.blocks_per_stage) > 1
+    return net.ese, net.depthwise, reduced, repeated, net.layers_per_block
+
+
+# The first variant of each kind. The others repeat its parts, more often or with other widths: what
+# a test tells of the parts it tells of these.
+KINDS = list({_kind(net): name for name, net in reversed(TABLE.items())}.values())[::-1]
+
+
 def thin(net, divisor: int = 8):
     """The same structure, a ``Net`` or a ``VoVNetSpec``, with widths so small that it is fast."""
     widths = ("stage_mid_channels", "stage_out_channels", "stem_channels")

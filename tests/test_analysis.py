@@ -17,6 +17,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_resnet_backbone
+from devices import shapes_alone
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import nn
 
@@ -95,7 +96,7 @@ def test_cost_of_other_layers() -> None:
 
 
 def network_memory_access(name: str, last_transition: bool = False) -> dict[str, int]:
-    with torch.device("meta"):
+    with shapes_alone():
         model = CifarClassifier(name, last_transition=last_transition)
     return {p.part: p.memory_access for p in analyze(model, (32, 32)).parts}
 
@@ -122,7 +123,7 @@ def test_memory_access_of_the_cifar_networks(
 
 @pytest.mark.parametrize("name", CIFAR_SPECS)
 def test_only_layers_of_equal_width_meet_the_bound(name: str) -> None:
-    with torch.device("meta"):
+    with shapes_alone():
         model = CifarClassifier(name, last_transition=True)
         costs = costs_of(lambda: model.eval()(torch.empty(1, 3, 32, 32)))
     meets = [cost.memory_access == cost.lower_bound for cost in costs]
@@ -153,7 +154,7 @@ def test_only_layers_of_equal_width_meet_the_bound(name: str) -> None:
 )
 def test_totals_of_the_variants(name: str, parameters: int, giga_multiply_adds: float) -> None:
     """Values counted independently of this package; frozen norms count as trainable ones."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = VoVNet(name, norm="FrozenBN", out_features=STAGES)
     total = analyze(model, (224, 224)).total
     assert total.parameters == parameters
@@ -203,7 +204,7 @@ def test_another_backbone() -> None:
 
 @pytest.mark.parametrize("variant", SMALL_VARIANTS)
 def test_meta_tensors_tell_what_real_ones_do(variant: str) -> None:
-    with torch.device("meta"):
+    with shapes_alone():
         empty = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES)
     real = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES)
     found, expected = analyze(empty, (64, 64)), analyze(real, (64, 64))
@@ -372,14 +373,14 @@ def test_dilation_and_rectangles() -> None:
 def test_receptive_field_of_resnets(depth: int, expected: int) -> None:
     """As Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", give them
     (the last stage)."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = resnet(depth)
     assert analyze(model, (64, 64)).parts[-1].receptive_field == (expected, expected)
 
 
 def test_a_gate_does_not_count_and_deformable_convolution_is_undefined() -> None:
     def fields(**arguments: Any) -> list[tuple[int, int] | None]:
-        with torch.device("meta"):
+        with shapes_alone():
             model = VoVNet(out_features=STAGES, **arguments)
         return [p.receptive_field for p in analyze(model, (64, 64)).parts]
 
@@ -411,7 +412,7 @@ ZOO_KINDS = {
 
 def build(config_file: str, *options: Any) -> tuple[nn.Module, int, tuple[int, int]]:
     arguments = ["--config-file", config_file, *map(str, options)]
-    with torch.device("meta"):
+    with shapes_alone():
         return analyze_model.build_from_config(
             analyze_model.argument_parser().parse_args(arguments)
         )

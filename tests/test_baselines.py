@@ -18,6 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import Backbone, build_backbone, build_model
+from devices import shapes_alone
 from huggingface_hub import constants
 from torch import nn
 
@@ -303,13 +304,13 @@ TORCHVISION_ERRORS = (
 
 @pytest.mark.parametrize(("options", "message"), TIMM_ERRORS)
 def test_timm_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
+    with pytest.raises(ValueError, match=message), shapes_alone():
         TimmBackbone(**{"name": "resnet10t", **options})
 
 
 @pytest.mark.parametrize(("options", "message"), TORCHVISION_ERRORS)
 def test_torchvision_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
+    with pytest.raises(ValueError, match=message), shapes_alone():
         TorchvisionBackbone(**{"name": "resnet18", "nodes": ["layer2"], **options})
 
 
@@ -388,7 +389,7 @@ def test_arguments_reach_the_network(tmp_path: Path) -> None:
     )
     cfg = config("build_timm_backbone")
     cfg.merge_from_file(str(tmp_path / "net.yaml"))
-    with torch.device("meta"):
+    with shapes_alone():
         assert build_backbone(cfg).output_shape()["stage2"].channels == 48
 
 
@@ -403,14 +404,14 @@ def test_arguments_reach_the_network(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_densenet_taps(name: str, options: str, expected: dict[int, int]) -> None:
     nodes = [*(options.format(i) for i in (2, 3)), "features.norm5"]
-    with torch.device("meta"):
+    with shapes_alone():
         model = TorchvisionBackbone(name, nodes)
     assert {s.stride: s.channels for s in model.output_shape().values()} == expected
 
 
 def test_mobilenet_taps() -> None:
     """SSD300-MobileNet's: conv11 and conv13, which has 4.2M - 1.0M parameters behind it."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = TimmBackbone("mobilenetv1_100", out_features=["stage4", "stage5"])
         maps = model(torch.empty(1, 3, 300, 300))
     assert [tuple(m.shape[1:]) for m in maps.values()] == [(512, 19, 19), (1024, 10, 10)]

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Studies: of networks whose figures are known, and of real ones."""
 
-import gc
 import re
 import statistics
 import weakref
@@ -15,6 +14,7 @@ from benchmark_runs import (
     SteadyMeter,
     make_ceilings_small,
     make_plan,
+    measure_energy_of_single_calls,
     run_study,
     sleeper,
 )
@@ -37,14 +37,6 @@ from vovnet_d2.engine.config import load_config
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Studies collect garbage again and again, which need not look through all of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     make_ceilings_small(monkeypatch)
@@ -52,8 +44,8 @@ def small_ceilings(monkeypatch):
 
 def test_rows_of_known_sleepers(monkeypatch):
     monkeypatch.setattr(study, "find_meter", lambda device: SteadyMeter())
-    monkeypatch.setattr(study, "_LEAST_ENERGY_SECONDS", 0)
-    result = run_study(treatments=["plain", "fp16"], energy_seconds=1e-9)  # for a call each
+    seconds = measure_energy_of_single_calls(monkeypatch)
+    result = run_study(treatments=["plain", "fp16"], energy_seconds=seconds)
     rows = {(row["network"], row["treatment"]): row for row in result.rows}
     slow, fast = rows["slow", "plain"], rows["fast", "plain"]
     assert 60 <= slow["latency_ms"] < 90
@@ -159,6 +151,7 @@ class Failing(Sleeper):
 @pytest.mark.parametrize("meter", [SteadyMeter(), energy.NoEnergyMeter("none")])
 def test_what_fails_while_timed_is_a_row(monkeypatch, mode, meter):
     monkeypatch.setattr(Study, "meter", meter)
+    seconds = measure_energy_of_single_calls(monkeypatch)
     networks = [sleeper("first", 0), Network("failing", Failing), sleeper("last", 0)]
     for repeats in (3, 1):  # in a round, and while its energy is measured
         rows = run_study(
@@ -166,7 +159,7 @@ def test_what_fails_while_timed_is_a_row(monkeypatch, mode, meter):
             treatments=["plain"],
             modes=[mode],
             repeats=repeats,
-            energy_seconds=0.3,
+            energy_seconds=seconds,
         )
         first, failing, last = rows.rows
         assert (first["error"], last["error"]) == ("", "")
@@ -277,8 +270,7 @@ def test_images_that_are_too_small_are_a_row():
     assert second["fps"] > 0
 
 
-@pytest.mark.parametrize("where", [2, 9])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(("error", "where"), [(KeyboardInterrupt, 2), (RuntimeError, 9)])
 def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where, error):
     seen = []
 
@@ -290,7 +282,10 @@ def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where, er
             yield times
 
     monkeypatch.setattr(study, "interleaved_rounds", rounds)
-    result = Study(make_plan(repeats=4, modes=["inference", "training"], batches=[1, 2]))
+    networks = [sleeper("first", 0), sleeper("second", 0)]
+    result = Study(
+        make_plan(networks=networks, repeats=4, modes=["inference", "training"], batches=[1, 2])
+    )
     result.run()
     assert isinstance(result.interruption, error)
     cases = 4  # two networks, two treatments
@@ -304,19 +299,31 @@ def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where, er
     assert expected in markdown.read_text()
 
 
-def test_references():
+def test_references(monkeypatch):
+    """Times are compared with the reference's in the same round."""
+    pace = {"slow plain": 6.0, "slow optimized": 4.0, "fast plain": 3.0, "fast optimized": 1.0}
+
+    def rounds(calls, *, device, repeats):
+        for speed in (1, 2, 5):
+            yield {name: pace.get(name, 1.0) / speed for name in calls}
+
+    monkeypatch.setattr(study, "interleaved_rounds", rounds)
     result = run_study(
-        # Long, as what is to be seen is more than what a busy machine adds.
-        networks=[sleeper("slow", 0.2), sleeper("fast", 0.1)],
+        networks=[sleeper("slow", 0), sleeper("fast", 0)],
         references={"slow": "fast", "fast": "fast"},
         treatments=["plain", "optimized"],
         reference_treatment="optimized",
     )
-    for row in result.rows:
+    found = {(row["network"], row["treatment"]): row for row in result.rows}
+    for row in found.values():
         assert row["reference_network"] == "fast"
         assert row["reference_treatment"] == "optimized"
-    (row,) = (r for r in result.rows if (r["network"], r["treatment"]) == ("slow", "plain"))
-    assert row["time_of_network"] == pytest.approx(2, abs=0.5)
+    for treatment, of_network in (("plain", 2), ("optimized", 4)):
+        assert found["slow", treatment]["time_of_network"] == pytest.approx(of_network)
+        assert found["fast", treatment]["time_of_network"] == 1
+    for network, of_treatment in (("slow", 1.5), ("fast", 3)):
+        assert found[network, "plain"]["time_of_treatment"] == pytest.approx(of_treatment)
+        assert found[network, "optimized"]["time_of_treatment"] == 1
 
 
 @pytest.mark.parametrize(

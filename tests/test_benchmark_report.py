@@ -12,7 +12,9 @@ import torch
 from benchmark_runs import (
     SteadyMeter,
     make_ceilings_small,
+    measure_energy_of_single_calls,
     run_study,
+    sleeper,
 )
 
 from vovnet_d2.benchmark import command as tool
@@ -37,11 +39,12 @@ def measured() -> Study:
         make_ceilings_small(patch)
         patch.setattr(study, "find_meter", lambda device: SteadyMeter())
         return run_study(
+            networks=[sleeper("slow", 0.006), sleeper("fast", 0.003)],
             treatments=["plain", "fp16"],
             accuracy={"slow": 30.5},
             batches=[1, 2],
             repeats=2,
-            energy_seconds=0.3,
+            energy_seconds=measure_energy_of_single_calls(patch),
         )
 
 
@@ -205,14 +208,15 @@ def test_the_preset_of_a_gpu_needs_one(monkeypatch, capsys):
 
 
 def test_tool(tmp_path, capsys):
-    words = ["--models", "V-19-slim-dw-eSE", "ResNet-50", "--sizes", "64x64", "--repeats", "2"]
-    words += ["--warmup", "1", "--accuracy", "ResNet-50=37.5", "--output", str(tmp_path)]
+    words = ["--models", "V-19-slim-dw-eSE", "V-19-slim-eSE", "--sizes", "64x64", "--repeats", "2"]
+    words += ["--warmup", "1", "--accuracy", "V-19-slim-eSE=37.5", "--output", str(tmp_path)]
+    words += ["--energy-seconds", "0.3"]
     tool.run(tool.parse_arguments(words))
     printed = capsys.readouterr().out
     assert "warm-up: 1 calls" in printed
-    assert "| ResNet-50        | optimized" in printed
+    assert "| V-19-slim-eSE    | optimized" in printed
     records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
-    assert [r["network"] for r in records if r["accuracy"] == 37.5] == ["ResNet-50"] * 2
+    assert [r["network"] for r in records if r["accuracy"] == 37.5] == ["V-19-slim-eSE"] * 2
     assert "not available, because" in records[0]["energy"] or records[0]["joules_per_image"] > 0
 
 

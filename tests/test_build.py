@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from devices import shapes_alone
 from reference import assert_same_maps, thin
 from torch import nn
 
@@ -214,7 +215,7 @@ def test_every_variant_is_reached_by_its_name(variant):
     cfg = get_cfg()
     add_vovnet_config(cfg)
     cfg.MODEL.VOVNET.CONV_BODY = variant
-    with torch.device("meta"):
+    with shapes_alone():
         model = BACKBONE_REGISTRY.get("build_vovnet_backbone")(cfg, ShapeSpec(channels=3))
     assert model.spec == VOVNET_SPECS[variant]
 
@@ -423,7 +424,7 @@ def test_classifier_is_the_backbone_with_a_linear_layer() -> None:
     cfg.MODEL.VOVNET.NORM = "BN"
     cfg.MODEL.VOVNET.STAGE5_DILATION = 2
     cfg.MODEL.VOVNET.STAGE_WITH_DCN = (False, False, False, True)
-    with torch.device("meta"):
+    with shapes_alone():
         backbone = build_vovnet_backbone(cfg, ShapeSpec(channels=3))
         classifier = build_vovnet_classifier(cfg, ShapeSpec(channels=3), num_classes=7)
     assert classifier.linear.weight.shape == (7, 512)

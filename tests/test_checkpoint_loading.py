@@ -8,6 +8,7 @@ import pickle
 import threading
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -153,12 +154,17 @@ FILES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not counted"])
-@pytest.mark.parametrize("wrap", FILES.values(), ids=FILES)
-def test_files(tmp_path, wrap, counted, norm):
+@pytest.mark.parametrize(
+    ("file", "norm", "counted"),
+    [
+        *((file, "FrozenBN", True) for file in FILES),
+        *product(["bare"], ["BN"], [True, False]),
+        ("bare", "FrozenBN", False),
+    ],
+)
+def test_files(tmp_path, file, norm, counted):
     state = random_state(NET, counted=counted)
-    torch.save(wrap(state), tmp_path / "a.pth")
+    torch.save(FILES[file](state), tmp_path / "a.pth")
     model = vovnet(norm=norm)
     VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
     x = torch.randn(1, 3, 64, 64)
@@ -166,8 +172,13 @@ def test_files(tmp_path, wrap, counted, norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", COMPLETE_LAYOUTS)
-@pytest.mark.parametrize("structure", [n for n in STRUCTURES if "bottleneck" not in n])
+@pytest.mark.parametrize(
+    ("structure", "layout"),
+    [
+        *((n, COMPLETE_LAYOUTS[0]) for n in STRUCTURES if "bottleneck" not in n),
+        *product(["depthwise"], COMPLETE_LAYOUTS[1:]),
+    ],
+)
 def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
     net = thin(STRUCTURES[structure])
     state = in_layout(random_state(net), layout)

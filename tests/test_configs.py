@@ -5,6 +5,7 @@
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from devices import shapes_alone
 from pytorchcv.models import vovnet as pytorchcv_vovnet
 from torch import nn
 
@@ -97,12 +99,26 @@ def load(path: str | Path) -> CfgNode:
 
 
 @cache
-def build_on_meta(path: Path) -> nn.Module:
-    """The model of a file, with every shape and no memory."""
-    cfg = load(path)
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
+def shipped(name: str) -> CfgNode:
+    cfg = load(ROOT / name)
+    cfg.freeze()
+    return cfg
+
+
+_models: dict[str, nn.Module] = {}
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """The model of a config, with every shape and no memory. Files that differ in weights and
+    schedules alone have the same one."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.update(DEVICE="meta", WEIGHTS="", PIXEL_MEAN=[0.0] * 3, PIXEL_STD=[1.0] * 3)
+    key = repr(cfg.MODEL)
+    if key not in _models:
+        with shapes_alone():
+            _models[key] = build_model(cfg)
+    return _models[key]
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,48 +133,48 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # The files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_has_its_detectors(variant: str, kind: str) -> None:
-    schedules = ["3x"] + (["1x"] if variant.removesuffix("_eSE") in ("V_39", "V_57") else [])
-    expected = [f"{FOLDERS[kind]}/{kind}_{variant}_FPN_{schedule}.yaml" for schedule in schedules]
-    if kind == "faster_rcnn" and variant.startswith("V_19"):
-        expected.append(f"{FOLDERS[kind]}/{kind}_{variant}_FPNLite_3x.yaml")
-    pattern = re.compile(rf".*/{kind}_{variant}_FPN(Lite)?_\dx\.yaml")
-    assert [name for name in COCO_FILES if pattern.fullmatch(name)] == sorted(expected)
+def test_every_variant_has_its_detectors() -> None:
+    for variant, kind in product(VARIANTS, FOLDERS):
+        schedules = ["3x"] + (["1x"] if variant.removesuffix("_eSE") in ("V_39", "V_57") else [])
+        expected = [
+            f"{FOLDERS[kind]}/{kind}_{variant}_FPN_{schedule}.yaml" for schedule in schedules
+        ]
+        if kind == "faster_rcnn" and variant.startswith("V_19"):
+            expected.append(f"{FOLDERS[kind]}/{kind}_{variant}_FPNLite_3x.yaml")
+        pattern = re.compile(rf".*/{kind}_{variant}_FPN(Lite)?_\dx\.yaml")
+        assert [name for name in COCO_FILES if pattern.fullmatch(name)] == sorted(expected)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_variants_with_weights_have_other_detectors(kind: str) -> None:
-    folder, schedules, _ = OTHERS[kind]
-    neck = "" if kind == "panoptic_fpn" else "_FPN"
-    variants = ["V_39_eSE", "V_57_eSE", *(["V_39"] if kind == "semantic" else [])]
-    expected = {f"{folder}/{kind}_{v}{neck}_{s}.yaml" for v in variants for s in schedules}
-    assert {name for name in COCO_FILES if COCO_NAME.fullmatch(name)["kind"] == kind} == expected
+def test_variants_with_weights_have_other_detectors() -> None:
+    for kind, (folder, schedules, _) in OTHERS.items():
+        neck = "" if kind == "panoptic_fpn" else "_FPN"
+        variants = ["V_39_eSE", "V_57_eSE", *(["V_39"] if kind == "semantic" else [])]
+        expected = {f"{folder}/{kind}_{v}{neck}_{s}.yaml" for v in variants for s in schedules}
+        found = {name for name in COCO_FILES if COCO_NAME.fullmatch(name)["kind"] == kind}
+        assert found == expected
 
 
-@pytest.mark.parametrize("name", ALL_FILES)
-def test_file(name: str) -> None:
-    text = Path(get_config_file(name)).read_text()
-    assert text.startswith("# Weights: ")
-    assert "!!" not in text  # a Python tag, which only the unsafe loader reads
-    assert not re.search(r"https?:|www\.", text)
-    if name in MODEL_FILES:
-        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-        assert len(lines) <= 12, "a config is a small diff over its base"
+def test_files_are_small_diffs_without_tags_and_addresses() -> None:
+    for name in ALL_FILES:
+        text = Path(get_config_file(name)).read_text()
+        assert text.startswith("# Weights: "), name
+        assert "!!" not in text, name  # a Python tag, which only the unsafe loader reads
+        assert not re.search(r"https?:|www\.", text), name
+        if name in MODEL_FILES:
+            lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+            assert len(lines) <= 12, f"{name}: a config is a small diff over its base"
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
-def test_comment_names_the_weights(name: str) -> None:
-    path = ROOT / name
-    model = load(path).MODEL
-    comment = path.read_text().splitlines()[0]
-    if model.WEIGHTS:
-        assert model.WEIGHTS in comment
-        assert ZOO[model.WEIGHTS].commercial or "non-commercial" in comment
-    else:
-        assert comment.startswith("# Weights: none")
-        assert not model.TIMM.PRETRAINED or model.TIMM.NAME in comment
+def test_comments_name_the_weights() -> None:
+    for name in MODEL_FILES:
+        model = shipped(name).MODEL
+        comment = (ROOT / name).read_text().splitlines()[0]
+        if model.WEIGHTS:
+            assert model.WEIGHTS in comment, name
+            assert ZOO[model.WEIGHTS].commercial or "non-commercial" in comment, name
+        else:
+            assert comment.startswith("# Weights: none"), name
+            assert not model.TIMM.PRETRAINED or model.TIMM.NAME in comment, name
 
 
 # What they describe -------------------------------------------------------------------------------
@@ -166,8 +182,8 @@ def test_comment_names_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_builds_the_variant_of_its_name(name: str) -> None:
-    cfg = load(ROOT / name)
-    backbone = build_on_meta(ROOT / name).backbone
+    cfg = shipped(name)
+    backbone = build_on_meta(cfg).backbone
     match = re.search(rf"_({VARIANT})_", name)
     assert bool(match) == ("vovnet" in cfg.MODEL.BACKBONE.NAME)
     if match:
@@ -189,7 +205,7 @@ def test_every_ablation_has_its_file() -> None:
 
 @pytest.mark.parametrize("name", COCO_FILES)
 def test_coco_classes(name: str) -> None:
-    cfg, model = load(ROOT / name), build_on_meta(ROOT / name)
+    cfg, model = shipped(name), build_on_meta(shipped(name))
     metadata = [MetadataCatalog.get(n) for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     things = {len(data.get("thing_classes", [])) for data in metadata}
     stuff = {len(data.get("stuff_classes", [])) for data in metadata}
@@ -237,7 +253,7 @@ def detectron2_peer(match: re.Match[str]) -> CfgNode:
 @pytest.mark.parametrize("name", [n for n in COCO_FILES if "/fcos_" not in n])
 def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
     match = COCO_NAME.fullmatch(name)
-    cfg = load(ROOT / name)
+    cfg = shipped(name)
     ours, peers = flatten(cfg), flatten(detectron2_peer(match))
     expected = {"MODEL.BACKBONE.NAME", "MODEL.FPN.IN_FEATURES", "TEST.EVAL_PERIOD"}
     optional = {"MODEL.BACKBONE.FREEZE_AT", "MODEL.WEIGHTS"}
@@ -262,12 +278,13 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
     assert expected <= different <= expected | optional
 
 
-@pytest.mark.parametrize("name", [n for n in COCO_FILES if n.startswith("COCO")])
-def test_norm_of_the_backbone(name: str) -> None:
+def test_norm_of_the_backbone() -> None:
     """The published recipe freezes the norms of weights that it starts from."""
-    cfg = load(ROOT / name)
-    norm = "FrozenBN" if cfg.MODEL.WEIGHTS else "naiveSyncBN"
-    assert ("GN" if COCO_NAME.fullmatch(name)["scratch"] else norm) == cfg.MODEL.VOVNET.NORM
+    for name in (n for n in COCO_FILES if n.startswith("COCO")):
+        model = shipped(name).MODEL
+        norm = "FrozenBN" if model.WEIGHTS else "naiveSyncBN"
+        expected = "GN" if COCO_NAME.fullmatch(name)["scratch"] else norm
+        assert expected == model.VOVNET.NORM, name
 
 
 def check_start(cfg: CfgNode, backbone: nn.Module) -> None:
@@ -277,9 +294,9 @@ def check_start(cfg: CfgNode, backbone: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_starts_as_shipped(name: str) -> None:
-    cfg = load(ROOT / name)
+    cfg = shipped(name)
     check_network(cfg)
-    check_start(cfg, build_on_meta(ROOT / name).backbone)
+    check_start(cfg, build_on_meta(cfg).backbone)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +304,7 @@ def test_starts_as_shipped(name: str) -> None:
 )
 def test_lazy_config_starts_as_shipped(name: str) -> None:
     config = load_lazy_config(str(ROOT / name), [])
-    with torch.device("meta"):
+    with shapes_alone():
         backbone = instantiate(config, "model.backbone")
     check_start(to_cfg(config), backbone)
 
@@ -296,7 +313,7 @@ def test_lazy_config_starts_as_shipped(name: str) -> None:
 def test_classifier_starts_as_shipped(name: str) -> None:
     """Apart from its data, which all but the digits' files leave to the user."""
     cfg = load_config(str(ROOT / name), add_config=add_pretraining_config)
-    with torch.device("meta"):
+    with shapes_alone():
         check_start(cfg, build_backbone(cfg))
 
 
@@ -308,17 +325,17 @@ def without_norm(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", [n for n in COCO_FILES if "/scratch_" in n])
 def test_scratch_has_gn_where_detectron2_has_it(name: str) -> None:
-    model = build_on_meta(ROOT / name)
+    model = build_on_meta(shipped(name))
     cfg = detectron2_peer(COCO_NAME.fullmatch(name))
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
+    with shapes_alone():
         peer = build_model(cfg)
-    assert load(ROOT / name).MODEL.WEIGHTS == ""
+    assert shipped(name).MODEL.WEIGHTS == ""
     assert without_norm(model) == without_norm(peer)
     assert repr(model.roi_heads) == repr(peer.roi_heads)
 
 
-TIMM_FILES = [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS.startswith("timm://")]
+TIMM_FILES = [n for n in MODEL_FILES if shipped(n).MODEL.WEIGHTS.startswith("timm://")]
 
 
 def test_weights_of_the_zoo_are_used() -> None:
@@ -329,25 +346,27 @@ def test_weights_of_the_zoo_are_used() -> None:
         match = COCO_NAME.fullmatch(name)
         if not match["scratch"] and match["schedule"] != "instant_test":
             weights = expected.get(VARIANTS[match["variant"]], "")
-            assert weights == load(ROOT / name).MODEL.WEIGHTS, name
+            assert weights == shipped(name).MODEL.WEIGHTS, name
 
 
-@pytest.mark.parametrize("name", [n for n in MODEL_FILES if load(ROOT / n).MODEL.WEIGHTS])
-def test_agrees_with_the_zoo(name: str) -> None:
-    """The network and the input are those of the weights: residual, eSE, stem, channel order."""
-    cfg = load(ROOT / name)
-    entry = ZOO[cfg.MODEL.WEIGHTS]
-    assert build_on_meta(ROOT / name).backbone.bottom_up.spec == entry.spec
-    assert InputConvention.of_config(cfg) == entry.input
+def test_networks_and_inputs_are_those_of_the_weights() -> None:
+    """Residual, eSE and stem, as the zoo has them; the order of channels and the statistics."""
+    with_weights = [name for name in MODEL_FILES if shipped(name).MODEL.WEIGHTS]
+    assert with_weights
+    for name in with_weights:
+        cfg = shipped(name)
+        entry = ZOO[cfg.MODEL.WEIGHTS]
+        assert build_on_meta(cfg).backbone.bottom_up.spec == entry.spec, name
+        assert InputConvention.of_config(cfg) == entry.input, name
 
 
 @pytest.mark.parametrize(("name", "weights"), [("V_27_slim", "vovnet27s"), ("V_39", "vovnet39")])
 def test_agrees_with_pytorchcv(name: str, weights: str) -> None:
-    path = ROOT / f"COCO-InstanceSegmentation/mask_rcnn_{name}_FPN_3x.yaml"
-    assert f"osmr://{weights}" == load(path).MODEL.WEIGHTS
-    with torch.device("meta"):
+    cfg = shipped(f"COCO-InstanceSegmentation/mask_rcnn_{name}_FPN_3x.yaml")
+    assert f"osmr://{weights}" == cfg.MODEL.WEIGHTS
+    with shapes_alone():
         peer = getattr(pytorchcv_vovnet, weights)()
-    keys = build_on_meta(path).backbone.bottom_up.load_state_dict(peer.state_dict(), strict=False)
+    keys = build_on_meta(cfg).backbone.bottom_up.load_state_dict(peer.state_dict(), strict=False)
     assert not keys.missing_keys
     assert keys.unexpected_keys == ["linear.weight", "linear.bias"]
 
@@ -363,13 +382,13 @@ def test_hgnets_have_their_detectors() -> None:
         for kind in ("mask_rcnn", "retinanet")
         for short, name in networks.items()
     }
-    found = {name: load(ROOT / name).MODEL.TIMM.NAME.partition(".")[0] for name in HGNET_FILES}
+    found = {name: shipped(name).MODEL.TIMM.NAME.partition(".")[0] for name in HGNET_FILES}
     assert found == expected
 
 
 @pytest.mark.parametrize("name", HGNET_FILES)
 def test_hgnets_take_what_their_weights_expect(name: str) -> None:
-    cfg, model = load(ROOT / name), build_on_meta(ROOT / name)
+    cfg, model = shipped(name), build_on_meta(shipped(name))
     record = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
     assert record.license.lower() == "apache-2.0"
     assert cfg.MODEL.TIMM.PRETRAINED
@@ -392,23 +411,22 @@ def test_hgnets_take_what_their_weights_expect(name: str) -> None:
     assert different - {"MODEL.RESNETS.DEPTH"} <= backbone
 
 
-@pytest.mark.parametrize("name", TIMM_FILES)
-def test_agrees_with_timm(name: str) -> None:
+@pytest.mark.parametrize("weights", sorted({shipped(n).MODEL.WEIGHTS for n in TIMM_FILES}))
+def test_agrees_with_timm(weights: str) -> None:
     """timm's own record of the weights says the input, its network every name and shape."""
-    cfg = load(ROOT / name)
-    entry = cfg.MODEL.WEIGHTS.removeprefix("timm://")
+    entry = weights.removeprefix("timm://")
     record = timm.get_pretrained_cfg(entry)
-    assert cfg.INPUT.FORMAT == "RGB"
-    for ours, peers in ((cfg.MODEL.PIXEL_MEAN, record.mean), (cfg.MODEL.PIXEL_STD, record.std)):
-        assert ours == pytest.approx([255 * value for value in peers])
-
-    with torch.device("meta"):
-        peer = timm.create_model(entry, pretrained=False)
-    bottom_up = build_on_meta(ROOT / name).backbone.bottom_up
-    # A wrong shape raises: tensors without data suffice for that.
-    keys = bottom_up.load_state_dict(peer.state_dict(), strict=False)
-    assert not keys.missing_keys
-    assert {key.split(".")[0] for key in keys.unexpected_keys} <= {"head", "linear"}
+    with shapes_alone():
+        state = timm.create_model(entry, pretrained=False).state_dict()
+    for name in (n for n in TIMM_FILES if weights == shipped(n).MODEL.WEIGHTS):
+        cfg = shipped(name)
+        assert cfg.INPUT.FORMAT == "RGB", name
+        for ours, peers in ((cfg.MODEL.PIXEL_MEAN, record.mean), (cfg.MODEL.PIXEL_STD, record.std)):
+            assert ours == pytest.approx([255 * value for value in peers]), name
+        # A wrong shape raises: tensors without data suffice for that.
+        keys = build_on_meta(cfg).backbone.bottom_up.load_state_dict(state, strict=False)
+        assert not keys.missing_keys, name
+        assert {key.split(".")[0] for key in keys.unexpected_keys} <= {"head", "linear"}, name
 
 
 # At work ------------------------------------------------------------------------------------------
@@ -502,8 +520,9 @@ SOLVER:
 """
 
 
-@pytest.mark.parametrize("base", ["foreign", "ours"])
-@pytest.mark.parametrize("variant", VOVNET_SPECS)
+@pytest.mark.parametrize(
+    ("variant", "base"), [*((v, "foreign") for v in VOVNET_SPECS), ("V-39-eSE", "ours")]
+)
 def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None:
     """With its own base, and put beside ours, whose base has the same name."""
     base_path = tmp_path / "Base-RCNN-VoVNet-FPN.yaml"
@@ -513,7 +532,7 @@ def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None
     path = tmp_path / "mask_rcnn.yaml"
     path.write_text(FOREIGN_MODEL.format(variant=variant, base=base_path))
     cfg = load(path)
-    model = build_on_meta(path)
+    model = build_on_meta(cfg)
     assert model.backbone.bottom_up.spec == VOVNET_SPECS[variant]
     assert {k: s.stride for k, s in model.backbone.output_shape().items()} == {
         "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
@@ -522,34 +541,41 @@ def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None
     assert cfg.SOLVER.MAX_ITER == 270000
 
 
-CENTERMASK_STYLE = """
+# Beginning of the files of CenterMask2 and AdelaiDet.
+FOR_FCOS = """
 MODEL:
   BACKBONE:
     NAME: "build_fcos_vovnet_fpn_backbone"
     FREEZE_AT: 0
+  FPN:
+    IN_FEATURES: ["stage3", "stage4", "stage5"]
   VOVNET:
     CONV_BODY: "V-39-eSE"
     OUT_FEATURES: ["stage3", "stage4", "stage5"]
+"""
+CENTERMASK_STYLE = f"""{FOR_FCOS}
     NORM: "FrozenBN"
     OUT_CHANNELS: 256
     BACKBONE_OUT_CHANNELS: 256
     STAGE_WITH_DCN: (False, False, True, True)
-    WITH_MODULATED_DCN: {modulated}
     DEFORMABLE_GROUPS: 2
-  FPN:
-    IN_FEATURES: ["stage3", "stage4", "stage5"]
+    WITH_MODULATED_DCN: {{}}
   FCOS:
     TOP_LEVELS: 1
 VERSION: 2
 """
 
 
+def written(text: str, folder: Path) -> str:
+    path = folder / "other.yaml"
+    path.write_text(text)
+    return str(path)
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 def test_centermask_node(modulated: bool, tmp_path: Path) -> None:
-    path = tmp_path / "fcos.yaml"
-    path.write_text(CENTERMASK_STYLE.format(modulated=modulated))
-    cfg = load(path)
-    with torch.device("meta"):
+    cfg = load(written(CENTERMASK_STYLE.format(modulated), tmp_path))
+    with shapes_alone():
         backbone = build_backbone(cfg)
     assert list(backbone.output_shape()) == ["p3", "p4", "p5", "p6"]
     assert not hasattr(backbone.bottom_up, "stage6")
@@ -560,17 +586,8 @@ def test_centermask_node(modulated: bool, tmp_path: Path) -> None:
     assert {m.offset.out_channels for m in deformable} == {2 * 9 * (3 if modulated else 2)}
 
 
-ADELAIDET_STYLE = """
-MODEL:
+ADELAIDET_STYLE = f"""{FOR_FCOS}
   META_ARCHITECTURE: "OneStageDetector"
-  BACKBONE:
-    NAME: "build_fcos_vovnet_fpn_backbone"
-    FREEZE_AT: 0
-  VOVNET:
-    CONV_BODY: "V-39-eSE"
-    OUT_FEATURES: ["stage3", "stage4", "stage5"]
-  FPN:
-    IN_FEATURES: ["stage3", "stage4", "stage5"]
   PROPOSAL_GENERATOR:
     NAME: "FCOS"
   FCOS:
@@ -590,9 +607,7 @@ MASKS = """  ROI_HEADS:
 
 
 def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
-    path = tmp_path / "fcos.yaml"
-    path.write_text(ADELAIDET_STYLE)
-    cfg = load_config(str(path))
+    cfg = load_config(written(ADELAIDET_STYLE, tmp_path))
     assert cfg.MODEL.META_ARCHITECTURE == "FCOS"
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 50
     cfg.MODEL.DEVICE = "meta"
@@ -623,10 +638,8 @@ def test_what_other_projects_have_alone_is_named(
     text = ADELAIDET_STYLE
     for old, new in lines.items():
         text = text.replace(old, new)
-    path = tmp_path / "other.yaml"
-    path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_config(str(path))
+        load_config(written(text, tmp_path))
 
 
 def test_node_of_another_project_keeps_its_values() -> None:

@@ -129,21 +129,16 @@ def test_a_server_that_cannot_resume_gives_the_whole(server, tmp_path):
     assert Path(path).read_bytes() == CONTENT
 
 
-def test_all_had_come_but_the_name(server, tmp_path):
-    """The process was killed between the last byte and the renaming."""
-    server.files["a.pth"] = CONTENT
-    server.breaks = [1, 0]
-    with pytest.raises(FileNotFoundError):
-        fetch([f"{server.url}/a.pth"], tmp_path)
-    (partial,) = files_in(tmp_path)
-    (tmp_path / partial).write_bytes(CONTENT)
-    path = fetch([f"{server.url}/a.pth"], tmp_path, checksum=SHA1)
-    assert Path(path).read_bytes() == CONTENT
-    assert server.asked[-1] == ("a.pth", f"bytes={len(CONTENT)}-")
-
-
-@pytest.mark.parametrize("left", [bytes(5000), bytes(2 * len(CONTENT))], ids=["part", "too long"])
-def test_a_part_of_another_file_is_thrown_away(server, tmp_path, left):
+@pytest.mark.parametrize(
+    ("left", "asked_from"),
+    [
+        (CONTENT, len(CONTENT)),  # the process was killed between the last byte and the renaming
+        (bytes(5000), 0),  # parts of another file, whose checksum tells
+        (bytes(2 * len(CONTENT)), 0),
+    ],
+    ids=["all but the name", "part of another", "too long"],
+)
+def test_what_an_interrupted_download_has_left(server, tmp_path, left, asked_from):
     server.files["a.pth"] = CONTENT
     server.breaks = [1, 0]
     with pytest.raises(FileNotFoundError):
@@ -152,6 +147,7 @@ def test_a_part_of_another_file_is_thrown_away(server, tmp_path, left):
     (tmp_path / partial).write_bytes(left)
     path = fetch([f"{server.url}/a.pth"], tmp_path, checksum=SHA1)
     assert Path(path).read_bytes() == CONTENT
+    assert server.asked[-1] == ("a.pth", f"bytes={asked_from}-" if asked_from else "")
 
 
 @pytest.mark.parametrize(

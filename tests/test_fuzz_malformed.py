@@ -9,7 +9,7 @@ from pathlib import Path
 import check_dataset
 import convert_weights
 import pytest
-import test_check_dataset
+from dataset_faults import FAULTS, SIZE, DataSet, require_trainable, spoil
 from engine_runs import FASTER_RCNN
 from malformed import (
     DOUBTFUL_IMAGES,
@@ -18,7 +18,6 @@ from malformed import (
     MALFORMED_OPTIONS,
     UNREADABLE_IMAGES,
 )
-from test_check_dataset import FAULTS, SIZE, DataSet
 from test_checkpoint_reading import MALFORMED, WRITERS, Payload
 
 from vovnet_d2.engine import main
@@ -219,7 +218,7 @@ def check(sandbox: Path, data: DataSet) -> int:
 @pytest.mark.parametrize("name", FAULTS)
 def test_malformed_annotations(sandbox: Path, capsys, name: str) -> None:
     data = DataSet(sandbox / "data")
-    test_check_dataset.spoil(data, FAULTS[name][0])
+    spoil(data, FAULTS[name][0])
     status = check(sandbox, data)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -255,7 +254,7 @@ def test_malformed_images(sandbox: Path, pictures: DataSet, capsys) -> None:
     left = data.json.read_text()
     for number in range(len(UNREADABLE_IMAGES)):
         assert f'"{number}.jpg"' not in left, list(UNREADABLE_IMAGES)[number]
-    test_check_dataset.require_trainable(data)  # so all that is left can be read
+    require_trainable(data)  # so all that is left can be read
 
 
 def test_there_are_enough() -> None:

@@ -41,10 +41,16 @@ def rms_error(maps: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
     )
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN", "nnSyncBN"])
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_as_exact_as_the_model_itself(structure, norm):
-    net = thin(STRUCTURES[structure], divisor=2 if norm == "BN" else 8)
+@pytest.mark.parametrize(
+    ("structure", "norm", "divisor"),
+    [
+        *((structure, "FrozenBN", 8) for structure in STRUCTURES),
+        *(("eSE in all", norm, 8) for norm in ("SyncBN", "nnSyncBN")),
+        *((structure, "BN", 2) for structure in ("eSE in all", "depthwise")),
+    ],
+)
+def test_as_exact_as_the_model_itself(structure, norm, divisor):
+    net = thin(STRUCTURES[structure], divisor)
     model = build(net, norm)
     state = {name: tensor.double() for name, tensor in random_state(net).items()}
     x = torch.randn(2, 3, 65, 96)

@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from devices import shapes_alone
 from module_facts import differences
 from omegaconf import DictConfig
 from torch import nn
@@ -64,13 +65,13 @@ def yaml(name: str) -> CfgNode:
 
 @cache
 def lazy_model(name: str) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_alone():
         return instantiate(lazy(name), "model")
 
 
 @cache
 def yaml_model(name: str) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_alone():
         return build_model(yaml(name))
 
 
@@ -206,7 +207,7 @@ def test_files_work_wherever_they_are(tmp_path: Path) -> None:
 def test_another_variant_by_its_name() -> None:
     config = load_lazy_config(MASK_RCNN, ["model.backbone.bottom_up.spec=V-19-eSE"])
     assert to_cfg(config).MODEL.VOVNET.CONV_BODY == "V-19-eSE"
-    with torch.device("meta"):
+    with shapes_alone():
         model = instantiate(config, "model")
     assert model.backbone.bottom_up.spec == VOVNET_SPECS["V-19-eSE"]
 
@@ -342,7 +343,7 @@ def test_saved_config_describes_the_same_model(coco: Path, tmp_path: Path) -> No
     launch(tmp_path, "dataloader.test.dataset.names=null")
     saved = LazyConfig.load(str(tmp_path / "config.yaml"))
     own = load_lazy_config(MASK_RCNN, TINY)
-    with torch.device("meta"):
+    with shapes_alone():
         assert differences(instantiate(saved, "model"), instantiate(own, "model")) == {}
     assert saved.train.max_iter == 3
 

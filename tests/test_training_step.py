@@ -3,6 +3,7 @@
 """What training computes and what it keeps, against the network as commonly written."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from devices import DEVICES
-from reference import STRUCTURES, TABLE, random_state, thin
+from reference import KINDS, STRUCTURES, TABLE, random_state, thin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,31 +59,29 @@ GEOMETRIES = {
     "in groups": ((1, 1), (1, 1), (1, 1), 2),
 }
 # The larger of the weight and the map takes no scaling: of 7x9 pixels, of 1x1.
-each_size = pytest.mark.parametrize("size", [(7, 9), (1, 1)], ids=str)
+SIZES = ((7, 9), (1, 1))
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@each_size
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("widths", [(4,), (2, 3, 1)], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_gradients_of_a_convolution(geometry, widths, scaled, size, relu):
+def test_gradients_of_a_convolution(geometry):
+    """As autograd's of the operators one after the other."""
     geometry = Geometry(*GEOMETRIES[geometry])
-    maps = [tensor(2, width, *size) for width in widths]
-    weight = tensor(4, sum(widths) // geometry.groups, 3, 3)
-    bias = tensor(4).requires_grad_(not scaled)
-    scale = tensor(4).detach() if scaled else None
-
-    def peer(weight, bias, *maps):
+    for widths, scaled, size, relu in product(
+        ((4,), (2, 3, 1)), (False, True), SIZES, (False, True)
+    ):
+        maps = [tensor(2, width, *size) for width in widths]
+        weight = tensor(4, sum(widths) // geometry.groups, 3, 3)
+        bias = tensor(4).requires_grad_(not scaled)
+        scale = tensor(4).detach() if scaled else None
         x = F.conv2d(torch.cat(maps, 1), weight, None, *geometry)
-        x = (x if scale is None else x * scale[:, None, None]) + bias[:, None, None]
-        return x.relu() if relu else x
-
-    def function(weight, bias, *maps):
-        return convolve(maps, weight, scale, bias, geometry, relu=relu)
-
-    torch.testing.assert_close(function(weight, bias, *maps), peer(weight, bias, *maps))
-    assert torch.autograd.gradcheck(function, (weight, bias, *maps))
+        expected = (x if scale is None else x * scale[:, None, None]) + bias[:, None, None]
+        expected = expected.relu() if relu else expected
+        found = convolve(maps, weight, scale, bias, geometry, relu=relu)
+        torch.testing.assert_close(found, expected)
+        inputs = [x for x in (weight, bias, *maps) if x.requires_grad]
+        direction = torch.randn_like(found)
+        gradients = [torch.autograd.grad(y, inputs, direction) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_gradients_that_are_not_asked_for():
@@ -134,9 +133,16 @@ def test_fp32_is_as_exact_as_separate_norms():
 # The network
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN", ""])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("structure", "norm", "recompute"),
+    [
+        *((structure, "FrozenBN", False) for structure in STRUCTURES),
+        *((structure, "BN", True) for structure in STRUCTURES),
+        *(("eSE in all", norm, recompute) for norm in ("GN", "") for recompute in (False, True)),
+        ("eSE in all", "FrozenBN", True),
+        ("eSE in all", "BN", False),
+    ],
+)
 def test_gradients_equal_the_plain_network(structure, norm, recompute):
     model = build(thin(STRUCTURES[structure]), norm, checkpoint_blocks=recompute).double()
     peer = plain(model)
@@ -269,7 +275,7 @@ def test_saved_bytes():
     assert saved_bytes(nn.Sequential(conv, nn.Sigmoid(), nn.Tanh()), x) == 4 * (2 * 3 + 2 * 8) * 35
 
 
-@pytest.mark.parametrize("variant", TABLE)
+@pytest.mark.parametrize("variant", KINDS)
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_less_is_saved_than_by_the_plain_network(variant, norm):
     model = build(thin(TABLE[variant]), norm)

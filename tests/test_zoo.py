@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from devices import shapes_alone
 from huggingface_hub import constants
 from pytorchcv.models.common.model_store import get_model_name_suffix_data, imgclsmob_repo_url
 from reference import thin
@@ -55,7 +56,7 @@ def test_entries_agree_with_timms_record(name):
 
 @each_of_timm
 def test_specs_are_timms_networks(name):
-    with torch.device("meta"):
+    with shapes_alone():
         peer = timm.create_model(name.removeprefix("timm://"), pretrained=False)
         model = VoVNet(ZOO[name].spec, norm="BN", num_classes=1000)
     model.load_state_dict(peer.state_dict(), assign=True)
