@@ -5,6 +5,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -547,18 +548,20 @@ def test_tool_errors() -> None:
 
 
 def all_configs() -> list[str]:
-    """But for those of classifiers, which tools/pretrain_net.py reads, of Detectron2's own
-    deformable convolution, which needs its compiled part and a GPU, and what others build on."""
+    """One of each that differ in the length of training alone. Without those of classifiers, which
+    tools/pretrain_net.py reads, of Detectron2's own deformable convolution, which needs its
+    compiled part and a GPU, and what others build on."""
     ours = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
     theirs = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
-    return [
-        str(path.relative_to(root))
+    found = {
+        re.sub(r"_\d+(x|k|00)(?=\.yaml|_)", "", str(path)): str(path.relative_to(root))
         for root in (ours, theirs)
         for path in sorted(root.glob("*/*.yaml"))
         if path.parent.name != "Classification"
         and "dconv" not in path.name
         and not path.name.startswith("Base-")
-    ]
+    }
+    return list(found.values())
 
 
 @pytest.mark.slow

@@ -556,12 +556,11 @@ def test_second_derivation(kind: str, derived: Any, size: tuple[int, int]) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DenseNet-67", "PeleeNet"])
-@pytest.mark.parametrize("size", [(64, 96), (67, 101)])
-def test_graphs_compute_the_same(kind: str, size: tuple[int, int]) -> None:
-    """They have no ceil mode."""
+def test_graphs_compute_the_same(kind: str) -> None:
+    """They have no ceil mode, which odd sizes would show."""
     model = make(kind).eval().double()
     random_norms(model)
-    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    x = torch.randn(1, 3, 67, 101, dtype=torch.float64)
     with torch.no_grad():
         program = torch.export.export(model, (x,), strict=False)
         expected = model(x)

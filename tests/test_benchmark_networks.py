@@ -40,7 +40,10 @@ def peer_parameters(name: str) -> int:
     return sum(p.numel() for p in peer.parameters())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "DenseNet-201" else []) for n in BACKBONES],
+)
 def test_every_backbone(name):
     network = backbone(name)
     with shapes_alone():

@@ -14,7 +14,7 @@ import torch
 from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import build_model
 from export_models import MASK_RCNN, RETINANET, build_detector, small_config
-from reference import STRUCTURES, TABLE, random_state, thin
+from reference import KINDS, STRUCTURES, TABLE, random_state, thin
 
 from vovnet_d2 import VoVNet, VoVNetSpec
 from vovnet_d2.export import (
@@ -186,18 +186,18 @@ def test_formats_are_all_tested():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", TABLE)
-def test_every_variant(variant, tmp_path):
-    net = TABLE[variant]
+@pytest.mark.parametrize(
+    "net",
+    [*(pytest.param(thin(TABLE[v]), id=v) for v in KINDS), pytest.param(TABLE["V-39-eSE"], id="")],
+)
+def test_each_kind_of_variant(net, tmp_path):
+    """Thin ones, as a graph does not depend on the widths, and one as it is."""
     target = backbone_target(net)
     file = export(target, "onnx", tmp_path / "backbone.onnx")
     assert_plain(file.path, operators_of(net))
-    print(f"{variant}: {dict(file.operators)}")
     for shape in ((1, 3, 64, 64), (2, 3, 75, 101), (1, 3, 133, 90)):
         images = raw_images(*shape)
-        difference = largest_difference(target, run_onnx(file.path, images), images)
-        print(f"{variant} {shape}: {difference:.1e}")
-        assert difference <= 1e-4
+        assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
 
 
 @pytest.mark.slow
@@ -336,10 +336,7 @@ def test_missing_packages(monkeypatch, tmp_path):
 
 FIXED = [
     (thin(STRUCTURES["eSE in all"]), (2, 64, 96)),
-    *[
-        pytest.param(TABLE["V-99-eSE"], shape, marks=pytest.mark.slow)
-        for shape in [(1, 320, 800), (1, 640, 1600)]  # PETR's
-    ],
+    pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=pytest.mark.slow),  # PETR's
 ]
 
 

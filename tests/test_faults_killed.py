@@ -14,9 +14,9 @@ from fault_runs import assert_equal, free_port, load, read_progress, start, wait
 
 pytest_plugins = ["engine_fixtures"]
 
-KILLS = 25
+KILLS = 12
 OPTIONS = [
-    *["SOLVER.MAX_ITER", "300", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "3"],
+    *["SOLVER.MAX_ITER", "150", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "3"],
     *["TEST.EVAL_PERIOD", "50", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SEED", "5"],
 ]
 
@@ -59,9 +59,9 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
     for kill in range(KILLS):
         processes = start_all(coco_root, killed, OPTIONS, world)
         victim = rng.choice(processes)
-        if kill % 8 == 0:  # on the way to the training
+        if kill % 6 == 0:  # on the way to the training
             time.sleep(rng.uniform(0, 1.2))
-        elif kill % 3 == 0:  # while a checkpoint is written, by the first process
+        elif kill % 3 == 1:  # while a checkpoint is written, by the first process
             victim = processes[0]
             wait_until_it_saves(killed, processes)
         else:  # somewhere in training, saving and evaluation
@@ -78,13 +78,13 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
     assert end_all(start_all(coco_root, killed, OPTIONS, world)) == [0] * world
     assert end_all(reference) == [0] * world
 
-    assert len(read_progress(killed)) > 300  # some steps were made more than once
+    assert len(read_progress(killed)) > 150  # some steps were made more than once
     output = read_output(killed)
     assert "Removed what a killed run left half-written" in output
     for name in ("model_final.pth", "model_best.pth"):
         assert_equal(load(killed / name), load(whole / name), name)
     numbered = sorted(path.name for path in killed.glob("model_0*.pth"))
-    assert numbered == ["model_0000289.pth", "model_0000294.pth", "model_0000299.pth"]
+    assert numbered == ["model_0000139.pth", "model_0000144.pth", "model_0000149.pth"]
     assert not list(killed.glob("*.partial"))
 
 

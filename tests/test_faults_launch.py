@@ -86,8 +86,11 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the launcher", "to all processes"])
-@pytest.mark.parametrize("launcher", ["none", "detectron2", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "to_all"),
+    [("none", True), ("detectron2", False), ("detectron2", True), ("torchrun", False),
+     ("torchrun", True)],
+)  # fmt: skip
 def test_a_signal_ends_with_a_checkpoint_and_a_status(
     tmp_path: Path, launcher: str, to_all: bool
 ) -> None:

@@ -77,8 +77,10 @@ def test_what_workers_need_can_be_pickled(build: Any, coco: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-@pytest.mark.parametrize("tool", ["train_net", "lazyconfig_train_net", "pretrain_net"])
+@pytest.mark.parametrize(
+    ("tool", "method"),
+    [("train_net", "forkserver"), ("lazyconfig_train_net", "spawn"), ("pretrain_net", "spawn")],
+)
 def test_tools_with_workers(coco_root: Path, tmp_path: Path, tool: str, method: str) -> None:
     yaml = ["DATALOADER.NUM_WORKERS", "1", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
     words = {

@@ -250,9 +250,8 @@ def test_distributed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled(recompute, norm):
+@pytest.mark.parametrize(("norm", "recompute"), [("FrozenBN", False), ("BN", True)])
+def test_compiled(norm, recompute):
     """In float64, where a compiled network's constants are float32 still."""
     model = build(norm=norm, checkpoint_blocks=recompute).double()
     peer = plain(model)
