@@ -2,11 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the launcher inside the test's process, on the miniature COCO."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from detectron2.config import CfgNode
+from detectron2.engine import defaults
 
-from vovnet_d2.engine import argument_parser, load_config, run
+from vovnet_d2.engine import argument_parser, load_config, report, run
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
@@ -39,12 +45,42 @@ def tiny_config(config: str, output_dir: Path, *options: str) -> CfgNode:
     return load_config(config, options)
 
 
-def launch(config: str, output_dir: Path, *words: str, options: list[str] = TINY) -> dict:
+@contextmanager
+def quick(*, pictures: bool = False) -> Iterator[None]:
+    """Runs inside take half of the time that they would take: Detectron2 looks keys of a config up
+    in the config, where it would write it as YAML and read that, and without ``pictures`` the
+    report has none."""
+    through_yaml = getattr(defaults, "_try_get_key", None)
+
+    def look_up(cfg: Any, *keys: str, default: Any = None) -> Any:
+        if not isinstance(cfg, CfgNode):
+            return through_yaml(cfg, *keys, default=default)
+        for key in keys:
+            found = reduce(lambda node, name: (node or {}).get(name), key.split("."), cfg)
+            if found is not None:
+                return found
+        return default
+
+    with (
+        mock.patch.object(defaults, "_try_get_key", look_up, create=True),
+        mock.patch.object(report, "_draw", report._draw if pictures else lambda *_: None),
+    ):
+        yield
+
+
+def launch(
+    config: str,
+    output_dir: Path,
+    *words: str,
+    options: list[str] = TINY,
+    pictures: bool = False,
+) -> dict:
     """Run the launcher; ``words`` are arguments, then options that come after ``options``."""
     flags = [word for word in words if word.startswith("--")]
     more = [word for word in words if not word.startswith("--")]
     options = [*options, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *more]
-    return run(argument_parser().parse_args(["--config-file", config, *flags, *options]))
+    with quick(pictures=pictures):
+        return run(argument_parser().parse_args(["--config-file", config, *flags, *options]))
 
 
 def read_log(output_dir: Path) -> str:

@@ -76,7 +76,7 @@ def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> N
     assert trained.keys() == evaluations
 
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
-    evaluated = launch(config, tmp_path, "--eval-only", *weights, options=OPTIONS)
+    evaluated = launch(config, tmp_path, "--eval-only", *weights, options=OPTIONS, pictures=True)
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
     assert (tmp_path / "predictions.png").is_file()
     if "keypoints" in evaluations:

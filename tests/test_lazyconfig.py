@@ -249,11 +249,18 @@ TINY = [
 ]
 
 
-def launch(out: Path, *words: str, config: str = MASK_RCNN, options: list[str] = TINY) -> dict:
+def launch(
+    out: Path,
+    *words: str,
+    config: str = MASK_RCNN,
+    options: list[str] = TINY,
+    pictures: bool = False,
+) -> dict:
     flags = [word for word in words if word.startswith("--")]
     more = [word for word in words if not word.startswith("--")]
     options = [*options, f"train.output_dir={out}", *more]
-    return run(lazy_argument_parser().parse_args(["--config-file", config, *flags, *options]))
+    with engine_runs.quick(pictures=pictures):
+        return run(lazy_argument_parser().parse_args(["--config-file", config, *flags, *options]))
 
 
 def read_predictions(out: Path) -> list[dict]:
@@ -268,14 +275,15 @@ def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
     out.mkdir()
     shutil.copy(tmp_path / "whole" / "model_0000001.pth", out)
     (out / "last_checkpoint").write_text("model_0000001.pth")
-    resumed = launch(out, "--resume")
+    resumed = launch(out, "--resume", pictures=True)
     assert f"Resumed from {out}/model_0000001.pth." in engine_runs.read_log(out)
     assert "2 of 3 iterations are done." in engine_runs.read_log(out)
     assert str(resumed) == str(whole)  # as text, where NaN equals itself
     predictions = read_predictions(out)
     assert predictions == read_predictions(tmp_path / "whole")
 
-    evaluated = launch(out, "--eval-only", f"train.init_checkpoint={out}/model_final.pth")
+    weights = f"train.init_checkpoint={out}/model_final.pth"
+    evaluated = launch(out, "--eval-only", weights, pictures=True)
     assert str(evaluated) == str(resumed)
     assert read_predictions(out / "evaluation") == predictions
     trained_report, report = (

@@ -17,6 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from devices import shapes_alone
+from engine_runs import quick
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
@@ -76,19 +77,23 @@ def load_classification_config(name: str, options: list[str]) -> CfgNode:
     return load_config(name, options, add_config=pretrain.add_pretraining_config)
 
 
-def launch(data: Path | str, out: Path, *words: str, config: str = BASE) -> dict[str, Any]:
+def launch(
+    data: Path | str, out: Path, *words: str, config: str = BASE, pictures: bool = False
+) -> dict[str, Any]:
     """Run the tool; ``words`` are flags, then config options."""
     flags = [word for word in words if word.startswith("--")]
     options = [*THIN, *SHORT, "PRETRAIN.DATA", str(data), "OUTPUT_DIR", str(out)]
     options += [word for word in words if not word.startswith("--")]
-    return pretrain.run(argument_parser().parse_args(["--config-file", config, *flags, *options]))
+    with quick(pictures=pictures):
+        arguments = ["--config-file", config, *flags, *options]
+        return pretrain.run(argument_parser().parse_args(arguments))
 
 
 @pytest.fixture(scope="module")
 def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with a run long enough to tell the colours, and its results."""
     out = tmp_path_factory.mktemp("run")
-    results = launch(images, out, "SOLVER.MAX_ITER", "40", "SOLVER.BASE_LR", "0.05")
+    results = launch(images, out, "SOLVER.MAX_ITER", "40", "SOLVER.BASE_LR", "0.05", pictures=True)
     assert results["classification"]["top1"] > 60
     assert "WARNING" not in read_log(out)
     return out, results

@@ -40,7 +40,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("config", [REFINEDET, DSOD])
 def test_training_resuming_and_evaluating(coco: Path, tmp_path: Path, config: str) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    results = launch(config, whole, options=COCO)
+    results = launch(config, whole, options=COCO, pictures=True)
     assert set(results["bbox"]) >= {"AP", "AP50"}
     log = read_log(whole)
     assert "SamplerCrop" in log

@@ -163,7 +163,7 @@ def test_a_training_keeps_strange_files(coco: Path, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(STRANGE)
     options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.CHECKPOINTS_KEPT", "1"]
-    launch(FASTER_RCNN, tmp_path, *options, "DATASETS.TEST", "()")
+    launch(FASTER_RCNN, tmp_path, *options, "DATASETS.TEST", "()", pictures=True)
     found = read_all(tmp_path)
     assert [found[name] for name in names] == [STRANGE] * len(names)
     # That the names of a run are these:

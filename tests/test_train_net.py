@@ -34,7 +34,7 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     """Two iterations, one more after a resume, then the evaluation alone: the same results."""
     first = ["SOLVER.MAX_ITER", "2"]
     launch(config, out, *first, options=options)
-    trained = launch(config, out, "--resume", options=options)
+    trained = launch(config, out, "--resume", options=options, pictures=True)
     predictions = read_predictions(out)
     assert f"Resumed from {out}/model_final.pth." in read_log(out)
     assert "2 of 3 iterations are done." in read_log(out)
@@ -42,7 +42,8 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     assert len({p["category_id"] for p in predictions}) > 1
 
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
-    evaluated = launch(config, out, "--eval-only", "--auto-scale-lr", *weights, options=options)
+    flags = ["--eval-only", "--auto-scale-lr"]
+    evaluated = launch(config, out, *flags, *weights, options=options, pictures=True)
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
     assert read_predictions(out / "evaluation") == predictions
     trained_report = json.loads((out / "results.json").read_text())
