@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network as a graph of torch.fx, as an FX-quantized network and as a TorchScript."""
 
+import detectron2.export  # noqa: F401 (lets torch.jit.script take Detectron2's FPN)
 import pytest
 import torch
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool

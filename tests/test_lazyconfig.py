@@ -173,10 +173,13 @@ def test_same_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", [MASK_RCNN, RETINANET])
 def test_same_output(name: str) -> None:
-    """With the same weights, from a picture to detections."""
-    cfg = load_config(twin(name), ["MODEL.DEVICE", "cpu", "TEST.DETECTIONS_PER_IMAGE", "100"])
-    theirs = build_model(cfg).eval()
-    ours = instantiate(lazy(name), "model").eval()
+    """With the same weights, from a picture to detections; of a smaller variant and box head."""
+    options = ["MODEL.DEVICE", "cpu", "MODEL.VOVNET.CONV_BODY", "V-19-slim-eSE"]
+    theirs = build_model(load_config(twin(name), [*options, "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]))
+    words = ["model.backbone.bottom_up.spec=V-19-slim-eSE"]
+    words += ["model.roi_heads.box_head.fc_dims=[32,32]"] if name == MASK_RCNN else []
+    ours = instantiate(load_lazy_config(name, words), "model").eval()
+    theirs.eval()
     # So that something is found: the scores of untrained heads are all alike.
     heads = theirs.roi_heads.box_predictor if hasattr(theirs, "roi_heads") else theirs.head
     nn.init.normal_(heads.cls_score.weight, std=1.0)

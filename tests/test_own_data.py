@@ -15,7 +15,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Boxes, BoxMode, Instances
-from engine_runs import MASK_RCNN, RETINANET, TINY, read_log
+from engine_runs import MASK_RCNN, RETINANET, TINY, quick, read_log
 from pycocotools.coco import COCO
 
 from vovnet_d2 import Predictor
@@ -93,7 +93,8 @@ def setup(config: str, words: list[str], *options: str, training: bool = True) -
 
 
 def launch(config: str, *words: str) -> dict[str, Any]:
-    return run(argument_parser().parse_args(["--config-file", config, *words]))
+    with quick():
+        return run(argument_parser().parse_args(["--config-file", config, *words]))
 
 
 def test_train_then_evaluate_and_predict_without_the_flags(
