@@ -3,12 +3,14 @@
 """Hundreds of malformed and hostile files, through the tools as a user would give them: each is
 told in a sentence, none runs code, none makes the tools touch a file that is not theirs."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import check_dataset
 import convert_weights
 import pytest
+from cases import case
 from dataset_faults import FAULTS, SIZE, DataSet, require_trainable, spoil
 from engine_runs import FASTER_RCNN
 from malformed import (
@@ -137,32 +139,34 @@ def run_config(sandbox: Path, text: bytes, options: tuple[str, ...] = ()) -> Non
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("name", HOSTILE_CONFIGS)
-def test_hostile_configs(sandbox: Path, capsys, name: str) -> None:
+def test_hostile_configs(sandbox: Path, capsys) -> None:
     mark = sandbox / "mark"
-    run_config(sandbox, HOSTILE_CONFIGS[name].format(mark=mark).encode())
-    assert not mark.exists()
-    require_a_sentence(capsys)
+    for name, text in HOSTILE_CONFIGS.items():
+        with case(name):
+            run_config(sandbox, text.format(mark=mark).encode())
+            assert not mark.exists()
+            require_a_sentence(capsys)
 
 
-@pytest.mark.parametrize("name", MALFORMED_CONFIGS)
-def test_malformed_configs(sandbox: Path, capsys, name: str) -> None:
-    run_config(sandbox, MALFORMED_CONFIGS[name])
-    require_a_sentence(capsys)
+def test_malformed_configs(sandbox: Path, capsys) -> None:
+    for name, text in MALFORMED_CONFIGS.items():
+        with case(name):
+            run_config(sandbox, text)
+            require_a_sentence(capsys)
 
 
-@pytest.mark.parametrize("name", MALFORMED_OPTIONS)
-def test_malformed_options(sandbox: Path, capsys, name: str) -> None:
+def test_malformed_options(sandbox: Path, capsys) -> None:
     mark = sandbox / "mark"
-    words = [word.format(mark=mark) for word in MALFORMED_OPTIONS[name]]
-    words = ["--config-file", FASTER_RCNN, "OUTPUT_DIR", str(sandbox / "output"), *words]
-    with watching(sandbox), pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 2
-    assert not mark.exists()
-    if "unrecognized" not in (error := capsys.readouterr().err):
-        assert error.startswith("error: ") or "\nerror: " in error
-    assert "Traceback" not in error
+    good = ["--config-file", FASTER_RCNN, "OUTPUT_DIR", str(sandbox / "output")]
+    for name, words in MALFORMED_OPTIONS.items():
+        with case(name):
+            with watching(sandbox), pytest.raises(SystemExit) as caught:
+                main([*good, *(word.format(mark=mark) for word in words)])
+            assert caught.value.code == 2
+            assert not mark.exists()
+            if "unrecognized" not in (error := capsys.readouterr().err):
+                assert error.startswith("error: ") or "\nerror: " in error
+            assert "Traceback" not in error
 
 
 # Weights
@@ -186,19 +190,21 @@ _CONVERTIBLE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(MALFORMED.keys() - _CONVERTIBLE))
-def test_malformed_weights(sandbox: Path, name: str) -> None:
+def test_malformed_weights(sandbox: Path) -> None:
     path = sandbox / "weights.pth"
-    path.write_bytes(MALFORMED[name][0](path))
-    convert(sandbox, path)
+    for name in sorted(MALFORMED.keys() - _CONVERTIBLE):
+        with case(name):
+            path.write_bytes(MALFORMED[name][0](path))
+            convert(sandbox, path)
 
 
-@pytest.mark.parametrize("write", WRITERS, ids=lambda writer: writer.__name__)
-def test_hostile_weights(sandbox: Path, write) -> None:
+def test_hostile_weights(sandbox: Path) -> None:
     path = sandbox / "weights.pth"
-    write(path, Payload(sandbox / "mark"))
-    convert(sandbox, path)
-    assert not (sandbox / "mark").exists()
+    for write in WRITERS:
+        with case(write.__name__):
+            write(path, Payload(sandbox / "mark"))
+            convert(sandbox, path)
+            assert not (sandbox / "mark").exists()
 
 
 # Annotations and images
@@ -215,20 +221,23 @@ def check(sandbox: Path, data: DataSet) -> int:
             return int(ended.code or 0)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_malformed_annotations(sandbox: Path, capsys, name: str) -> None:
-    data = DataSet(sandbox / "data")
-    spoil(data, FAULTS[name][0])
-    status = check(sandbox, data)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    if name == "mask missing":  # the box is good, and all that a detector of boxes needs
-        assert status == 0
-        return
-    assert "error " in captured.out or "warning " in captured.out
-    if status != 1:
-        assert status == 2  # nothing is left to write
-        assert "error: Nothing of" in captured.err
+def test_malformed_annotations(sandbox: Path, capsys) -> None:
+    for name, (fault, _) in FAULTS.items():
+        data = DataSet(sandbox / "data")
+        spoil(data, fault)
+        with case(name):
+            status = check(sandbox, data)
+            captured = capsys.readouterr()
+            assert "Traceback" not in captured.err
+            if name == "mask missing":  # the box is good, and all that a detector of boxes needs
+                assert status == 0
+            else:
+                assert "error " in captured.out or "warning " in captured.out
+                if status != 1:
+                    assert status == 2  # nothing is left to write
+                    assert "error: Nothing of" in captured.err
+        shutil.rmtree(data.folder)
+        (sandbox / "output" / "fixed.json").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,17 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Many cases of one proof in one test."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+
+@contextmanager
+def case(name: str) -> Iterator[None]:
+    """What fails inside says which case it is."""
+    try:
+        yield
+    except (AssertionError, pytest.fail.Exception) as error:
+        raise AssertionError(f"In case {name!r}: {error}") from error
