@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Two tests at a time, each in one thread (tests/conftest.py).
-PYTEST := $(PY) -m pytest -n 2
+# Two tests at a time, each in one thread (tests/conftest.py). Worksteal keeps the tests of a file
+# together, which share what they build, and divides what is left at the end.
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -28,6 +28,7 @@ from vovnet_d2.data.stream import (
     Place,
     TrainingStream,
     build_detection_stream,
+    dismiss_workers,
     stay_until_dismissed,
 )
 from vovnet_d2.engine.interruption import exit_on_signal, handle_signals
@@ -240,6 +241,22 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
     assert worker.exitcode is None
     worker.kill()
     worker.join()
+
+
+def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
+    """Python would wait for them, as they do not heed the signal that it sends."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_stay, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        dismiss_workers()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from vovnet_d2.data.unreadable import ReadableOnly, UnreadableImageError, image_
 from vovnet_d2.engine import Trainer, main
 
 pytest_plugins = ["engine_fixtures"]
+
+TOOL = Path(__file__).parents[1] / "tools" / "train_net.py"
 
 
 @pytest.fixture
@@ -261,6 +265,24 @@ def test_roots(coco_copy: Path) -> None:
     assert image_roots(both) == [str(coco_copy / "train2017"), str(coco_copy / "val2017")]
     MetadataCatalog.get("my own").set(thing_classes=["a"])
     assert image_roots([*both, "my own"]) == []
+
+
+@pytest.mark.slow
+def test_the_tool_ends_after_an_error_in_an_evaluation(coco_copy: Path, tmp_path: Path) -> None:
+    """Though workers are left that would load more images."""
+    cut(images(coco_copy, "val2017")[0])
+    words = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"]
+    words += ["DATALOADER.NUM_WORKERS", "2"]
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--config-file", FASTER_RCNN, *words],
+        env={**os.environ, "DETECTRON2_DATASETS": str(coco_copy.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_evaluation_names_the_file(coco_copy: Path, tmp_path: Path) -> None:

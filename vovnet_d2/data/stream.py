@@ -10,10 +10,13 @@ none of their state is saved.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import multiprocessing
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +46,7 @@ __all__ = [
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 _NUM_REPLACEMENTS = 100
 _FAREWELL = 300  # seconds, in which the step at hand ends
+_LAST_FAREWELL = 1  # seconds, where the main process ends
 
 Sample = tuple[int, int]  # position, index in the data set
 
@@ -277,6 +281,21 @@ def stay_until_dismissed(worker: int) -> None:
     for number in ending_signals():
         signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before
+
+
+@atexit.register
+def dismiss_workers() -> None:
+    """End the workers that are left when Python ends, as after an error in an evaluation. Otherwise
+    multiprocessing would wait for them, and they would stay (:func:`stay_until_dismissed`)."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    for worker in workers:
+        worker.terminate()
+    end = time.monotonic() + _LAST_FAREWELL
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+        worker.kill()
 
 
 def build_detection_stream(
