@@ -67,7 +67,7 @@ def mark(config: str) -> object:
 def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> None:
     """Two iterations, one more after a resume, then the evaluation alone: the same results."""
     launch(config, tmp_path, "SOLVER.MAX_ITER", "2", options=OPTIONS)
-    trained = launch(config, tmp_path, "--resume", options=OPTIONS)
+    trained = launch(config, tmp_path, "--resume", options=OPTIONS, pictures=True)
     assert "2 of 3 iterations are done." in read_log(tmp_path)
     losses, evaluations = DETECTORS[config]
     logged = read_losses(tmp_path, iteration=2)
@@ -76,7 +76,7 @@ def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> N
     assert trained.keys() == evaluations
 
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
-    evaluated = launch(config, tmp_path, "--eval-only", *weights, options=OPTIONS, pictures=True)
+    evaluated = launch(config, tmp_path, "--eval-only", *weights, options=OPTIONS)
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
     assert (tmp_path / "predictions.png").is_file()
     if "keypoints" in evaluations:
