@@ -26,7 +26,7 @@ EXPRESSIBLE = [name for name in timm.list_models("*vovnet*") if name not in INEX
 KINDS = list(
     {
         (config["depthwise"], config["attn"], config["residual"]): name
-        for name, config in timm.models.vovnet.model_cfgs.items()
+        for name, config in reversed(timm.models.vovnet.model_cfgs.items())
         if name in EXPRESSIBLE
     }.values()
 )
