@@ -117,7 +117,7 @@ def test_the_page_is_the_zoos():
 
 @each_entry
 def test_the_page_names_everything(name):
-    page, entry = zoo_page.render(), ZOO[name]
+    page, entry = (ROOT / "MODEL_ZOO.md").read_text(), ZOO[name]
     lines = entry.input.config_lines()
     for part in (name, entry.variant, *entry.urls, entry.license, entry.trained_on, *lines):
         assert part in page
