@@ -21,7 +21,7 @@ from .check.problems import PROBLEMS, Findings
 from .check.reading import SECTIONS, read_annotation_file
 from .check.values import are_numbers, as_id, is_number, is_whole
 
-__all__ = ["Contents", "read_contents"]
+__all__ = ["Contents", "read_coco", "read_contents"]
 
 _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes a corrected copy."
 _NUM_LOOKED_FOR = 20
@@ -66,9 +66,26 @@ def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
         raise FileNotFoundError(f"There is no annotation file {json}.")
     if not os.path.isdir(images):
         raise FileNotFoundError(f"There is no folder of images {images}.")
+    content, contents = _read(json, evaluated=evaluated, any_encoding=False)
+    _look_for_images(json, images, [image["file_name"] for image in content["images"]])
+    return contents
+
+
+def read_coco(json: str) -> dict[str, Any]:
+    """Read a file in COCO's format, whatever its encoding, to convert it.
+
+    Raises:
+        ValueError: the file is not in COCO's format.
+    """
+    return _read(json, evaluated=False, any_encoding=True)[0]
+
+
+def _read(json: str, *, evaluated: bool, any_encoding: bool) -> tuple[dict[str, Any], Contents]:
     findings = Findings()
     content = read_annotation_file(Path(json), findings)
     for problem, examples in findings.examples.items():
+        if problem == "encoding" and any_encoding:
+            continue
         raise ValueError(
             f"{json} is not in COCO's format: {PROBLEMS[problem].title} ({examples[0]}). {_HINT}"
         )
@@ -76,8 +93,7 @@ def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
     for section in SECTIONS:
         _check_fields(json, section, content[section], evaluated)
     _check_ids(json, content)
-    _look_for_images(json, images, [image["file_name"] for image in content["images"]])
-    return _count(json, content)
+    return content, _count(json, content)
 
 
 def _is_text(value: Any) -> bool:

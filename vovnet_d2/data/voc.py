@@ -79,7 +79,7 @@ def _load_image(dirname: str, name: str, class_names: list[str]) -> Record:
 
 
 def parse_annotations(path: str) -> ElementTree.Element:
-    with PathManager.open(path) as file:
+    with PathManager.open(path, "rb") as file:  # the file says its encoding
         return ElementTree.parse(file).getroot()
 
 

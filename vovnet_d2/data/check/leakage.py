@@ -11,7 +11,7 @@ import numpy as np
 from .files import ImageFile
 from .problems import Findings
 
-__all__ = ["compare_files"]
+__all__ = ["compare_files", "near_pairs"]
 
 # Of 256 bits. Pictures that have nothing in common differ in about 128, with a standard deviation
 # of 8 for independent bits; a copy at another size or JPEG quality in a handful.
@@ -37,12 +37,12 @@ def compare_files(
         findings.add("leaked_file", f"{name} is {by_digest[mine[name].digest]}")
     for name in sorted(mine.keys() & others.keys() - leaked):
         findings.add("same_name", name)
-    for name, other in _near_pairs({n: f for n, f in mine.items() if n not in leaked}, others):
+    for name, other in near_pairs({n: f for n, f in mine.items() if n not in leaked}, others):
         findings.add("near_duplicate", f"{name} and {other}")
     return leaked
 
 
-def _near_pairs(
+def near_pairs(
     mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile]
 ) -> Iterator[tuple[str, str]]:
     names, looks = _looks(mine)

@@ -1,0 +1,127 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of images, and the files around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from ..check.names import NearNames
+from ..image_file import read_header
+from .notes import read_each
+
+__all__ = ["IMAGE_SUFFIXES", "ImageFolder", "last_part", "list_files", "read_text", "slashed"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
+
+
+class ImageFolder:
+    """Finds images by what annotation files call them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise FileNotFoundError(f"There is no folder of images {root}.")
+        self.root = root
+        self._near = NearNames(root)
+
+    def find(self, *names: str) -> str | None:
+        """Return the first of some names that leads to a file, relative to the folder.
+
+        Args:
+            names: paths as another system wrote them, or without a suffix.
+        """
+        for name in filter(None, map(slashed, names)):
+            if self._is_file(name):
+                return name
+            if near := self._near.find(name):
+                return near
+        return None
+
+    def _is_file(self, name: str) -> bool:
+        path = PurePosixPath(name)
+        inside = not path.is_absolute() and ".." not in path.parts
+        known = path.suffix.lower() in IMAGE_SUFFIXES
+        return inside and known and (self.root / name).is_file()
+
+    def sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Read the width and height of images from the headers of their files.
+
+        Raises:
+            ValueError: a file is no picture.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(self._try_size, names))
+        return read_each(zip(names, found, strict=True), self._require_size)
+
+    def _try_size(self, name: str) -> tuple[int, int] | None:
+        try:
+            return read_header(self.root / name).size
+        except Exception:  # whatever a decoder raises
+            return None
+
+    def _require_size(self, found: tuple[str, tuple[int, int] | None]) -> tuple[int, int]:
+        name, size = found
+        if size is None:
+            raise ValueError(
+                f"{self.root / name} is not a picture that can be read: mend it, or take it and "
+                "its annotations away."
+            )
+        return size
+
+
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """List the files of some suffixes below a folder, in order; hidden ones are left out.
+
+    Folders that are symbolic links are gone into, once.
+    """
+    found: list[Path] = []
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = (n for n in files if not n.startswith(".") and n.lower().endswith(tuple(suffixes)))
+        found += [Path(parent, name) for name in names]
+    return sorted(found)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not in UTF-8, or UTF-16 with a mark.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}, is not in UTF-8 (byte {data[error.start]:#04x}): save the file "
+            "as UTF-8."
+        ) from error
+
+
+def slashed(path: str) -> str:
+    """Return a path of any system with slashes, without "./" in front."""
+    return path.strip().replace("\\", "/").removeprefix("./")
+
+
+def last_part(path: str) -> str:
+    """Return the name of a file at the end of a path of any system."""
+    return slashed(path).rstrip("/").rpartition("/")[2]

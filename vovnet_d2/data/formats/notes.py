@@ -1,0 +1,60 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion changed or left out, and the problems that stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+__all__ = ["Notes", "read_each"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Notes:
+    """Counts what a conversion changed or left out, with the first place of each kind."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, where: str) -> None:
+        """Count one case.
+
+        Args:
+            what: the kind of the case, in words, as the plural subject of a line.
+            where: the file and the line or element of this case.
+        """
+        self._counts[what] = self._counts.get(what, 0) + 1
+        self._first.setdefault(what, where)
+
+    def lines(self) -> list[str]:
+        """Return one line for each kind."""
+        return [f"{n} {what}; first: {self._first[what]}." for what, n in self._counts.items()]
+
+
+def read_each(items: Iterable[T], read: Callable[[T], R], what: str = "files") -> list[R]:
+    """Read all items, and refuse the whole with one sentence if some cannot be read.
+
+    Args:
+        what: the items, in words.
+
+    Raises:
+        ValueError: the sentence is that of the first item, and counts the others.
+    """
+    results: list[R] = []
+    problems = list(_try_each(items, read, results))
+    if problems:
+        others = f" {len(problems) - 1} more {what} have problems." if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{others}")
+    return results
+
+
+def _try_each(items: Iterable[T], read: Callable[[T], R], results: list[R]) -> Iterator[str]:
+    for item in items:
+        try:
+            results.append(read(item))
+        except (FileNotFoundError, ValueError) as error:
+            yield str(error.args[0])

@@ -1,0 +1,183 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The formats of annotations: how each is known, read and written.
+
+Three libraries read such files, and none of them is used (tried in November 2026):
+
+- supervision 0.31 (MIT) gives boxes as float32 and polygons as the pixels of a mask, loses VOC's
+  "difficult", stops at a byte order mark in Labelme's files, and has no CSV of Open Images.
+- globox 2.9 (MIT) gives boxes alone, one pixel off for VOC, refuses a YOLO file that has boxes and
+  polygons, and stops at swapped corners and at missing sizes without naming the element.
+- datumaro 1.13 (MIT) needs NumPy 2.2 to 2.4 and Pillow 12, rounds coordinates to two decimals,
+  makes objects of the parts of VOC's objects, and refuses polygons in YOLO's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ...checkpoint.atomic import atomic_write
+from ..own_files import read_coco
+from . import labelme, open_images, voc, yolo
+from .labelled import Content
+from .notes import Notes
+
+__all__ = [
+    "FORMATS",
+    "Annotations",
+    "Format",
+    "describe_formats",
+    "read_annotations",
+    "recognise",
+    "write_coco",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    Attributes:
+        title: what the format is called.
+        example: what is to be given as its path.
+        matches: returns whether a path, which is there, is of this format.
+        find_images: returns the folder of images of a path and a part, if the files say it.
+        read: reads a path, with a folder of images and a part, into COCO's format.
+        write: writes parts, in COCO's format, to a folder.
+    """
+
+    title: str
+    example: str
+    matches: Callable[[Path], bool]
+    find_images: Callable[[Path, str | None], Path | None]
+    read: Callable[[Path, Path, str | None, Notes], Content]
+    write: Callable[[Path, Mapping[str, Content], Notes], None]
+
+
+class Annotations(NamedTuple):
+    """
+    Attributes:
+        content: what was read, in COCO's format.
+        images: the folder that file names are relative to.
+        title: of the format.
+        notes: what was changed or left out, a line for each kind.
+    """
+
+    content: Content
+    images: Path
+    title: str
+    notes: list[str]
+
+    def describe(self) -> str:
+        """Say in one line what was read, and the order of the categories."""
+        counts = [len(self.content[section]) for section in ("images", "annotations")]
+        names = ", ".join(f"{c['id']} {c['name']}" for c in self.content["categories"])
+        return (
+            f"{self.title}, {counts[0]} images, {counts[1]} objects; the categories in their "
+            f"order are {names}."
+        )
+
+
+def _is_coco(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() not in (".xml", ".txt")
+
+
+def _read_coco(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
+    return read_coco(str(path))
+
+
+def _write_coco(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, content in parts.items():
+        write_coco(content, folder / f"{part}.json")
+
+
+def write_coco(content: Content, path: Path) -> None:
+    """Write a file in COCO's format, whole or not at all.
+
+    Raises:
+        FileNotWrittenError: the disk is full, say.
+    """
+    with atomic_write(path) as partial:
+        Path(partial).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+FORMATS: dict[str, Format] = {
+    "voc": Format(
+        "PASCAL VOC XML",
+        "a folder of .xml files, or a list in ImageSets/Main",
+        *(voc.is_voc, voc.find_images, voc.read, voc.write),
+    ),
+    "labelme": Format(
+        "Labelme JSON",
+        "a folder of .json files",
+        *(labelme.is_labelme, labelme.find_images, labelme.read, labelme.write),
+    ),
+    "csv": Format(
+        "CSV of Open Images",
+        "a .csv file",
+        *(open_images.is_open_images, open_images.find_images),
+        *(open_images.read, open_images.write),
+    ),
+    "yolo": Format(
+        "YOLO text",
+        "a data.yaml, or a folder of .txt files",
+        *(yolo.is_yolo, yolo.find_images, yolo.read, yolo.write),
+    ),
+    "coco": Format(
+        "COCO JSON",
+        "a .json file",
+        *(_is_coco, lambda path, part: None, _read_coco, _write_coco),
+    ),
+}
+"""The formats by their short names. The first that matches is taken: COCO's is the one of a file
+that is none of the others."""
+
+
+def describe_formats() -> str:
+    """List the formats and what is given as their paths, in words."""
+    return "; ".join(f"{known.title}: {known.example}" for known in FORMATS.values())
+
+
+def recognise(path: Path) -> str:
+    """Find out the format of annotations.
+
+    Returns:
+        a key of :data:`FORMATS`.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is of no format that is known.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no annotation file {path}.")
+    for key, known in FORMATS.items():
+        if known.matches(path):
+            return key
+    raise ValueError(f"{path} has no annotations of a known format ({describe_formats()}).")
+
+
+def read_annotations(path: Path, images: Path | None, part: str | None = None) -> Annotations:
+    """Read annotations of any format.
+
+    Args:
+        path: a file or folder.
+        images: the folder of images; None for the one that the annotations name.
+        part: "train" or "val", say, where the annotations have several parts; None for all.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: the annotations are of no known format, or something in them is wrong.
+    """
+    path = path.absolute()  # some formats look at the folders above
+    known, notes = FORMATS[recognise(path)], Notes()
+    folder = images or known.find_images(path, part)
+    if folder is None:
+        raise ValueError(
+            f"{path} is {known.title}, which does not say where its images are: give their folder."
+        )
+    content = known.read(path, folder, part, notes)
+    return Annotations(content, folder, known.title, notes.lines())
