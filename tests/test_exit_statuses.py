@@ -21,6 +21,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "analyze_model": (["--backbone", "V-39", "A.B", "1"], "Config options, A.B here, go with"),
     "benchmark": ([], "Nothing to measure"),
     "check_dataset": ([], "Nothing to check"),
+    "convert_dataset": (["missing.json", "out"], "There is no annotation file"),
     "convert_weights": (["missing.pth", "out.pth"], "No file of weights missing.pth"),
     "demo": (["--config-file", "x.yaml", "--input", "x.jpg"], "Nothing would be kept"),
     "export_model": (["--config-file", "missing.yaml"], "No config file 'missing.yaml'"),
