@@ -223,9 +223,9 @@ def test_the_miniature_coco_is_clean(tmp_path: Path, capsys) -> None:
         ([], "Nothing to check"),
         (["digits_trian"], "'digits_trian' is not registered. Close to it: digits_train"),
         (["voc_2007_val"], "no annotation file in COCO's format: it is a pascal_voc"),
-        (["--train-json", "x.json"], "go together"),
-        (["--train-json", "x.json", "--train-images", "."], "no annotation file x.json"),
-        (["--train-json", "{json}", "--train-images", "nowhere"], "no folder of images nowhere"),
+        (["--train-json", "{json}"], "go together"),
+        (["--train-json", "x.json", "--train-images", "."], "There is no annotation file"),
+        (["--train-json", "{json}", "--train-images", "nowhere"], "There is no folder of images"),
         (
             ["--train-json", "{json}", "--train-images", "{images}", "--fix", "a", "b"],
             "a file for each data set: 1",

@@ -19,7 +19,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vovnet_d2 import VOVNET_SPECS, Predictor, get_config_file
+from vovnet_d2.data.formats import FORMATS, Notes
 from vovnet_d2.data.stream import TrainingStream
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.any_config import load_any_config
@@ -503,3 +504,63 @@ def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
     assert "World size: 2" in done.stdout
     assert "| coco_2017_val | segm" in done.stdout
     assert f"python {tool} --num-gpus 2" in (tmp_path / "results.md").read_text()
+
+
+# Data of one's own --------------------------------------------------------------------------------
+
+
+def own_data(coco: Path, tmp_path: Path) -> list[str]:
+    """The miniature as two sets of one's own with two categories, the first in Labelme's format."""
+    for split in ("train", "val"):
+        content = json.loads((coco / f"coco/annotations/instances_{split}2017.json").read_text())
+        content["categories"] = [{"id": n, "name": f"kind {n}"} for n in (1, 2)]
+        content["annotations"] = [
+            annotation | {"category_id": number % 2 + 1}
+            for number, annotation in enumerate(content["annotations"])
+            if not annotation["iscrowd"]
+        ]
+        if split == "train":
+            FORMATS["labelme"].write(tmp_path, {split: content}, Notes())
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    images = coco / "coco"
+    words = [
+        "--train-annotations",
+        str(tmp_path / "train"),
+        "--val-json",
+        str(tmp_path / "val.json"),
+    ]
+    return [*words, f"--train-images={images / 'train2017'}", f"--val-images={images / 'val2017'}"]
+
+
+def test_annotations_of_ones_own(coco: Path, tmp_path: Path) -> None:
+    """The data sets, the categories and their number are those of the files, and the saved config
+    has them."""
+    words, out = own_data(coco, tmp_path), tmp_path / "out"
+    arguments = ["--config-file", MASK_RCNN, *words, *TINY, f"train.output_dir={out}"]
+    trained = run(lazy_argument_parser().parse_args(arguments))
+    names = MetadataCatalog.get("own_train").thing_classes
+    assert names == ["kind 1", "kind 2"]
+    assert "AP-kind 1" in trained["bbox"]
+    saved = load_lazy_config(str(out / "config.yaml"))
+    assert saved.model.roi_heads.num_classes == len(names)
+    assert saved.model.roi_heads.box_predictor.num_classes == len(names)
+    assert to_cfg(saved).DATASETS.OWN[0]["categories"] == names
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    weights = f"train.init_checkpoint={out / 'model_final.pth'}"
+    arguments = ["--config-file", str(out / "config.yaml"), "--eval-only", weights]
+    assert str(run(lazy_argument_parser().parse_args(arguments))) == str(trained)
+    DatasetCatalog.data.clear()
+    predictor = Predictor(str(out / "config.yaml"), str(out / "model_final.pth"))
+    assert predictor.metadata.thing_classes == names
+
+
+@pytest.mark.parametrize("override", ["model.roi_heads.num_classes=3", "dataloader.own=[]"])
+def test_what_follows_from_the_annotations_is_not_set(
+    coco: Path, tmp_path: Path, override: str
+) -> None:
+    words = ["--config-file", MASK_RCNN, *own_data(coco, tmp_path), *TINY]
+    words += [f"train.output_dir={tmp_path / 'out'}", f"+{override}"]
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{key} follows from --train/val-annotations"):
+        run(lazy_argument_parser().parse_args(words))

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pycocotools.coco import COCO
 
 from vovnet_d2 import Predictor
 from vovnet_d2.data import build_digits
+from vovnet_d2.data.formats import FORMATS, Notes
 from vovnet_d2.data.own import OwnDataSet, register_own_data
 from vovnet_d2.data.own_files import read_contents
 from vovnet_d2.demo import main as demo
@@ -325,12 +327,13 @@ def test_epochs(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--train-json", "a.json"], "--train-json and --train-images go together"),
-        (["--val-images", "a"], "--val-json and --val-images go together"),
+        (["--train-json", "{json}"], "--train-annotations and --train-images go together"),
+        (["--val-images", "a"], "--val-annotations and --val-images go together"),
         (["--train-json", "a.json", "--train-images", "."], r"no annotation file /.*/a\.json"),
     ],
 )
-def test_missing_words(catalogs: None, words: list[str], message: str) -> None:
+def test_missing_words(catalogs: None, digits: Path, words: list[str], message: str) -> None:
+    words = [word.format(json=digits / "train.json") for word in words]
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         setup(FASTER_RCNN, words)
 
@@ -338,7 +341,7 @@ def test_missing_words(catalogs: None, words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (FASTER_RCNN, ["DATASETS.TRAIN", "('a',)"], "DATASETS.TRAIN follows from --train/val-json"),
+        (FASTER_RCNN, ["DATASETS.TRAIN", "('a',)"], "DATASETS.TRAIN follows from --train/val-an"),
         (RETINANET, ["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES follows"),
         ("COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml", [], "PanopticFPN learns from"),
         ("COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml", [], "SemanticSegmentor learns"),
@@ -468,5 +471,135 @@ def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_
     with pytest.raises(ValueError, match=r"train\.json is not in COCO's format \("):
         DatasetCatalog.get("own_train")
     copy.unlink()
-    with pytest.raises(FileNotFoundError, match=r"not where DATASETS\.OWN has it.*--train-json"):
+    with pytest.raises(FileNotFoundError, match=r"not where DATASETS\.OWN has.*--train-annot"):
         check_data_sets(cfg, "TRAIN")
+
+
+# Other formats than COCO's
+
+
+@pytest.fixture(scope="module")
+def converted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The boxes of the digits in every other format, each in a folder of its name; "images" has the
+    images of both parts."""
+    root = tmp_path_factory.mktemp("formats")
+    (root / "images").mkdir()
+    parts = {part: json.loads((digits / f"{part}.json").read_text()) for part in BOTH}
+    for part, content in parts.items():
+        content["categories"] = [{"id": IDS[name], "name": name} for name in NAMES]
+        for annotation in content["annotations"]:
+            annotation.pop("segmentation")
+        for image in content["images"]:
+            source = digits / "vovnet_d2_digits" / part / image["file_name"]
+            image["file_name"] = f"{part}-{image['file_name']}"
+            shutil.copy(source, root / "images" / image["file_name"])
+    for key in ("voc", "yolo", "labelme", "csv"):
+        FORMATS[key].write(root / key, parts, Notes())
+    return root
+
+
+def annotation_flags(key: str, converted: Path) -> list[str]:
+    words = []
+    for split in BOTH:
+        path = {"csv": f"{split}.csv", "labelme": split}.get(key, "")
+        words += [f"--{split}-annotations", str(converted / key / path)]
+        words += [f"--{split}-images", str(converted / "images")]
+    return words
+
+
+@pytest.mark.parametrize("key", ["voc", "yolo", "labelme", "csv"])
+def test_records_of_other_formats_are_those_of_coco(
+    catalogs: None, digits: Path, converted: Path, tmp_path: Path, key: str, caplog: Any
+) -> None:
+    setup(FASTER_RCNN, flags(digits, *BOTH))
+    found = [{split: labels_of(f"own_{split}") for split in BOTH}]
+    names = MetadataCatalog.get("own_train").thing_classes
+    with caplog.at_level(logging.INFO, "vovnet_d2"):
+        words = annotation_flags(key, converted)
+        cfg = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    found.append({split: labels_of(f"own_{split}") for split in BOTH})
+    if key == "yolo":  # which has no crowds
+        for sets in found:
+            for labels in sets.values():
+                for file, objects in labels.items():
+                    labels[file] = [row for row in objects if not row[-1]]
+    if key == "csv":  # which has no images without objects
+        found[0] = {s: {f: o for f, o in labels.items() if o} for s, labels in found[0].items()}
+    used = [name for name in NAMES if name != MISSING]
+    if key == "yolo":
+        assert MetadataCatalog.get("own_train").thing_classes == names
+    else:
+        assert MetadataCatalog.get("own_train").thing_classes == sorted(used)
+    assert found[0] == found[1]
+    assert cfg.DATASETS.OWN[0]["json"] == str(tmp_path / "out" / "annotations_train.json")
+    assert f": {FORMATS[key].title}, " in caplog.text
+    assert "the categories in their order are 1 " in caplog.text
+
+
+def labels_of(name: str) -> dict[str, list[tuple[Any, ...]]]:
+    names = MetadataCatalog.get(name).thing_classes
+    return {
+        Path(record["file_name"]).name.removeprefix(f"{name.removeprefix('own_')}-"): [
+            (names[a["category_id"]], *(round(n, 6) for n in a["bbox"]), a["iscrowd"])
+            for a in record["annotations"]
+        ]
+        for record in DatasetCatalog.get(name)
+    }
+
+
+def test_train_from_voc_and_evaluate_later(
+    catalogs: None, fresh_logging: None, converted: Path, tmp_path: Path
+) -> None:
+    """The images are where VOC has them, so the folder of annotations is all that is given."""
+    root = tmp_path / "mine"
+    shutil.copytree(converted / "voc", root)
+    shutil.copytree(converted / "images", root / "JPEGImages")
+    out = tmp_path / "out"
+    options = [*TINY, "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(96,)"]
+    words = ["--train-annotations", str(root), "--val-annotations", str(root)]
+    trained = launch(FASTER_RCNN, *words, *options, "OUTPUT_DIR", str(out))
+    log = read_log(out)
+    assert f"{root}: PASCAL VOC XML, 14 images, " in log
+    assert f"{root}: PASCAL VOC XML, 8 images, " in log
+    assert "annotations_train.json: 9 categories, 14 images, " in log
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.data.clear()
+    words = ["--eval-only", "MODEL.WEIGHTS", str(out / "model_final.pth")]
+    assert str(launch(str(out / "config.yaml"), *words)) == str(trained)
+
+
+def test_what_a_conversion_changed_is_warned_of(
+    catalogs: None, converted: Path, tmp_path: Path, caplog: Any
+) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(converted / "csv", root)
+    lines = (root / "train.csv").read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[4], cells[5] = cells[5], cells[4]
+    (root / "train.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
+    words = ["--train-annotations", str(root / "train.csv")]
+    words += ["--train-images", str(converted / "images")]
+    setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    note = "1 boxes have their corners swapped and are read the right way round"
+    assert f"{note}; first: {root / 'train.csv'}, line 2." in caplog.text
+
+
+def test_annotations_that_do_not_say_where_their_images_are(
+    catalogs: None, converted: Path, tmp_path: Path
+) -> None:
+    words = ["--train-annotations", str(converted / "csv" / "train.csv")]
+    with pytest.raises(ValueError, match=r"CSV of Open Images, which does not say where its i"):
+        setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_annotations_twice_are_warned_of(
+    catalogs: None, converted: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """A folder without parts, which is named for both."""
+    words = annotation_flags("labelme", converted)
+    setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert "are the same" not in caplog.text
+    words[words.index("--val-annotations") + 1] = str(converted / "labelme" / "train")
+    setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    assert "The annotations to train on and to evaluate on are the same" in caplog.text

@@ -181,7 +181,7 @@ def test_a_missing_config_is_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"give --config-file, .*COCO-Detection/") as caught:
         run(argument_parser().parse_args([*words, "SOLVER.MAX_ITER", "1"]))
-    assert ("--train-json" in str(caught.value)) == bool(words)
+    assert ("--train-annotations" in str(caught.value)) == bool(words)
     assert list(tmp_path.iterdir()) == []
     assert Path(get_config_file(re.search(r"COCO-Detection/\S+\.yaml", str(caught.value))[0]))
 

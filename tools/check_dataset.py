@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read data sets in COCO's format, or registered label maps, as training would, and list what is
-wrong with them.
+"""Read data sets as training would, registered ones or those of annotation files of any format,
+and list what is wrong with them.
 
     python tools/check_dataset.py digits_train digits_val
-    python tools/check_dataset.py --train-json train.json --train-images images/ --fix fixed.json
+    python tools/check_dataset.py --train-annotations train.json --train-images images/ \
+        --fix fixed.json
+    python tools/check_dataset.py --train-annotations data.yaml --val-annotations data.yaml
 
 Exit status: 0 if there is no problem (notes are none); 1 if there is one, or if a file could not be
 written; 2 for a mistake in what was asked for. --fix does not change the first two: they tell of
@@ -33,7 +35,9 @@ from vovnet_d2.data.check import (
     require_free,
     write_fixed,
 )
+from vovnet_d2.data.formats import read_annotations, recognise
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.engine.own_data import add_annotation_arguments, find_annotations
 from vovnet_d2.made import refuse_foreign
 
 
@@ -45,16 +49,15 @@ def argument_parser() -> argparse.ArgumentParser:
         "names", nargs="*", help="data sets that are registered, the training set first"
     )
     for split in ("train", "val"):
-        parser.add_argument(f"--{split}-json", type=Path, metavar="FILE", help="annotations")
-        parser.add_argument(f"--{split}-images", type=Path, metavar="FOLDER", help="image root")
+        add_annotation_arguments(parser, split)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     parser.add_argument(
         "--fix",
         type=Path,
         nargs="+",
         metavar="OUT",
-        help="write corrected copies of the annotation files: one for each data set, in their "
-        "order. The report says what they drop and change",
+        help="write corrected copies of the annotations, in COCO's format: one for each data set, "
+        "in their order. The report says what they drop and change",
     )
     parser.add_argument(
         "--masks",
@@ -74,18 +77,29 @@ def argument_parser() -> argparse.ArgumentParser:
 def find_sources(args: argparse.Namespace) -> list[Source]:
     sources = []
     for split in ("train", "val"):
-        file, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        if (file is None) != (folder is None):
-            raise ValueError(f"--{split}-json and --{split}-images go together: give both.")
-        if file is not None:
-            sources.append(Source(split, file, folder))
+        if given := find_annotations(args, split):
+            sources.append(find_source(split, *given))
     register_digits()
     sources += [find_registered(name) for name in args.names if not is_label_set(name)]
     if not sources and not args.names:
-        raise ValueError("Nothing to check: give --train-json and --train-images, or a name.")
+        raise ValueError(
+            "Nothing to check: give --train-annotations and --train-images, or a name."
+        )
     if args.fix and len(args.fix) != len(sources):
         raise ValueError(f"--fix takes a file for each data set: {len(sources)}, in their order.")
     return sources
+
+
+def find_source(split: str, path: Path, images: Path | None) -> Source:
+    """Return annotations as they are to be checked: those of other formats converted, with a line
+    for each thing that was changed."""
+    if images and recognise(path) == "coco":
+        return Source(split, path, images)
+    found = read_annotations(path, images, split)
+    print(f"{path}: {found.describe()}")
+    for note in found.notes:
+        print(f"  {note}")
+    return Source(split, path, found.images, found.content)
 
 
 def check_outputs(args: argparse.Namespace) -> None:

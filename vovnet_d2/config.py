@@ -48,7 +48,8 @@ def add_vovnet_config(cfg: CfgNode) -> None:
             cfg.MODEL[name].setdefault(key, value)
     # Data sets in COCO's format beside those that programs register, each a dictionary: "name";
     # "json" and "images", its annotation file and folder; "categories", the names in the order of
-    # the network's outputs, and "category_ids", theirs in the file. --train-json writes them here.
+    # the network's outputs, and "category_ids", theirs in the file. --train-annotations writes them
+    # here.
     cfg.DATASETS.setdefault("OWN", [])
     # Warp every image to a square of this side, in training and at test; 0 keeps Detectron2's
     # INPUT.MIN_SIZE_TRAIN and so on. INPUT.RANDOM_FLIP holds with both.

@@ -206,7 +206,7 @@ def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
     if required and not names:
         raise ValueError(
             f"{key} is empty: give --config-file, or {key} \"('name',)\", or files of your own "
-            f"(--{'train' if key == 'DATASETS.TRAIN' else 'val'}-json, see --help)."
+            f"(--{'train' if key == 'DATASETS.TRAIN' else 'val'}-annotations, see --help)."
         )
     if isinstance(names, str):
         raise ValueError(f"{key} must be a list of names: write {key} \"('{names}',)\".")
@@ -216,8 +216,8 @@ def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
             hint = f" Close to it: {', '.join(close)}." if close else ""
             raise KeyError(
                 f"Data set {name!r} of {key} is not registered.{hint} Data of one's own "
-                "are given with --train-json and the like, see --help, or registered by a script "
-                "with detectron2.data.datasets.register_coco_instances."
+                "are given with --train-annotations and the like, see --help, or registered by a "
+                "script with detectron2.data.datasets.register_coco_instances."
             )
 
 
@@ -259,7 +259,8 @@ def _describe_missing(name: str, missing: Sequence[str]) -> str:
     if MetadataCatalog.get(name).get("own_data_set"):
         return (
             f"Data set {name} is not where DATASETS.OWN has it; missing: {what}. Say where it is "
-            "now with --train-json and --train-images, or --val-json and --val-images."
+            "now with --train-annotations and --train-images, or --val-annotations and "
+            "--val-images."
         )
     root = os.environ.get("DETECTRON2_DATASETS")
     where = f"which is {root}" if root else f"unset, so {os.path.abspath('datasets')}"
@@ -318,7 +319,7 @@ def _check_same_categories(name: str, metadata: Metadata, other: str, others: Me
         raise ValueError(
             "Data sets {} and {} differ in their categories: number {} is {!r} in one and {!r} in "
             "the other. All data sets of a run must have the same, in the same order. (Given with "
-            "--train-json and --val-json, files in COCO's format are matched by name.)".format(
+            "--train-annotations and --val-annotations, they are matched by name.)".format(
                 other, name, *unequal
             )
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from detectron2.utils.logger import setup_logger
 
@@ -75,6 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    with TemporaryDirectory() as folder:
+        _draw(args, folder)
+
+
+def _draw(args: argparse.Namespace, folder: str) -> None:
+    """Draw what is asked for.
+
+    Args:
+        folder: where converted annotations are kept.
+    """
     try:
         from . import data_pictures
     except ImportError as error:
@@ -91,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     key = "TEST" if args.what == "results" else "TRAIN"
     if args.dataset:
         cfg.DATASETS[key] = (args.dataset,)
-    register_data(cfg, args, training=args.what == "training")
+    register_data(cfg, args, training=args.what == "training", folder=folder)
     if args.what == "training":
         check_data(cfg, training=True)
     else:

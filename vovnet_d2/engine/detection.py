@@ -61,18 +61,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _require_config(args: argparse.Namespace) -> None:
     """Refuse Detectron2's defaults alone, which are no detector that anybody trains."""
     if not args.config_file and "MODEL.BACKBONE.NAME" not in args.opts[::2]:
-        data = " (the --train-json and --val-json files are data, and need one too)"
+        data = " (--train-annotations and --val-annotations are data, and need one too)"
         raise ValueError(
             "There is no config: give --config-file, a YAML file or the name of one of ours, such "
-            f"as {_EXAMPLE}{data if args.train_json or args.val_json else ''}."
+            f"as {_EXAMPLE}{data if args.train_annotations or args.val_annotations else ''}."
         )
 
 
-def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
+def register_data(
+    cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
+) -> None:
     """Make the data sets known that a config may name; complete it by those of the user's files.
 
     Args:
         args: of :func:`argument_parser`.
+        folder: where converted annotations are written; ``OUTPUT_DIR`` by default.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -81,7 +84,7 @@ def register_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> 
     register_digits()
     register_voc()
     provide_cityscapes_scripts()
-    use_own_data(cfg, args, training=training)
+    use_own_data(cfg, args, training=training, folder=folder)
     register_own_data(cfg.DATASETS.OWN)
 
 

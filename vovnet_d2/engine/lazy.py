@@ -27,20 +27,25 @@ from torch import nn
 from ..data import register_digits
 from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.mapper import Mapper
+from ..data.own import register_own_data
 from ..data.stream import TrainingStream, stay_until_dismissed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
-from .checks import (
-    check_data,
-    check_initialisation,
-    check_run,
-)
+from .checks import check_data, check_initialisation, check_run, instance_class_keys
 from .coco_evaluators import convert_anew
 from .config import PROGRESS_HELP
 from .evaluation import check_evaluators
 from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
-from .lazy_config import in_lazy_terms, instantiate, load_lazy_config, to_cfg
+from .lazy_config import (
+    as_yaml_options,
+    in_lazy_terms,
+    instantiate,
+    load_lazy_config,
+    to_cfg,
+    write_back,
+)
+from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation
 from .report import write_report
 from .run import check_device, open_output_dir, set_up_with_detectron2, train_or_evaluate
@@ -167,6 +172,7 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
     """Those of the arguments of ``tools/train_net.py`` that a LazyConfig has a use for; overrides
     such as ``train.max_iter=1000`` follow them."""
     parser = default_argument_parser(_EXAMPLES)
+    add_own_data_arguments(parser)
     for name, effect in (
         ("--allow-partial", "load what fits of weights that do not fit the network"),
         ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
@@ -205,6 +211,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _use_own_data(
+    config: DictConfig, cfg: CfgNode, args: argparse.Namespace, *, training: bool
+) -> None:
+    """Set the data sets and the number of categories to those of annotation files, if there are
+    any; register data sets of annotation files, also those of an earlier run."""
+    options = as_yaml_options(args.opts)
+    use_own_data(cfg, argparse.Namespace(**{**vars(args), "opts": options}), training=training)
+    register_own_data(cfg.DATASETS.OWN)
+    if not (args.train_annotations or args.val_annotations):
+        return
+    data_sets = ("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.OWN")
+    write_back(config, cfg, [*data_sets, *instance_class_keys()])
+    # Detectron2's would count categories by their ids. The data set's metadata name another.
+    config.dataloader.pop("evaluator", None)
+
+
 def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     """Check the config; logging and seeds."""
     last = open_output_dir(cfg, args)
@@ -215,6 +237,7 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     backbone = instantiate(config, "model.backbone")
     resuming = args.resume and bool(last)
     check_initialisation(cfg, training=training, resuming=resuming, backbone=backbone)
+    _use_own_data(config, cfg, args, training=training)
     check_data(cfg, training=training)
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)

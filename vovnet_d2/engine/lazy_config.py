@@ -23,6 +23,7 @@ from .config import find_config, load_config
 from .gpu_memory import GpuMemoryError
 
 __all__ = [
+    "as_yaml_options",
     "in_lazy_terms",
     "instantiate",
     "is_lazy",
@@ -30,6 +31,7 @@ __all__ = [
     "load_lazy_config",
     "set_options",
     "to_cfg",
+    "write_back",
 ]
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -52,10 +54,13 @@ _KEYS = {
     "MODEL.PIXEL_MEAN": "model.pixel_mean",
     "MODEL.PIXEL_STD": "model.pixel_std",
     "INPUT.FORMAT": "model.input_format",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.MIN_SIZE_TEST": "dataloader.test.mapper.augmentations[0].short_edge_length",
     "INPUT.MAX_SIZE_TEST": "dataloader.test.mapper.augmentations[0].max_size",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "DATASETS.TEST": "dataloader.test.dataset.names",
+    "DATASETS.OWN": "dataloader.own",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "SOLVER.BASE_LR": "optimizer.lr",
     "SOLVER.MAX_ITER": "train.max_iter",
@@ -196,6 +201,23 @@ def set_options(config: DictConfig, options: Sequence[str]) -> None:
         OmegaConf.update(config, keys[key], yaml.safe_load(value))
 
 
+def as_yaml_options(overrides: Sequence[str]) -> list[str]:
+    """Return those overrides of a LazyConfig that YAML files have a key for, as such options."""
+    keys = {path: key for known in (_KEYS, *_HEAD_KEYS.values()) for key, path in known.items()}
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return [word for path, _, value in pairs if path in keys for word in (keys[path], value)]
+
+
+def write_back(config: DictConfig, cfg: CfgNode, wanted: Sequence[str]) -> None:
+    """Give a LazyConfig the values that a config has for some of the keys that both have."""
+    for key, path in _all_keys(cfg).items():
+        if key in wanted:
+            node: Any = cfg
+            for part in key.split("."):
+                node = node[part]
+            OmegaConf.update(config, path, list(node) if isinstance(node, tuple) else node)
+
+
 def _apply_override(config: DictConfig, override: str) -> None:
     key, equals, _ = override.partition("=")
     if not equals or override.startswith("-"):
@@ -324,9 +346,11 @@ def _set(cfg: CfgNode, key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         cfg = cfg[part]
-    if key.startswith("DATASETS."):
+    if isinstance(value, ListConfig):
+        value = OmegaConf.to_container(value)
+    if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         value = (value,) if isinstance(value, str) else tuple(value or ())
-    cfg[last] = list(value) if isinstance(value, ListConfig) else value
+    cfg[last] = value
 
 
 @contextmanager

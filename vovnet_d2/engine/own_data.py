@@ -7,19 +7,32 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from filecmp import cmp
 from itertools import chain, count
+from pathlib import Path
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..checkpoint.atomic import FileNotWrittenError
+from ..data.formats import describe_formats, read_annotations, recognise, write_coco
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
 from .checks import find_num_classes, instance_class_keys
 
-__all__ = ["add_own_data_arguments", "use_own_data"]
+__all__ = [
+    "add_annotation_arguments",
+    "add_own_data_arguments",
+    "find_annotations",
+    "use_own_data",
+]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SPLITS = {"train": "own_train", "val": "own_val"}
 _LEAST_EPOCHS, _MOST_EPOCHS = 1, 100
@@ -28,24 +41,67 @@ _LEAST_EPOCHS, _MOST_EPOCHS = 1, 100
 def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "data of your own",
-        "annotations in COCO's format. The number of categories and their names come from the "
-        "files, and OUTPUT_DIR/config.yaml has all of it: with that for --config-file, evaluation "
-        "and prediction need none of these arguments. The training schedule stays the config's",
+        f"annotations: {describe_formats()}. The number of categories and their names come from "
+        "the files, and OUTPUT_DIR/config.yaml has all of it: with that for --config-file, "
+        "evaluation and prediction need none of these arguments. The training schedule stays the "
+        "config's",
     )
     for split, use in (
         ("train", "train on"),
         ("val", "evaluate on; without, nothing is evaluated"),
     ):
-        group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations to {use}")
-        group.add_argument(
-            f"--{split}-images",
-            metavar="FOLDER",
-            help="what the file names in them are relative to",
+        add_annotation_arguments(group, split, f"annotations to {use}")
+
+
+def add_annotation_arguments(
+    group: argparse._ActionsContainer, split: str, use: str = "annotations"
+) -> None:
+    """Add the arguments for the annotations and images of a split.
+
+    Args:
+        group: a parser, or a group of arguments.
+        split: "train" or "val".
+        use: what the help says.
+    """
+    group.add_argument(
+        f"--{split}-annotations",
+        f"--{split}-json",
+        metavar="PATH",
+        help=f"{use}. Of a data.yaml or VOC's ImageSets the part {split!r} is taken",
+    )
+    group.add_argument(
+        f"--{split}-images",
+        metavar="FOLDER",
+        help="what the file names in them are relative to; may be left out where the annotations "
+        "say it (data.yaml, JPEGImages, Labelme)",
+    )
+
+
+def find_annotations(args: argparse.Namespace, split: str) -> tuple[Path, Path | None] | None:
+    """Return the annotations and the folder of images that a command line gives for a split.
+
+    Raises:
+        FileNotFoundError: there are no such annotations.
+        ValueError: one of the two arguments is missing and needed.
+    """
+    given = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
+    path, folder = (Path(os.path.abspath(os.path.expanduser(p))) if p else None for p in given)
+    if path and (folder or recognise(path) != "coco"):
+        return path, folder
+    if path or folder:
+        raise ValueError(
+            f"--{split}-annotations and --{split}-images go together (but where the annotations "
+            "say where their images are): give both."
         )
+    return None
 
 
-def use_own_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> None:
+def use_own_data(
+    cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
+) -> None:
     """Set the data sets and the number of categories of a config to those of annotation files.
+
+    Annotations of other formats than COCO's are converted first.
 
     Categories to evaluate on are those of the training: of its file, or of what the config has in
     ``DATASETS.OWN`` from an earlier run; some may be missing in the file to evaluate on.
@@ -53,17 +109,19 @@ def use_own_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> N
     Args:
         cfg: changed in place, if there are such files.
         args: with those of :func:`add_own_data_arguments`, and ``opts``.
+        folder: where converted annotations are written; ``OUTPUT_DIR`` by default.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: an argument is missing, or contradicts an option; the files are not in COCO's
+        ValueError: an argument is missing, or contradicts an option; the files are of no known
             format, do not fit each other, or lack what the config's network learns from.
     """
-    files = {split: found for split in _SPLITS if (found := _find_files(args, split))}
-    if not files:
+    given = {split: found for split in _SPLITS if (found := find_annotations(args, split))}
+    if not given:
         return
-    _refuse_clashes(args.opts, files)
+    _refuse_clashes(args.opts, given)
     _require_detector(cfg)
+    files = _all_to_coco(given, folder or cfg.OUTPUT_DIR)
     known = [OwnDataSet.from_config(entry) for entry in cfg.DATASETS.OWN]
     own = {data_set.name: data_set for data_set in known}
     if "train" in files:
@@ -80,7 +138,8 @@ def use_own_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> N
         cfg.DATASETS.TEST = (_SPLITS["val"],)
     elif training:
         logger.warning(
-            "Nothing is evaluated, neither on the way nor at the end: there is no --val-json."
+            "Nothing is evaluated, neither on the way nor at the end: there are no "
+            "--val-annotations."
         )
     cfg.DATASETS.OWN = [data_set.to_config() for data_set in own.values()]
     logger.info("The categories are %s.", ", ".join(names))
@@ -94,23 +153,58 @@ def use_own_data(cfg: CfgNode, args: argparse.Namespace, *, training: bool) -> N
         )
 
 
-def _find_files(args: argparse.Namespace, split: str) -> tuple[str, str] | None:
-    """Annotation file and folder of images, as paths that hold from any folder."""
-    file, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-    if not file and not folder:
-        return None
-    if not file or not folder:
-        raise ValueError(f"--{split}-json and --{split}-images go together: give both.")
-    return os.path.abspath(os.path.expanduser(file)), os.path.abspath(os.path.expanduser(folder))
+def _all_to_coco(
+    given: dict[str, tuple[Path, Path | None]], folder: str
+) -> dict[str, tuple[str, str]]:
+    files = {split: _to_coco(split, *paths, folder) for split, paths in given.items()}
+    both = [file for file, _ in files.values()]
+    if len(both) == 2 and _in_main_process(lambda: cmp(both[0], both[1], shallow=False)):
+        logger.warning(
+            "The annotations to train on and to evaluate on are the same, so the results will say "
+            "nothing of other images: name parts that differ (tools/convert_dataset.py --split)."
+        )
+    return files
 
 
-def _refuse_clashes(options: list[str], files: dict[str, tuple[str, str]]) -> None:
+def _to_coco(split: str, path: Path, images: Path | None, folder: str) -> tuple[str, str]:
+    """Return the annotations as a file in COCO's format, and their folder of images."""
+    if images and recognise(path) == "coco":
+        return str(path), str(images)
+    file = os.path.join(os.path.abspath(folder), f"annotations_{split}.json")
+    return file, _in_main_process(lambda: _convert(split, path, images, file))
+
+
+def _convert(split: str, path: Path, images: Path | None, file: str) -> str:
+    found = read_annotations(path, images, split)
+    logger.info("%s: %s", path, found.describe())
+    for note in found.notes:
+        logger.warning("%s: %s", path, note)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    write_coco(found.content, Path(file))
+    return os.path.abspath(found.images)
+
+
+def _in_main_process(do: Callable[[], T]) -> T:
+    """Do something in the main process, for all processes: the files may be large."""
+    found: Any = None
+    if comm.is_main_process():
+        try:
+            found = do()
+        except (FileNotFoundError, FileNotWrittenError, ValueError) as error:
+            found = error
+    found = comm.all_gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _refuse_clashes(options: list[str], splits: Iterable[str]) -> None:
     set_here = {"DATASETS.OWN", "DATASETS.TEST", *instance_class_keys()}
-    if "train" in files:
+    if "train" in splits:
         set_here.add("DATASETS.TRAIN")
     if clashes := sorted(set_here & set(options[::2])):
         raise ValueError(
-            f"{clashes[0]} follows from --{'/'.join(files)}-json: leave one of the two out."
+            f"{clashes[0]} follows from --{'/'.join(splits)}-annotations: leave one of the two out."
         )
 
 
@@ -131,7 +225,7 @@ def _require_detector(cfg: CfgNode) -> None:
 
 def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
-    contents = _read_once(json, images, evaluated=split == "val")
+    contents = _in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
     logger.info(
         "%s: %d categories, %d images, %d annotations, of which %d are crowds.",
         *(json, len(contents.categories), contents.num_images, contents.num_annotations),
@@ -144,20 +238,6 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
             "MODEL.MASK_ON False. If most have masks, tools/check_dataset.py lists the others."
         )
     return contents
-
-
-def _read_once(json: str, images: str, *, evaluated: bool) -> Contents:
-    """Read a file in the main process, for all processes: it may be large."""
-    found: Contents | Exception | None = None
-    if comm.is_main_process():
-        try:
-            found = read_contents(json, images, evaluated=evaluated)
-        except (FileNotFoundError, ValueError) as error:
-            found = error
-    found = comm.all_gather(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: bool) -> None:

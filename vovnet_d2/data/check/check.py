@@ -48,11 +48,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set is: its name in the report, its annotation file, the images' folder."""
+    """Where a data set is.
+
+    Attributes:
+        name: in the report.
+        json_file: the annotation file, or what was converted.
+        image_root: the folder of images.
+        content: what was converted, in COCO's format; None to read ``json_file``.
+    """
 
     name: str
     json_file: Path
     image_root: Path
+    content: dict[str, Any] | None = None
 
 
 @dataclass
@@ -117,7 +125,7 @@ def check_data_sets(
         FileNotFoundError: an annotation file or a folder of images is missing.
     """
     for source in sources:
-        if not source.json_file.is_file():
+        if source.content is None and not source.json_file.is_file():
             raise FileNotFoundError(f"There is no annotation file {source.json_file}.")
         if not source.image_root.is_dir():
             raise FileNotFoundError(f"There is no folder of images {source.image_root}.")
@@ -133,7 +141,7 @@ def check_data_sets(
 def _check(source: Source, resize: tuple[int, int], *, masks: bool) -> CheckedSet:
     found = Findings()
     checked = CheckedSet(source, found)
-    content = read_annotation_file(source.json_file, found)
+    content = source.content or read_annotation_file(source.json_file, found)
     if content is None:
         return checked
     checked.counts = {section: len(content[section]) for section in SECTIONS}
