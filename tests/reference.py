@@ -80,6 +80,12 @@ def thin(net, divisor: int = 8):
     return replace(net, **{w: tuple(c // divisor for c in getattr(net, w)) for w in widths})
 
 
+def short(net):
+    """The same structure with two blocks in one stage alone and chains of one layer, for what takes
+    long for each layer, and does the same with every one."""
+    return replace(net, blocks_per_stage=(1, 2, 1, 1), layers_per_block=1)
+
+
 def tensors(
     net: Net, *, in_channels: int = 3, num_classes: int | None = None, counted: bool = False
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -4,7 +4,6 @@
 
 import importlib.util
 import re
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,7 +14,7 @@ import torch
 from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import build_model
 from export_models import MASK_RCNN, RETINANET, build_detector, small_config
-from reference import KINDS, STRUCTURES, TABLE, random_state, thin
+from reference import KINDS, STRUCTURES, TABLE, random_state, short, thin
 
 from vovnet_d2 import VoVNet, VoVNetSpec
 from vovnet_d2.export import (
@@ -50,12 +49,6 @@ def backbone_target(net, **args) -> BackboneTarget:
     model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
     model.load_state_dict(random_state(net), strict=False)
     return BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, **args)
-
-
-def small(structure: str, divisor: int = 8):
-    """Two blocks in one stage alone and chains of one layer: more of them are exported alike."""
-    net = replace(STRUCTURES[structure], blocks_per_stage=(1, 2, 1, 1), layers_per_block=1)
-    return thin(net, divisor)
 
 
 def raw_images(*shape: int) -> torch.Tensor:
@@ -108,7 +101,7 @@ def operators_of(net) -> set[str]:
 )
 def exported(request, tmp_path_factory):
     """A thin net, its target and its ONNX file."""
-    net = small(request.param)
+    net = short(thin(STRUCTURES[request.param]))
     target = backbone_target(net)
     path = tmp_path_factory.mktemp("onnx") / "backbone.onnx"
     return net, target, path, export(target, "onnx", path)
@@ -160,7 +153,7 @@ def test_openvino_agrees(exported):
 
 
 def test_without_preprocessing(tmp_path):
-    net = small("full", 16)
+    net = short(thin(STRUCTURES["full"], 16))
     target = backbone_target(net, preprocessing=False)
     file = export(target, "torchscript", tmp_path / "backbone.ts")
     assert not {"aten::sub", "aten::div"} & file.operators.keys()
@@ -177,7 +170,7 @@ def test_without_preprocessing(tmp_path):
     ["torchscript", "torch_export", pytest.param("aotinductor", marks=pytest.mark.slow)],
 )
 def test_other_formats(format, tmp_path):
-    target = backbone_target(small("eSE in all", 16))
+    target = backbone_target(short(thin(STRUCTURES["eSE in all"], 16)))
     path = tmp_path / f"backbone{FORMATS[format].suffix}"
     file = export(target, format, path)
     assert file.operators.total() > 0
@@ -342,7 +335,7 @@ def test_missing_packages(monkeypatch, tmp_path):
 
 
 FIXED = [
-    (small("eSE in all"), (2, 64, 96)),
+    (short(thin(STRUCTURES["eSE in all"])), (2, 64, 96)),
     pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=pytest.mark.slow),  # PETR's
 ]
 

@@ -6,7 +6,7 @@ import detectron2.export  # noqa: F401 (lets torch.jit.script take Detectron2's 
 import pytest
 import torch
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from reference import STRUCTURES, assert_same_maps, features, random_state, thin
+from reference import STRUCTURES, assert_same_maps, features, random_state, short, thin
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetSpec, optimize_for_inference
@@ -23,7 +23,7 @@ SCRIPTED = ["eSE in all", "no residual", "depthwise", "bottleneck, pooled stem"]
 
 
 def build(structure: str, **args) -> VoVNet:
-    spec = VoVNetSpec(**vars(thin(STRUCTURES[structure])))
+    spec = VoVNetSpec(**vars(short(thin(STRUCTURES[structure]))))
     return VoVNet(spec, num_classes=7, out_features=FEATURES, **args).double()
 
 
@@ -47,7 +47,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 )
 def test_graphs_equal_a_second_derivation(structure, maker):
     """In inference and in training, in which a frozen norm computes the same."""
-    net = thin(STRUCTURES[structure])
+    net = short(thin(STRUCTURES[structure]))
     state = random_state(net, num_classes=7)
     model = build(structure).eval()
     model.load_state_dict(state)
@@ -87,7 +87,7 @@ def test_graphs_with_each_norm(norm, maker):
 @pytest.mark.parametrize("maker", ["torch.fx", "TorchScript"])
 def test_graphs_of_what_is_optimized_with_an_fpn_on_top(maker):
     names = ["stage3", "stage4", "stage5"]
-    spec = VoVNetSpec(**vars(thin(STRUCTURES["eSE in all"])))
+    spec = VoVNetSpec(**vars(short(thin(STRUCTURES["eSE in all"]))))
     body = VoVNet(spec, out_features=names)
     model = attach_fpn(body, in_features=names, out_channels=8, top_block=LastLevelMaxPool())
     model.eval()

@@ -19,6 +19,7 @@ from reference import (
     features,
     parameter_count,
     random_state,
+    short,
     thin,
 )
 from timm.models.vovnet import VovNet as TimmVoVNet
@@ -700,7 +701,7 @@ each_graph = pytest.mark.parametrize(
 
 @each_graph
 def test_exported_graph(structure):
-    net = thin(STRUCTURES[structure])
+    net = short(thin(STRUCTURES[structure]))
     model = build(net)
     model.load_state_dict(random_state(net))
     x = images(1, 3, 65, 96)
@@ -713,7 +714,7 @@ def test_exported_graph(structure):
 
 @each_graph
 def test_traced_graphs(structure):
-    net = thin(STRUCTURES[structure])
+    net = short(thin(STRUCTURES[structure]))
     model = build(net)
     model.load_state_dict(random_state(net))
     x = images(1, 3, 65, 96)
