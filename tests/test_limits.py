@@ -26,6 +26,7 @@ from vovnet_d2.demo.selection import Shown
 from vovnet_d2.demo.video_drawing import FrameArtist
 from vovnet_d2.engine import rehearsal
 from vovnet_d2.export.masks import paste_masks
+from vovnet_d2.modeling.single_shot.detections import select_detections
 
 SIDE = 100
 RNG = np.random.default_rng(0)
@@ -223,3 +224,20 @@ def test_perfect_predictions_score_99(
 ) -> None:
     rehearsal._say_if_imperfect("a", {"segm": {"AP": score}}, 3)
     assert ("Perfect predictions" in caplog.text) == said
+
+
+def test_a_score_at_the_threshold_is_no_detection() -> None:
+    """As anchors of no score, where the threshold is 0."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 29, 29], [40, 40, 49, 49]])
+    scores = torch.tensor([[0.5], [0.25], [0.0]])
+    for threshold, number in ((0.5, 0), (0.25, 1), (0.0, 2)):
+        found = select_detections(
+            boxes,
+            scores,
+            (50, 50),
+            score_threshold=threshold,
+            topk_candidates=9,
+            nms_threshold=0.5,
+            max_detections=9,
+        )
+        assert len(found) == number

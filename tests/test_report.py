@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from vovnet_d2.report import page as page_module
 from vovnet_d2.report.average_precision import AveragePrecision, evaluate
 from vovnet_d2.report.detections import Detections, read_detections
 from vovnet_d2.report.figures import draw_training
-from vovnet_d2.report.matching import confusion_matrix, match_images, rank_images
+from vovnet_d2.report.matching import ImageMatches, confusion_matrix, match_images, rank_images
 from vovnet_d2.report.run_folder import read_run
 
 pytest_plugins = ["engine_fixtures"]
@@ -309,6 +310,27 @@ def test_images_from_best_to_worst() -> None:
         (1, 0, 1, 0),
         (1, 1, 0, 0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "best", "worst"),
+    [
+        (30, [0, 1, 2, 3, 4, 5], [29, 28, 27, 26, 25, 24]),
+        (9, [0, 1, 2, 3, 4], [8, 7, 6, 5]),
+        (1, [0], []),
+    ],
+)
+def test_both_ends_are_shown(number: int, best: list[int], worst: list[int]) -> None:
+    images = [ImageMatches(i, [], [], []) for i in range(number)]
+    shown = page_module._ends(images)
+    assert [[image.image_id for image in end] for end in shown] == [best, worst]
+
+
+def test_the_most_frequent_confusions_are_named_first() -> None:
+    matrix = np.array([[9, 1, 5], [3, 9, 7], [4, 8, 0]])  # the last is the background
+    detections = SimpleNamespace(class_names={1: "a", 2: "b"})
+    shown = page_module._show_confusion(matrix, detections)
+    assert shown.most_frequent == [("b", "a", 3), ("a", "b", 1)]
 
 
 # The page

@@ -25,7 +25,7 @@ from .average_precision import METRICS, AveragePrecision, evaluate
 from .detections import Detections, read_detections
 from .figures import draw_precision_recall, draw_training, sparkline
 from .images import Tile, draw_tile
-from .matching import MIN_IOU, confusion_matrix, match_images, rank_images
+from .matching import MIN_IOU, ImageMatches, confusion_matrix, match_images, rank_images
 from .run_folder import MissingPart, Results, RunFolder, read_run
 
 __all__ = ["write_page"]
@@ -252,12 +252,16 @@ def _show_evaluation(
     shown.confusion = _show_confusion(
         confusion_matrix(images, list(detections.class_names)), detections
     )
-    ranked = rank_images(images)
-    best = ranked[: min(_NUM_IMAGES, (len(ranked) + 1) // 2)]
-    worst = ranked[len(best) :][-_NUM_IMAGES:][::-1]
+    best, worst = _ends(rank_images(images))
     shown.best = [draw_tile(detections, image) for image in best]
     shown.worst = [draw_tile(detections, image) for image in worst]
     return shown
+
+
+def _ends(ranked: list[ImageMatches]) -> tuple[list[ImageMatches], list[ImageMatches]]:
+    """The first few, and the last few from the last on; none of them twice."""
+    first = ranked[: min(_NUM_IMAGES, (len(ranked) + 1) // 2)]
+    return first, ranked[len(first) :][-_NUM_IMAGES:][::-1]
 
 
 def _show_precision(found: AveragePrecision, detections: Detections) -> _Precision:
