@@ -506,6 +506,20 @@ def test_tool_takes_classifiers(
     assert table == capsys.readouterr().out.splitlines()[1:]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--backbone", "V-19-slim-dw-eSE"],
+        ["--config-file", "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"],
+    ],
+)
+def test_tool_takes_images_that_are_wider_than_high(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_tool(*words)
+    assert capsys.readouterr().out.splitlines()[0].endswith("image of 800 x 1344")
+
+
 def test_tool_takes_1000_classes_where_there_are_no_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

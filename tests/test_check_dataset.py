@@ -200,6 +200,22 @@ def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
 # Real sets and the command line
 
 
+def test_the_size_that_a_training_resizes_to_is_given(
+    data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data.write()
+    check, sizes = check_dataset.check_data_sets, []
+
+    def note(sources: Any, *, resize: tuple[int, int], masks: bool) -> Any:
+        sizes.append(resize)
+        return check(sources, resize=resize, masks=masks)
+
+    monkeypatch.setattr(check_dataset, "check_data_sets", note)
+    data.check()
+    data.check("--min-size", "640", "--max-size", "1024")
+    assert sizes == [(800, 1333), (640, 1024)]
+
+
 def test_the_digits_are_clean_by_name(tmp_path: Path, catalogs: None, monkeypatch, capsys) -> None:
     build_digits(tmp_path, num_train=2, num_val=2, image_size=128)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))

@@ -288,3 +288,5 @@ def test_tool_without_weights(tmp_path: Path) -> None:
     for block in content["blocks"]:
         last = np.array(block["strength"], float)[:, -1]
         assert last.std() < 0.05 * last.mean()
+    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(arguments))
+    assert json.loads((tmp_path / "connectivity.json").read_text()) == content

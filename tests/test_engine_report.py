@@ -168,10 +168,12 @@ def test_an_empty_data_set_has_no_picture(catalogs: None, tmp_path: Path) -> Non
 def test_wall_time_is_that_of_the_whole_training(
     catalogs: None, tmp_path: Path, earlier: float, told: str
 ) -> None:
-    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "a.pth")
     args = argparse.Namespace(config_file="", eval_only=False)
     write_report(cfg, Oracle(0.9), {}, args=args, seconds=3725.4, earlier_seconds=earlier)
-    assert json.loads((tmp_path / "results.json").read_text())["run"]["wall time"] == told
+    run = json.loads((tmp_path / "results.json").read_text())["run"]
+    assert run["wall time"] == told
+    assert run["weights"] == "a.pth"
 
 
 def test_a_picture_that_fails_loses_no_results(

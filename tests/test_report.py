@@ -5,8 +5,10 @@ becomes of it where parts are missing. tests/test_report_page.py opens it in a b
 
 import json
 import math
+from base64 import b64decode
 from collections.abc import Callable
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import report
 import yaml
 from detectron2.data import DatasetCatalog
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from report_runs import CLASSES, CONFIG, DATASET, SECTIONS, make_shapes, write_run
@@ -27,6 +30,7 @@ from vovnet_d2.report import page as page_module
 from vovnet_d2.report.average_precision import AveragePrecision, evaluate
 from vovnet_d2.report.detections import Detections, read_detections
 from vovnet_d2.report.figures import draw_training
+from vovnet_d2.report.images import draw_tile
 from vovnet_d2.report.matching import ImageMatches, confusion_matrix, match_images, rank_images
 from vovnet_d2.report.run_folder import read_run
 
@@ -331,6 +335,30 @@ def test_the_most_frequent_confusions_are_named_first() -> None:
     detections = SimpleNamespace(class_names={1: "a", 2: "b"})
     shown = page_module._show_confusion(matrix, detections)
     assert shown.most_frequent == [("b", "a", 3), ("a", "b", 1)]
+
+
+def test_marks_on_a_tile(tmp_path: Path) -> None:
+    """Everything at half the size, as a tile is 560 pixels wide."""
+    Image.new("RGB", (1120, 400), (100, 100, 100)).save(tmp_path / "a.png")
+    common = {
+        "bbox": [100, 80, 80, 80],
+        "image_id": 1,
+        "segmentation": [[100.0, 80, 180, 80, 180, 160, 100, 160]],
+    }
+    found = common | {"category_id": 2, "score": 0.8, "keypoints": [120, 90, 2, 160, 90, 0]}
+    truth = COCO()
+    truth.imgs = {1: {"id": 1, "height": 400, "width": 1120}}
+    truth.cats = {1: {"id": 1, "name": "cat"}, 2: {"id": 2, "name": "dog"}}
+    detections = Detections(truth, [], {1: str(tmp_path / "a.png")})
+    tile = draw_tile(detections, ImageMatches(1, [common | {"category_id": 1}], [found], [(0, 0)]))
+    for picture, label in ((tile.truth, "cat: taken for dog"), (tile.predicted, "dog 80%: is cat")):
+        (mark,) = picture.marks
+        assert (mark.kind, mark.label, mark.box) == ("confused", label, (50, 40, 40, 40))
+        pixels = np.array(Image.open(BytesIO(b64decode(picture.uri.partition(",")[2]))))
+        assert pixels.shape == (200, 560, 3)
+        assert np.abs(pixels[60, 70] - (0.6 * 100 + 0.4 * np.array([240, 228, 66]))).max() < 6
+        assert np.abs(pixels[100, 300] - 100.0).max() < 6
+    assert mark.points == [(60, 45)]
 
 
 # The page

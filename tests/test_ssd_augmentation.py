@@ -23,6 +23,7 @@ from vovnet_d2.data.ssd_augmentation import (
     scale_saturation,
     shift_brightness,
     shift_hue,
+    ssd_augmentations,
 )
 from vovnet_d2.engine import load_config
 
@@ -81,6 +82,16 @@ def test_other_channels_are_refused() -> None:
 
 
 # Geometry -----------------------------------------------------------------------------------------
+
+
+def test_half_of_the_images_are_expanded() -> None:
+    (expansion,) = [
+        augmentation
+        for augmentation in ssd_augmentations(64, (104.0, 117.0, 123.0), "BGR")
+        if isinstance(augmentation, T.RandomApply)
+    ]
+    sizes = [expansion.get_transform(picture()).apply_image(picture()).shape for _ in range(200)]
+    assert 70 < sum(size == picture().shape for size in sizes) < 130
 
 
 def test_expansion() -> None:
