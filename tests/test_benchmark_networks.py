@@ -105,6 +105,17 @@ def test_calibrated_maps_keep_their_size(name):
         assert 0.05 < maps.std() < 50
 
 
+def test_calibrated_norms_have_the_statistics_of_their_inputs():
+    model = backbone("V-19-slim-eSE").build()
+    image = 3 * torch.randn(2, 3, 64, 64) + 1
+    calibrate_norms(model, image)
+    conv = model.stem.conv1
+    found = nn.functional.conv2d(image, conv.weight, stride=2, padding=1)
+    var, mean = torch.var_mean(found, dim=(0, 2, 3))
+    torch.testing.assert_close(conv.norm.running_mean, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv.norm.running_var, var, rtol=1e-4, atol=0)
+
+
 # ------------------------------------------------------------------------------------ treatments
 
 

@@ -5,7 +5,9 @@
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import export_model
 import onnxruntime
@@ -16,6 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from export_models import MASK_RCNN, OPTIONS, RETINANET, build_detector, small_config
 
 from vovnet_d2.export import load, parity
+from vovnet_d2.export import report as report_module
 
 PICTURES = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 
@@ -163,6 +166,25 @@ def test_mistakes(args, message, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") or "\nerror: " in error
     assert message in error
+
+
+def test_a_file_agrees_where_it_does_at_all_sizes(monkeypatch, tmp_path):
+    (tmp_path / "a.ts").write_bytes(b"")
+    file = SimpleNamespace(path=tmp_path / "a.ts", exporter="", opset=None, operators=Counter())
+    monkeypatch.setattr(report_module, "load", lambda *_: None)
+    monkeypatch.setattr(report_module, "_check_one", lambda *words: {"agrees": words[2]})
+    for agreeing in ([True, True], [True, False], [False, True]):
+        found = report_module._check(None, "torchscript", file, agreeing, "cpu")
+        assert found["agrees"] == all(agreeing)
+
+
+def test_times_are_milliseconds(monkeypatch):
+    times = {"eager": [0.002, 0.009, 0.004], "exported": [0.001, 0.003, 0.008]}
+    monkeypatch.setattr(report_module, "time_interleaved", lambda *_, **__: times)
+    target = SimpleNamespace(output_names=["p2"], eager=lambda x: [x])
+    check = report_module._check_one(target, lambda x: [x], (torch.ones(1, 2),), "cpu")
+    assert (check["eager_ms"], check["exported_ms"]) == (4, 3)
+    assert check["time_ratio"] == pytest.approx(0.5)  # of 1/2, 3/9 and 8/4
 
 
 def test_no_gpu(monkeypatch, capsys):
