@@ -8,10 +8,12 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -458,6 +460,22 @@ def test_divergence_tells_its_causes_and_keeps_the_checkpoint(coco: Path, tmp_pa
 
 
 # Detectron2's keys for evaluation
+
+
+def test_precise_bn_starts_no_processes_of_its_own(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[int] = []
+    build = Trainer.build_train_loader
+
+    def note(cfg: CfgNode) -> Any:
+        workers.append(cfg.DATALOADER.NUM_WORKERS)
+        return build(cfg)
+
+    monkeypatch.setattr(Trainer, "build_train_loader", staticmethod(note))
+    options = ["TEST.PRECISE_BN.ENABLED", "True", "DATALOADER.NUM_WORKERS", "2"]
+    Trainer(tiny_config(MASK_RCNN, tmp_path, *options))
+    assert workers == [2, 0]
 
 
 def test_precise_bn_and_test_time_augmentation(coco: Path, tmp_path: Path) -> None:

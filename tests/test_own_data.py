@@ -172,6 +172,22 @@ def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> 
     assert counts == [len(truth.getAnnIds(catIds=[IDS[name]])) for name in NAMES]
 
 
+def test_keypoints_and_order_are_those_of_plain_detectron2(
+    catalogs: None, digits: Path, tmp_path: Path
+) -> None:
+    content = json.loads((digits / "train.json").read_text())
+    content["images"].reverse()
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["keypoints"] = [number, 20, 2, 30, number + 1, 1, 0, 0, 0]
+        annotation["num_keypoints"] = 2
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    images = str(digits / "vovnet_d2_digits" / "train")
+    setup(FASTER_RCNN, ["--train-json", str(tmp_path / "train.json"), "--train-images", images])
+    own = DatasetCatalog.get("own_train")
+    assert own == load_coco_json(str(tmp_path / "train.json"), images, "plain")
+    assert any(annotation["keypoints"] for record in own for annotation in record["annotations"])
+
+
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_every_head_has_the_number_of_categories(catalogs: None, digits: Path, config: str) -> None:
     cfg = setup(config, flags(digits, *BOTH))
