@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint types test test-slow test-arithmetic fuzz doctor clean
+.PHONY: help setup demo lint types test test-slow test-arithmetic fuzz mutants doctor clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,13 @@ fuzz: setup ## feed damaged files to what reads files from outside, a minute for
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[fuzz]'
 	for reader in annotations config weights image; do \
 		$(PY) tests/fuzz/fuzz_readers.py $$reader -max_total_time=60 || exit 1; done
+
+# For other files than those that changed since main: make mutants MUTANTS='--help', or for example
+# MUTANTS='--minutes 30 vovnet_d2/engine/hooks.py'.
+MUTANTS ?=
+mutants: setup ## break changed code here and there, ten minutes long, and list what no test notices
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[mutants]'
+	$(PY) tests/mutants/mutate_changes.py $(MUTANTS)
 
 clean: ## remove caches and build products; .venv and results stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
