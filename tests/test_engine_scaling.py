@@ -74,6 +74,15 @@ def test_a_period_never_becomes_off(written: CfgNode) -> None:
     assert scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"]).TEST.EVAL_PERIOD == 0
 
 
+def test_trainings_of_one_iteration(written: CfgNode) -> None:
+    all_at_once = scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", str(16 * 10**7)])
+    assert all_at_once.SOLVER.MAX_ITER == 1
+    for before, after in ((4, 1), (1, 4)):
+        written.SOLVER.MAX_ITER = written.SOLVER.WARMUP_ITERS = before
+        scaled = scale_to_batch(written, ["SOLVER.MAX_ITER", str(after)])
+        assert scaled.SOLVER.MAX_ITER == scaled.SOLVER.WARMUP_ITERS == after
+
+
 def test_the_effective_values_are_logged(
     written: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:

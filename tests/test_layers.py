@@ -123,6 +123,12 @@ def test_pairs_of_convolutions(layer, expected, stride, dilation):
     torch.testing.assert_close(module(x), y)
 
 
+def test_depthwise_convolutions_begin_by_keeping_the_variance():
+    conv = DepthwiseSeparableConv2d(64, 8, norm="BN").depthwise
+    images = torch.randn(16, 64, 9, 9)
+    assert conv(images)[:, :, 1:-1, 1:-1].var().item() == pytest.approx(1, rel=0.2)
+
+
 def test_bottleneck_is_half_the_output_wide():
     assert bottleneck(6, 10, norm="BN").reduce.out_channels == 5
 

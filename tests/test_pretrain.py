@@ -31,7 +31,7 @@ from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, get_config_file
 from vovnet_d2.checkpoint import check_input_convention
 from vovnet_d2.data import digit_split
 from vovnet_d2.data.classification import build_classification_dataset
-from vovnet_d2.engine import argument_parser, load_config, pretrain
+from vovnet_d2.engine import argument_parser, classifier, load_config, pretrain
 from vovnet_d2.engine.classifier import AccuracyEvaluator, ClassifierTrainer, ImageClassifier
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS
 
@@ -391,6 +391,32 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(CIFAR10, "test_list", [[names[5], checksums[names[5]]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": checksums["batches.meta"]})
     return root
+
+
+def test_images_are_resized_smoothly() -> None:
+    """As Pillow does it: bicubically, and in training bilinearly by turns."""
+    options = ["PRETRAIN.IMAGE_SIZE", "24", "PRETRAIN.CROP_PCT", "0.8", "PRETRAIN.HFLIP", "0.0"]
+    options += [
+        "PRETRAIN.SCALE",
+        "(1, 1)",
+        "PRETRAIN.RATIO",
+        "(1, 1)",
+        "PRETRAIN.COLOR_JITTER",
+        "0",
+    ]
+    cfg = load_classification_config(BASE, [*options, "PRETRAIN.AUTO_AUGMENT", ""])
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    bilinear, bicubic = (
+        np.asarray(image.resize((24, 24), how)).tobytes()
+        for how in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    )
+    train = classifier._training_transform(cfg)
+    drawn = {train(image).permute(1, 2, 0).numpy().tobytes() for _ in range(20)}
+    assert drawn == {bilinear, bicubic}
+    whole = np.asarray(image.resize((30, 30), Image.Resampling.BICUBIC))
+    found = classifier._test_transform(cfg)(image).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, whole[3:27, 3:27])
 
 
 @pytest.mark.usefixtures("fresh_logging")
