@@ -79,7 +79,8 @@ def test_trainings_of_one_iteration(written: CfgNode) -> None:
     assert all_at_once.SOLVER.MAX_ITER == 1
     for before, after in ((4, 1), (1, 4)):
         written.SOLVER.MAX_ITER = written.SOLVER.WARMUP_ITERS = before
-        scaled = scale_to_batch(written, ["SOLVER.MAX_ITER", str(after)])
+        options = ["SOLVER.IMS_PER_BATCH", "16", "SOLVER.MAX_ITER", str(after)]
+        scaled = scale_to_batch(written, options)
         assert scaled.SOLVER.MAX_ITER == scaled.SOLVER.WARMUP_ITERS == after
 
 

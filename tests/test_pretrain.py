@@ -396,15 +396,9 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_images_are_resized_smoothly() -> None:
     """As Pillow does it: bicubically, and in training bilinearly by turns."""
     options = ["PRETRAIN.IMAGE_SIZE", "24", "PRETRAIN.CROP_PCT", "0.8", "PRETRAIN.HFLIP", "0.0"]
-    options += [
-        "PRETRAIN.SCALE",
-        "(1, 1)",
-        "PRETRAIN.RATIO",
-        "(1, 1)",
-        "PRETRAIN.COLOR_JITTER",
-        "0",
-    ]
-    cfg = load_classification_config(BASE, [*options, "PRETRAIN.AUTO_AUGMENT", ""])
+    options += ["PRETRAIN.SCALE", "(1.0, 1.0)", "PRETRAIN.RATIO", "(1.0, 1.0)"]
+    options += ["PRETRAIN.COLOR_JITTER", "0.0", "PRETRAIN.AUTO_AUGMENT", ""]
+    cfg = load_classification_config(BASE, options)
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     bilinear, bicubic = (
