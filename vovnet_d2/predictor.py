@@ -108,7 +108,6 @@ class Predictor:
     @overload
     def __call__(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
 
-    @torch.no_grad()
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
         """
         Args:
