@@ -287,7 +287,7 @@ def plot_connectivity(blocks: Sequence[Connectivity], title: str) -> Figure:
         _label(axis.yaxis, block.sources)
     figure.supxlabel("reader")
     figure.supylabel("source")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # with the name of a config file
     figure.colorbar(image, ax=list(used), label="mean |weight|, relative to the largest")
     return figure
 

@@ -116,5 +116,5 @@ def plot_complexity(complexity: Complexity, title: str) -> Figure:
             axis.legend(fontsize=8, loc="lower right")
     axes[0, 0].set_yticks(places, [p.part for p in parts])
     axes[0, 0].invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # with the name of a config file
     return figure

@@ -79,10 +79,12 @@ def plot_cell(rows: Sequence[Mapping[str, Any]], title: str) -> tuple[Figure, li
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     columns = 2 * len(chosen)
-    figure.legend(
+    legend = figure.legend(
         points.values(), points.keys(), loc="outside lower center", ncols=columns, fontsize=7
     )
-    figure.suptitle(title, fontsize=9)
+    for text in legend.get_texts():  # names of config files: a dollar sign is a letter
+        text.set_parse_math(False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure, sentences
 
 

@@ -9,6 +9,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import VisImage, Visualizer
 
+from ..engine.plain_text import plain_text
 from .selection import Shown
 
 __all__ = ["Artist"]
@@ -35,6 +36,7 @@ class Artist:
         image = np.ascontiguousarray(pixels[:, :, ::-1])
         return np.ascontiguousarray(self._draw(image, shown).get_image()[:, :, ::-1])
 
+    @plain_text()
     def _draw(self, image: np.ndarray, shown: Shown) -> VisImage:
         canvas = Visualizer(image, self._metadata)
         if shown.panoptic:
