@@ -309,16 +309,16 @@ def test_resume_goes_on_where_the_checkpoint_is(
 def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path) -> None:
     launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
     assert f"Nothing to resume in {tmp_path}: started from random weights." in read_log(tmp_path)
-    assert "starts anew" not in read_log(tmp_path)
+    assert "held an earlier run" not in read_log(tmp_path)
     before = (tmp_path / "metrics.json").read_text()
     launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
-    assert "holds a run, up to model_final.pth: this one starts anew" in read_log(tmp_path)
+    assert f"{tmp_path} held an earlier run: it is now {tmp_path}/earlier." in read_log(tmp_path)
     # A run that is refused does not start.
     with pytest.raises(KeyError, match="not registered"):
         launch(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('gone',)")
-    assert read_log(tmp_path).count("starts anew") == 1
+    assert read_log(tmp_path).count("held an earlier run") == 1
     # The curves of the one are not continued by the other's.
-    assert (tmp_path / "metrics.json.before").read_text() == before
+    assert (tmp_path / "earlier/metrics.json").read_text() == before
     assert before not in (tmp_path / "metrics.json").read_text()
 
 

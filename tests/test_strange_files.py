@@ -13,7 +13,7 @@ import measure_convolutions
 import plot_connectivity
 import pytest
 import torch
-from engine_runs import FASTER_RCNN, launch
+from engine_runs import FASTER_RCNN, launch, read_log
 from export_models import MASK_RCNN, OPTIONS
 from report_runs import CLASSES, DATASET, write_run
 
@@ -23,7 +23,7 @@ from vovnet_d2.benchmark.report import FILES
 from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.demo.outputs import refuse_overwriting
 from vovnet_d2.engine import data_pictures_command
-from vovnet_d2.engine.output_folder import choose_folder
+from vovnet_d2.engine.output_folder import choose_folder, keep_earlier_run
 from vovnet_d2.made import LIST_NAME, is_made_here, note_made, note_run, refuse_foreign
 from vovnet_d2.report import write_page
 
@@ -218,10 +218,51 @@ def test_a_config_that_was_edited_is_copied(coco: Path, tmp_path: Path) -> None:
     launch(str(config), tmp_path, *options)
     assert (tmp_path / "config.yaml.before").read_bytes() == edited
     assert b"a thought" not in config.read_bytes()
-    # Each training has begun a file of its own.
-    assert {path.name for path in tmp_path.glob("metrics.json*")} == {
-        *("metrics.json", "metrics.json.before", "metrics.json.before2")
-    }
+
+
+def test_a_training_keeps_the_one_before_it(coco: Path, tmp_path: Path) -> None:
+    options = ["SOLVER.MAX_ITER", "1", "INPUT.MIN_SIZE_TEST", "32"]
+    launch(FASTER_RCNN, tmp_path, *options)
+    launch(FASTER_RCNN, tmp_path, "--eval-only", "--resume", *options)
+    write_page(tmp_path)
+    (tmp_path / "mine.txt").write_bytes(STRANGE)
+    first = read_all(tmp_path)
+    del first["mine.txt"]
+    # Once with files of the first for its input.
+    launch(str(tmp_path / "config.yaml"), tmp_path, "MODEL.WEIGHTS", f"{tmp_path}/model_final.pth")
+    second = {n: c for n, c in read_all(tmp_path).items() if not n.startswith("earlier/")}
+    assert second.pop("mine.txt") == STRANGE
+    launch(FASTER_RCNN, tmp_path, *options)
+    for folder, before in (("earlier", first), ("earlier_2", second)):
+        kept = read_all(tmp_path / folder)
+        assert kept.keys() == before.keys()
+        logs = {name for name in before if name.endswith("log.txt")}
+        assert {n: kept[n] for n in kept.keys() - logs} == {
+            n: before[n] for n in before.keys() - logs
+        }
+        assert before["log.txt"] in kept["log.txt"]  # each training appends to it
+    assert {"report.html", "model_final.pth", "metrics.json", "evaluation/results.md"} <= set(first)
+    # It can be gone on with where it is now.
+    launch(FASTER_RCNN, tmp_path / "earlier", "--resume", *options, "SOLVER.MAX_ITER", "2")
+    assert f"Resumed from {tmp_path}/earlier/model_final.pth" in read_log(tmp_path / "earlier")
+
+
+def test_what_had_not_begun_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert keep_earlier_run(str(tmp_path)) == ""
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_strange_log_is_not_appended_to(coco: Path, tmp_path: Path) -> None:
+    for name in ("log.txt", "log.txt.rank1"):
+        (tmp_path / name).write_bytes(STRANGE)
+    options = ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
+    for flags in ([], ["--resume"]):
+        launch(FASTER_RCNN, tmp_path, *flags, *options)
+        for name in ("log.txt", "log.txt.rank1"):
+            assert (tmp_path / f"{name}.before").read_bytes() == STRANGE
+    assert "of 1 iterations are done" in read_log(tmp_path)
+    assert not (tmp_path / "log.txt.before2").exists()
 
 
 # The list -----------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from .interruption import (
     handle_signals,
     is_lost_connection,
 )
-from .quiet import hide_known_messages
+from .quiet import escape_unwritable, hide_known_messages
 
 __all__ = ["launch_command", "launch_or_exit", "run_or_exit"]
 
@@ -180,6 +180,7 @@ def run_or_exit(run: Run, args: Any) -> Any:
     Raises:
         SystemExit: see :func:`launch_or_exit`.
     """
+    escape_unwritable(sys.stdout, sys.stderr)
     try:
         return run(args)
     except Interrupted as error:

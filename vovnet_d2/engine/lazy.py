@@ -243,4 +243,4 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
         check_evaluators(cfg)
     rehearse_evaluation(cfg, LazyTrainer.of(config))
     cfg.freeze()
-    set_up_with_detectron2(config, cfg.OUTPUT_DIR, args)
+    set_up_with_detectron2(config, cfg.OUTPUT_DIR, args, weights=cfg.MODEL.WEIGHTS)

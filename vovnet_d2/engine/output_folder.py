@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 from detectron2.utils import comm
 
-from ..made import is_made_here, is_run, put_aside
+from ..made import LIST_NAME, is_made_here, is_run, put_aside
 
-__all__ = ["choose_folder", "keep_foreign_config"]
+__all__ = ["choose_folder", "keep_earlier_run", "keep_foreign_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,22 @@ _CHECKPOINTS = (
     *("model_final.pth", "model_best.pth", f"model_{'[0-9]' * 7}.pth"),
     *("nonfinite_*.json", "nonfinite_*.pth"),
 )
+_BESIDES = (
+    "inference_*",
+    "evaluation",
+    "evaluation_[0-9]*",
+    "report.html",
+    "events.out.tfevents.*",
+)
+_EARLIER = "earlier"
 
 
 def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
     """Find the folder that a run writes to, the same for all processes.
 
-    A training takes the folder as it is. An evaluation takes it too, unless there are files that
-    it would overwrite: it then writes to ``evaluation`` below, with a number if need be.
+    A training takes the folder, see :func:`keep_earlier_run`. An evaluation takes it too, unless
+    there are files that it would overwrite: it then writes to ``evaluation`` below, with a number
+    if need be.
 
     Args:
         folder: ``OUTPUT_DIR``.
@@ -51,12 +62,21 @@ def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
             if training and not (resume and os.path.isfile(os.path.join(folder, _TAG))):
                 _refuse_foreign_run(Path(folder))
             chosen = folder if training else _choose_for_evaluation(folder)
+            _put_foreign_logs_aside(Path(chosen))
         except ValueError as error:
             refusal = str(error)
     chosen, refusal = comm.all_gather((chosen, refusal))[0]
     if refusal:
         raise ValueError(refusal)
     return chosen
+
+
+def _put_foreign_logs_aside(folder: Path) -> None:
+    """A run appends to the log of its folder: to that of a run, and to no other file."""
+    if not is_run(folder):
+        for log in _find(folder, ("log.txt", "log.txt.rank[0-9]*")):
+            kept = put_aside(folder / log)
+            logger.warning("%s/%s was not made by this package: it is now %s.", folder, log, kept)
 
 
 def _refuse_foreign_run(folder: Path) -> None:
@@ -84,6 +104,46 @@ def _choose_for_evaluation(folder: str) -> str:
             ) from error
         break
     return chosen
+
+
+def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
+    """Move what an earlier run left in a folder to ``earlier`` below, with a number if need be. A
+    training calls it that starts anew there, when nothing speaks against its start.
+
+    Args:
+        inputs: files that the training reads: of these, the earlier run gets a copy.
+
+    Returns:
+        the folder that holds the earlier run now; empty if there was none. A ``config.yaml`` alone,
+        of a run that had not begun, is none.
+    """
+    here = Path(folder)
+    if not {*_find(here, (*_REPORT, *_CHECKPOINTS))} - {"config.yaml"}:
+        return ""
+    earlier = here / _EARLIER
+    for number in count(2):
+        if not os.path.lexists(earlier):
+            break
+        earlier = here / f"{_EARLIER}_{number}"
+    earlier.mkdir()
+    read = [Path(file).resolve() for file in inputs if file]
+    for name in _find(here, (*_REPORT, *_CHECKPOINTS, *_BESIDES)):
+        path = here / name
+        if not any(file.is_relative_to(path.resolve()) for file in read):
+            path.rename(earlier / name)
+        elif path.is_dir():
+            shutil.copytree(path, earlier / name)
+        else:
+            shutil.copy2(path, earlier / name)
+    # Which of the files this package made; and the log, to which the training appends.
+    for name in _find(here, (LIST_NAME, "log.txt*")):
+        shutil.copy2(here / name, earlier / name)
+    logger.warning(
+        "%s held an earlier run: it is now %s. To go on with that one instead, give the same "
+        "command with this folder for its output, and --resume.",
+        *(here, earlier),
+    )
+    return str(earlier)
 
 
 def keep_foreign_config(folder: str) -> None:

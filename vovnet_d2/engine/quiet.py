@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
-__all__ = ["hide_known_messages"]
+__all__ = ["escape_unwritable", "hide_known_messages"]
 
 # The beginnings of warnings, as regular expressions.
 _WARNINGS = (
@@ -29,6 +30,14 @@ def hide_known_messages() -> None:
         warnings.filterwarnings("ignore", message)
     for name in _RECORDS:
         logging.getLogger(name).addFilter(_is_unknown)
+
+
+def escape_unwritable(*streams: Any) -> None:
+    """Let streams write characters that their encoding lacks as escapes. Names of files and of
+    categories may have such, and would end a program, or its log, with an error."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_unknown(record: logging.LogRecord) -> bool:

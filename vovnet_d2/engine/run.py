@@ -23,15 +23,16 @@ from torch import nn
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
 from ..data.unreadable import UnreadableImageError
-from ..made import note_made, note_run, put_aside
+from ..made import note_made, note_run
 from ..modeling.inference import optimize_for_inference
 from .categories import find_difference
 from .checks import check_all_loaded, check_config, choose_device
 from .config import find_config, load_config
 from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
-from .output_folder import choose_folder, keep_foreign_config
+from .output_folder import choose_folder, keep_earlier_run, keep_foreign_config
 from .progress import ProgressBar, shorten_log
+from .quiet import escape_unwritable
 from .report import write_report
 from .scaling import scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
@@ -110,20 +111,8 @@ def train_or_evaluate(
     """
     options = {"allow_partial": args.allow_partial, "allow_pickle": args.allow_pickle}
     if not args.eval_only:
-        if not args.resume and comm.is_main_process():
-            # Detectron2 appends to this file, where runs would become one.
-            metrics = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
-            if os.path.isfile(metrics):
-                put_aside(metrics)
         trainer = trainer_class(cfg, **options)
         trainer.resume_or_load(resume=args.resume)
-        if not args.resume and (last := _last_checkpoint(cfg.OUTPUT_DIR)):
-            logger.warning(
-                "%s holds a run, up to %s: this one starts anew and overwrites its files. To go on "
-                "with it instead, add --resume; to keep it, write to another folder.",
-                cfg.OUTPUT_DIR,
-                os.path.basename(last),
-            )
         if args.progress and comm.is_main_process():
             trainer.register_hooks([ProgressBar()])
         results = trainer.train()
@@ -181,11 +170,21 @@ def open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     return _last_checkpoint(args.run_dir)
 
 
-def set_up_with_detectron2(config: Any, folder: str, args: argparse.Namespace) -> None:
-    """Call Detectron2's ``default_setup``, which writes ``config.yaml`` to a folder."""
-    if comm.is_main_process():
-        keep_foreign_config(folder)
+def set_up_with_detectron2(
+    config: Any, folder: str, args: argparse.Namespace, *, weights: str
+) -> None:
+    """Call Detectron2's ``default_setup``, which writes ``config.yaml`` to a folder. A training
+    that starts anew there first moves an earlier one aside.
+
+    Args:
+        weights: ``MODEL.WEIGHTS``, which may be a file of the earlier one.
+    """
     path = find_config(args.config_file) if args.config_file else ""
+    if comm.is_main_process():
+        if not args.eval_only and not (args.resume and _last_checkpoint(folder)):
+            keep_earlier_run(folder, [path, weights.partition("?")[0]])
+        keep_foreign_config(folder)
+    comm.synchronize()  # the others read and write there
     default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
     if comm.is_main_process():
         note_made(os.path.join(folder, "config.yaml"))
@@ -214,7 +213,7 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     check_config(cfg, training=training)
     task.check(cfg, training=training, resuming=args.resume and bool(last))
     cfg.freeze()
-    set_up_with_detectron2(cfg, cfg.OUTPUT_DIR, args)
+    set_up_with_detectron2(cfg, cfg.OUTPUT_DIR, args, weights=cfg.MODEL.WEIGHTS)
     return cfg
 
 
@@ -238,7 +237,9 @@ def _start_logging(output_dir: str, *, progress: bool) -> None:
     # With the arguments that default_setup gives, so that it adds no handlers of its own.
     setup_logger(output_dir, distributed_rank=rank)
     for name in ("fvcore", "vovnet_d2"):
-        setup_logger(output_dir, distributed_rank=rank, name=name)
+        ours = setup_logger(output_dir, distributed_rank=rank, name=name)
+    # One stream for the file of all loggers.
+    escape_unwritable(*(getattr(handler, "stream", None) for handler in ours.handlers))
     if progress:
         for name in ("detectron2", "fvcore", "vovnet_d2"):
             shorten_log(name)
