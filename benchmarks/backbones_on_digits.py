@@ -13,6 +13,7 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,6 +26,7 @@ from tabulate import tabulate
 from vovnet_d2.benchmark.networks import detector
 from vovnet_d2.benchmark.protocol import write_csv
 from vovnet_d2.benchmark.study import Plan, Study
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.checks import parse_device
 
 CONFIGS = {
@@ -52,11 +54,14 @@ def main() -> None:
     rows = run_all(args)
     steps = time_steps(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(args.output / "curves.csv", rows)
+    with atomic_write(args.output / "curves.csv") as partial:
+        write_csv(partial, rows)
     last = [row for row in rows if row["iteration"] == args.iterations]
-    draw(last).savefig(args.output / "sizes.png", dpi=120)
+    with atomic_write(args.output / "sizes.png") as partial:
+        draw(last).savefig(partial, dpi=120, format="png")
     report = write_report(args, last, steps)
-    (args.output / "README.md").write_text(report, encoding="utf-8")
+    with atomic_write(args.output / "README.md") as partial:
+        Path(partial).write_text(report, encoding="utf-8")
     print(report)
 
 

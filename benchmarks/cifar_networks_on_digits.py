@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +25,7 @@ from tabulate import tabulate
 
 from vovnet_d2.analysis import analyze
 from vovnet_d2.benchmark.protocol import write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
@@ -41,11 +43,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(args.output / "runs.csv", rows)
+    with atomic_write(args.output / "runs.csv") as partial:
+        write_csv(partial, rows)
     for network in CIFAR_SPECS:
         plot_connectivity(args, network)
     report = write_report(args, rows)
-    (args.output / "README.md").write_text(report, encoding="utf-8")
+    with atomic_write(args.output / "README.md") as partial:
+        Path(partial).write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -26,6 +26,7 @@ from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine import build_evaluator, load_config
 
 CLASSES, TRUTH_PER_IMAGE, HEIGHT, WIDTH = 80, 7, 480, 640  # as COCO's validation images, roughly
@@ -172,11 +173,13 @@ def main(args: argparse.Namespace) -> None:
         "difference": "in points of AP, over all metrics and classes",
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(args.output / "times.csv", rows, protocol)
+    with atomic_write(args.output / "times.csv") as partial:
+        write_csv(partial, rows, protocol)
     lines = ["# COCO evaluation by pycocotools and by faster-coco-eval", ""]
     lines += [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), ""]
     lines += [f"- {name}: {value}" for name, value in protocol.items()]
-    (args.output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_write(args.output / "README.md") as partial:
+        Path(partial).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines[2:], sep="\n")
 
 

@@ -31,6 +31,7 @@ from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.saved_memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.modeling.allocation import keep_freed_memory
 from vovnet_d2.modeling.folding import fold_norms
 
@@ -327,10 +328,12 @@ def main() -> None:
             continue
         new = run_in_processes(cell, args)
         lines = [line for line in lines if line["cell"] != cell] + new
-        write_csv(args.output, lines, protocol)
+        with atomic_write(args.output) as partial:
+            write_csv(partial, lines, protocol)
         print(*new, sep="\n", flush=True)
     report = write_report(lines, protocol)
-    args.output.with_name("README.md").write_text(report, encoding="utf-8")
+    with atomic_write(args.output.with_name("README.md")) as partial:
+        Path(partial).write_text(report, encoding="utf-8")
     print(report)
 
 

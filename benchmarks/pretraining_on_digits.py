@@ -13,6 +13,7 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_
 from tabulate import tabulate
 
 from vovnet_d2.benchmark.protocol import write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.pictures import read_metrics
 
 CLASSIFIER = "configs/Classification/V_19_slim_eSE_digits.yaml"
@@ -39,10 +41,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(args.output / "curves.csv", rows)
-    draw(rows).savefig(args.output / "curves.png", dpi=120)
+    with atomic_write(args.output / "curves.csv") as partial:
+        write_csv(partial, rows)
+    with atomic_write(args.output / "curves.png") as partial:
+        draw(rows).savefig(partial, dpi=120, format="png")
     report = write_report(args, rows)
-    (args.output / "README.md").write_text(report, encoding="utf-8")
+    with atomic_write(args.output / "README.md") as partial:
+        Path(partial).write_text(report, encoding="utf-8")
     print(report)
 
 

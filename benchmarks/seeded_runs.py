@@ -107,7 +107,7 @@ def run_once(run: Run, *, threads: int | None = None) -> None:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with open(run.output_dir / "stdout.txt", "w") as stdout:
+    with open(run.output_dir / "stdout.txt", "a") as stdout:
         subprocess.run([sys.executable, *command], env=environment, stdout=stdout, check=True)
 
 

@@ -12,6 +12,7 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.benchmark.protocol import write_csv
+from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine import load_config
 
 # Detector to its networks and their configs.
@@ -47,10 +49,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(args.output / "curves.csv", rows)
-    draw(rows).savefig(args.output / "curves.png", dpi=120)
+    with atomic_write(args.output / "curves.csv") as partial:
+        write_csv(partial, rows)
+    with atomic_write(args.output / "curves.png") as partial:
+        draw(rows).savefig(partial, dpi=120, format="png")
     report = write_report(args, rows)
-    (args.output / "README.md").write_text(report, encoding="utf-8")
+    with atomic_write(args.output / "README.md") as partial:
+        Path(partial).write_text(report, encoding="utf-8")
     print(report)
 
 
