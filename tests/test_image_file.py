@@ -7,14 +7,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.modeling import DatasetMapperTTA
 from PIL import Image, ImageOps
 
 from vovnet_d2.data.image_file import ORIENTATION, read_header, read_image, read_labels
-from vovnet_d2.data.mapper import Mapper, build_mapper
+from vovnet_d2.data.mapper import AugmentedTestMapper, Mapper, build_mapper
 from vovnet_d2.data.unreadable import ReadableOnly
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.lazy import _name_unreadable_images
@@ -174,6 +176,29 @@ def test_thin_lines_keep_a_pixel(tmp_path: Path, size: tuple[int, int]) -> None:
         assert max(image.shape[1:]) == 1333
         with pytest.raises((RuntimeError, ValueError)):
             DatasetMapper(cfg, train)(record)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_test_time_augmentation_is_detectron2s(flip: bool) -> None:
+    """But for images that are thin lines, at which Detectron2's raises an error."""
+    pixels = torch.from_numpy(scene().transpose(2, 0, 1).copy())
+    ours = AugmentedTestMapper((8, 30), 40, flip=flip)
+    theirs = DatasetMapperTTA((8, 30), 40, flip)
+    corners = np.array([[1.0, 2, 11, 9], [0, 0, 20, 12]])
+    for size in ((12, 20), (24, 50)):  # of the picture that the network's input was made of
+        record = {"image": pixels, "height": size[0], "width": size[1], "image_id": 3}
+        found, expected = ours(record), theirs(record)
+        assert len(found) == len(expected) == 2 + 2 * flip
+        for one, other in zip(found, expected, strict=True):
+            assert one["image"].equal(other["image"])
+            assert one.keys() == other.keys()
+            for way in (lambda t: t, lambda t: t.inverse()):
+                boxes = [way(each["transforms"]).apply_box(corners) for each in (one, other)]
+                np.testing.assert_array_equal(*boxes)
+    thin = {"image": pixels[:, :1].repeat(1, 1, 50), "height": 2, "width": 3000}
+    assert [tuple(each["image"].shape[1:]) for each in ours(thin)] == [(1, 40)] * (2 + 2 * flip)
+    with pytest.raises((RuntimeError, ValueError)):
+        theirs(thin)
 
 
 def test_a_file_that_is_refused_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
-from detectron2.data.transforms import ResizeTransform
 from PIL import Image, ImageOps
 
 from .checkpoint import VoVNetCheckpointer, check_input_convention
@@ -154,11 +153,7 @@ class Predictor:
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
         for augmentation in build_augmentations(self.cfg, is_train=False):
-            transform = augmentation.get_transform(image)
-            if isinstance(transform, ResizeTransform):
-                # Of an image that is a thin line, a pixel of width is left.
-                transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
-            image = transform.apply_image(image)
+            image = augmentation.get_transform(image).apply_image(image)
         return image
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from detectron2.structures import BoxMode
 from .image_file import read_image, read_labels
 from .ssd_augmentation import ssd_augmentations
 
-__all__ = ["Mapper", "SSDMapper", "build_augmentations", "build_mapper"]
+__all__ = ["AugmentedTestMapper", "Mapper", "SSDMapper", "build_augmentations", "build_mapper"]
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
@@ -32,18 +33,19 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     mapper = SSDMapper if ssd else Mapper
     augmentations = build_augmentations(cfg, is_train)
     if is_train and cfg.INPUT.CROP.ENABLED:
-        augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        augmentations.insert(0, _RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     return mapper(cfg, is_train, augmentations=augmentations)
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Detectron2's resizing and flipping; where ``INPUT.FIXED_SIZE`` is set, images are warped to a
-    square of it instead, and ``INPUT.SSD_AUGMENTATION`` comes before the flipping.
+    square of it instead, and ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Of images that
+    are thin lines, which Detectron2's resizing makes a side of 0 of, a pixel is left.
 
     Raises:
         ValueError: SSD's augmentation without a fixed size, or with ``INPUT.CROP``.
     """
-    augmentations = utils.build_augmentation(cfg, is_train)
+    augmentations = [_leaving_a_pixel(a) for a in utils.build_augmentation(cfg, is_train)]
     size = cfg.INPUT.FIXED_SIZE
     if is_train and cfg.INPUT.SSD_AUGMENTATION and (not size or cfg.INPUT.CROP.ENABLED):
         raise ValueError(
@@ -128,6 +130,49 @@ class _ResizeShortestEdge(T.ResizeShortestEdge):
         if isinstance(transform, T.ResizeTransform):
             transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
         return transform
+
+
+class _RandomCrop(T.RandomCrop):
+    """Detectron2's crop, of which a part of a pixel, in thin pictures, is a pixel."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(1, height), max(1, width)
+
+
+class AugmentedTestMapper:
+    """Makes the network's inputs of test-time augmentation from the input of the plain test, as
+    Detectron2's ``DatasetMapperTTA`` does; of images that are thin lines a pixel is left."""
+
+    def __init__(self, min_sizes: Sequence[int], max_size: int, *, flip: bool):
+        """
+        Args:
+            min_sizes: ``TEST.AUG.MIN_SIZES``; ``max_size`` and ``flip`` are ``TEST.AUG``'s, too.
+        """
+        resizes = [_ResizeShortestEdge(size, max_size) for size in min_sizes]
+        flips: list[list[T.Augmentation]] = [[], [T.RandomFlip(prob=1.0)]]
+        self._augmentations = [
+            T.AugmentationList([resize, *more]) for resize in resizes for more in flips[: 1 + flip]
+        ]
+
+    def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        Args:
+            record: with "image" (C, H, W), and "height" and "width" of the picture as it is read.
+
+        Returns:
+            for each size, plain and flipped, the record with its "image" and "transforms", which
+            lead from the picture to that.
+        """
+        pixels = record["image"].permute(1, 2, 0).numpy()
+        resized = T.ResizeTransform(record["height"], record["width"], *pixels.shape[:2])
+        found = []
+        for augmentations in self._augmentations:
+            aug_input = T.AugInput(pixels.copy())
+            transforms = augmentations(aug_input)
+            image = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+            found.append({**record, "image": image, "transforms": resized + transforms})
+        return found
 
 
 class SSDMapper(Mapper):
