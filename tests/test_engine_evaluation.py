@@ -476,7 +476,8 @@ def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
         for catalog in (DatasetCatalog, MetadataCatalog):
             catalog.data.clear()
         annotation = box | {"bbox": [left, 10, 30, 20]}
-        record = {"file_name": "a.png", "image_id": 1, "width": 80, "height": 64}
+        Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+        record = {"file_name": f"{tmp_path}/a.png", "image_id": 1, "width": 80, "height": 64}
         records = [record | {"annotations": [annotation]}]
         DatasetCatalog.register("mine", lambda records=records: copy.deepcopy(records))
         MetadataCatalog.get("mine").set(thing_classes=["box"], evaluator_type="coco")

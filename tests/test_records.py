@@ -18,7 +18,8 @@ from engine_runs import FASTER_RCNN, MASK_RCNN, launch, tiny_config
 from PIL import Image
 
 from vovnet_d2.data.image_file import ORIENTATION
-from vovnet_d2.data.records import check_orientations, check_records, find_absurd
+from vovnet_d2.data.record_files import check_files
+from vovnet_d2.data.records import check_records, find_absurd
 from vovnet_d2.engine import Trainer
 
 pytest_plugins = ["engine_fixtures"]
@@ -40,7 +41,12 @@ ABSURD: dict[str, tuple[dict, str]] = {
     "RLE of another image": ({"segmentation": RLE | {"size": [9, 9]}}, r"RLE of size \[9, 9\]"),
     "RLE of too many": ({"segmentation": RLE | {"counts": [9**9]}}, "RLE of 387420489 pixels"),
     "RLE of rubbish": ({"segmentation": RLE | {"counts": b"ooo"}}, "RLE that is malformed"),
+    "beyond all numbers": ({"segmentation": [[*POLYGON, 10**400, 3]]}, "polygon with what is no"),
+    "a box beyond all": ({"bbox": [10**400, 1, 2, 3]}, "bbox with what is no number, or beyond"),
+    "a flat polygon": ({"segmentation": POLYGON}, "a polygon with what is no number"),
+    "null in a box": ({"bbox": [None, 1, 2, 3]}, r"bbox with what is no number.*\[None, 1"),
     "category": ({"category_id": 3}, "category 3, where the network has 3"),
+    "category of text": ({"category_id": "1"}, "category '1', where the network has 3"),
 }
 
 
@@ -60,6 +66,25 @@ def test_absurd_numbers_are_named(kind: str) -> None:
     assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
     check_records(records(GOOD, GOOD), "d", num_classes=3, masks=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"width": 10**6, "height": 10**6}, r"a\.jpg has a size of 1e\+06 x 1e\+06 pixels"),
+        ({"width": "128"}, "a width or height of '128'"),
+        ({"height": 0}, "a width or height of 0"),
+        ({"height": NAN}, "a width or height of nan"),
+        ({"width": True}, "a width or height of True"),
+        ({"width": 127.5}, r"a width or height of 127\.5"),
+    ],
+)
+def test_absurd_sizes_are_named(size: dict, message: str) -> None:
+    """Masks are made in the size of a record."""
+    (good,) = records(GOOD)
+    check_records([good | {"width": 128.0}], "d")  # a JSON file may write it so
+    with pytest.raises(ValueError, match=f"^Data set d: .*{message}"):
+        check_records([good, good | size], "d")
 
 
 def test_good_masks_of_all_kinds() -> None:
@@ -124,6 +149,71 @@ def test_nothing_left_to_train_on_is_said(coco: Path, tmp_path: Path) -> None:
         launch(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()")
 
 
+# Files
+
+
+def files(folder: Path, *pictures: Image.Image) -> list[dict[str, Any]]:
+    found = []
+    for index, picture in enumerate(pictures):
+        path = folder / f"{index}.png"
+        picture.save(path, format="TIFF" if picture.mode == "F" else "PNG")
+        size = {"width": picture.width, "height": picture.height}
+        found.append({"file_name": str(path), "annotations": []} | size)
+    return found
+
+
+def test_files_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    grey = Image.new("L", (20, 10))
+    data = files(tmp_path, grey, grey, grey, Image.new("F", (20, 10)), grey)
+    Path(data[0]["file_name"]).rename(tmp_path / "0.PNG")
+    Path(data[1]["file_name"]).write_text("404")
+    data[2]["width"] = 21
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    grey.save(data[4]["file_name"], exif=exif)
+    data.append({"file_name": "s3://bucket/a.png"})  # for PathManager to find
+    reasons = [
+        r"0\.png cannot be used: there is no such file, and the one that is meant .* '0\.PNG'",
+        r"1\.png cannot be used: of no known format",
+        r"2\.png cannot be used: it has 20 x 10 pixels, and its annotations say 21 x 10",
+        r"3\.png cannot be used: it has 32 bits per pixel",
+        r"4\.png cannot be used: its EXIF .* turns it to 10 x 20 .* the 20 x 10 that are stored",
+    ]
+    for first, reason in enumerate(reasons):
+        others = len(reasons) - 1 - first
+        counted = rf"\. {others} more cannot be used\. " if others else r"\. tools"
+        with pytest.raises(ValueError, match=f"^Data set d: .*{reason}.*{counted}") as caught:
+            check_files(data[first:], "d", roots=[str(tmp_path)], most_unusable=others)
+        assert "\n" not in str(caught.value)
+        check_files(data[first:], "d", most_unusable=others + 1)
+
+
+def test_depths_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dark, light = (Image.fromarray(np.full((9, 9), n, np.uint16)) for n in (4095, 4096))
+    with caplog.at_level(logging.INFO):
+        check_files(files(tmp_path, dark, light, Image.new("L", (9, 9))), "d")
+    assert "Data set d: 2 of 3 pictures have 16 bits per channel" in caplog.text
+    with pytest.raises(ValueError, match=r"16 bits, .*0\.png for one, have values in the lower 12"):
+        check_files(files(tmp_path, dark, dark), "d")
+
+
+def test_a_run_looks_for_its_files(coco: Path, tmp_path: Path) -> None:
+    """Before the first iteration, those of the evaluation, too."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (coco / "coco/train2017").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    source = coco / "coco/annotations/instances_train2017.json"
+    register_coco_instances("mine", {}, str(source), str(images))
+    (gone, *_) = sorted(images.iterdir())
+    gone.rename(gone.with_suffix(".JPG"))
+    pattern = rf"Data set mine: {gone} cannot be used: .* seems to be '{gone.stem}\.JPG'"
+    for key in ("TRAIN", "TEST"):
+        with pytest.raises(ValueError, match=pattern):
+            launch(FASTER_RCNN, tmp_path / key, f"DATASETS.{key}", "('mine',)")
+        assert not (tmp_path / key / "model_final.pth").exists()
+
+
 # Orientation
 
 
@@ -148,17 +238,17 @@ def turned(folder: Path, orientation: int, *, stored: bool) -> list[dict[str, An
 def test_orientations_that_the_sizes_do_not_tell(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    check_orientations(turned(tmp_path, 3, stored=False), "d")
+    check_files(turned(tmp_path, 3, stored=False), "d")
     assert not caplog.records
     with pytest.raises(ValueError, match=r"6 of the 6 pictures are turned .* as they are stored"):
-        check_orientations(turned(tmp_path, 3, stored=True), "d")
+        check_files(turned(tmp_path, 3, stored=True), "d")
     unclear = turned(tmp_path, 3, stored=True)
     for record in unclear:
         exif = Image.Exif()
         exif[ORIENTATION] = 3
         Image.new("RGB", (80, 80)).save(record["file_name"], exif=exif)
     with caplog.at_level(logging.WARNING):
-        check_orientations(unclear, "d")
+        check_files(unclear, "d")
     assert "Data set d: 6 of the 6 pictures are turned by their EXIF orientation" in caplog.text
 
 

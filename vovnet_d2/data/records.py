@@ -5,31 +5,25 @@ memory, or spoil it silently."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from math import isfinite
+from collections.abc import Iterable, Mapping
+from math import inf, isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode
+from PIL import Image
 
 from .check.conventions import COCO, Sample, find_conventions, sample_of
 from .check.masks import decode_counts, has_mask
-from .check.orientation import TurnedFile, judge
-from .image_file import ImageHeader, read_header
 
-__all__ = ["check_orientations", "check_records", "find_absurd"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["check_records", "find_absurd"]
 
 # How far numbers may reach beyond an image, in its longer sides. Masks are drawn in memory that
 # grows with the numbers of their polygons.
 _REACH = 10
 _UNKNOWN_SIDE = 100_000  # pixels, where a record does not say its size
 _MAX_SAMPLES = 20_000
-_MAX_HEADERS = 1000
 
 _HINT = (
     "tools/check_dataset.py lists all that is wrong with annotations in COCO's format, and writes "
@@ -62,12 +56,13 @@ def check_records(
     count = objects = 0
     samples: list[Sample] = []
     for record in records:
+        if problem := _absurd_size(record):
+            raise ValueError(f"Data set {name}: {_name_of(record)} has {problem}. {_HINT}")
         for index, annotation in enumerate(record.get("annotations", ())):
             objects += 1
             problem = find_absurd(annotation, record.get("width"), record.get("height"))
-            category = annotation.get("category_id", 0)
-            if not problem and num_classes is not None and not 0 <= category < num_classes:
-                problem = f"category {category}, where the network has {num_classes}"
+            if not problem and num_classes is not None:
+                problem = _wrong_category(annotation.get("category_id", 0), num_classes)
             if problem:
                 count += 1
                 wrong = wrong or [f"object {index} of {_name_of(record)} has {problem}"]
@@ -92,6 +87,25 @@ def check_records(
             f"{' or '.join(map(str, readings))} ({list(samples[0].box)} in an image of "
             f"{samples[0].size[0]} x {samples[0].size[1]} for one). {_HINT}"
         )
+
+
+def _absurd_size(record: Mapping[str, Any]) -> str:
+    """Say what is wrong with the size of a picture; masks are made in that size."""
+    sides = [record[side] for side in ("width", "height") if side in record]
+    for side in sides:
+        whole = isinstance(side, Real) and not isinstance(side, bool) and side == side // 1
+        if not whole or not side > 0:
+            return f"a width or height of {side!r:.60}"
+    most = 2 * (Image.MAX_IMAGE_PIXELS or inf)  # beyond which Pillow reads no picture
+    if len(sides) == 2 and sides[0] * sides[1] > most:
+        return f"a size of {sides[0]:g} x {sides[1]:g} pixels, more than Pillow reads"
+    return ""
+
+
+def _wrong_category(category: Any, num_classes: int) -> str:
+    if isinstance(category, int | np.integer) and 0 <= category < num_classes:
+        return ""
+    return f"category {category!r:.60}, where the network has {num_classes}"
 
 
 def _name_of(record: Mapping[str, Any]) -> str:
@@ -121,12 +135,14 @@ def find_absurd(annotation: Mapping[str, Any], width: int | None, height: int | 
     elif isinstance(mask, list | tuple):
         lists += [("a polygon", polygon) for polygon in mask]
     for kind, numbers in lists:
-        if numbers is None or len(numbers) == 0:
+        if numbers is None:
             continue
         try:
+            if len(numbers) == 0:
+                continue
             total, least, most = float(sum(numbers)), float(min(numbers)), float(max(numbers))
-        except (TypeError, ValueError):
-            return f"{kind} with what is no number: {list(numbers)!r:.60}"
+        except (OverflowError, TypeError, ValueError):
+            return f"{kind} with what is no number, or beyond all numbers: {numbers!r:.60}"
         if not isfinite(total):
             return f"{kind} with a number that is not finite"
         if not -limit <= least <= most <= limit:
@@ -147,66 +163,3 @@ def _wrong_rle(rle: Mapping[str, Any], width: int, height: int) -> str:
     if sum(runs) != width * height:
         return f"RLE of {sum(runs)} pixels in an image of {width * height}"
     return ""
-
-
-# Orientation
-
-
-def check_orientations(records: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Warn of pictures that EXIF turns and whose annotations may be for the picture as it is
-    stored. Of large sets a thousand pictures are looked at.
-
-    Raises:
-        ValueError: the sizes, or the pictures along the edges of the boxes, say that they are.
-    """
-    count = min(len(records), _MAX_HEADERS)
-    chosen = (records[i * len(records) // count] for i in range(count))
-    looked_at = [record for record in chosen if "file_name" in record]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        headers = list(pool.map(_header, looked_at))
-    turned = [
-        _turned_file(record, header)
-        for record, header in zip(looked_at, headers, strict=True)
-        if header and header.orientation != 1
-    ]
-    verdicts = judge(turned)
-    of = f"{len(looked_at)} pictures" + (" looked at" if len(looked_at) < len(records) else "")
-    # Where the size is another, reading a picture says so, and DATALOADER.MAX_UNREADABLE holds.
-    stored = [
-        file
-        for file in turned
-        if verdicts[file.path] == "stored" and file.given_size in (None, file.size)
-    ]
-    if stored:
-        raise ValueError(
-            f"Data set {name}: {len(stored)} of the {of} are turned by their EXIF orientation "
-            f"before training sees them, {stored[0].path} for one, and their annotations are for "
-            "the pictures as they are stored. tools/check_dataset.py --fix turns annotations in "
-            "COCO's format; or remove the orientation from the files."
-        )
-    unclear = [file for file in turned if verdicts[file.path] == "unclear" and file.boxes]
-    if unclear:
-        logger.warning(
-            "Data set %s: %d of the %s are turned by their EXIF orientation before training sees "
-            "them, %s for one. Look whether the annotations are for the pictures so turned: "
-            "tools/visualize_data.py draws them.",
-            *(name, len(unclear), of, unclear[0].path),
-        )
-
-
-def _header(record: Mapping[str, Any]) -> ImageHeader | None:
-    try:
-        return read_header(record["file_name"])
-    except Exception:  # reading it will say what is wrong
-        return None
-
-
-def _turned_file(record: Mapping[str, Any], header: ImageHeader) -> TurnedFile:
-    boxes = [
-        BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYWH_ABS)
-        for a in record.get("annotations", ())
-        if "bbox" in a and a.get("bbox_mode") in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-    ]
-    given = (record["width"], record["height"]) if "width" in record else None
-    boxes = [np.asarray(box).tolist() for box in boxes]
-    return TurnedFile(record["file_name"], header.orientation, header.stored_size, given, boxes)

@@ -16,7 +16,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -28,8 +28,10 @@ from detectron2.utils import comm
 
 from ..data.check.masks import has_mask
 from ..data.image_file import read_labels
-from ..data.records import check_orientations, check_records
-from .checks import find_num_classes
+from ..data.record_files import check_files, has_size_of_file
+from ..data.records import check_records
+from ..data.unreadable import image_roots
+from .checks import find_num_classes, load_records
 from .interruption import is_lost_connection
 from .trainer import Trainer
 
@@ -44,8 +46,8 @@ _PERFECT = 99.0  # AP of predictions that equal the annotations
 
 
 def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
-    """Look at the annotations of ``DATASETS.TEST``, and run the evaluators on no predictions and on
-    perfect ones, for some images. All processes call it.
+    """Look at the annotations and files of ``DATASETS.TEST``, and run the evaluators on no
+    predictions and on perfect ones, for some images. All processes call it.
 
     Args:
         cfg: its ``OUTPUT_DIR`` is not written to.
@@ -56,16 +58,19 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
         ValueError: annotations cannot be used, or the evaluation fails.
     """
     for name in cfg.DATASETS.TEST:
-        records = DatasetCatalog.get(name)
+        records = load_records(name)
         check_records(records, name, num_classes=find_num_classes(cfg).get("thing_classes"))
-        check_orientations(records, name)
+        check_files(records, name, roots=image_roots([name]))
         if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "pascal_voc", "sem_seg"):
             _rehearse(cfg, trainer, name, records)
 
 
 def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Record]) -> None:
     count = min(len(records), _MOST_IMAGES)
-    chosen = [records[i * len(records) // count] for i in range(count)]
+    spread = (records[i * len(records) // count] for i in range(count))
+    # Masks are made in the size of a record, however large that is.
+    if not (chosen := [record for record in spread if has_size_of_file(record)]):
+        return
     for perfect in (False, True):
         with tempfile.TemporaryDirectory() as folder, _quiet():
             own = cfg.clone()
@@ -87,7 +92,7 @@ def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Rec
                     "what is wrong with annotations in COCO's format."
                 ) from error
         if perfect:
-            _say_if_imperfect(name, results or {}, count)
+            _say_if_imperfect(name, results or {}, len(chosen))
 
 
 def _run(

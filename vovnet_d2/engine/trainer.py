@@ -28,8 +28,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
-from ..data.mapper import build_mapper
-from ..data.records import check_orientations, check_records
+from ..data.mapper import AugmentedTestMapper, build_mapper
+from ..data.record_files import check_files
+from ..data.records import check_records
 from ..data.stream import (
     Place,
     TrainingStream,
@@ -40,7 +41,7 @@ from ..data.stream import (
 )
 from ..data.unreadable import ReadableOnly, image_roots
 from .categories import category_names, find_difference
-from .checks import find_num_classes
+from .checks import find_num_classes, is_of_loader
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
 from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
@@ -457,8 +458,16 @@ class Trainer(DefaultTrainer):
         )
         try:
             stream = build_detection_stream(cfg, mapper=mapper)
-        except AssertionError as error:  # of Detectron2, where nothing is left to train on
-            raise ValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
+        except Exception as error:
+            # Detectron2's assertion is for where nothing is left to train on.
+            if not isinstance(error, AssertionError) and not is_of_loader(error):
+                raise
+            reason = str(error.args[0]) if len(error.args) == 1 else str(error)
+            what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"DATASETS.TRAIN cannot be loaded: {what}{' '.join(reason.split()).rstrip('.')}. "
+                "tools/check_dataset.py lists what is wrong with annotations in COCO's format."
+            ) from error
         check_stream(cfg, stream)
         return stream
 
@@ -495,7 +504,9 @@ class Trainer(DefaultTrainer):
         """As :meth:`test`, with the augmentation of ``TEST.AUG``; tasks end with ``_TTA``."""
         logger.info("Evaluating with test-time augmentation ...")
         evaluators = [build_evaluator(cfg, name, suffix="_TTA") for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        aug = cfg.TEST.AUG
+        mapper = AugmentedTestMapper(aug.MIN_SIZES, aug.MAX_SIZE, flip=aug.FLIP)
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model, mapper), evaluators)
         if len(cfg.DATASETS.TEST) == 1:
             return _rename(results)
         return {name: _rename(tasks) for name, tasks in results.items()}
@@ -510,16 +521,21 @@ class Trainer(DefaultTrainer):
 
 
 def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
-    """Look once at all annotations of a training, where its loader shows them.
+    """Look once at the annotations and files of a training, where its loader shows them.
 
     Raises:
-        ValueError: see :func:`check_records` and :func:`check_orientations`.
+        ValueError: see :func:`check_records` and :func:`check_files`.
     """
     if isinstance(loader, TrainingStream) and isinstance(loader.dataset, DatasetFromList):
         name, classes = ", ".join(cfg.DATASETS.TRAIN), find_num_classes(cfg).get("thing_classes")
         records = (loader.dataset[index] for index in range(len(loader.dataset)))
         check_records(records, name, num_classes=classes, masks=cfg.MODEL.MASK_ON)
-        check_orientations(loader.dataset, name)
+        check_files(
+            loader.dataset,
+            name,
+            roots=image_roots(cfg.DATASETS.TRAIN),
+            most_unusable=cfg.DATALOADER.MAX_UNREADABLE,
+        )
 
 
 def _rename(tasks: Results) -> Results:

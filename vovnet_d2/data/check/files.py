@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..image_file import read_header, read_image
 
-__all__ = ["ImageFile", "inspect_files", "resolve_inside"]
+__all__ = ["ImageFile", "inspect_files", "is_dark", "resolve_inside"]
 
 _DARK = 16  # what 12 bits reach in the upper 8 of 16
 # Thumbnails flatter than this look like each other, whatever they show.
@@ -105,8 +105,13 @@ def _inspect(path: str) -> ImageFile:
     height, width = pixels.shape[:2]
     sizes = (width, height), header.stored_size
     deep = header.bits > 8
-    dark = deep and int(pixels.max()) < _DARK
+    dark = deep and is_dark(pixels)
     return ImageFile("", *sizes, header.orientation, deep, dark, digest, _look(pixels))
+
+
+def is_dark(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the upper 8 of 16 bits are as dark as where all values are of 12 bits."""
+    return int(pixels.max()) < _DARK
 
 
 def _look(pixels: NDArray[np.uint8]) -> NDArray[np.uint64] | None:
