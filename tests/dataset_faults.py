@@ -252,6 +252,8 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "category id as text": (setting("categories", "id", "1"), {"category_id_type"}),
     "category id twice": (adding("categories", name="fox"), {"duplicate_category_id"}),
     "category without name": (without("categories", "name"), {"category_name"}),
+    "category name of spaces": (setting("categories", "name", " "), {"category_name"}),
+    "half a character": (setting("categories", "name", "\ud800"), {"category_name"}),
     "category name twice": (setting("categories", "name", "dog"), {"duplicate_category_name"}),
     # images
     "image without id": (adding("images", id=[1]), {"image_id"}),

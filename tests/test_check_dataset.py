@@ -239,7 +239,7 @@ def test_the_miniature_coco_is_clean(tmp_path: Path, capsys) -> None:
     [
         ([], "Nothing to check"),
         (["digits_trian"], "'digits_trian' is not registered. Close to it: digits_train"),
-        (["voc_2007_val"], "no annotation file in COCO's format: it is a pascal_voc"),
+        (["voc_2007_val"], "Data set voc_2007_val: There is no list of images "),
         (["--train-json", "{json}"], "go together"),
         (["--train-json", "x.json", "--train-images", "."], "There is no annotation file"),
         (["--train-json", "{json}", "--train-images", "nowhere"], "There is no folder of images"),

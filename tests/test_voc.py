@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """PASCAL VOC: the loader that marks difficult objects, and the evaluation by 11 points."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import check_dataset
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "numbers in the list": (list_as("000001  1\n000002 -1\n"), "has the line '000001  1'"),
     "suffix in the list": (list_as("000001.jpg\n000002.jpg"), "leave out the suffix in the list"),
     "empty list": (list_as("\n"), r"train\.txt lists no image"),
+    "byte order mark": (list_as("\ufeff000001\n000002\n"), r"train\.txt begins with a byte order"),
+    "list of another code": (
+        lambda r: (r / "ImageSets/Main/train.txt").write_bytes(b"\xe9"),
+        r"train\.txt is not UTF-8: byte 0",
+    ),
     "one image": (list_as("000001\n"), "lists one image, which Detectron2's loader cannot take"),
 }
 
@@ -160,17 +167,32 @@ def test_folders_are_checked_whole(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_checks_its_folders(register: Callable[..., None]) -> None:
+def test_a_run_checks_its_folders(
+    register: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     register(OBJECTS)
     cfg = load_config("PascalVOC-Detection/refinedet320_V_39_120k.yaml")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("voc_2007_test",)
     check_data(cfg, training=True)
     rehearse_evaluation(cfg, Trainer)
+    assert check_dataset.main(["voc_2007_test"]) == 0
+    assert "voc_2007_test: 4 images\n  no problem was found" in capsys.readouterr().out
     folder = Path(MetadataCatalog.get("voc_2007_test").dirname)
     for path in sorted((folder / "Annotations").iterdir())[:2]:
         path.write_text(path.read_text().replace(">0</difficult>", ">?</difficult>"))
-    with pytest.raises(ValueError, match=r"voc_2007_test: .*000001\.xml: .* 1 more images"):
+    sentence = r"voc_2007_test: .*000001\.xml: .* 1 more images"
+    with pytest.raises(ValueError, match=sentence):
         check_data(cfg, training=True)
+    assert check_dataset.main(["voc_2007_test"]) == 1
+    assert re.search(sentence, capsys.readouterr().out)
+
+
+def test_a_file_that_the_loader_cannot_take_is_named(tmp_path: Path) -> None:
+    for old, new in (("<size>", "<sizes>"), ("<name>dog</name>", ""), (">80</width>", "></width>")):
+        root = write_tree(tmp_path, OBJECTS, "train")
+        edit(old, new)(root)
+        with pytest.raises(ValueError, match=r"Annotations/000001\.xml: "):
+            load_voc(str(root), "train")
 
 
 @pytest.fixture

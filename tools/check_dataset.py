@@ -36,6 +36,7 @@ from vovnet_d2.data.check import (
     write_fixed,
 )
 from vovnet_d2.data.formats import read_annotations, recognise
+from vovnet_d2.data.voc import check_voc_set, is_voc_set, register_voc
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.engine.own_data import add_annotation_arguments, find_annotations
 from vovnet_d2.made import refuse_foreign
@@ -80,7 +81,9 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
         if given := find_annotations(args, split):
             sources.append(find_source(split, *given))
     register_digits()
-    sources += [find_registered(name) for name in args.names if not is_label_set(name)]
+    register_voc()
+    in_coco = [name for name in args.names if not (is_label_set(name) or is_voc_set(name))]
+    sources += [find_registered(name) for name in in_coco]
     if not sources and not args.names:
         raise ValueError(
             "Nothing to check: give --train-annotations and --train-images, or a name."
@@ -124,6 +127,12 @@ def run(args: argparse.Namespace) -> int:
         text, usable = check_label_set(name)
         print(text)
         good &= usable
+    for name in filter(is_voc_set, args.names):
+        try:
+            print(f"{name}: {check_voc_set(name)} images\n  no problem was found")
+        except ValueError as error:
+            print(error)
+            good = False
     report = report_to_json(checked, between)
     if args.json:
         with atomic_write(args.json) as partial:

@@ -26,9 +26,19 @@ from detectron2.utils.file_io import PathManager
 
 from .image_file import read_header
 
-__all__ = ["check_voc", "load_voc", "parse_annotations", "read_objects", "register_voc"]
+__all__ = [
+    "check_voc",
+    "check_voc_set",
+    "is_voc_set",
+    "load_voc",
+    "parse_annotations",
+    "read_objects",
+    "register_voc",
+]
 
 Record = dict[str, Any]
+
+_OURS = "_no_difficult"  # what names end with that this module's loader reads
 
 
 def load_voc(dirname: str, split: str, class_names: Sequence[str] = CLASS_NAMES) -> list[Record]:
@@ -51,9 +61,14 @@ def load_voc(dirname: str, split: str, class_names: Sequence[str] = CLASS_NAMES)
 
 def _load_image(dirname: str, name: str, class_names: list[str]) -> Record:
     path = os.path.join(dirname, "Annotations", f"{name}.xml")
-    tree = parse_annotations(path)
+    try:
+        tree = parse_annotations(path)
+        objects = read_objects(tree)
+        sizes = {side: int(_number(tree, f"size/{side}")) for side in ("height", "width")}
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     annotations = []
-    for found in read_objects(tree):
+    for found in objects:
         if found["name"] not in class_names:
             raise ValueError(
                 f"{path} has an object of class {found['name']!r}, which is not among "
@@ -72,9 +87,8 @@ def _load_image(dirname: str, name: str, class_names: list[str]) -> Record:
     return {
         "file_name": os.path.join(dirname, "JPEGImages", f"{name}.jpg"),
         "image_id": name,
-        "height": int(_number(tree, "size/height")),
-        "width": int(_number(tree, "size/width")),
         "annotations": annotations,
+        **sizes,
     }
 
 
@@ -133,8 +147,33 @@ def _flag(element: ElementTree.Element, path: str) -> int:
     return known[text]
 
 
-def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detectron2: bool) -> None:
-    """Look at all files of a split before a run.
+def is_voc_set(name: str) -> bool:
+    """Whether a data set is registered as a folder in PASCAL VOC's layout."""
+    if name not in DatasetCatalog:
+        return False
+    metadata = MetadataCatalog.get(name)
+    is_voc = metadata.get("evaluator_type") == "pascal_voc"
+    return is_voc and bool(metadata.get("dirname")) and bool(metadata.get("split"))
+
+
+def check_voc_set(name: str) -> int:
+    """Look at all files of a registered data set, see :func:`check_voc`.
+
+    Returns:
+        how many images there are.
+    """
+    metadata = MetadataCatalog.get(name)
+    arguments = metadata.dirname, metadata.split, metadata.thing_classes
+    try:
+        return check_voc(*arguments, by_detectron2=not name.endswith(_OURS))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"Data set {name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Data set {name}: {error}") from error
+
+
+def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detectron2: bool) -> int:
+    """Look at all files of a split before a run, and return how many images there are.
 
     Args:
         dirname: as in :func:`load_voc`; as is ``split``.
@@ -149,8 +188,13 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
     listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     if not os.path.isfile(listing):
         raise FileNotFoundError(f"There is no list of images {listing}.")
-    lines = Path(listing).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(listing).read_bytes().decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listing} is not UTF-8: byte {error.start} is no character.") from error
     names = [line.strip() for line in lines if line.strip()]
+    if names and names[0].startswith("\ufeff"):
+        raise ValueError(f"{listing} begins with a byte order mark: save it without one.")
     if not names:
         raise ValueError(f"{listing} lists no image.")
     if wrong := next((name for name in names if len(name.split()) > 1), None):
@@ -165,6 +209,7 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
     if problems:
         others = f" {len(problems) - 1} more images have problems." if len(problems) > 1 else ""
         raise ValueError(f"{problems[0].rstrip('.')}.{others}")
+    return len(names)
 
 
 def _find_problem(dirname: str, classes: set[str], by_detectron2: bool, name: str) -> str:
@@ -228,7 +273,7 @@ def register_voc() -> None:
     for year in (2007, 2012):
         dirname = str(root / f"VOC{year}")
         for split in ("train", "val", "trainval", "test"):
-            name = f"voc_{year}_{split}_no_difficult"
+            name = f"voc_{year}_{split}{_OURS}"
             if name in DatasetCatalog or (year, split) == (2012, "test"):  # which has no boxes
                 continue
             DatasetCatalog.register(name, partial(load_voc, dirname, split))

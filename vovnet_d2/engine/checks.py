@@ -8,23 +8,26 @@ import argparse
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import build_backbone
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
-from ..data.voc import check_voc
+from ..data.voc import check_voc_set, is_voc_set
+from .other_projects import PARTS
 from .precision import autocast_dtype
 from .semantic_data import check_label_maps
 
@@ -38,6 +41,8 @@ __all__ = [
     "choose_device",
     "find_num_classes",
     "instance_class_keys",
+    "is_of_loader",
+    "load_records",
     "parse_device",
 ]
 
@@ -70,8 +75,31 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
 
 def check_network(cfg: CfgNode) -> None:
     """The part of :func:`check_config` that holds whatever is done with the network."""
-    _check_registered("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    _check_registered("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    for key in ("META_ARCHITECTURE", "BACKBONE.NAME", *_used_parts(cfg)):
+        node, _, name = key.rpartition(".")
+        value = cfg.MODEL[node][name] if node else cfg.MODEL[name]
+        _check_registered(f"MODEL.{key}", value, PARTS[key])
+
+
+def _used_parts(cfg: CfgNode) -> Iterator[str]:
+    """Yield the keys that name the parts of Detectron2's meta-architectures, as far as the network
+    has them."""
+    kind = cfg.MODEL.META_ARCHITECTURE
+    if kind in ("SemanticSegmentor", "PanopticFPN"):
+        yield "SEM_SEG_HEAD.NAME"
+    if kind not in ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork"):
+        return
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
+        yield "PROPOSAL_GENERATOR.NAME"
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME in ("RPN", "RRPN"):
+        yield "RPN.HEAD_NAME"
+    if kind == "ProposalNetwork":
+        return
+    yield "ROI_HEADS.NAME"
+    if cfg.MODEL.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads"):
+        yield "ROI_BOX_HEAD.NAME"
+        yield from ["ROI_MASK_HEAD.NAME"] * cfg.MODEL.MASK_ON
+        yield from ["ROI_KEYPOINT_HEAD.NAME"] * cfg.MODEL.KEYPOINT_ON
 
 
 def check_run(cfg: CfgNode, *, training: bool) -> None:
@@ -181,7 +209,8 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
         for name in values:
             metadata = _load_metadata(name, evaluated=key == "DATASETS.TEST")
             _check_num_classes(cfg, key, name, metadata)
-            _check_voc(name, metadata)
+            if is_voc_set(name):
+                check_voc_set(name)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
@@ -229,18 +258,58 @@ def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
     if not known or _find_missing(metadata, evaluated):
         try:
             DatasetCatalog.get(name)  # some are built by this
-        except (AssertionError, KeyError, OSError, ValueError) as error:
+        except Exception as error:
+            if not _is_of_data(error):
+                raise
             failure = error
     if missing := _find_missing(metadata, evaluated):
         raise FileNotFoundError(_describe_missing(name, missing)) from failure
     if failure:
-        source = next(iter(_paths(metadata, evaluated)), "the function that is registered for it")
-        # As text, a KeyError is in quotation marks.
-        reason = failure.args[0] if len(failure.args) == 1 else failure
-        raise ValueError(
-            f"Data set {name} cannot be loaded: {type(failure).__name__} in {source}: {reason}"
-        ) from failure
+        raise _loading_error(name, failure, evaluated=evaluated) from failure
     return metadata
+
+
+def load_records(name: str) -> list[dict[str, Any]]:
+    """Load a registered data set in Detectron2's format.
+
+    Raises:
+        ValueError: its files cannot be used.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except Exception as error:
+        if not _is_of_data(error):
+            raise
+        raise _loading_error(name, error, evaluated=False) from error
+
+
+def _is_of_data(error: Exception) -> bool:
+    """Whether an error says that files cannot be used, and is no bug of the function."""
+    return isinstance(error, AssertionError | KeyError | OSError | ValueError) or is_of_loader(
+        error
+    )
+
+
+def is_of_loader(error: Exception) -> bool:
+    """Whether an error comes out of Detectron2's own loaders of data sets, which run into errors of
+    all kinds at what they do not expect in a file."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
+    return any(module.startswith("detectron2.data.datasets.") for module in modules)
+
+
+def _loading_error(name: str, error: Exception, *, evaluated: bool) -> ValueError:
+    metadata = MetadataCatalog.get(name)
+    source = next(iter(_paths(metadata, evaluated)), "the function that is registered for it")
+    # As text, a KeyError is in quotation marks.
+    reason = error.args[0] if len(error.args) == 1 else error
+    hint = " tools/check_dataset.py lists all that is wrong with it." * bool(
+        metadata.get("json_file")
+    )
+    return ValueError(
+        f"Data set {name} cannot be loaded: {type(error).__name__} in {source}: "
+        f"{' '.join(str(reason).split())}{'.' if hint else ''}{hint}"
+    )
 
 
 def _find_missing(metadata: Metadata, evaluated: bool) -> list[str]:
@@ -292,22 +361,6 @@ def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) ->
                 f"Data set {name} of {key} has {len(classes)} categories and the network "
                 f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
             )
-
-
-def _check_voc(name: str, metadata: Metadata) -> None:
-    """Read the annotations of a folder in PASCAL VOC's layout, all of them."""
-    is_voc = metadata.get("evaluator_type") == "pascal_voc"
-    if not is_voc or not metadata.get("dirname") or not metadata.get("split"):
-        return
-    try:
-        check_voc(
-            metadata.dirname,
-            metadata.split,
-            metadata.thing_classes,
-            by_detectron2=not name.endswith("_no_difficult"),
-        )
-    except ValueError as error:
-        raise ValueError(f"Data set {name}: {error}") from error
 
 
 def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:
