@@ -3,13 +3,14 @@
 """Pictures of a data set, and what is on them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from coco_tree import COLORS
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import BoxMode
 from engine_runs import FASTER_RCNN, MASK_RCNN, TINY, tiny_config
@@ -19,6 +20,9 @@ from vovnet_d2.engine import Trainer, data_pictures
 from vovnet_d2.engine.data_pictures_command import main
 
 pytest_plugins = ["engine_fixtures"]
+
+
+SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml"
 
 
 @pytest.fixture
@@ -158,6 +162,113 @@ def test_unreadable_images_are_named_and_skipped(
     assert cut["file_name"] in told.out + told.err
     assert "Drew 6 pictures of own_train" in told.out
     Image.open(sheet).verify()
+
+
+def thrice(labels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.repeat(labels[..., None], 3, axis=2).astype(np.uint8))
+
+
+def with_palette(labels: np.ndarray) -> Image.Image:
+    image = Image.fromarray(labels.astype(np.uint8), mode="P")
+    image.putpalette([9, 9, 9, 200, 0, 0])
+    return image
+
+
+def of_16_bits(labels: np.ndarray) -> Image.Image:
+    return Image.fromarray(labels.astype(np.uint16) + 256)  # classes beyond 8 bits
+
+
+@pytest.mark.parametrize("save", [thrice, with_palette, of_16_bits])
+def test_label_maps_are_drawn_as_training_reads_them(
+    catalogs: None,
+    fresh_logging: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save: Callable[[np.ndarray], Image.Image],
+) -> None:
+    labels = np.zeros((64, 80), int)
+    labels[:20] = 1
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.jpg")
+    save(labels).save(tmp_path / "a.png")
+    record = {"file_name": f"{tmp_path}/a.jpg", "sem_seg_file_name": f"{tmp_path}/a.png"}
+    record |= {"width": 80, "height": 64}
+    wrong = record | {"file_name": f"{tmp_path}/b.jpg"}
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.jpg")
+    DatasetCatalog.register("maps", lambda: [dict(record), *wrongs])
+    MetadataCatalog.get("maps").set(
+        stuff_classes=[f"class {n}" for n in range(300)], evaluator_type="sem_seg", ignore_label=255
+    )
+    drawn: list[tuple[str, int]] = []
+
+    def draw_mask(self: object, mask: np.ndarray, *, text: str, **_: object) -> None:
+        drawn.append((text, int(mask.sum())))
+
+    monkeypatch.setattr(data_pictures.Visualizer, "draw_binary_mask", draw_mask)
+    options = ["DATASETS.TRAIN", "('maps',)", "DATASETS.TEST", "()", "INPUT.RANDOM_FLIP", "none"]
+    options += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "300", "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "255"]
+    words = ["--config-file", SEMANTIC, "--number", "2", "--opts", *TINY, "MODEL.DEVICE", "cpu"]
+    first = 256 if save is of_16_bits else 0
+    expected = [(f"class {first}", 44 * 80), (f"class {first + 1}", 20 * 80)]
+    wrongs = [wrong | {"width": 9, "height": 9}]
+    draw("annotations", tmp_path / "drawn", *words, *options)  # the other one is skipped
+    assert drawn == expected
+    drawn.clear()
+    wrongs = []
+    draw("training", tmp_path / "drawn", *words, *options)
+    assert drawn == 2 * expected
+
+
+def test_thin_pictures_are_enlarged_a_little(
+    catalogs: None, fresh_logging: None, tmp_path: Path
+) -> None:
+    """And not to a short side that many can see, which takes gigabytes."""
+    for size in ((3000, 2), (1, 1), (80, 60), (2, 300)):
+        file = tmp_path / f"{size[0]}.png"
+        Image.new("RGB", size).save(file)
+        box = {"bbox": [0, 0, *size], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+        record = {"file_name": str(file), "width": size[0], "height": size[1], "image_id": 1}
+        name = file.stem
+        DatasetCatalog.register(name, lambda r=record, b=box: [r | {"annotations": [dict(b)]}])
+        MetadataCatalog.get(name).set(thing_classes=["a"])
+        (drawn,) = data_pictures.draw_annotations(name, number=1)
+        scale = max(1.0, min(300 / min(size), 1200 / max(size)))
+        expected = np.multiply(size[::-1], scale)
+        np.testing.assert_allclose(drawn.pixels.shape[:2], expected, atol=1)
+
+
+def test_objects_with_absurd_numbers_are_not_drawn(
+    coco: Path, tmp_path: Path, overlays: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
+    content["annotations"][0]["segmentation"][0][2] = float("nan")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    own = ["--train-json", tmp_path / "a.json", "--train-images", coco / "coco/train2017"]
+    draw("annotations", tmp_path / "out", "--number", "1", *own)
+    (words,) = overlays
+    assert len(words["labels"]) == len(words["masks"]) == 2
+    told = capsys.readouterr()
+    assert "jpg has a polygon with a number that is not finite" in told.out + told.err
+
+
+def test_nothing_to_draw_is_said(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
+    for image in content["images"]:
+        (tmp_path / "images" / image["file_name"]).write_text("404")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    own = ["--train-json", tmp_path / "a.json", "--train-images", tmp_path / "images"]
+    for what, reason in (
+        ("annotations", "Nothing is drawn of own_train: none of its images can be read."),
+        ("training", "cannot be used, nor can any of 100 others"),
+    ):
+        options = ["--config-file", FASTER_RCNN, *own, "--opts", *TINY, "MODEL.DEVICE", "cpu"]
+        with pytest.raises(SystemExit) as caught:
+            draw(what, tmp_path / "sheet.png", *options)
+        assert caught.value.code == 2
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Boxes, BoxMode
@@ -28,6 +28,9 @@ from ..data.check.files import resolve_inside
 from ..data.image_file import read_image
 from ..data.unreadable import image_roots
 from ..made import note_made, refuse_foreign
+from .checks import load_records
+from .pictures import drawable, enlargement
+from .plain_text import plain_text
 from .trainer import Trainer
 
 __all__ = [
@@ -41,7 +44,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SHORT_SIDE = 300  # pixels to enlarge small images to; the labels stay the same
 _COLUMNS = 4
 _SHEET_WIDTH = 16.0  # inches
 _MAX_UNREADABLE = 1000
@@ -66,7 +68,7 @@ def draw_annotations(name: str, *, number: int) -> Iterator[Drawn]:
             the log and skipped.
     """
     metadata = MetadataCatalog.get(name)
-    for record, image in _read(name, _spread(DatasetCatalog.get(name), number)):
+    for record, image in _read(name, _spread(load_records(name), number)):
         yield Drawn(record["file_name"], _draw_record(record, image, metadata))
 
 
@@ -81,8 +83,8 @@ def draw_training_samples(cfg: CfgNode, *, number: int) -> Iterator[Drawn]:
     samples = (sample for batch in Trainer.build_train_loader(cfg) for sample in batch)
     for sample in islice(samples, number):
         pixels = sample["image"].permute(1, 2, 0).numpy()
-        canvas = _canvas(convert_image_to_rgb(pixels, cfg.INPUT.FORMAT), metadata)
-        yield Drawn(sample["file_name"], _draw_instances(canvas, sample["instances"], metadata))
+        image = convert_image_to_rgb(pixels, cfg.INPUT.FORMAT)
+        yield Drawn(sample["file_name"], _draw_sample(sample, image, metadata))
 
 
 def draw_results(name: str, file: Path, *, number: int, min_score: float) -> Iterator[Drawn]:
@@ -99,7 +101,7 @@ def draw_results(name: str, file: Path, *, number: int, min_score: float) -> Ite
         FileNotFoundError: there is no such file.
         ValueError: it is not that, or its images or categories are not the data set's.
     """
-    records = {record["image_id"]: record for record in DatasetCatalog.get(name)}
+    records = {record["image_id"]: record for record in load_records(name)}
     metadata = MetadataCatalog.get(name)
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
         number: number for number in range(len(metadata.thing_classes))
@@ -131,13 +133,16 @@ def _read(
         try:
             for root in image_roots([name]):
                 resolve_inside(root, os.path.abspath(record["file_name"]))
-            yield record, read_image(record["file_name"], "RGB")
+            image = read_image(record["file_name"], "RGB")
+            found = drawable(record, image), image
         except (FileNotFoundError, ValueError) as error:
             logger.warning("Skipped: %s", error)
+        else:
+            yield found
 
 
 def _canvas(image: NDArray[np.uint8], metadata: Metadata) -> Visualizer:
-    return Visualizer(image, metadata, scale=max(1.0, _SHORT_SIDE / min(image.shape[:2])))
+    return Visualizer(image, metadata, scale=enlargement(image))
 
 
 def _pixels(drawn: VisImage) -> NDArray[np.uint8]:
@@ -147,30 +152,32 @@ def _pixels(drawn: VisImage) -> NDArray[np.uint8]:
 # What is drawn
 
 
+@plain_text()
 def _draw_record(
     record: dict[str, Any], image: NDArray[np.uint8], metadata: Metadata
 ) -> NDArray[np.uint8]:
-    annotations = record.get("annotations", [])
-    # Detectron2 draws masks and keypoints where all objects have them.
-    for key in ("segmentation", "keypoints"):
-        if not all(annotation.get(key) for annotation in annotations):
-            annotations = [{k: v for k, v in a.items() if k != key} for a in annotations]
+    return _pixels(_canvas(image, metadata).draw_dataset_dict(record))
+
+
+@plain_text()
+def _draw_sample(
+    sample: dict[str, Any], image: NDArray[np.uint8], metadata: Metadata
+) -> NDArray[np.uint8]:
     canvas = _canvas(image, metadata)
-    return _pixels(canvas.draw_dataset_dict({**record, "annotations": annotations}))
+    if "sem_seg" in sample:
+        canvas.draw_sem_seg(sample["sem_seg"], area_threshold=0, alpha=0.5)
+    if "instances" in sample:
+        fields = sample["instances"].get_fields()
+        canvas.overlay_instances(
+            labels=[metadata.thing_classes[number] for number in fields["gt_classes"].tolist()],
+            boxes=fields["gt_boxes"],
+            masks=fields.get("gt_masks"),
+            keypoints=fields.get("gt_keypoints"),
+        )
+    return _pixels(canvas.get_output())
 
 
-def _draw_instances(canvas: Visualizer, instances: Any, metadata: Metadata) -> NDArray[np.uint8]:
-    fields = instances.get_fields()
-    labels = [metadata.thing_classes[number] for number in fields["gt_classes"].tolist()]
-    drawn = canvas.overlay_instances(
-        labels=labels,
-        boxes=fields["gt_boxes"],
-        masks=fields.get("gt_masks"),
-        keypoints=fields.get("gt_keypoints"),
-    )
-    return _pixels(drawn)
-
-
+@plain_text()
 def _draw_found(
     results: list[dict[str, Any]], canvas: Visualizer, metadata: Metadata
 ) -> NDArray[np.uint8]:
@@ -260,7 +267,9 @@ def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
         panel.set_axis_off()
     for panel, (name, pixels) in zip(panels.flat, pictures, strict=False):
         panel.imshow(pixels)
-        panel.set_title(Path(name).name, fontsize=9)
+        # Names of files may have bytes that are no character.
+        title = Path(name).name.encode(errors="backslashreplace").decode()
+        panel.set_title(title, fontsize=9, parse_math=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
         figure.savefig(partial, dpi=120, format=file.suffix[1:].lower())

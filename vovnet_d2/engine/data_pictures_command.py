@@ -120,4 +120,7 @@ def _draw(args: argparse.Namespace, folder: str) -> None:
         count = data_pictures.write_contact_sheet(args.output, drawn)
     else:
         count = data_pictures.write_pictures(args.output, drawn)
+    if not count:
+        reason = "there are no results" if args.results else "none of its images can be read"
+        raise ValueError(f"Nothing is drawn of {name}: {reason}.")
     print(f"Drew {count} pictures of {name} to {args.output}.")

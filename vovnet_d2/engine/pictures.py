@@ -18,16 +18,27 @@ from detectron2.evaluation import inference_context
 from torch import nn
 
 from ..checkpoint.atomic import atomic_write
-from ..data.image_file import read_image
+from ..data.image_file import read_image, read_labels
 from ..data.mapper import build_mapper
+from ..data.records import find_absurd
+from .plain_text import plain_text
 from .precision import autocast
 
-__all__ = ["SCORES", "Series", "draw_curves", "draw_predictions", "read_metrics"]
+__all__ = [
+    "SCORES",
+    "Series",
+    "draw_curves",
+    "draw_predictions",
+    "drawable",
+    "enlargement",
+    "read_metrics",
+]
 
 logger = logging.getLogger(__name__)
 
 _NUM_IMAGES = 6
-_SHORT_SIDE = 300  # pixels to enlarge small images to; the labels stay the same
+# Pixels to enlarge small images to, and thin ones at most; the labels stay the same.
+_SHORT_SIDE, _LONG_SIDE = 300, 1200
 _MIN_SCORE = 0.5
 
 Series = dict[str, list[tuple[int, float]]]
@@ -81,9 +92,10 @@ def draw_curves(folder: str) -> str | None:
 
     figure = Figure(figsize=(10, 8 if scores else 5), layout="constrained")
     panels = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
-    _draw_panel(panels[0], losses, "loss (median of 20 iterations)")
-    if scores:
-        _draw_panel(panels[1], scores, "on the validation data (%)")
+    with plain_text():
+        _draw_panel(panels[0], losses, "loss (median of 20 iterations)")
+        if scores:
+            _draw_panel(panels[1], scores, "on the validation data (%)")
     panels[-1].set_xlabel("iteration")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     path = os.path.join(folder, "loss_curve.png")
@@ -157,6 +169,39 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     return path
 
 
+def drawable(record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+    """Make a record one that Detectron2's visualizer draws as training reads it: of objects with
+    absurd numbers none, masks and keypoints where all objects have them, and the label map.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_labels`; or its size is not the image's.
+    """
+    annotations = []
+    for index, annotation in enumerate(record.get("annotations", [])):
+        if problem := find_absurd(annotation, *image.shape[1::-1]):
+            logger.warning("Object %d of %s has %s.", index, record["file_name"], problem)
+        else:
+            annotations.append(annotation)
+    for key in ("segmentation", "keypoints"):
+        if not all(annotation.get(key) for annotation in annotations):
+            annotations = [{k: v for k, v in a.items() if k != key} for a in annotations]
+    record = {**record, "annotations": annotations}
+    if "sem_seg_file_name" in record:
+        labels = read_labels(file := record["sem_seg_file_name"])
+        if labels.shape != image.shape[:2]:
+            sizes = " and ".join(f"{s[1]} x {s[0]}" for s in (labels.shape, image.shape))
+            raise ValueError(f"{file} is not of the size of its picture: {sizes} pixels.")
+        record["sem_seg"] = labels
+    return record
+
+
+def enlargement(image: np.ndarray) -> float:
+    """Return the factor by which an image (H, W, 3) is enlarged to be drawn on."""
+    short, long = sorted(image.shape[:2])
+    return max(1.0, min(_SHORT_SIDE / short, _LONG_SIDE / long))
+
+
+@plain_text()
 def _draw_pair(
     cfg: CfgNode, model: nn.Module, record: dict[str, Any], metadata: Metadata
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -164,8 +209,9 @@ def _draw_pair(
     from detectron2.utils.visualizer import Visualizer
 
     image = read_image(record["file_name"], "RGB")
-    scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))
-    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
+    scale = enlargement(image)
+    truth = Visualizer(image, metadata, scale=scale)
+    truth = truth.draw_dataset_dict(drawable(record, image))
 
     with inference_context(model), torch.no_grad(), autocast(cfg, enabled=cfg.TEST.AMP.ENABLED):
         output = model([build_mapper(cfg, is_train=False)(record)])[0]
