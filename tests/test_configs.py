@@ -624,12 +624,19 @@ def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
         ({"BOX_CONVS: 2": "BOX_CONVS: 3"}, r"here: MODEL\.FCOS\.NUM_CLS_CONVS other than"),
         (
             {"MODEL:": "MODEL:\n  BASIS_MODULE:\n    NAME: X", "OneStageDetector": "BlendMask"},
-            r"AdelaiDet's BlendMask, .*without a counterpart: MODEL\.BASIS_MODULE, MODEL\.FCOS",
+            r"it is of AdelaiDet, .*MODEL\.META_ARCHITECTURE BlendMask is not .* the keys "
+            r"MODEL\.BASIS_MODULE, MODEL\.FCOS",
         ),
         (
             {"OneStageDetector": "GeneralizedRCNN", "  FCOS:": MASKS},
-            r"CenterMask2, .*without a counterpart: MODEL\.MASKIOU_ON, MODEL\.FCOS\.FPN_STRIDES",
+            r"of CenterMask2, .*FCOS, MODEL\.ROI_HEADS\.NAME CenterROIHeads are not registered, "
+            r"and the keys MODEL\.MASKIOU_ON, MODEL\.FCOS\.FPN_STRIDES",
         ),
+        (
+            {"OneStageDetector": "Novel", "  FCOS:": "  NOVELTY: 3\n  FCOS:"},
+            r"it is of another project, .*META_ARCHITECTURE Novel, .* keys MODEL\.NOVELTY",
+        ),
+        ({'    NAME: "build': '    CONV_BODY: "build'}, "it is of maskrcnn-benchmark"),
     ],
 )
 def test_what_other_projects_have_alone_is_named(
@@ -640,6 +647,57 @@ def test_what_other_projects_have_alone_is_named(
         text = text.replace(old, new)
     with pytest.raises(ValueError, match=message):
         load_config(written(text, tmp_path))
+
+
+# What configs of other projects say in their files, one line each.
+OF_OTHERS = {
+    "MODEL: {META_ARCHITECTURE: CondInst}": "of AdelaiDet",
+    "MODEL: {META_ARCHITECTURE: OneStageRCNN, PROPOSAL_GENERATOR: {NAME: FCOS}}": "of AdelaiDet",
+    "MODEL: {META_ARCHITECTURE: OneStageDetector, PROPOSAL_GENERATOR: {NAME: MEInst}}": "AdelaiDet",
+    "MODEL: {ROI_HEADS: {NAME: CenterROIHeads}}": "of CenterMask2",
+    "MODEL: {ROI_MASK_HEAD: {NAME: SpatialAttentionMaskHead}}": "of CenterMask2",
+    "MODEL: {PROPOSAL_GENERATOR: {NAME: TridentRPN}, TRIDENT: {NUM_BRANCH: 3}}": "of TridentNet",
+    "MODEL: {ROI_MASK_HEAD: {NAME: PointRendMaskHead}}": "of Detectron2's PointRend",
+    "MODEL: {SEM_SEG_HEAD: {NAME: DeepLabV3PlusHead, ASPP_CHANNELS: 1}}": "Detectron2's DeepLab",
+    "MODEL: {META_ARCHITECTURE: PanopticDeepLab}": "Panoptic-DeepLab",
+    "MODEL: {META_ARCHITECTURE: TensorMask, TENSOR_MASK: {}}": "of Detectron2's TensorMask",
+    "MODEL: {META_ARCHITECTURE: MaskFormer}": "of MaskFormer or Mask2Former",
+    "MODEL: {META_ARCHITECTURE: SparseRCNN, SparseRCNN: {NUM_HEADS: 6}}": "of Sparse R-CNN",
+    "MODEL: {ROI_HEADS: {NAME: DensePoseROIHeads}, DENSEPOSE_ON: True}": "Detectron2's DensePose",
+}
+UNKNOWN_PARTS = {
+    "ROI_HEADS.NAME": "StandardROIHead",
+    "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHeads",
+    "ROI_MASK_HEAD.NAME": "MaskHead",
+    "PROPOSAL_GENERATOR.NAME": "RPM",
+    "RPN.HEAD_NAME": "StandardRPN",
+    "META_ARCHITECTURE": "MaskRCNN",
+    "BACKBONE.NAME": "build_vovnet_backbones",
+}
+
+
+@pytest.mark.parametrize("text", OF_OTHERS)
+def test_other_projects_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{OF_OTHERS[text]}.* not registered") as caught:
+        load_config(str(path))
+    unknown = {"TRIDENT", "ASPP_CHANNELS", "TENSOR_MASK", "SparseRCNN", "DENSEPOSE_ON"}
+    named = re.search(r"and the keys MODEL\.(.*) have no counterpart", str(caught.value))
+    assert (named[1].split(".")[-1] if named else "") in {"", *unknown}
+    assert bool(named) == any(f"{key}:" in text for key in unknown)
+
+
+@pytest.mark.parametrize("key", UNKNOWN_PARTS)
+def test_parts_that_are_not_registered(key: str) -> None:
+    options = [f"MODEL.{key}", UNKNOWN_PARTS[key]]
+    cfg = load_config("COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml", options)
+    with pytest.raises(ValueError, match=rf"MODEL\.{key} '.*' is not registered\. (Close|There)"):
+        check_network(cfg)
+    cfg.MODEL.MASK_ON = False
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    if key not in ("META_ARCHITECTURE", "BACKBONE.NAME"):  # RetinaNet has none of the others
+        check_network(cfg)
 
 
 def test_node_of_another_project_keeps_its_values() -> None:

@@ -8,8 +8,20 @@ import logging
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from fvcore.common.registry import Registry
 
-__all__ = ["translate"]
+__all__ = ["PARTS", "translate"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +44,43 @@ _FCOS_KEYS: dict[str, tuple[Any, ...]] = {
     "YIELD_PROPOSAL": (False,),
     "YIELD_BOX_FEATURES": (False,),
 }
-# Meta-architectures, and the names of other parts, that have nothing of the kind here.
+# Names that configs of other projects give to parts of their networks, which are nothing of the
+# kind here, and the project of each.
 _ELSEWHERE = {
-    "BlendMask": "AdelaiDet's BlendMask",
-    "CondInst": "AdelaiDet's CondInst",
-    "SOLOv2": "AdelaiDet's SOLOv2",
-    "FCPose": "AdelaiDet's FCPose",
-    "CenterROIHeads": "CenterMask2",
+    **dict.fromkeys(("BlendMask", "CondInst", "SOLOv2", "FCPose", "MEInst"), "AdelaiDet"),
+    **dict.fromkeys(("OneStageRCNN", "BAText", "TextHead"), "AdelaiDet"),
+    **dict.fromkeys(("CenterROIHeads", "SpatialAttentionMaskHead"), "CenterMask2"),
+    **dict.fromkeys(("CenterNet", "CenterNetDetector", "CustomCascadeROIHeads"), "CenterNet2"),
+    **dict.fromkeys(("CustomRCNN", "DeticCascadeROIHeads"), "Detic"),
+    **dict.fromkeys(("TridentRPN", "TridentStandardROIHeads", "TridentRes5ROIHeads"), "TridentNet"),
+    **dict.fromkeys(("PointRendMaskHead", "ImplicitPointRendMaskHead"), "Detectron2's PointRend"),
+    **dict.fromkeys(("PointRendSemSegHead", "PointRendROIHeads"), "Detectron2's PointRend"),
+    **dict.fromkeys(("DeepLabV3Head", "DeepLabV3PlusHead"), "Detectron2's DeepLab"),
+    **dict.fromkeys(("DensePoseROIHeads", "DensePoseV1ConvXHead"), "Detectron2's DensePose"),
+    **dict.fromkeys(("VoxMeshHead", "MeshRCNNROIHeads", "VoxMeshROIHeads"), "Mesh R-CNN"),
+    **dict.fromkeys(("MaskFormer", "MaskFormerHead"), "MaskFormer or Mask2Former"),
+    "MaskRCNNConvUpsamplePointSupHead": "Detectron2's PointSup",
+    "PanopticDeepLab": "Detectron2's Panoptic-DeepLab",
+    "TensorMask": "Detectron2's TensorMask",
+    "SparseRCNN": "Sparse R-CNN",
+    "SparseInst": "SparseInst",
+    "YOLOF": "YOLOF",
+    "Detr": "DETR",
+    "DD3D": "DD3D",
 }
+# Keys that name a part, and where such parts are registered.
+PARTS: dict[str, Registry] = {
+    "META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "BACKBONE.NAME": BACKBONE_REGISTRY,
+    "PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+_NO_PROPOSALS = "PrecomputedProposals"  # which Detectron2 takes without a registry
 
 
 def translate(loaded: CfgNode, known: CfgNode) -> bool:
@@ -55,19 +96,21 @@ def translate(loaded: CfgNode, known: CfgNode) -> bool:
     Raises:
         ValueError: the file asks for something that has no counterpart; the message names the keys.
     """
-    model = loaded.get("MODEL", CfgNode())
-    proposals = model.get("PROPOSAL_GENERATOR", CfgNode())
-    for name in (model.get("META_ARCHITECTURE"), model.get("ROI_HEADS", CfgNode()).get("NAME")):
-        if name in _ELSEWHERE:
-            raise ValueError(
-                f"it is of {_ELSEWHERE[name]}, which this package does not have ({name}; keys "
-                f"without a counterpart: {', '.join(_unknown_keys(loaded, known)) or 'none'}). "
-                "Choose a config of Mask R-CNN or FCOS among this package's"
-            )
-    if model.get("META_ARCHITECTURE") != "OneStageDetector" or proposals.get("NAME") != "FCOS":
+    if not isinstance(model := loaded.get("MODEL", CfgNode()), CfgNode):
+        return False  # merging it says what is wrong
+    if "CONV_BODY" in model.get("BACKBONE", {}):
+        raise ValueError(
+            "it is of maskrcnn-benchmark (MODEL.BACKBONE.CONV_BODY), as CenterMask's first version "
+            "is, whose keys are not Detectron2's. Choose a config among this package's"
+        )
+    parts = _parts(model)
+    is_fcos = parts.get("META_ARCHITECTURE") == "OneStageDetector"
+    is_fcos &= parts.get("PROPOSAL_GENERATOR.NAME") == "FCOS"
+    if not is_fcos:
+        _refuse_others(parts, _unknown_keys(loaded, known))
         return False
     model.META_ARCHITECTURE = "FCOS"
-    del proposals["NAME"]
+    del model.PROPOSAL_GENERATOR["NAME"]
     obstacles = _translate_fcos(model.setdefault("FCOS", CfgNode()), loaded)
     obstacles += _unknown_keys(loaded, known)
     if obstacles:
@@ -77,6 +120,46 @@ def translate(loaded: CfgNode, known: CfgNode) -> bool:
         )
     logger.info("The config is of AdelaiDet's OneStageDetector: META_ARCHITECTURE FCOS takes it.")
     return True
+
+
+def _parts(model: CfgNode) -> dict[str, str]:
+    """Return the names of parts that a file has, by their keys below MODEL."""
+    found = {}
+    for key in PARTS:
+        value: Any = model
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, CfgNode) else None
+        if isinstance(value, str):
+            found[key] = value
+    return found
+
+
+def _refuse_others(parts: dict[str, str], unknown: list[str]) -> None:
+    """
+    Args:
+        parts: see :func:`_parts`.
+        unknown: keys of the file that there are not here.
+
+    Raises:
+        ValueError: a part is not registered here and known to be another project's, or comes with
+            keys that are not known here.
+    """
+    missing = {
+        key: name
+        for key, name in parts.items()
+        if name and name not in PARTS[key] and name != _NO_PROPOSALS
+    }
+    project = next((_ELSEWHERE[name] for name in missing.values() if name in _ELSEWHERE), "")
+    if not missing or not (project or unknown):
+        return
+    named = ", ".join(f"MODEL.{key} {name}" for key, name in missing.items())
+    keys = f", and the keys {', '.join(unknown)} have no counterpart" if unknown else ""
+    raise ValueError(
+        f"it is of {project or 'another project'}, whose parts this package does not have: {named} "
+        f"{'are' if len(missing) > 1 else 'is'} not registered{keys}. Choose a config among this "
+        "package's (Mask R-CNN, RetinaNet, FCOS, semantic and panoptic FPN), or register the parts "
+        "and add their keys in a script that calls vovnet_d2.engine.main"
+    )
 
 
 def _translate_fcos(node: CfgNode, loaded: CfgNode) -> list[str]:
