@@ -19,7 +19,7 @@ from .check.masks import has_mask
 from .check.names import NearNames
 from .check.problems import PROBLEMS, Findings
 from .check.reading import SECTIONS, read_annotation_file
-from .check.values import are_numbers, as_id, is_number, is_whole
+from .check.values import are_numbers, as_id, is_number, is_text, is_whole
 
 __all__ = ["Contents", "read_coco", "read_contents"]
 
@@ -96,17 +96,17 @@ def _read(json: str, *, evaluated: bool, any_encoding: bool) -> tuple[dict[str, 
     return content, _count(json, content)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
 
 
 def _is_name(value: Any) -> bool:
     """Return whether a category can go by ``value``: text, or a number, which is read as text."""
-    return _is_text(value) or is_number(value)
+    return is_text(value) or is_number(value)
 
 
 def _is_id(value: Any) -> bool:
-    return _is_text(value) or (
+    return is_text(value) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     )
 
@@ -118,7 +118,7 @@ def _is_box(value: Any) -> bool:
 _Fields = dict[str, Callable[[Any], bool]]
 _FIELDS: dict[str, _Fields] = {
     "categories": {"id": _is_id, "name": _is_name},
-    "images": {"id": _is_id, "file_name": _is_text, "height": is_whole, "width": is_whole},
+    "images": {"id": _is_id, "file_name": _is_file_name, "height": is_whole, "width": is_whole},
     "annotations": {
         "id": _is_id,
         "image_id": _is_id,

@@ -109,7 +109,7 @@ def write_page(folder: Path, output: Path | None = None, *, score_threshold: flo
     register_own_data([o.to_config() for o in own if o.name not in DatasetCatalog])
     page = _render(run, score_threshold)
     with atomic_write(output) as partial:
-        Path(partial).write_text(page, encoding="utf-8")
+        Path(partial).write_text(page, encoding="utf-8", errors="backslashreplace")
     return output
 
 

@@ -290,7 +290,7 @@ def write_fixed(checked: CheckedSet, path: Path) -> str:
             f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."
         )
     with atomic_write(path) as partial:
-        Path(partial).write_text(json.dumps(fixed, ensure_ascii=False), encoding="utf-8")
+        Path(partial).write_text(json.dumps(fixed), encoding="utf-8")
     left = [
         f"{len(fixed[section])} of {checked.counts[section]} {section}"
         for section in reversed(SECTIONS)

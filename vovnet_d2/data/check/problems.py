@@ -59,7 +59,7 @@ PROBLEMS: dict[str, Problem] = {
     "category_id": _error("categories without an id", "dropped"),
     "category_id_type": _error("category ids that are no whole numbers", "numbered"),
     "duplicate_category_id": _error("categories with one id", "the last kept, as pycocotools does"),
-    "category_name": _error("categories without a name", "named by their ids"),
+    "category_name": _error("categories without a name that can be written", "named by their ids"),
     "duplicate_category_name": _warning("categories with one name", "the id added to the name"),
     "category_gaps": _note("category ids are not 1, 2, 3, ...: fine, Detectron2 maps them"),
     "unused_category": _note("categories without annotations"),

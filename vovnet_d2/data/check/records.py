@@ -14,7 +14,7 @@ from ..image_file import read_header
 from .files import ImageFile, inspect_files, resolve_inside
 from .names import NearNames
 from .problems import Findings
-from .values import Numbering, as_id, is_number, is_whole
+from .values import Numbering, as_id, is_number, is_text, is_whole
 
 __all__ = ["note_contents", "repair_categories", "repair_images"]
 
@@ -60,7 +60,7 @@ def repair_categories(records: list[Record], findings: Findings) -> dict[int | s
     for category in found.values():
         if is_number(category.get("name")):  # trained with as text
             category["name"] = str(category["name"])
-        if not isinstance(category.get("name"), str) or not category["name"]:
+        if not is_text(category.get("name")):
             findings.add("category_name", f"category {category['id']}: {category.get('name')!r}")
             category["name"] = f"category {category['id']}"
     _repair_names(list(found.values()), findings)

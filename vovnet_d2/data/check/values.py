@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
-__all__ = ["Numbering", "are_numbers", "as_id", "is_number", "is_whole"]
+__all__ = ["Numbering", "are_numbers", "as_id", "is_number", "is_text", "is_whole"]
 
 _LIMIT = 2**53  # what a double, and so each reader of JSON, holds exactly
 
@@ -20,6 +20,17 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def is_whole(value: Any) -> TypeGuard[int]:
     return is_number(value) and isinstance(value, int)
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is text that can be written: JSON holds halves of characters, too."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def are_numbers(values: Any) -> TypeGuard[list[float]]:
