@@ -305,6 +305,57 @@ def test_categories_are_matched_by_name(
     assert np.nanmax(others) == 0
 
 
+def test_numbers_for_names(catalogs: None, digits: Path, tmp_path: Path) -> None:
+    """Whole and with fractions: they are read as text, wherever names are compared or shown."""
+    words = []
+    for split in BOTH:
+        content = json.loads((digits / f"{split}.json").read_text())
+        for category in content["categories"]:
+            number = float(category["name"])
+            category["name"] = number + 0.5 if number > 8 else int(number)
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        words += [f"--{split}-json", str(tmp_path / f"{split}.json")]
+        words += [f"--{split}-images", str(digits / "vovnet_d2_digits" / split)]
+    cfg = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path))
+    expected = ["9.5" if name == "9" else name for name in NAMES]
+    for name in ("own_train", "own_val"):
+        assert MetadataCatalog.get(name).thing_classes == expected
+        DatasetCatalog.get(name)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_config(str(tmp_path / "config.yaml"))
+    register_own_data(again.DATASETS.OWN)
+    assert MetadataCatalog.get("own_val").thing_classes == expected
+    evaluator = build_evaluator(cfg, "own_val")
+    evaluator.reset()
+    record, *_ = DatasetCatalog.get("own_val")
+    found = Instances((record["height"], record["width"]))
+    found.pred_boxes, found.scores = Boxes(torch.ones(1, 4)), torch.ones(1)
+    found.pred_classes = torch.zeros(1, dtype=torch.int64)
+    evaluator.process([record], [{"instances": found}])
+    assert {f"AP-{name}" for name in expected} <= evaluator.evaluate()["bbox"].keys()
+
+
+def test_what_is_left_out_is_said_where_there_is_something(
+    catalogs: None, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = json.loads((digits / "train.json").read_text())
+    used = {a["image_id"] for a in content["annotations"] if not a["iscrowd"]}
+    told = []
+    for images in (content["images"], [i for i in content["images"] if i["id"] in used]):
+        kept = {image["id"] for image in images}
+        annotations = [a for a in content["annotations"] if a["image_id"] in kept]
+        (tmp_path / "train.json").write_text(
+            json.dumps(content | {"images": images, "annotations": annotations})
+        )
+        words = ["--train-json", str(tmp_path / "train.json")]
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "vovnet_d2"):
+            setup(FASTER_RCNN, [*words, *flags(digits, "train")[2:]])
+        told.append([m for m in caplog.messages if "left out of the training" in m])
+    assert told[0][0].startswith("2 images without objects, or with crowds only, are left out")
+    assert told[1] == []
+
+
 def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> None:
     entry = OwnDataSet("own_train", "a.json", "a", ("cat",), (1,)).to_config()
     register_own_data([entry])
