@@ -624,7 +624,7 @@ def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
         ({"BOX_CONVS: 2": "BOX_CONVS: 3"}, r"here: MODEL\.FCOS\.NUM_CLS_CONVS other than"),
         (
             {"MODEL:": "MODEL:\n  BASIS_MODULE:\n    NAME: X", "OneStageDetector": "BlendMask"},
-            r"it is of AdelaiDet, .*MODEL\.META_ARCHITECTURE BlendMask is not .* the keys "
+            r"it is of AdelaiDet, .*MODEL\.META_ARCHITECTURE BlendMask, .* are not .* the keys "
             r"MODEL\.BASIS_MODULE, MODEL\.FCOS",
         ),
         (
