@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check of one data set: each fault is found, its repair is clean, and mistakes are told."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -194,8 +195,34 @@ def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
         del annotation["segmentation"]
     data.write()
     fixed.unlink()
-    data.check("--fix", str(fixed))
+    files = ["--train-json", str(data.json), "--train-images", str(data.images)]
+    assert check_dataset.main([*files, "--fix", str(fixed)]) == 1
     assert COCO(str(fixed)).anns[1]["area"] == BOX[2] * BOX[3]
+
+
+def test_a_network_of_masks_needs_masks(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where no object has one; a network of boxes needs none."""
+    for annotation in data.content["annotations"]:
+        annotation["segmentation"] = [[]]
+    data.write()
+    files = ["--train-json", str(data.json), "--train-images", str(data.images)]
+    assert check_dataset.main(files) == 0
+    assert check_dataset.main([*files, "--masks"]) == 1
+    assert f"{len(data.content['annotations'])}  annotations without a mask" in (
+        capsys.readouterr().out
+    )
+
+
+def test_polygons_of_points_are_made_flat(data: DataSet, tmp_path: Path) -> None:
+    plain = copy.deepcopy(data.content["annotations"])
+    for index, annotation in enumerate(data.content["annotations"]):
+        (numbers,) = annotation["segmentation"]
+        points = [list(point) for point in zip(numbers[::2], numbers[1::2], strict=True)]
+        annotation["segmentation"] = [points] if index % 2 else points
+    data.write()
+    status, findings = data.check("--fix", str(tmp_path / "fixed.json"))
+    assert (status, {finding["problem"] for finding in findings}) == (1, {"flat_polygon"})
+    assert json.loads((tmp_path / "fixed.json").read_text())["annotations"] == plain
 
 
 # Real sets and the command line

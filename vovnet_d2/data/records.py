@@ -14,7 +14,13 @@ import numpy as np
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from .check.conventions import COCO, Sample, find_conventions, sample_of
+from .check.conventions import (
+    COCO,
+    Sample,
+    find_conventions,
+    find_polygon_convention,
+    sample_of,
+)
 from .check.masks import decode_counts, has_mask
 
 __all__ = ["check_records", "find_absurd"]
@@ -48,8 +54,8 @@ def check_records(
 
     Raises:
         ValueError: a number is not finite or absurd, a category is none of the network's, objects
-            lack masks, or the boxes are not what their mode says. The message counts the objects
-            and names the first.
+            lack masks, or the boxes or polygons are not what their mode says. The message counts
+            the objects and names the first.
     """
     wrong: list[str] = []
     without_mask: list[str] = []
@@ -79,6 +85,10 @@ def check_records(
             f"({without_mask[0]} is the first), and the network learns masks: leave them out "
             "(tools/check_dataset.py --masks --fix), choose a config of Faster R-CNN or RetinaNet, "
             "or set MODEL.MASK_ON False."
+        )
+    if convention := find_polygon_convention(samples):
+        raise ValueError(
+            f"Data set {name}: its polygons are not x, y, ... in pixels, but {convention}. {_HINT}"
         )
     readings = find_conventions(samples)
     if readings != [COCO]:

@@ -267,7 +267,8 @@ class _Samples(Dataset[Any]):
                     return item
         raise ValueError(
             f"Image {index} of the training data cannot be used, nor can any of "
-            f"{_NUM_REPLACEMENTS} others that were tried in its place: check the data set."
+            f"{_NUM_REPLACEMENTS} others that were tried in its place: tools/check_dataset.py "
+            "lists what is wrong with images."
         )
 
 

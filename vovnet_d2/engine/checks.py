@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
@@ -21,6 +23,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -59,6 +62,9 @@ _NUM_CLASSES = {
     "PanopticFPN": {"thing_classes": "ROI_HEADS", "stuff_classes": "SEM_SEG_HEAD"},
 }
 _COCO_KEYPOINTS = 17
+_MOST_BYTES = (
+    200 << 20
+)  # of an annotation file that is read once more: larger ones are no custom sets
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
@@ -211,6 +217,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
             _check_num_classes(cfg, key, name, metadata)
             if is_voc_set(name):
                 check_voc_set(name)
+            _check_image_ids(name, metadata)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
@@ -361,6 +368,25 @@ def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) ->
                 f"Data set {name} of {key} has {len(classes)} categories and the network "
                 f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
             )
+
+
+def _check_image_ids(name: str, metadata: Metadata) -> None:
+    """Compare the ids of images in an annotation file with each other. Where two are equal,
+    pycocotools and Detectron2's loader lose an image and give its objects to the other one."""
+    file = metadata.get("json_file")
+    if not file or metadata.get("own_data_set") or os.path.getsize(file) > _MOST_BYTES:
+        return
+    try:
+        with PathManager.open(file) as stream:
+            images = json.load(stream)["images"]
+        counts = Counter(image["id"] for image in images)
+    except (KeyError, OSError, TypeError, ValueError):  # loading the data set says what is wrong
+        return
+    if twice := [number for number, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"Data set {name}: two images of {file} have the id {twice[0]!r}. "
+            "tools/check_dataset.py lists all that is wrong with it, and writes a corrected copy."
+        )
 
 
 def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:

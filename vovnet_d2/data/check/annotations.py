@@ -140,7 +140,7 @@ def _complete_masks(
     """A batch of objects with and without masks stops Mask R-CNN; other networks need none."""
     any_masks = any("segmentation" in annotation for _, annotation, _ in found)
     for entry in found:
-        missing = any_masks and "segmentation" not in entry[1]
+        missing = (masks or any_masks) and "segmentation" not in entry[1]
         if missing:
             findings.add("missing_mask" if masks else "box_without_mask", entry[0])
         if not (missing and masks):

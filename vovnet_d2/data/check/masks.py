@@ -6,6 +6,7 @@ read beyond its memory."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,11 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
     if are_numbers(value):
         findings.add("flat_polygon", where)
         value = [value]
-    elif all(are_numbers(point) and len(point) == 2 for point in value):
-        findings.add("flat_polygon", f"{where}: points in lists of their own")
-        value = [[number for point in value for number in point]]
+    else:
+        polygons = [value] if _are_points(value) else value
+        if any(map(_are_points, polygons)):
+            findings.add("flat_polygon", f"{where}: points in lists of their own")
+            value = [list(chain(*p)) if _are_points(p) else p for p in polygons]
     polygons = [p for p in value if _is_polygon(p, where, findings)]
     clipped = [_clip(p, height, width) for p in polygons]
     reach = [np.abs(np.subtract(p, c)).max() for p, c in zip(polygons, clipped, strict=True)]
@@ -82,6 +85,15 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
     if polygons and not kept:
         findings.add("empty_mask", where)
     return kept or None
+
+
+def _are_points(value: Any) -> bool:
+    """Whether a value is a polygon whose points are lists of two numbers each."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(are_numbers(point) and len(point) == 2 for point in value)
+    )
 
 
 def _is_polygon(value: Any, where: str, findings: Findings) -> bool:

@@ -161,7 +161,7 @@ PROBLEMS: dict[str, Problem] = {
     "rle": _error("RLE that is malformed", "dropped"),
     "rle_size": _error("RLE of another size than the image", "dropped"),
     "empty_mask": _warning("masks without a pixel", "dropped"),
-    "missing_mask": _warning("annotations without a mask, where others have one", "dropped"),
+    "missing_mask": _warning("annotations without a mask", "dropped"),
     "box_without_mask": _note(
         "objects without a mask, where others have one: kept with their boxes. For a network that "
         "learns masks check with --masks"
