@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -33,8 +34,9 @@ def scene() -> np.ndarray:
 # Modes of 8 bits and the file type that holds each: read as Detectron2 reads them.
 EIGHT_BITS = {
     "1": "png", "L": "png", "P": "png", "RGB": "png", "RGBA": "png", "LA": "png", "CMYK": "tif",
-    "YCbCr": "tif",
 }  # fmt: skip
+if int(PIL.__version__.partition(".")[0]) > 10:  # Pillow 10 cannot read the file that it writes
+    EIGHT_BITS["YCbCr"] = "tif"
 
 
 @pytest.mark.parametrize("mode", EIGHT_BITS)
