@@ -80,7 +80,7 @@ def test_corrected_copies_are_clean(canvas: DataSet, changes: list) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **FUZZ)
+@settings(max_examples=300, **FUZZ)
 @given(changes=CHANGES)
 def test_many_corrected_copies_are_clean(canvas: DataSet, changes: list) -> None:
     change_and_fix(canvas, changes)

@@ -157,7 +157,7 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
     """Two of torchrun's agents. The processes of one are killed, and after a resume stopped, which
     is what a cut cable looks like; the other ends in time, and says why. Both resume."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    iterations = 300
+    iterations = 150
     with running(whole, iterations, launcher=(*TORCHRUN, "--standalone")) as process:
         assert process.wait(400) == 0, (whole / "output").read_text()[-3000:]
 

@@ -24,7 +24,7 @@ FUZZ: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 few = settings(max_examples=25, **FUZZ)
-many = settings(max_examples=400, **FUZZ)
+many = settings(max_examples=200, **FUZZ)
 
 
 def require_sentence(error: Exception) -> None:
@@ -210,7 +210,7 @@ def test_damaged_files_are_read_or_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, **FUZZ)
+@settings(max_examples=1500, **FUZZ)
 @given(data=st.binary(max_size=20), place=st.floats(0, 1), drop=st.integers(0, 20))
 def test_many_damaged_files_are_read_or_refused(
     tmp_path: Any, data: bytes, place: float, drop: int
