@@ -29,6 +29,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is kept in, or taken from, the cache of whoever runs the tests."""
+    os.environ["VOVNET_D2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every test, whichever tests run before it."""

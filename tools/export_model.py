@@ -5,6 +5,11 @@
 
     python tools/export_model.py --config-file output/config.yaml --part detector \\
         --format onnx torchscript --images *.jpg --opts MODEL.WEIGHTS output/model_final.pth
+    python tools/export_model.py --config-file output/config.yaml --int8 --calibration my_train \\
+        --opts MODEL.WEIGHTS output/model_final.pth
+
+The second command quantizes the dense part (backbone, FPN and dense head) to INT8, for Predictor,
+the demo and TEST.INT8, and measures the AP of DATASETS.TEST in float32 and in INT8.
 
 Beside the files stands a report of the same name: differences, operators, times. The exit status
 is 1 if a file does not agree with the model, and 2 for a mistake in what was asked for.
@@ -24,11 +29,14 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from vovnet_d2 import VoVNetCheckpointer
+from vovnet_d2.backends import check_backend
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine.any_config import as_cfg, build_network, load_any_config
 from vovnet_d2.engine.checks import check_all_loaded, parse_device
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.engine.quantization import find_images, quantize_detector
+from vovnet_d2.engine.quantization import to_markdown as to_markdown_int8
 from vovnet_d2.export import (
     FORMATS,
     PARTS,
@@ -38,9 +46,13 @@ from vovnet_d2.export import (
     export_and_check,
     select_target,
 )
+from vovnet_d2.export.int8 import KEEP_FLOAT
 from vovnet_d2.export.report import to_markdown
 
 SIZES = ("224x224", "257x191", "320x480")
+
+SEED = 0  # of the images that are drawn to calibrate on
+SENSITIVITY_IMAGES = 4
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -50,7 +62,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
     )
-    parser.add_argument("--part", choices=PARTS, default="detector", help="default: detector")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        help="default: detector. dense: backbone, FPN and the head that reads every location",
+    )
     parser.add_argument(
         "--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx"
     )
@@ -78,6 +94,7 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="export what the weights leave at random values too, all of it if there are none",
     )
+    _add_quantization(parser.add_argument_group("quantization"))
     compared = parser.add_mutually_exclusive_group()
     compared.add_argument(
         "--images",
@@ -103,8 +120,44 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quantization(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--int8", action="store_true", help="write dense.int8.onnx, quantized, instead"
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="DATASET",
+        help="the data set, of training images, that the ranges of values are measured on",
+    )
+    group.add_argument(
+        "--calibration-images",
+        type=int,
+        default=300,
+        metavar="N",
+        help="how many of its images are drawn, by a fixed seed (default: 300)",
+    )
+    group.add_argument(
+        "--keep-float",
+        nargs="*",
+        metavar="NAME",
+        help="stages, groups of layers or layers that stay in float32; without a name, none "
+        f"(default: {' '.join(KEEP_FLOAT)})",
+    )
+    group.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="list the error that each layer makes when it is quantized alone, the worst first",
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
+    if args.int8:
+        _quantize(args)
+        return
+    if args.calibration or args.keep_float is not None or args.sensitivity:
+        raise ValueError("--calibration, --keep-float and --sensitivity go with --int8: add it.")
+    args.part = args.part or "detector"
     kind = DetectorTarget if args.part == "detector" else BackboneTarget
     for format in args.format:
         check_format(format, kind)
@@ -148,6 +201,36 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"Not the same as eager: {', '.join(disagreeing)}.")
     agreement = "All find nothing, as eager does" if nothing else "All agree with eager"
     print(f"{agreement}. Files and report: {folder / args.part}.*")
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    if not args.calibration:
+        raise ValueError("--int8 needs images: name a data set by --calibration, digits_train say.")
+    if args.part not in (None, "dense") or args.format != ["onnx"] or args.without:
+        raise ValueError("--int8 writes the part dense as onnx: leave out --part and --format.")
+    if args.calibration_images < 1:
+        raise ValueError(f"--calibration-images {args.calibration_images} is less than 1.")
+    check_backend("onnxruntime", torch.device("cpu"))
+    config = load_any_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg = as_cfg(config)
+    records = find_images(cfg, args.calibration, args.calibration_images, SEED)
+    model = build_network(config, cfg).eval()
+    _load_weights(model, cfg.MODEL.WEIGHTS, "dense", allow_partial=args.allow_partial)
+    report = quantize_detector(
+        model,
+        cfg,
+        records,
+        Path(args.output),
+        keep_float=args.keep_float,
+        sensitivity=SENSITIVITY_IMAGES if args.sensitivity else 0,
+        about={
+            "config": args.config_file,
+            "weights": cfg.MODEL.WEIGHTS or "none: random",
+            "calibration": args.calibration,
+        },
+    )
+    print(to_markdown_int8(report))
+    print(f"File and report: {Path(args.output) / 'dense.int8'}.*")
 
 
 def _read_shape(text: str) -> tuple[int, int, int]:

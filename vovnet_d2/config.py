@@ -79,6 +79,17 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     cfg.TEST.AMP.setdefault("ENABLED", False)
     # Evaluate (--eval-only) what vovnet_d2.optimize_for_inference makes of the model, in float32.
     cfg.TEST.setdefault("OPTIMIZE", False)
+    # What runs the backbone, FPN and dense head in --eval-only, in Predictor and in the demo, the
+    # rest being torch's: "torch", "openvino", "onnxruntime", "tensorrt", or "auto", which is the
+    # fastest of those that are installed.
+    cfg.TEST.setdefault("BACKEND", "torch")
+    # The file of tools/export_model.py --int8 that the backend is to run; "" computes in float32.
+    cfg.TEST.setdefault("INT8", "")
+    # Height and width in pixels of the tiles that an image is cut into, where small objects should
+    # keep their pixels; () for none. Each tile is then resized as an image is.
+    cfg.TEST.setdefault("TILES", ())
+    # The least share of its side that a tile has in common with the next.
+    cfg.TEST.setdefault("TILE_OVERLAP", 0.2)
     # Who evaluates COCO-format data sets: "pycocotools", "faster-coco-eval" (the same results in
     # less time), or "auto", which is faster-coco-eval where it is installed.
     cfg.TEST.setdefault("COCO_API", "auto")

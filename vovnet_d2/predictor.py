@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
+from detectron2.data import transforms as T
 from PIL import Image, ImageOps
 
+from .backends import TORCH, use_backend
 from .checkpoint import VoVNetCheckpointer, check_input_convention
 from .data.image_file import read_image
 from .data.mapper import build_augmentations
@@ -22,6 +24,7 @@ from .engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
 from .engine.categories import find_metadata
 from .engine.checks import check_all_loaded, check_network, check_run, choose_device
 from .modeling.inference import optimize_for_inference
+from .tiles import TiledDetector
 
 __all__ = ["Predictor", "read_image"]
 
@@ -45,7 +48,7 @@ class Predictor:
 
     Attributes:
         cfg: the config, with the weights and the device that were chosen.
-        model: the network, by :func:`optimize_for_inference`.
+        model: the network, made ready for inference by the backend.
         metadata: names and colours of the categories; names are numbers where neither the
             config's data sets nor the weights tell them.
     """
@@ -59,6 +62,10 @@ class Predictor:
         output_device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        backend: str = "",
+        int8: str | os.PathLike[str] = "",
+        tiles: Sequence[int] | None = None,
+        overlap: float | None = None,
         batch_size: int = 8,
         allow_partial: bool = False,
         allow_pickle: bool = False,
@@ -71,15 +78,22 @@ class Predictor:
             weights: what ``MODEL.WEIGHTS`` takes, and by default the config's.
             device: to compute on, by default the config's; cpu where there is no GPU.
             output_device: where the predictions are put.
-            dtype: see :func:`optimize_for_inference`; as is ``compile``.
+            dtype: see :func:`optimize_for_inference`; as is ``compile``. Both are torch's alone.
+            backend: what runs the backbone, FPN and dense head, by default the config's
+                ``TEST.BACKEND``, which is torch; see :func:`.backends.use_backend`, as for
+                ``int8``, by default the config's ``TEST.INT8``.
+            tiles: height and width of tiles to detect on beside the whole image, by default the
+                config's ``TEST.TILES``, which are none; see :class:`.tiles.TiledDetector`.
+            overlap: of the tiles, by default the config's ``TEST.TILE_OVERLAP``, which is 0.2.
             batch_size: the most images to run at once.
             allow_partial: see :class:`VoVNetCheckpointer`; as is ``allow_pickle``.
 
         Raises:
             FileNotFoundError: there is no such config or weights.
             KeyError: the config has a key that does not exist.
+            ModuleNotFoundError: the backend needs a package that is not installed.
             ValueError: the config cannot be run, the weights do not fit or are not those of a
-                whole model, or an argument is out of range.
+                whole model, an argument is out of range, or the backend cannot be used here.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
@@ -88,7 +102,15 @@ class Predictor:
         cfg = as_cfg(config)
         cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
         cfg.MODEL.DEVICE = str(device) or cfg.MODEL.DEVICE
+        cfg.TEST.BACKEND = backend or cfg.TEST.BACKEND
+        cfg.TEST.INT8 = os.fspath(int8) or cfg.TEST.INT8
+        cfg.TEST.TILES = cfg.TEST.TILES if tiles is None else tuple(tiles)
+        cfg.TEST.TILE_OVERLAP = cfg.TEST.TILE_OVERLAP if overlap is None else overlap
         choose_device(cfg)
+        if cfg.TEST.BACKEND != TORCH and (compile or dtype != torch.float32):
+            raise ValueError(
+                f"dtype and compile are torch's: leave them out with backend {cfg.TEST.BACKEND}."
+            )
         if isinstance(config, CfgNode):
             check_network(cfg)
         check_run(cfg, training=False)
@@ -98,7 +120,20 @@ class Predictor:
         model, names = _load_model(
             config, cfg, allow_partial=allow_partial, allow_pickle=allow_pickle
         )
-        self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
+        if cfg.TEST.BACKEND == TORCH:
+            self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
+        else:
+            self.model = use_backend(model, cfg.TEST.BACKEND, int8=cfg.TEST.INT8)
+        self._resize = T.AugmentationList(build_augmentations(cfg, is_train=False))
+        if cfg.TEST.TILES:
+            self.model = TiledDetector(
+                self.model,
+                cfg.TEST.TILES,
+                cfg.TEST.TILE_OVERLAP,
+                resize=self._resize,
+                batch_size=batch_size,
+            )
+            self._resize = T.AugmentationList([])  # tiles are cut from an image as it is
         self.metadata = find_metadata(cfg, names)
 
     @overload
@@ -147,14 +182,12 @@ class Predictor:
         """What Detectron2's models take, from a BGR image (H, W, 3)."""
         height, width = image.shape[:2]
         rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
-        pixels = self._resize(detection_utils.convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT))
-        tensor = torch.from_numpy(pixels.astype("float32").transpose(2, 0, 1).copy())
+        pixels = T.AugInput(detection_utils.convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT))
+        self._resize(pixels)
+        tensor = torch.from_numpy(pixels.image.transpose(2, 0, 1).copy())
+        if tensor.dtype != torch.uint8:  # of YUV, in float64
+            tensor = tensor.float()
         return {"image": tensor, "height": height, "width": width}
-
-    def _resize(self, image: np.ndarray) -> np.ndarray:
-        for augmentation in build_augmentations(self.cfg, is_train=False):
-            image = augmentation.get_transform(image).apply_image(image)
-        return image
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:
         backbone = getattr(self.model, "backbone", None)

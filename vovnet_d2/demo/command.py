@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends import AUTO, BACKENDS, TORCH
 from ..engine.any_config import as_cfg, load_any_config
 from ..engine.config import find_config
 from ..engine.launch import run_or_exit
@@ -134,6 +136,25 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the backbone")
     group.add_argument(
+        "--backend",
+        choices=(TORCH, *BACKENDS, AUTO),
+        default="",
+        help="what runs the backbone, FPN and dense head; auto is the fastest that is installed "
+        "(default: the config's TEST.BACKEND, which is torch)",
+    )
+    group.add_argument(
+        "--int8", default="", metavar="FILE", help="of tools/export_model.py --int8, to run instead"
+    )
+    group.add_argument(
+        "--tiles",
+        type=_size,
+        metavar="HxW",
+        help="detect on tiles of this size, too, for small objects in large images",
+    )
+    group.add_argument(
+        "--overlap", type=float, metavar="SHARE", help="of a tile with the next (default: 0.2)"
+    )
+    group.add_argument(
         "--batch-size",
         type=_positive,
         default=1,
@@ -159,6 +180,13 @@ def _score(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, such as 640x640")
+    return int(match[1]), int(match[2])
 
 
 def _positive(text: str) -> int:
@@ -195,6 +223,10 @@ def _run(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=_DTYPES[args.dtype],
             compile=args.compile,
+            backend=args.backend,
+            int8=args.int8,
+            tiles=args.tiles,
+            overlap=args.overlap,
             batch_size=args.batch_size,
             allow_partial=args.allow_partial,
             allow_pickle=args.allow_pickle,

@@ -27,9 +27,11 @@ from detectron2.utils.file_io import PathManager
 from fvcore.common.registry import Registry
 from torch import nn
 
+from ..backends import check_backend
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
 from ..data.voc import check_voc_set, is_voc_set
+from ..tiles import check_tiles
 from .other_projects import PARTS
 from .precision import autocast_dtype
 from .semantic_data import check_label_maps
@@ -73,7 +75,8 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     Raises:
         ValueError: the network or its backbone is not registered, the processes cannot share the
             batch, keypoints are in another memory format than Detectron2 takes, the device lacks
-            the precision, or test-time augmentation is asked for where Detectron2 has none.
+            the precision, test-time augmentation is asked for where Detectron2 has none, tiles
+            cannot be cut, or a backend cannot be used.
     """
     check_network(cfg)
     check_run(cfg, training=training)
@@ -132,6 +135,10 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
         )
     if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
         _check_keypoint_sigmas(cfg)
+    if not training:
+        check_backend(cfg.TEST.BACKEND, torch.device(cfg.MODEL.DEVICE), int8=bool(cfg.TEST.INT8))
+    if cfg.TEST.TILES:
+        _check_tiles(cfg)
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     if cfg.TEST.AUG.ENABLED and (not is_rcnn or cfg.MODEL.KEYPOINT_ON):
         raise ValueError(
@@ -148,6 +155,15 @@ def _check_keypoint_sigmas(cfg: CfgNode) -> None:
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}, and the evaluation has "
             f"{sigmas} sigmas: give one for each in TEST.KEYPOINT_OKS_SIGMAS (COCO's "
             f"{_COCO_KEYPOINTS} are there if that is empty)."
+        )
+
+
+def _check_tiles(cfg: CfgNode) -> None:
+    check_tiles(cfg.TEST.TILES, cfg.TEST.TILE_OVERLAP)
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.TILES and TEST.AUG.ENABLED cannot be combined: Detectron2's test-time "
+            "augmentation takes whole images."
         )
 
 

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
+from ..backends import TORCH, use_backend
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
 from ..data.unreadable import UnreadableImageError
@@ -126,7 +127,10 @@ def train_or_evaluate(
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
     _require_same_categories(checkpointer, cfg, allow_others=args.allow_partial)
     evaluated = model
-    if cfg.TEST.OPTIMIZE:
+    if cfg.TEST.BACKEND != TORCH:
+        evaluated = use_backend(model, cfg.TEST.BACKEND, int8=cfg.TEST.INT8)
+        logger.info("Evaluating with the backend %s.", cfg.TEST.BACKEND)
+    elif cfg.TEST.OPTIMIZE:
         logger.info("Evaluating what vovnet_d2.optimize_for_inference makes of the model.")
         evaluated = optimize_for_inference(model)
     return trainer_class.test_all(cfg, evaluated), model, 0.0

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
+from detectron2.data import transforms as T
 from detectron2.data.common import DatasetFromList
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
-from ..data.mapper import AugmentedTestMapper, build_mapper
+from ..data.mapper import AugmentedTestMapper, Mapper, build_augmentations, build_mapper
 from ..data.record_files import check_files
 from ..data.records import check_records
 from ..data.stream import (
@@ -40,6 +41,7 @@ from ..data.stream import (
     step_seed,
 )
 from ..data.unreadable import ReadableOnly, image_roots
+from ..tiles import TiledDetector
 from .categories import category_names, find_difference
 from .checks import find_num_classes, is_of_loader
 from .dense import read_loss_normalizers, write_loss_normalizers
@@ -473,8 +475,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = ReadableOnly(build_mapper(cfg, is_train=False), roots=image_roots([dataset_name]))
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        mapper = build_mapper(cfg, is_train=False)
+        if cfg.TEST.TILES:  # which are cut from an image as it is
+            mapper = Mapper(cfg, False, augmentations=[])
+        readable = ReadableOnly(mapper, roots=image_roots([dataset_name]))
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=readable)
         loader.worker_init_fn = stay_until_dismissed
         return loader
 
@@ -496,6 +501,10 @@ class Trainer(DefaultTrainer):
             on the main process, ``{task: {metric: value}}``, or this for each data set by name
             where ``DATASETS.TEST`` has several.
         """
+        if cfg.TEST.TILES:
+            tiles, overlap = cfg.TEST.TILES, cfg.TEST.TILE_OVERLAP
+            resize = T.AugmentationList(build_augmentations(cfg, is_train=False))
+            model = TiledDetector(model, tiles, overlap, resize=resize)
         with autocast(cfg, enabled=cfg.TEST.AMP.ENABLED):
             return super().test(cfg, model, evaluators)
 

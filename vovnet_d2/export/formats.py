@@ -8,7 +8,7 @@ import importlib.util
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 from .targets import BackboneTarget, DetectorTarget, ExportTarget
 
-__all__ = ["FORMATS", "ExportedFile", "Format", "export", "load"]
+__all__ = ["FORMATS", "ExportedFile", "Format", "Program", "export", "load", "load_onnxruntime"]
 
 OPSET = 20
 """Of ONNX: the newest that both of torch's exporters write; from 19 on, convolutions may deform."""
@@ -268,16 +268,26 @@ def _nodes_of_onnx(nodes: Iterable[Any]) -> Iterator[Any]:
                 yield from _nodes_of_onnx(graph.node)
 
 
-def _read_onnx(path: Path, device: torch.device) -> Program:
+def load_onnxruntime(
+    path: Path | bytes, device: torch.device, providers: Sequence[tuple[str, dict[str, Any]]] = ()
+) -> Program:
+    """Load an ONNX file into ONNX Runtime, which computes with as many threads as torch.
+
+    Args:
+        path: the file, or its content.
+        providers: execution providers with their options, tried before CUDA's, which is taken on a
+            GPU, and before the CPU's.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    wanted = ["CPUExecutionProvider"]
+    wanted: list[Any] = list(providers)
     if device.type == "cuda":
-        wanted.insert(0, "CUDAExecutionProvider")
-    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
-    session = onnxruntime.InferenceSession(path, options, providers)
+        wanted.append("CUDAExecutionProvider")
+    available = onnxruntime.get_available_providers()
+    chosen = [p for p in wanted if (p if isinstance(p, str) else p[0]) in available]
+    session = onnxruntime.InferenceSession(path, options, [*chosen, "CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -291,7 +301,7 @@ FORMATS = {
     "onnx": Format(
         ".onnx",
         _write_onnx,
-        _read_onnx,
+        load_onnxruntime,
         packages=("onnx", "onnxscript", "onnxruntime"),
         detectors=True,
     ),

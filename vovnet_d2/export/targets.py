@@ -20,12 +20,14 @@ from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from ..modeling.inference import optimize_for_inference
+from .dense import DensePart
 from .masks import paste_masks
 
 __all__ = ["PARTS", "BackboneTarget", "DetectorTarget", "ExportTarget", "select_target"]
 
-PARTS = ("backbone", "fpn", "detector")
-"""What of a detector can be exported: VoVNet alone, with its FPN, or everything."""
+PARTS = ("backbone", "fpn", "dense", "detector")
+"""What of a detector can be exported: VoVNet alone, with its FPN, with its dense head too (see
+:class:`~.dense.DensePart`), or everything."""
 
 
 class ExportTarget(ABC):
@@ -300,8 +302,12 @@ def select_target(
             f"The backbone of the model, {type(backbone).__name__}, has no FPN: export its part "
             "backbone."
         )
+    if part == "dense":
+        backbone = DensePart(model)
+    elif part == "backbone" and has_fpn:
+        backbone = backbone.bottom_up
     return BackboneTarget(
-        backbone.bottom_up if part == "backbone" and has_fpn else backbone,
+        backbone,
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
         preprocessing=preprocessing,

@@ -1,0 +1,247 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Detection on tiles: a stand-in detector that sees bright rectangles, on images that are known."""
+
+import itertools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+from engine_runs import MASK_RCNN as MINIATURE
+from engine_runs import launch
+from export_models import MASK_RCNN
+from predictor_runs import PICTURES, SMALL, assert_close, save
+from torch import nn
+
+from vovnet_d2 import Predictor
+from vovnet_d2.data.image_file import read_image
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.checks import check_run
+from vovnet_d2.tiles import TiledDetector, cut_tiles
+
+pytest_plugins = ["engine_fixtures"]
+
+AS_IT_IS = T.AugmentationList([])
+SMALLEST = 6  # side in pixels of what the stand-in sees
+
+
+class BrightRectangles(nn.Module):
+    """Finds each bright rectangle, of which it sees no more than the image has, by its side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        self.batches.append([(one["height"], one["width"]) for one in inputs])
+        return [{"instances": self.detect(one)} for one in inputs]
+
+    def detect(self, one: dict) -> Instances:
+        size = height, width = one["height"], one["width"]
+        pixels = one["image"][0].numpy()
+        scale = width / pixels.shape[1]
+        found, masks, classes = [], [], []
+        for number, level in enumerate((120, 240)):
+            bright = (np.abs(pixels.astype(int) - level) < 8).astype(np.uint8)
+            count, labels, stats, _ = cv2.connectedComponentsWithStats(bright)
+            for label in range(1, count):
+                x, y, w, h, _ = stats[label]
+                if min(w, h) >= SMALLEST:
+                    found.append([x * scale, y * scale, (x + w) * scale, (y + h) * scale])
+                    mask = (labels == label).astype(np.uint8)
+                    masks.append(cv2.resize(mask, (width, height), interpolation=0) > 0)
+                    classes.append(number)
+        boxes = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
+        corners = torch.cat([boxes, torch.ones(len(boxes), 2)], 1)
+        instances = Instances(size, pred_boxes=Boxes(boxes), pred_classes=torch.tensor(classes))
+        # Of an object that is cut, no detector is as sure.
+        instances.scores = 0.5 + (boxes[:, 2] - boxes[:, 0]) / 1e4
+        instances.pred_masks = torch.tensor(np.array(masks).reshape(-1, *size))
+        instances.pred_keypoints = corners[:, [0, 1, 4, 2, 3, 5]].reshape(-1, 2, 3)
+        return instances
+
+
+def composite(height: int, width: int, rectangles: list[tuple[int, ...]]) -> torch.Tensor:
+    """An image (3, H, W) with rectangles (x0, y0, x1, y1, category)."""
+    pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+    for x0, y0, x1, y1, category in rectangles:
+        pixels[:, y0:y1, x0:x1] = (120, 240)[category]
+    return pixels
+
+
+def assert_found(found: Instances, rectangles: list[tuple[int, ...]], within: float = 0) -> None:
+    assert len(found) == len(rectangles)
+    boxes = found.pred_boxes.tensor
+    assert (found.scores.diff() <= 0).all()
+    for x0, y0, x1, y1, category in rectangles:
+        distance = (boxes - boxes.new_tensor([x0, y0, x1, y1])).abs().amax(1)
+        index = int(distance.argmin())
+        assert distance[index] <= within
+        assert found.pred_classes[index] == category
+        mask = torch.zeros(found.image_size, dtype=torch.bool)
+        mask[y0:y1, x0:x1] = True
+        different = (found.pred_masks[index] != mask).sum()
+        assert different <= within * 2 * (x1 - x0 + y1 - y0)
+        points = found.pred_keypoints[index]
+        expected = points.new_tensor([[x0, y0, 1], [x1, y1, 1]])
+        assert (points - expected).abs().max() <= within
+
+
+@pytest.mark.parametrize(
+    ("side", "tile", "overlap", "expected"),
+    [
+        (100, 100, 0.2, [(0, 100)]),
+        (70, 100, 0.2, [(0, 70)]),
+        (180, 100, 0.2, [(0, 100), (80, 180)]),
+        (181, 100, 0.2, [(0, 100), (40, 140), (81, 181)]),
+        (200, 100, 0.0, [(0, 100), (100, 200)]),
+        (5, 2, 0.6, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+    ],
+)
+def test_sides_are_cut(side: int, tile: int, overlap: float, expected: list) -> None:
+    tiles = cut_tiles(side, 10, (tile, 10), overlap)
+    assert [(t.top, t.bottom) for t in tiles] == expected
+    assert {(t.left, t.right) for t in tiles} == {(0, 10)}
+
+
+def test_tiles_cover_an_image() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        height, width, *tile = rng.integers(1, 90, 4).tolist()
+        overlap = float(rng.choice([0, 0.1, 0.25, 0.5, 0.9]))
+        tiles = cut_tiles(height, width, tile, overlap)
+        covered = np.zeros((height, width), bool)
+        for t in tiles:
+            covered[t.top : t.bottom, t.left : t.right] = True
+            assert t.bottom - t.top == min(tile[0], height)
+            assert t.right - t.left == min(tile[1], width)
+        assert covered.all()
+        lefts = sorted({t.left for t in tiles})
+        for one, following in itertools.pairwise(lefts):
+            common = one + tile[1] - following
+            assert common >= overlap * tile[1] or following == one + 1
+
+
+# Objects that lie within one tile, on the border of two, on a corner of four, in the overlap, at
+# the image's own border, and that no tile shows as a whole.
+RECTANGLES = [
+    (20, 30, 40, 52, 0),
+    (95, 60, 112, 80, 1),
+    (150, 92, 168, 108, 0),
+    (85, 10, 95, 20, 1),
+    (0, 150, 14, 200, 0),
+    (286, 0, 300, 9, 0),
+    (130, 120, 270, 170, 1),
+]
+
+
+def test_objects_are_found_once_and_whole() -> None:
+    model = BrightRectangles().eval()
+    tiled = TiledDetector(model, (100, 100), 0.3, resize=AS_IT_IS, batch_size=4)
+    image = composite(200, 300, RECTANGLES)
+    (output,) = tiled([{"image": image}])
+    assert output.keys() == {"instances"}
+    assert output["instances"].image_size == (200, 300)
+    assert_found(output["instances"], RECTANGLES)
+    # 3 × 4 tiles and the whole image, four at a time.
+    assert [len(batch) for batch in model.batches] == [4, 4, 4, 1]
+    assert model.batches[-1] == [(200, 300)]
+
+
+def test_small_objects_of_a_large_image() -> None:
+    """The detector takes sides of 200 pixels: in the whole image a small object has two left."""
+    model = BrightRectangles().eval()
+    resize = T.AugmentationList([T.ResizeShortestEdge([200, 200], 400)])
+    small = [(x, y, x + 8, y + 8, (x + y) % 2) for x in range(15, 990, 61) for y in (7, 333, 780)]
+    large = [(200, 400, 700, 700, 0)]
+    image = composite(800, 1000, small + large)
+    whole = model([{"image": resized(image, resize), "height": 800, "width": 1000}])[0]["instances"]
+    assert_found(whole, large, within=4)
+    tiled = TiledDetector(model, (200, 200), 0.2, resize=resize)
+    assert_found(tiled([{"image": image}])[0]["instances"], small + large, within=4)
+
+
+def resized(image: torch.Tensor, resize: T.AugmentationList) -> torch.Tensor:
+    pixels = T.AugInput(image.permute(1, 2, 0).numpy())
+    resize(pixels)
+    return torch.from_numpy(pixels.image.transpose(2, 0, 1).copy())
+
+
+def test_nothing_found() -> None:
+    tiled = TiledDetector(BrightRectangles().eval(), (50, 50), 0.2, resize=AS_IT_IS)
+    found = tiled([{"image": composite(100, 120, [])}])[0]["instances"]
+    assert len(found) == 0
+    assert found.pred_masks.shape == (0, 100, 120)
+    assert found.pred_keypoints.shape == (0, 2, 3)
+
+
+def test_an_image_of_one_tile_is_predicted_as_without(tmp_path: Path) -> None:
+    cfg = save(tmp_path)
+    image = read_image(PICTURES[0])[::3, ::3]
+    expected = Predictor(cfg)(image)
+    for options in ({"tiles": (640, 640)}, {"tiles": [640, 300], "backend": "onnxruntime"}):
+        assert_close(Predictor(cfg, **options)(image), expected)
+
+
+def test_predictor_and_evaluation_agree(coco: Path, tmp_path: Path) -> None:
+    launch(MINIATURE, tmp_path, "SOLVER.MAX_ITER", "1")
+    options = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "TEST.TILES", "(40, 50)"]
+    launch(MINIATURE, tmp_path / "tiled", "--eval-only", *options)
+    evaluated = torch.load(
+        tmp_path / "tiled/inference/instances_predictions.pth", weights_only=False
+    )
+    cfg = load_config(str(tmp_path / "config.yaml"))
+    cfg.MODEL.WEIGHTS = options[1]
+    folder = coco / "coco/val2017"
+    predictor = Predictor(cfg, tiles=(40, 50))
+    for image in evaluated:
+        found = predictor(folder / f"{image['image_id']:012d}.jpg")["instances"]
+        scores = sorted(i["score"] for i in image["instances"])
+        assert len(scores) > 10  # the most that one tile gives
+        np.testing.assert_allclose(sorted(found.scores.tolist()), scores, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "overlap", "message"),
+    [
+        ((640,), 0.2, r"Tiles of \(640,\) cannot be cut: give a height and a width in pixels"),
+        ((640, 0), 0.2, r"Tiles of \(640, 0\) cannot be cut"),
+        ((64.0, 64.0), 0.2, "cannot be cut"),
+        ((64, 64), 1.0, "The overlap of tiles is 1.0: give a share of their side from 0 to below"),
+        ((64, 64), -0.1, "The overlap of tiles is -0.1"),
+    ],
+)
+def test_tiles_that_cannot_be_cut(tiles: tuple, overlap: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(load_config(MASK_RCNN), tiles=tiles, overlap=overlap, device="cpu")
+
+
+def test_networks_whose_outputs_are_not_merged(tmp_path: Path) -> None:
+    cfg = load_config(MASK_RCNN, ["TEST.TILES", "(64, 64)", "TEST.AUG.ENABLED", "True"])
+    with pytest.raises(ValueError, match=r"TEST.TILES and TEST.AUG.ENABLED cannot be combined"):
+        check_run(cfg, training=False)
+
+    class Semantic(nn.Module):
+        def forward(self, inputs: list[dict]) -> list[dict]:
+            return [{"sem_seg": torch.zeros(3, 9, 9)} for _ in inputs]
+
+    tiled = TiledDetector(Semantic(), (9, 9), 0.2, resize=AS_IT_IS)
+    with pytest.raises(ValueError, match="returns sem_seg: run it without tiles"):
+        tiled([{"image": composite(9, 9, [])}])
+
+
+def test_sizes_of_a_test_hold_for_tiles(tmp_path: Path) -> None:
+    predictor = Predictor(save(tmp_path), tiles=(200, 300))
+    seen: list[tuple[int, ...]] = []
+    predictor.model.model.register_forward_pre_hook(
+        lambda module, args: seen.extend(tuple(one["image"].shape[1:]) for one in args[0])
+    )
+    predictor(PICTURES[0])
+    short, long = SMALL["INPUT.MIN_SIZE_TEST"], SMALL["INPUT.MAX_SIZE_TEST"]
+    assert set(seen) == {(85, long)}  # 200 × 300 and 427 × 640, the longer side to its limit
+    assert short > 85
+    assert len(seen) == 3 * 3 + 1

@@ -1,0 +1,9 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors whose dense part runs in OpenVINO, ONNX Runtime or TensorRT, in float32 or INT8."""
+
+from .cache import CACHE, cache_folder
+from .programs import AUTO, BACKENDS, TORCH, check_backend
+from .use import use_backend
+
+__all__ = ["AUTO", "BACKENDS", "CACHE", "TORCH", "cache_folder", "check_backend", "use_backend"]

@@ -1,0 +1,114 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files that backends read, kept by the content of the network that they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..checkpoint.atomic import atomic_write
+from ..export.dense import DensePart
+from ..export.formats import OPSET, export
+from ..export.targets import ExportTarget, select_target
+from ..made import is_made_here
+
+__all__ = ["CACHE", "cache_folder", "digest_of", "export_dense_part", "model_key"]
+
+CACHE = "VOVNET_D2_CACHE"
+"""Environment variable: the folder for files that are made once and read again."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of :data:`CACHE`, by default ``vovnet_d2`` in the user's cache folder."""
+    if named := os.environ.get(CACHE):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vovnet_d2"
+
+
+def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
+    """Export the dense part of a detector to ONNX, or find the file of an earlier export.
+
+    Args:
+        model: a detector of Detectron2's.
+
+    Returns:
+        the file, and the names of its outputs.
+
+    Raises:
+        FileNotWrittenError: the file cannot be written.
+        ValueError: an operator of the network does not export.
+    """
+    target = select_target(model, "dense", preprocessing=False)
+    packages = [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript")]
+    digest = digest_of(model_key(model), __version__, str(OPSET), *packages)
+    path = cache_folder() / f"dense-{digest}.onnx"
+    if not is_made_here(path):  # or it was changed or cut short since
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as partial:
+            _write(target, Path(partial))
+    return path, target.output_names
+
+
+def _write(target: ExportTarget, path: Path) -> None:
+    """Write the dense part of a detector as ONNX.
+
+    Raises:
+        ValueError: an operator does not export.
+    """
+    try:
+        export(target, "onnx", path)
+    except ValueError as error:
+        reason = str(error).partition(" Other formats to try:")[0].rstrip(".")
+        raise ValueError(f"{reason}: only the backend torch runs this model.") from error
+
+
+def digest_of(*parts: str) -> str:
+    """Return 32 hexadecimal digits that stand for some texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def model_key(model: Any) -> str:
+    """Return a name for the content of the dense part of a detector.
+
+    Two dense parts have the same name where their modules, the settings of these and all tensors
+    are the same, wherever the weights come from.
+    """
+    digest = hashlib.sha256()
+    part = DensePart(model)
+    for name, module in part.named_modules():
+        digest.update(f"{name} {type(module).__qualname__} {_settings(module)}\n".encode())
+    for name, tensor in part.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the plain attributes of a module, such as strides, in a fixed order."""
+    kept = sorted(vars(module).items())
+    return [(key, text) for key, value in kept if key != "training" for text in _describe(value)]
+
+
+def _describe(value: Any) -> Iterator[str]:
+    """Describe a value by what is the same in every process; nothing for what has no such form."""
+    if value is None or isinstance(value, bool | int | float | str):
+        yield repr(value)
+    elif isinstance(value, list | tuple) and value:
+        yield repr([text for each in value for text in _describe(each)])
+    elif isinstance(value, dict) and value:
+        yield repr([(str(key), text) for key, each in value.items() for text in _describe(each)])
+    elif callable(value) and hasattr(value, "__qualname__"):
+        yield value.__qualname__
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

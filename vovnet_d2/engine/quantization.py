@@ -1,0 +1,245 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A detector quantized on the images of a data set, and what that costs in accuracy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.structures import pairwise_iou
+from tabulate import tabulate
+from torch import Tensor
+
+from ..backends import use_backend
+from ..backends.cache import export_dense_part, model_key
+from ..backends.quantized import mark_quantized
+from ..benchmark.protocol import describe_environment
+from ..checkpoint.atomic import atomic_write
+from ..data import register_digits
+from ..data.mapper import build_mapper
+from ..data.own import register_own_data
+from ..data.voc import register_voc
+from ..export.int8 import Quantizer
+from ..made import refuse_foreign
+from .checks import check_data
+from .evaluation import build_evaluator, check_evaluators
+from .trainer import Trainer
+
+__all__ = ["find_images", "quantize_detector", "to_markdown"]
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "onnxruntime"
+"""What the float and the quantized detector run in when they are compared."""
+
+MIN_SCORE, MIN_IOU = 0.5, 0.9
+"""Detections with this score are to be found again with this overlap, in the same category."""
+
+_METRICS = ("AP", "PQ", "mIoU", "AP50")  # of a task, the first that there is
+
+Record = dict[str, Any]
+
+
+def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Record]:
+    """Draw images to calibrate on, and check that the data sets of the evaluation are there.
+
+    Args:
+        data_set: its name, as in ``DATASETS``.
+        number: how many images to draw; all of a smaller data set.
+
+    Raises:
+        FileNotFoundError: files of a data set are missing.
+        KeyError: a data set is not registered.
+        ValueError: the data set has no images, or the evaluation cannot be run.
+    """
+    register_digits()
+    register_voc()
+    register_own_data(cfg.DATASETS.OWN)
+    if data_set not in DatasetCatalog:
+        raise KeyError(
+            f"The data set {data_set!r} of --calibration is not registered: give one of the "
+            "config's DATASETS, such as "
+            f"{', '.join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or 'digits_train'}."
+        )
+    if cfg.DATASETS.TEST:
+        check_data(cfg, training=False)
+        check_evaluators(cfg)
+    records = DatasetCatalog.get(data_set)
+    if not records:
+        raise ValueError(f"The data set {data_set} has no images to calibrate on.")
+    return random.Random(seed).sample(records, min(number, len(records)))
+
+
+def quantize_detector(
+    model: Any,
+    cfg: CfgNode,
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    keep_float: Sequence[str] | None = None,
+    sensitivity: int = 0,
+    about: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Quantize the dense part of a detector to a file, and compare it with float.
+
+    Args:
+        model: the detector with its weights, on the CPU.
+        cfg: its config; ``DATASETS.TEST`` names what AP is measured on, or nothing.
+        records: images to calibrate on, see :func:`find_images`.
+        folder: gets ``dense.int8.onnx``, and the report ``dense.int8.json`` and ``.md``.
+        keep_float: see :meth:`Quantizer.select`.
+        sensitivity: on how many of the images the error of each layer is measured; 0 for none.
+        about: what else the report is to say.
+
+    Returns:
+        the report, as in the JSON file.
+
+    Raises:
+        ValueError: see :meth:`Quantizer.select` and :func:`export_dense_part`; or a file exists,
+            and this package did not make it.
+    """
+    path, report_path = folder / "dense.int8.onnx", folder / "dense.int8.json"
+    refuse_foreign([path, report_path, report_path.with_suffix(".md")])
+    folder.mkdir(parents=True, exist_ok=True)
+    float_path, _ = export_dense_part(model)
+    quantizer = Quantizer(float_path, _preprocess(model, cfg, records))
+    layers = quantizer.select(keep_float)
+    quantized = quantizer.quantize(layers)
+    mark_quantized(quantized, model_key(model))
+    with atomic_write(path) as partial:
+        Path(partial).write_bytes(quantized.SerializeToString())
+    report = {
+        **(about or {}),
+        "environment": describe_environment("cpu"),
+        "file": path.name,
+        "images": len(records),
+        "megabytes": {
+            "float32": round(float_path.stat().st_size / 1e6, 1),
+            "INT8": round(path.stat().st_size / 1e6, 1),
+        },
+        "float layers": [name for name in quantizer.layers if name not in layers],
+        **_compare(model, cfg, path),
+    }
+    if sensitivity:
+        few = list(_preprocess(model, cfg, records[:sensitivity]))
+        report["sensitivity"] = quantizer.sensitivity(few)
+    for file, text in (
+        (report_path, json.dumps(report, indent=2) + "\n"),
+        (report_path.with_suffix(".md"), to_markdown(report)),
+    ):
+        with atomic_write(file) as partial:
+            Path(partial).write_text(text, encoding="utf-8")
+    return report
+
+
+def _preprocess(model: Any, cfg: CfgNode, records: Sequence[Record]) -> Iterator[Tensor]:
+    """Yield each image as the detector gives it to its backbone: resized, normalised, padded."""
+    mapper = build_mapper(cfg, is_train=False)
+    for record in records:
+        yield model.preprocess_image([mapper(record)]).tensor
+
+
+class _Detections(DatasetEvaluator):
+    """Keeps the detections of each image."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def reset(self) -> None:
+        self.found = []
+
+    def process(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        kept = (o["instances"].to("cpu") for o in outputs if "instances" in o)
+        self.found += [(i.pred_boxes, i.scores, i.pred_classes) for i in kept]
+
+
+def _compare(model: Any, cfg: CfgNode, int8: Path) -> dict[str, Any]:
+    """Evaluate the detector in float and in INT8, and compare their detections."""
+    if not cfg.DATASETS.TEST:
+        return {}
+    results, found = {}, {}
+    for name, options in (("float32", {}), ("INT8", {"int8": int8})):
+        with tempfile.TemporaryDirectory() as folder:
+            own = cfg.clone()
+            own.OUTPUT_DIR, own.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
+            detections = _Detections()
+            evaluator = build_evaluator(own, own.DATASETS.TEST[0])
+            tasks = Trainer.test(
+                own,
+                use_backend(model, BACKEND, **options),
+                [DatasetEvaluators([evaluator, detections])],
+            )
+        results[name] = {
+            f"{task} {metric}": values[metric]
+            for task, values in tasks.items()
+            for metric in [next(m for m in _METRICS if m in values)]
+        }
+        found[name] = detections.found
+    return {
+        "data set": cfg.DATASETS.TEST[0],
+        "results": results,
+        "agreement": _agreement(found["float32"], found["INT8"]),
+    }
+
+
+def _agreement(expected: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
+    """Compare the detections of each image, boxes, scores and classes, with those in float."""
+    count = matched = 0
+    differences: list[Tensor] = []
+    for (boxes, scores, classes), (other_boxes, other_scores, other_classes) in zip(
+        expected, found, strict=True
+    ):
+        sure = scores >= MIN_SCORE
+        count += int(sure.sum())
+        if not len(other_scores) or not sure.any():
+            continue
+        iou = pairwise_iou(boxes[sure], other_boxes)
+        iou[classes[sure][:, None] != other_classes] = 0
+        best, index = iou.max(dim=1)
+        same = best >= MIN_IOU
+        matched += int(same.sum())
+        differences.append((other_scores[index] - scores[sure])[same].abs())
+    return {
+        "detections": count,
+        "matched": matched / count if count else 1.0,
+        "score difference": torch.cat(differences).mean().item() if matched else 0.0,
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Write the report of :func:`quantize_detector` as a page."""
+    facts = {k: v for k, v in report.items() if isinstance(v, str | int)} | report["environment"]
+    rows = [["size of the file (MB)", *report["megabytes"].values()]]
+    results = report.get("results", {"float32": {}})
+    rows += [[name, *(f"{r[name]:.2f}" for r in results.values())] for name in results["float32"]]
+    lines = [
+        "# INT8",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        f"- in float32: {', '.join(report['float layers']) or 'nothing'}",
+        "",
+        tabulate(rows, ["", "float32", "INT8"], tablefmt="github", disable_numparse=True),
+        "",
+    ]
+    if agreement := report.get("agreement"):
+        lines += [
+            f"Of {agreement['detections']} detections in float32 with a score from {MIN_SCORE} up, "
+            f"{agreement['matched']:.1%} are there in INT8 with an IoU from {MIN_IOU} up; their "
+            f"scores differ by {agreement['score difference']:.4f} on average.",
+            "",
+        ]
+    if errors := report.get("sensitivity"):
+        table = [[name, f"{error:.5f}"] for name, error in errors.items()]
+        headers = ["layer, quantized alone", "relative error of the outputs"]
+        lines += [tabulate(table, headers, tablefmt="github", disable_numparse=True), ""]
+    return "\n".join(lines)

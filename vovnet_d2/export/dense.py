@@ -1,0 +1,68 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The dense part of a detector: the backbone, its FPN and the head that reads every location."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.modeling import Backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.proposal_generator import RPN
+from torch import Tensor, nn
+
+__all__ = ["DensePart", "find_dense_head", "prediction_name"]
+
+
+class DensePart(Backbone):
+    """The backbone, its FPN and the dense head of a detector as one network.
+
+    The dense head is the head of RetinaNet, FCOS, SSD and RefineDet, or the one of a region
+    proposal network. It reads feature maps and returns feature maps, so that one graph holds all of
+    it. A detector without such a head has its backbone and FPN alone.
+    """
+
+    def __init__(self, model: Any):
+        """
+        Args:
+            model: a detector of Detectron2's. Its modules are shared with it.
+        """
+        super().__init__()
+        self.backbone = model.backbone
+        self.head, self.head_features = find_dense_head(model)
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.backbone.size_divisibility
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            images: (N, C, H, W), normalised, with sides that the backbone takes.
+
+        Returns:
+            the feature maps by name, then the predictions of the head, named by
+            :func:`prediction_name`.
+        """
+        outputs = dict(self.backbone(images))
+        if self.head is not None:
+            predictions = self.head([outputs[name] for name in self.head_features])
+            for kind, levels in enumerate(predictions):
+                for feature, level in zip(self.head_features, levels, strict=True):
+                    outputs[prediction_name(kind, feature)] = level
+        return outputs
+
+
+def find_dense_head(model: Any) -> tuple[nn.Module | None, tuple[str, ...]]:
+    """Find the dense head of a detector, and the names of the feature maps that it reads."""
+    if isinstance(model, DenseDetector):
+        return model.head, tuple(model.head_in_features)
+    generator = getattr(model, "proposal_generator", None)
+    if isinstance(generator, RPN):
+        return generator.rpn_head, tuple(generator.in_features)
+    return None, ()
+
+
+def prediction_name(kind: int, feature: str) -> str:
+    """Name a prediction by its place among what the head returns and by its feature map."""
+    return f"head{kind}_{feature}"

@@ -1,0 +1,189 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Static post-training quantization of an exported network to INT8, by ONNX Runtime's tools."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .formats import load_onnxruntime
+
+__all__ = ["KEEP_FLOAT", "Quantizer"]
+
+KEEP_FLOAT = ("stage5", "fpn_outputs", "ese")
+"""What stays in float by default. The last stage and the outputs of FPN lose the most accuracy
+(NVIDIA's INT8 of PETR with V-99-eSE keeps them in float16, too); eSE works on single pixels."""
+
+_PLURALS = {"fpn_outputs": "fpn_output", "fpn_laterals": "fpn_lateral"}
+"""Names of groups of layers, and what the names of these layers begin with."""
+
+_OPERATORS = ["Conv", "Relu"]  # an activation moves into the quantized convolution before it
+
+
+class Quantizer:
+    """Quantizes convolutions of an ONNX file, by ranges of values that are measured on images.
+
+    Weights are symmetric with a scale for each output channel, in 7 bits: the sum of two products
+    of 8 bits does not fit into the 16 bits that processors without VNNI have for it. Activations
+    are in 8 bits with one scale and zero point. The file is in the QDQ form, which ONNX Runtime and
+    OpenVINO both run in INT8.
+
+    Attributes:
+        layers: name of each layer with a convolution, in the order of the graph, to the names of
+            the graph's nodes that compute it.
+    """
+
+    def __init__(self, path: Path, images: Iterable[Tensor]):
+        """
+        Args:
+            path: an ONNX file of :class:`.targets.BackboneTarget`, in float32.
+            images: (N, C, H, W) each, as the file's input takes them.
+
+        Raises:
+            ValueError: there are no images.
+        """
+        import onnx
+
+        self._model = onnx.load(path)
+        self.layers: dict[str, list[str]] = {}
+        for node in self._model.graph.node:
+            if node.op_type == "Conv":
+                self.layers.setdefault(_layer_name(node.input[1]), []).append(node.name)
+        self._ranges = _measure_ranges(path, images, self._model.graph.input[0].name)
+
+    def select(self, keep_float: Sequence[str] | None = None) -> list[str]:
+        """Return the layers to quantize: all but those of some groups.
+
+        Args:
+            keep_float: names of groups (``"stem"``, ``"stage2"`` to ``"stage5"``,
+                ``"fpn_laterals"``, ``"fpn_outputs"``, ``"head"``, ``"ese"``), or of layers and
+                modules; by default those of :data:`KEEP_FLOAT` that the network has.
+
+        Raises:
+            ValueError: one of them is in no layer's name, or nothing would be left to quantize.
+        """
+        groups = KEEP_FLOAT if keep_float is None else keep_float
+        for group in groups if keep_float is not None else ():
+            if not any(_is_in(layer, group) for layer in self.layers):
+                raise ValueError(
+                    f"There is no {group} in the network to be kept in float: choose from "
+                    f"{', '.join(self._groups())}, or the layers that --sensitivity lists."
+                )
+        chosen = [name for name in self.layers if not any(_is_in(name, g) for g in groups)]
+        if not chosen:
+            raise ValueError(
+                f"With {', '.join(groups)} in float nothing is left to quantize: name fewer layers."
+            )
+        return chosen
+
+    def _groups(self) -> list[str]:
+        parts = {part for layer in self.layers for part in layer.split(".")}
+        named = ["stem", *(f"stage{number}" for number in range(2, 6)), "head", "ese"]
+        plurals = [g for g in _PLURALS if any(_is_in(layer, g) for layer in self.layers)]
+        return [name for name in named if name in parts] + plurals
+
+    def quantize(self, layers: Collection[str]) -> Any:
+        """Return the ONNX model with some layers quantized.
+
+        Args:
+            layers: keys of :attr:`layers`.
+        """
+        from onnxruntime.quantization import QDQQuantizer, QuantType
+
+        excluded = [
+            node for name, nodes in self.layers.items() if name not in layers for node in nodes
+        ]
+        model = type(self._model)()
+        model.CopyFrom(self._model)
+        quantizer = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=True,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=self._ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=excluded,
+            op_types_to_quantize=_OPERATORS,
+            extra_options={},
+        )
+        quantizer.quantize_model()
+        return quantizer.model.model
+
+    def sensitivity(self, images: Sequence[Tensor]) -> dict[str, float]:
+        """Measure the error that each layer alone makes when it is quantized.
+
+        Args:
+            images: as those of the calibration; a few are enough.
+
+        Returns:
+            for each layer the root mean square error of the network's outputs, divided by their
+            root mean square, of the output that has the largest; the worst layer first.
+        """
+        expected = _run(self._model, images)
+        errors = {}
+        for layer in self.layers:
+            found = _run(self.quantize([layer]), images)
+            errors[layer] = max(map(_relative_error, found, expected))
+        return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+class _Images:
+    """The images of a calibration, as ONNX Runtime asks for them."""
+
+    def __init__(self, images: Iterable[Tensor], input_name: str):
+        self._images = iter(images)
+        self._input_name = input_name
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next image by the name of the graph's input; None after the last."""
+        image = next(self._images, None)
+        return None if image is None else {self._input_name: image.cpu().numpy()}
+
+
+def _measure_ranges(path: Path, images: Iterable[Tensor], input_name: str) -> Any:
+    """Measure the least and the largest value of what each convolution reads and returns."""
+    from onnxruntime.quantization import create_calibrator
+
+    images = iter(images)
+    if (first := next(images, None)) is None:
+        raise ValueError("There are no images to calibrate on.")
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = create_calibrator(
+            path, _OPERATORS, augmented_model_path=str(Path(folder, "augmented.onnx"))
+        )
+        calibrator.collect_data(_Images(chain([first], images), input_name))
+        return calibrator.compute_data()
+
+
+def _run(model: Any, images: Sequence[Tensor]) -> list[Tensor]:
+    """Run an ONNX model on images, and return all values of each of its outputs."""
+    program = load_onnxruntime(model.SerializeToString(), torch.device("cpu"))
+    outputs = zip(*(program(image) for image in images), strict=True)
+    return [torch.cat([value.flatten() for value in values]) for values in outputs]
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def _layer_name(weight: str) -> str:
+    """Name the layer that a weight of the graph belongs to, as the detector names it."""
+    return weight.removeprefix("backbone.").removesuffix(".weight")
+
+
+def _is_in(layer: str, group: str) -> bool:
+    if layer == group or layer.startswith(f"{group}."):
+        return True
+    parts = layer.split(".")
+    if group in _PLURALS:
+        return any(part.startswith(_PLURALS[group]) for part in parts)
+    return group in parts
