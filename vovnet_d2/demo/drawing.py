@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 from detectron2.data.catalog import Metadata
-from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import VisImage, Visualizer
 
+from ..data.label_colors import with_stuff_colors
 from ..engine.plain_text import plain_text
 from .selection import Shown
 
@@ -23,7 +23,7 @@ class Artist:
         Args:
             metadata: names and colours of the categories.
         """
-        self._metadata = _with_stuff_colors(metadata)
+        self._metadata = with_stuff_colors(metadata)
 
     def draw(self, pixels: np.ndarray, shown: Shown) -> np.ndarray:
         """
@@ -46,12 +46,3 @@ class Artist:
         if shown.instances is not None:
             canvas.draw_instance_predictions(shown.instances)
         return canvas.get_output()
-
-
-def _with_stuff_colors(metadata: Metadata) -> Metadata:
-    """Give label maps colours, which Detectron2 draws at random where there are none."""
-    if metadata.get("stuff_colors") or not metadata.get("stuff_classes"):
-        return metadata
-    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
-    repeated = [colors[i % len(colors)] for i in range(len(metadata.stuff_classes))]
-    return Metadata(**{**metadata.as_dict(), "stuff_colors": repeated})

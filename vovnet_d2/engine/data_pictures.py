@@ -26,6 +26,7 @@ from PIL import Image
 from ..checkpoint.atomic import atomic_write
 from ..data.check.files import resolve_inside
 from ..data.image_file import read_image
+from ..data.label_colors import with_stuff_colors
 from ..data.unreadable import image_roots
 from ..made import note_made, refuse_foreign
 from .checks import load_records
@@ -142,7 +143,7 @@ def _read(
 
 
 def _canvas(image: NDArray[np.uint8], metadata: Metadata) -> Visualizer:
-    return Visualizer(image, metadata, scale=enlargement(image))
+    return Visualizer(image, with_stuff_colors(metadata), scale=enlargement(image))
 
 
 def _pixels(drawn: VisImage) -> NDArray[np.uint8]:

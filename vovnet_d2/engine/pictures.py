@@ -19,8 +19,10 @@ from torch import nn
 
 from ..checkpoint.atomic import atomic_write
 from ..data.image_file import read_image, read_labels
+from ..data.label_colors import with_stuff_colors
 from ..data.mapper import build_mapper
 from ..data.records import find_absurd
+from .checks import find_num_classes
 from .plain_text import plain_text
 from .precision import autocast
 
@@ -141,7 +143,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     from matplotlib.figure import Figure
 
     name = cfg.DATASETS.TEST[0]
-    metadata = MetadataCatalog.get(name)
+    metadata = with_stuff_colors(MetadataCatalog.get(name))
     records = DatasetCatalog.get(name)
     records = [record for record in records if record.get("annotations")] or records
     if not records:
@@ -158,7 +160,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     for panel, image, title in zip(
         panels.flat,
         [image for pair in pairs for image in pair],
-        ["ground truth", f"predictions (score ≥ {_MIN_SCORE:.0%})"] * len(pairs),
+        ["ground truth", _predictions_title(cfg)] * len(pairs),
         strict=False,
     ):
         panel.imshow(image)
@@ -199,6 +201,12 @@ def enlargement(image: np.ndarray) -> float:
     """Return the factor by which an image (H, W, 3) is enlarged to be drawn on."""
     short, long = sorted(image.shape[:2])
     return max(1.0, min(_SHORT_SIDE / short, _LONG_SIDE / long))
+
+
+def _predictions_title(cfg: CfgNode) -> str:
+    """Label maps have no scores."""
+    has_scores = "thing_classes" in find_num_classes(cfg) or not find_num_classes(cfg)
+    return f"predictions (score ≥ {_MIN_SCORE:.0%})" if has_scores else "predictions"
 
 
 @plain_text()

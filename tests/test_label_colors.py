@@ -1,0 +1,117 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The classes of label maps have one colour each, in all panels and pictures."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.visualizer import Visualizer
+from engine_runs import FASTER_RCNN
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from vovnet_d2.demo.drawing import Artist
+from vovnet_d2.demo.selection import Shown
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.data_pictures import draw_annotations
+from vovnet_d2.engine.pictures import draw_predictions
+
+pytest_plugins = ["engine_fixtures"]
+
+SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml"
+CLASSES = ["sky", "sea", "sand"]
+LABELS = np.repeat(np.arange(3, dtype=np.uint8), [10, 20, 34])[:, None].repeat(80, axis=1)
+Colors = dict[str, set]
+
+
+class Oracle(nn.Module):
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        scores = nn.functional.one_hot(torch.from_numpy(LABELS).long(), len(CLASSES))
+        return [{"sem_seg": scores.permute(2, 0, 1).float()}]
+
+
+@pytest.fixture
+def colors(monkeypatch: pytest.MonkeyPatch) -> Colors:
+    """The colours that each class has been drawn in."""
+    found: Colors = defaultdict(set)
+    original = Visualizer.draw_binary_mask
+
+    def record(self: Visualizer, mask: np.ndarray, color=None, *, text: str, **words: object):
+        found[text].add(None if color is None else tuple(color))
+        return original(self, mask, color, text=text, **words)
+
+    monkeypatch.setattr(Visualizer, "draw_binary_mask", record)
+    return found
+
+
+@pytest.fixture
+def beach(catalogs: None, tmp_path: Path) -> str:
+    records = []
+    for name in "ab":
+        files = tmp_path / f"{name}.jpg", tmp_path / f"{name}_labels.png"
+        Image.new("RGB", (80, 64), (128, 128, 128)).save(files[0])
+        Image.fromarray(LABELS).save(files[1])
+        keys = ("file_name", "sem_seg_file_name")
+        record = dict(zip(keys, map(str, files), strict=True))
+        records.append(record | {"height": 64, "width": 80})
+    DatasetCatalog.register("beach", lambda: records)
+    MetadataCatalog.get("beach").set(stuff_classes=CLASSES, evaluator_type="sem_seg")
+    return "beach"
+
+
+def check_colors(colors: Colors) -> None:
+    assert sorted(colors) == sorted(CLASSES)
+    assert all(len(found) == 1 for found in colors.values())
+    assert None not in set.union(*colors.values())
+    assert len(set.union(*colors.values())) == len(CLASSES)
+
+
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The titles of the panels that have been drawn."""
+    found: list[str] = []
+    original = Figure.savefig
+
+    def save(self: Figure, *args: object, **words: object) -> None:
+        found.extend(panel.get_title() for panel in self.axes)
+        original(self, *args, **words)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return found
+
+
+def draw_panels(config: str, tmp_path: Path) -> None:
+    options = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('beach',)", "MODEL.DEVICE", "cpu"]
+    assert draw_predictions(load_config(config, options), Oracle())
+
+
+def test_truth_and_predictions(
+    beach: str, tmp_path: Path, colors: Colors, titles: list[str]
+) -> None:
+    draw_panels(SEMANTIC, tmp_path)
+    check_colors(colors)
+    assert titles == ["ground truth", "predictions"] * 2  # label maps have no scores
+
+
+def test_the_titles_of_detections_say_the_score(
+    beach: str, tmp_path: Path, titles: list[str]
+) -> None:
+    draw_panels(FASTER_RCNN, tmp_path)
+    assert titles == ["ground truth", "predictions (score ≥ 50%)"] * 2
+
+
+def test_annotations(beach: str, colors: Colors) -> None:
+    assert len(list(draw_annotations(beach, number=2))) == 2
+    check_colors(colors)
+
+
+def test_the_demo(beach: str, colors: Colors) -> None:
+    artist = Artist(MetadataCatalog.get(beach))
+    for _ in range(2):
+        artist.draw(np.zeros((64, 80, 3), np.uint8), Shown(None, torch.from_numpy(LABELS), None))
+    check_colors(colors)
