@@ -16,7 +16,7 @@ from detectron2.data.datasets.builtin import register_all_pascal_voc
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
-from PIL import Image
+from voc_tree import OBJECTS, Object, write_tree
 
 from vovnet_d2.data.voc import check_voc, load_voc, register_voc
 from vovnet_d2.engine import Trainer, load_config
@@ -25,38 +25,6 @@ from vovnet_d2.engine.evaluation import build_evaluator
 from vovnet_d2.engine.rehearsal import rehearse_evaluation
 
 pytest_plugins = ["engine_fixtures"]
-
-Object = tuple[str, int, tuple[float, float, float, float]]
-
-OBJECTS: dict[str, list[Object]] = {
-    "000001": [("dog", 0, (1, 1, 40, 30)), ("person", 1, (50, 10, 80, 60))],
-    "000002": [("dog", 0, (10, 20, 60, 59)), ("dog", 1, (62, 20, 70, 40))],
-    "000003": [],
-    "000004": [("cat", 0, (5, 5, 45, 50)), ("dog", 0, (50, 5, 79, 50))],
-}
-
-
-def write_tree(root: Path, objects: dict[str, list[Object]], split: str) -> Path:
-    """The layout of VOC2007, with grey images of 80x60. The annotations lack what detection does
-    not need."""
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, found in objects.items():
-        Image.new("RGB", (80, 60)).save(root / "JPEGImages" / f"{name}.jpg")
-        items = "".join(
-            f"<object><name>{label}</name><difficult>{difficult}</difficult><bndbox>"
-            + "".join(
-                f"<{k}>{v}</{k}>"
-                for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-            )
-            + "</bndbox></object>"
-            for label, difficult, box in found
-        )
-        size = "<size><width>80</width><height>60</height><depth>3</depth></size>"
-        text = f"<annotation>{size}{items}</annotation>"
-        (root / "Annotations" / f"{name}.xml").write_text(text)
-    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(objects) + "\n")
-    return root
 
 
 def test_loader_agrees_with_detectron2s_and_marks_the_difficult(tmp_path: Path) -> None:
@@ -180,7 +148,7 @@ def test_a_run_checks_its_folders(
     folder = Path(MetadataCatalog.get("voc_2007_test").dirname)
     for path in sorted((folder / "Annotations").iterdir())[:2]:
         path.write_text(path.read_text().replace(">0</difficult>", ">?</difficult>"))
-    sentence = r"voc_2007_test: .*000001\.xml: .* 1 more images"
+    sentence = r"voc_2007_test: .*000001\.xml: .* 1 more image has"
     with pytest.raises(ValueError, match=sentence):
         check_data(cfg, training=True)
     assert check_dataset.main(["voc_2007_test"]) == 1
@@ -276,8 +244,46 @@ def test_eleven_point_evaluation(register: Callable[..., None], fraction: float)
     result = evaluator.evaluate()["bbox"]["AP50"]
     expected = slow_eleven_point_ap(objects, found, "dog")
     assert 0.3 < expected < 1
-    # Of the 20 classes, all others have no detection.
-    assert result == pytest.approx(100 * expected / 20)
+    # Of cats, the other class with objects that count, none is found.
+    assert result == pytest.approx(100 * expected / 2)
+
+
+def evaluate_perfection(name: str, objects: dict[str, list[Object]]) -> dict[str, float]:
+    """Detect all objects as they are, and a bird in each image."""
+    cfg = load_config("PascalVOC-Detection/refinedet320_V_39_120k.yaml")
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for image, annotated in objects.items():
+        found = [*annotated, ("bird", 0, (1, 1, 20, 20))]
+        instances = Instances((60, 80))
+        boxes = [(box[0] - 1, box[1] - 1, *box[2:]) for _, _, box in found]
+        instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        instances.scores = torch.linspace(0.9, 0.5, len(found))
+        instances.pred_classes = torch.tensor([CLASS_NAMES.index(label) for label, *_ in found])
+        evaluator.process([{"image_id": image}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+def test_classes_without_objects_are_no_part_of_the_mean(
+    register: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    register(OBJECTS)
+    found = evaluate_perfection("voc_2007_test", OBJECTS)
+    assert found == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+    others = [
+        label for label in CLASS_NAMES if label not in ("cat", "dog")
+    ]  # "person" is difficult
+    assert (
+        "voc_2007_test has no object that counts (difficult ones do not) of 18 of the 20 classes: "
+        f"they are left out of the mean. They are {', '.join(map(repr, others))}." in caplog.text
+    )
+
+
+def test_a_test_set_of_difficult_objects_has_no_mean(register: Callable[..., None]) -> None:
+    objects = {"000001": [("dog", 1, (1, 1, 40, 30))], "000002": []}
+    register(objects)
+    assert np.isnan(list(evaluate_perfection("voc_2007_test", objects).values())).all()
 
 
 def test_detectron2s_evaluation_fails_on_fractions(register: Callable[..., None]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from glob import escape as glob_escape
@@ -24,6 +25,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..words import counted, listed
 from .image_file import read_header
 
 __all__ = [
@@ -183,7 +185,8 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
 
     Raises:
         FileNotFoundError: the list of images is missing.
-        ValueError: the message names the first file and its element, and counts the others.
+        ValueError: the message names the first file and its element, and counts the others; of
+            classes that are unlike all of ``class_names`` it names all.
     """
     listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     if not os.path.isfile(listing):
@@ -207,9 +210,32 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
         check = partial(_find_problem, dirname, set(class_names), by_detectron2)
         problems = [problem for problem in pool.map(check, names) if problem]
     if problems:
-        others = f" {len(problems) - 1} more images have problems." if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0].rstrip('.')}.{others}")
+        more = len(problems) - 1
+        others = f" {counted(more, 'more images')} {'have' if more > 1 else 'has'} problems."
+        foreign = _describe_foreign_classes(dirname, names, set(class_names))
+        raise ValueError(f"{problems[0].rstrip('.')}.{others if more else ''}{foreign}")
     return len(names)
+
+
+def _describe_foreign_classes(dirname: str, names: Sequence[str], classes: set[str]) -> str:
+    """Say which classes of a folder are no other spelling of ``classes``, and what to do."""
+    found: set[str] = set()
+    for name in names:
+        with suppress(ElementTree.ParseError, OSError):
+            tree = parse_annotations(os.path.join(dirname, "Annotations", f"{name}.xml"))
+            found |= {item.findtext("name", "").strip() for item in tree.findall("object")}
+    foreign = sorted(name for name in found - classes - {""} if not _find_close(name, classes))
+    if not foreign:
+        return ""
+    return (
+        f" The folder has {counted(len(foreign), 'other classes')} ({listed(foreign, most=10)}): "
+        "if it holds data of your own, convert them to COCO's format and give them by --train-json "
+        "and --val-json, under no name of PASCAL VOC's."
+    )
+
+
+def _find_close(name: str, classes: Collection[str]) -> list[str]:
+    return get_close_matches(name.lower(), classes, n=1, cutoff=0.7)
 
 
 def _find_problem(dirname: str, classes: set[str], by_detectron2: bool, name: str) -> str:
@@ -240,7 +266,7 @@ _SIDES = ("width", "height")
 def _problem_of_object(found: Record, classes: set[str]) -> str:
     name = found["name"]
     if name not in classes:
-        close = get_close_matches(name.lower(), classes, n=1, cutoff=0.7)
+        close = _find_close(name, classes)
         hint = f" (close to it: {close[0]!r})" if close else ""
         return f"is of class {name!r}{hint}, which is not among {', '.join(sorted(classes))}."
     left, top, right, bottom = found["bbox"]
