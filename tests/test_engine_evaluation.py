@@ -159,7 +159,7 @@ def test_faster_coco_eval_gives_the_results_of_pycocotools(
         caplog.clear()
         results[api] = evaluate_noise(cfg, name)
         used = "pycocotools" if api == "pycocotools" else "faster-coco-eval"
-        assert f"{name} is evaluated by {used}." in caplog.text
+        assert f"{name} is evaluated by {used}, with 100 detections per image." in caplog.text
     expected = results.pop("pycocotools")
     tasks = {"bbox", "keypoints"} if name == "people" else {"bbox", "segm"}
     assert expected.keys() == tasks
@@ -200,7 +200,9 @@ def test_coco_api_where_faster_coco_eval_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cfg = config(tmp_path, "coco_2017_val")
     evaluate_noise(cfg, "coco_2017_val")
-    assert "coco_2017_val is evaluated by pycocotools." in caplog.text
+    assert (
+        "coco_2017_val is evaluated by pycocotools, with 100 detections per image." in caplog.text
+    )
     cfg.TEST.COCO_API = "faster-coco-eval"
     with pytest.raises(ValueError, match=r"needs that package: pip install faster-coco-eval"):
         check_evaluators(cfg)

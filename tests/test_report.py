@@ -157,9 +157,9 @@ def test_the_api_is_that_of_the_run(
     monkeypatch.setattr(average_precision, "has_faster_coco", lambda: installed)
     used, plain = [], average_precision._evaluate_predictions_on_coco
 
-    def look(truth: Any, predictions: list, task: str, *, cocoeval_fn: type) -> Any:
+    def look(*args: Any, cocoeval_fn: type, **words: Any) -> Any:
         used.append(cocoeval_fn)
-        return plain(truth, predictions, task, cocoeval_fn=cocoeval_fn)
+        return plain(*args, cocoeval_fn=cocoeval_fn, **words)
 
     monkeypatch.setattr(average_precision, "_evaluate_predictions_on_coco", look)
     path, predictions = shapes

@@ -27,6 +27,7 @@ from detectron2.evaluation import (
 from ..data.image_file import read_labels
 from ..data.own import match_categories
 from .coco_evaluators import PlainCOCOEvaluator, convert_anew
+from .detection_limit import evaluated_detections
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
@@ -140,7 +141,13 @@ def _is_faster_api_chosen(cfg: CfgNode) -> bool:
 def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     convert_anew(name, folder)
     evaluator: COCOEvaluator | None = None
-    options = {"output_dir": folder, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    metadata = MetadataCatalog.get(name)
+    limit = evaluated_detections(cfg.TEST.DETECTIONS_PER_IMAGE, metadata)
+    options = {
+        "output_dir": folder,
+        "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        "max_dets_per_image": limit,
+    }
     if _is_faster_api_chosen(cfg):
         from .faster_coco import FasterCOCOEvaluator
 
@@ -152,9 +159,9 @@ def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
                 raise
             logger.info("%s", str(error).partition(": set TEST.COCO_API")[0])
     used = "faster-coco-eval" if evaluator else "pycocotools"
-    logger.info("%s is evaluated by %s.", name, used)
+    logger.info("%s is evaluated by %s, with %d detections per image.", name, used, limit)
     evaluator = evaluator or PlainCOCOEvaluator(name, **options)
-    match_categories(evaluator._coco_api, MetadataCatalog.get(name))
+    match_categories(evaluator._coco_api, metadata)
     return evaluator
 
 

@@ -13,13 +13,14 @@ from unittest import mock
 
 import pycocotools.coco
 from detectron2.evaluation import coco_evaluation
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from ..data.own import match_categories
 from .coco_evaluators import CategoriesByName
 
-__all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval"]
+__all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval", "in_detectron2"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ class FasterCOCOeval(COCOeval_faster):
 class FasterCOCOEvaluator(CategoriesByName):
     """Detectron2's evaluator with the results of pycocotools in a fraction of its time.
 
-    Detectron2 looks both classes up in its module, so that is where they are replaced, for as long
-    as this evaluator is at work.
+    Detectron2 looks the classes up in its module, so that is where they are replaced, for as long
+    as this evaluator is at work. For another limit than 100 detections it takes a class of its own,
+    whose summary is that of :class:`FasterCOCOeval`.
     """
 
     def __init__(self, dataset_name: str, *, fall_back: bool = False, **arguments: Any):
@@ -53,7 +55,7 @@ class FasterCOCOEvaluator(CategoriesByName):
         """
         self._fall_back = fall_back
         try:
-            with _in_detectron2():
+            with in_detectron2():
                 super().__init__(dataset_name, use_fast_impl=True, **arguments)
         except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -70,7 +72,7 @@ class FasterCOCOEvaluator(CategoriesByName):
                 )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, Any]:
-        with _in_detectron2():
+        with in_detectron2():
             return super().evaluate(img_ids)
 
     def _eval_predictions(
@@ -92,10 +94,17 @@ class FasterCOCOEvaluator(CategoriesByName):
                 self._coco_api = pycocotools.coco.COCO(self._metadata.json_file)
             match_categories(self._coco_api, self._metadata)
             self._use_fast_impl = False
-            with mock.patch.object(coco_evaluation, "COCO", pycocotools.coco.COCO):
+            plain = {"COCO": pycocotools.coco.COCO, "COCOevalMaxDets": COCOevalMaxDets}
+            with mock.patch.multiple(coco_evaluation, **plain):
                 super()._eval_predictions(kept, img_ids=img_ids)
             self._coco_api, self._use_fast_impl = truth, True
 
 
-def _in_detectron2() -> Any:
-    return mock.patch.multiple(coco_evaluation, COCO=COCO, COCOeval_opt=FasterCOCOeval)
+def in_detectron2() -> Any:
+    """Return a context in which Detectron2's evaluation is on faster-coco-eval."""
+    return mock.patch.multiple(
+        coco_evaluation,
+        COCO=COCO,
+        COCOeval_opt=FasterCOCOeval,
+        COCOevalMaxDets=FasterCOCOeval,
+    )

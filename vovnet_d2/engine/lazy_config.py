@@ -77,8 +77,12 @@ _KEYS = {
 }
 # The same of the heads, where the model is one of Detectron2's.
 _HEAD_KEYS = {
-    "GeneralizedRCNN": {"MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes"},
+    "GeneralizedRCNN": {
+        "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+        "TEST.DETECTIONS_PER_IMAGE": "model.roi_heads.box_predictor.test_topk_per_image",
+    },
     "PanopticFPN": {
+        "TEST.DETECTIONS_PER_IMAGE": "model.roi_heads.box_predictor.test_topk_per_image",
         "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes",
         "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "model.sem_seg_head.ignore_value",
@@ -87,8 +91,14 @@ _HEAD_KEYS = {
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "model.sem_seg_head.num_classes",
         "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "model.sem_seg_head.ignore_value",
     },
-    "RetinaNet": {"MODEL.RETINANET.NUM_CLASSES": "model.num_classes"},
-    "FCOS": {"MODEL.FCOS.NUM_CLASSES": "model.num_classes"},
+    "RetinaNet": {
+        "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
+        "TEST.DETECTIONS_PER_IMAGE": "model.max_detections_per_image",
+    },
+    "FCOS": {
+        "MODEL.FCOS.NUM_CLASSES": "model.num_classes",
+        "TEST.DETECTIONS_PER_IMAGE": "model.max_detections_per_image",
+    },
 }
 
 

@@ -32,6 +32,7 @@ from ..data.record_files import check_files, has_size_of_file
 from ..data.records import check_records
 from ..data.unreadable import image_roots
 from .checks import find_num_classes, load_records
+from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
 from .trainer import Trainer
 
@@ -61,6 +62,8 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
         records = load_records(name)
         check_records(records, name, num_classes=find_num_classes(cfg).get("thing_classes"))
         check_files(records, name, roots=image_roots([name]))
+        if crowding := explain_crowding(cfg, records):
+            logger.warning("Of data set %s %s.", name, crowding)
         if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "pascal_voc", "sem_seg"):
             _rehearse(cfg, trainer, name, records)
 
@@ -113,6 +116,7 @@ def _run(
 
 def _instances(cfg: CfgNode, record: Record, *, perfect: bool) -> dict[str, Any]:
     annotations = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0) and perfect]
+    annotations = annotations[: cfg.TEST.DETECTIONS_PER_IMAGE]
     size = record["height"], record["width"]
     found = Instances(size)
     boxes = [
@@ -155,12 +159,12 @@ def _say_if_imperfect(name: str, results: dict[str, Any], count: int) -> None:
     for task, metric in (("bbox", "AP"), ("segm", "AP"), ("sem_seg", "mIoU")):
         score = results.get(task, {}).get(metric, math.nan)
         if "AP50" in results.get(task, {}) and "APs" not in results[task]:
-            continue  # of PASCAL VOC, which counts classes without objects
+            continue  # of PASCAL VOC, whose evaluation is of all images
         if score < _PERFECT:
             logger.warning(
                 "Perfect predictions for %d images of %s score %s %s %.1f: no network can reach "
-                "more. Causes are images with more objects than the evaluation counts (100 in "
-                "COCO's), annotations that repeat each other, and annotation ids of 0.",
+                "more. Causes are images with more objects than TEST.DETECTIONS_PER_IMAGE, "
+                "annotations that repeat each other, and annotation ids of 0.",
                 *(count, name, task, metric, score),
             )
 

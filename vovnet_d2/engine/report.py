@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..checkpoint.atomic import atomic_write
+from .detection_limit import explain_crowding
 from .pictures import draw_curves, draw_predictions
 
 __all__ = ["format_results", "write_report"]
@@ -58,10 +59,12 @@ def write_report(
         seconds: wall time of the run.
         earlier_seconds: wall time of the training before this run resumed it.
     """
-    table = format_results(cfg, results)
+    notes = _describe_crowding(cfg, results)
+    table = "\n\n".join([format_results(cfg, results), *notes])
     logger.info("Results:\n%s", table)
     facts = _describe_run(cfg, args, seconds, earlier_seconds)
     content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
+    content |= {"notes": notes} if notes else {}
     _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
     paths = _draw(draw_curves, cfg.OUTPUT_DIR), _draw(draw_predictions, cfg, model)
     pictures = [f"![]({os.path.basename(path)})" for path in paths if path]
@@ -102,6 +105,13 @@ def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:
         for names, rows in tables.items()
     ]
     return "\n\n".join(parts + list(dict.fromkeys(notes))) or "Nothing was evaluated."
+
+
+def _describe_crowding(cfg: CfgNode, results: dict[str, Any]) -> list[str]:
+    """Say of each data set with detections how many of its objects no result can have."""
+    data_sets = [name for name, tasks in _by_dataset(cfg, results).items() if "bbox" in tasks]
+    found = {name: explain_crowding(cfg, DatasetCatalog.get(name)) for name in data_sets}
+    return [f"Of {name} {sentence}." for name, sentence in found.items() if sentence]
 
 
 def _is_known(value: float) -> bool:

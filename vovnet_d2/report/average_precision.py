@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 
+from ..data.check.crowding import DEFAULT_LIMIT
 from ..engine.evaluation import has_faster_coco
 from .detections import Detections
 
@@ -89,21 +91,30 @@ def _mean_of_known(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def evaluate(detections: Detections, task: str, api: str = "auto") -> AveragePrecision:
+def evaluate(
+    detections: Detections, task: str, api: str = "auto", *, limit: int = DEFAULT_LIMIT
+) -> AveragePrecision:
     """Evaluate as the run did: with Detectron2's function, which takes the area of masks for masks.
 
     Args:
         api: ``TEST.COCO_API`` of the run. Where faster-coco-eval is not installed, pycocotools
             gives the same numbers.
+        limit: how many detections of a category in an image count.
     """
     truth, evaluation = detections.truth, COCOeval
+    classes: AbstractContextManager[Any] = contextlib.nullcontext()
     if api != "pycocotools" and has_faster_coco():
-        from ..engine.faster_coco import COCO, FasterCOCOeval
+        from ..engine.faster_coco import COCO, FasterCOCOeval, in_detectron2
 
         truth, evaluation = COCO(truth.dataset, use_deepcopy=True), FasterCOCOeval
-    with contextlib.redirect_stdout(io.StringIO()):
+        classes = in_detectron2()
+    with classes, contextlib.redirect_stdout(io.StringIO()):
         coco_eval = _evaluate_predictions_on_coco(
-            truth, _with_task(detections, task), task, cocoeval_fn=evaluation
+            truth,
+            _with_task(detections, task),
+            task,
+            cocoeval_fn=evaluation,
+            max_dets_per_image=[1, 10, limit],
         )
     params = coco_eval.params
     return AveragePrecision(

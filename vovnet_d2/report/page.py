@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from ..checkpoint.atomic import atomic_write
 from ..data import register_digits
+from ..data.check.crowding import DEFAULT_LIMIT
 from ..data.own import OwnDataSet, register_own_data
+from ..engine.detection_limit import evaluated_detections
 from ..engine.pictures import SCORES
 from ..made import refuse_foreign
 from .average_precision import METRICS, AveragePrecision, evaluate
@@ -239,7 +241,10 @@ def _show_evaluation(
     shown = _Evaluation(title)
     for task in detections.tasks:
         logger.info("Evaluating %s of %s ...", _TASKS[task].lower(), title)
-        found = evaluate(detections, task, run.setting("TEST.COCO_API", "auto"))
+        api = run.setting("TEST.COCO_API", "auto")
+        given = run.setting("TEST.DETECTIONS_PER_IMAGE", DEFAULT_LIMIT)
+        limit = evaluated_detections(given, MetadataCatalog.get(dataset))
+        found = evaluate(detections, task, api, limit=limit)
         shown.precision.append(_show_precision(found, detections))
         known = recorded.get(task + suffix, {}).get("AP")
         if known is not None and abs(known - found.metrics()["AP"]) > 0.1:

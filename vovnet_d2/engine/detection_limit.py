@@ -1,0 +1,53 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""``TEST.DETECTIONS_PER_IMAGE``: how many detections of an image a network gives and an evaluation
+counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from ..data.check.crowding import DEFAULT_LIMIT, measure_crowding
+
+__all__ = ["evaluated_detections", "explain_crowding"]
+
+_COCO_IDS = {category["id"] for category in COCO_CATEGORIES if category["isthing"]}
+
+
+def evaluated_detections(limit: int, metadata: Metadata) -> int:
+    """Return how many detections of a category in an image COCO's evaluation is to count.
+
+    They are those that the network gives, but 100 for COCO's own categories: that is part of what
+    AP on COCO means, also for networks that give more (single-shot detectors give 200 to 500).
+
+    Args:
+        limit: ``TEST.DETECTIONS_PER_IMAGE``.
+        metadata: of the data set.
+    """
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    return DEFAULT_LIMIT if ids.keys() == _COCO_IDS else max(limit, DEFAULT_LIMIT)
+
+
+def explain_crowding(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> str:
+    """Say how many objects are beyond ``TEST.DETECTIONS_PER_IMAGE``, and what to set.
+
+    Args:
+        records: of a data set to evaluate on, in Detectron2's format.
+
+    Returns:
+        a sentence without a full stop; empty if no image has more objects than that.
+    """
+    objects = ((a for a in r.get("annotations", ()) if not a.get("iscrowd", 0)) for r in records)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    crowding = measure_crowding((sum(1 for _ in each) for each in objects), limit)
+    if crowding is None:
+        return ""
+    proposals = cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    has_rpn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
+    more = f", and MODEL.RPN.POST_NMS_TOPK_TEST above its {proposals}"
+    return str(crowding) + (more if has_rpn and proposals <= crowding.most else "")
