@@ -148,6 +148,12 @@ def file(make: Callable[[Path], Any]) -> Callable[[DataSet], None]:
     return lambda data: make(data.images / NAMES[0])
 
 
+def add_supercategory(data: DataSet) -> None:
+    for category in data.content["categories"]:
+        category["supercategory"] = "animals"
+    data.content["categories"].insert(0, {"id": 7, "name": "animals", "supercategory": "none"})
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
@@ -379,6 +385,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
         setting("annotations", "segmentation", {"size": [48, 64], "counts": [3072]}),
         {"empty_mask"},
     ),
+    "a supercategory as Roboflow writes it": (add_supercategory, {"unused_supercategory"}),
     # keypoints
     "keypoints of the wrong length": (keypoints(1, 2, 2), {"keypoints", "num_keypoints"}),
     "keypoints of NaN": (keypoints(NAN, 2, 2, 1, 1, 1), {"keypoints", "num_keypoints"}),

@@ -20,6 +20,7 @@ from dataset_faults import (
     NAMES,
     SIZE,
     DataSet,
+    add_supercategory,
     adding,
     file,
     names_of,
@@ -37,6 +38,17 @@ from vovnet_d2.data import build_digits
 from vovnet_d2.data.check import PROBLEMS
 
 pytest_plugins = ["dataset_faults", "engine_fixtures"]
+
+
+def crowding(data: DataSet) -> None:
+    """A hundred objects more in the first image, beside the two there, and one in the second."""
+    one = data.content["annotations"][0]
+    for index in range(101):
+        box = [index % 50, 2 + 20 * (index // 50), 5, 5 + index % 3]
+        changed = {"id": 100 + index, "bbox": box, "segmentation": polygon_of(box)}
+        image_id = 1 + (index == 100)
+        data.content["annotations"].append(one | changed | {"image_id": image_id})
+    data.content["annotations"][-1]["segmentation"] = [[0, 42, 5, 42, 4, 49]]
 
 
 def text_ids(data: DataSet) -> None:
@@ -72,6 +84,7 @@ NOTES = {
         lambda d: shutil.copy(d.images / "b.png", d.images / "d.png"),
         "same_content",
     ),
+    "more objects than are counted": (crowding, "crowded"),
     "a tiny box": (
         lambda d: d.content["annotations"][0].update(
             bbox=[4, 6, 0.2, 20], segmentation=polygon_of([4, 6, 0.2, 20])
@@ -80,12 +93,12 @@ NOTES = {
     ),
 }
 # In test_check_dataset_pairs.py.
-BETWEEN = {"leaked_file", "near_duplicate", "same_name", "categories_differ"}
-BETWEEN |= {"category_ids_differ"}
+BETWEEN = {"leaked_file", "near_duplicate", "all_alike", "same_name"}
+BETWEEN |= {"categories_differ", "category_ids_differ"}
 # In test_annotation_frames.py.
 TOGETHER = {"box_convention", "box_convention_unclear", "polygon_convention", "systematic"}
 TOGETHER |= {"turn_unclear", "resized", "dark_pixels"}
-ALSO = {"lost_with_image", "box_without_mask"}
+ALSO = {"lost_with_image", "box_without_mask", "box_masks", "box_masks_unused", "foreign_file"}
 
 
 def test_every_problem_is_in_a_test() -> None:
@@ -128,6 +141,62 @@ def test_notes_are_no_problems(data: DataSet, note: str, name: str) -> None:
     assert names_of(findings) == set()
     assert note in names_of(findings, notes=True)
     assert status == 0
+
+
+def test_objects_beyond_the_default_limit_are_counted(data: DataSet) -> None:
+    spoil(data, crowding)
+    _, findings = data.check()
+    (finding,) = (f for f in findings if f["problem"] == "crowded")
+    assert finding["count"] == 1
+    assert finding["examples"] == [
+        "1 image has more than 100 objects, so 2 of the 109 objects count as missed whatever a "
+        "network finds: set TEST.DETECTIONS_PER_IMAGE 102 (a.jpg has most)"
+    ]
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_masks_that_are_their_boxes(
+    data: DataSet, encoded: bool, capsys: pytest.CaptureFixture
+) -> None:
+    first = data.content["annotations"][0]
+    data.content["annotations"] += [
+        first
+        | {
+            "id": 20 + i,
+            "bbox": [30, 5 * i, 16, 20],
+            "segmentation": polygon_of([30, 5 * i, 16, 20]),
+        }
+        for i in (0, 3)
+    ]
+    if encoded:
+        for annotation in data.content["annotations"]:
+            annotation["segmentation"] = rle_of(annotation["bbox"], compressed=True)
+    data.write()
+    status, findings = data.check()
+    assert (status, names_of(findings)) == (1, {"box_masks"})
+    assert capsys.readouterr().out.endswith("10 problems.\n")
+    words = ["--train-json", str(data.json), "--train-images", str(data.images)]
+    assert check_dataset.main(words) == 0
+    # One that is more than its box, or too few of them.
+    x, y, w, h = first["bbox"]
+    first["segmentation"] = [[x, y, x + w, y, x + w, y + h, x + 5, y + h, x, y + 5]]
+    data.write()
+    assert "box_masks" not in names_of(data.check()[1])
+    data.content["annotations"] = data.content["annotations"][1:]
+    data.write()
+    assert "box_masks" not in names_of(data.check()[1])
+
+
+def test_one_problem_is_singular(data: DataSet, capsys: pytest.CaptureFixture) -> None:
+    spoil(data, add_supercategory)
+    data.check()
+    assert capsys.readouterr().out.endswith("\n1 problem.\n")
+    data.content["categories"] = data.content["categories"][1:2]
+    for annotation in data.content["annotations"]:
+        annotation["category_id"] = 1
+    data.write()
+    data.check()
+    assert "\n  1 category, 4 images, 8 annotations\n" in capsys.readouterr().out
 
 
 def test_annotations_that_go_with_their_image_are_counted(data: DataSet) -> None:

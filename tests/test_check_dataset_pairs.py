@@ -77,7 +77,39 @@ def test_a_copy_that_was_saved_again_is_noted(data: DataSet, other: DataSet, cha
     other.write()
     status, problems, between = check_two(data, other)
     assert (status, problems) == (0, {"near_duplicate"})
-    assert between["findings"][0]["examples"] == ["b.png and again.jpg"]
+    assert between["findings"][0]["examples"] == ["again.jpg and b.png"]
+
+
+def test_images_that_look_alike_are_counted_and_not_their_pairs(
+    data: DataSet, other: DataSet
+) -> None:
+    picture = Image.open(data.images / "b.png")
+    for name in ("a.jpg", "c.jpg"):  # three of the first set look like one of the second
+        picture.save(data.images / name, quality=40 if name == "a.jpg" else 50)
+    picture.save(other.images / "other_b.png", compress_level=1)
+    data.write()
+    other.write()
+    status, problems, between = check_two(data, other)
+    assert (status, problems) == (0, {"near_duplicate"})
+    (finding,) = between["findings"]
+    assert (finding["count"], finding["examples"]) == (1, ["other_b.png and a.jpg and 2 more"])
+
+
+def test_a_fixed_camera_is_told_from_copies(data: DataSet, other: DataSet) -> None:
+    """All pictures show one place, with something small at another spot in each."""
+    place = np.asarray(Image.open(data.images / "b.png").convert("RGB"))
+    for data_set, start in ((data, 0), (other, 4)):
+        for index, image in enumerate(data_set.content["images"]):
+            pixels = place.copy()
+            pixels[20:23, 5 * (start + index) : 5 * (start + index) + 3] = 255
+            Image.fromarray(pixels).save(data_set.images / image["file_name"])
+    data.write()
+    other.write()
+    status, problems, between = check_two(data, other)
+    assert (status, problems) == (0, {"all_alike"})
+    (finding,) = between["findings"]
+    assert finding["count"] == 4
+    assert "fixed camera" in finding["title"]
 
 
 def test_the_same_names_for_other_pictures_are_noted(data: DataSet, other: DataSet) -> None:

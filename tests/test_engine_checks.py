@@ -245,8 +245,6 @@ def test_evaluating_nothing() -> None:
 
 # The rest of the config
 
-KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "False"]
-
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -267,11 +265,6 @@ KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "False"]
             ["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"],
             "for GeneralizedRCNN without keypoints only: set TEST.AUG.ENABLED False",
         ),
-        (
-            [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"],
-            r"NUM_KEYPOINTS is 5, and the evaluation has 17 sigmas: give one for each",
-        ),
-        ([*KEYPOINTS, "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"], "is 17, and .* has 2 sigmas"),
     ],
 )
 def test_what_does_not_go_together(options: list[str], message: str) -> None:
@@ -286,10 +279,44 @@ def test_the_processes_have_equal_shares_of_a_batch(monkeypatch: pytest.MonkeyPa
         check_config(config("SOLVER.IMS_PER_BATCH", "8"), training=True)
 
 
-def test_as_many_sigmas_as_keypoints() -> None:
-    options = [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"]
-    check_config(config(*options, "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"), training=True)
-    check_config(config(*options, "DATASETS.TEST", "()"), training=True)
+def keypoints(count: str, sigmas: str, test: str = "('people',)") -> CfgNode:
+    return config(
+        *["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "False"],
+        *["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", count],
+        *["TEST.KEYPOINT_OKS_SIGMAS", sigmas],
+        *["DATASETS.TRAIN", "('people',)", "DATASETS.TEST", test],
+    )
+
+
+@pytest.fixture
+def people(catalogs: None) -> None:
+    names = [f"k{number}" for number in range(17)]
+    metadata = {"thing_classes": ["person"], "evaluator_type": "coco", "keypoint_names": names}
+    MetadataCatalog.get("people").set(**metadata)
+    DatasetCatalog.register("people", list)
+
+
+@pytest.mark.parametrize(
+    ("count", "sigmas", "message"),
+    [
+        ("5", "[]", r'is 5, and .* has 17 sigmas: give one .* "\[0.05, 0.05, 0.05, 0.05, 0.05\]"'),
+        ("17", "[0.1, 0.1]", "is 17, and .* has 2 sigmas"),
+    ],
+)
+def test_as_many_sigmas_as_keypoints(people: None, count: str, sigmas: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_data(keypoints(count, sigmas), training=True)
+    check_data(keypoints(count, sigmas, test="()"), training=True)
+    check_data(keypoints(count, str([0.1] * int(count))), training=True)
+
+
+def test_cocos_sigmas_for_other_keypoints_are_warned_of(
+    people: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_data(keypoints("17", str([0.1] * 17)), training=True)
+    assert not caplog.text
+    check_data(keypoints("17", "[]"), training=True)
+    assert "The keypoints of people are not COCO's" in caplog.text
 
 
 def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,15 +1,22 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cityscapes' scripts under the name by which newer versions of Detectron2 import them."""
+"""Cityscapes: its scripts under the name by which newer versions of Detectron2 import them, and
+whether a folder is what it is registered as."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
-__all__ = ["provide_cityscapes_scripts"]
+__all__ = ["check_cityscapes", "provide_cityscapes_scripts"]
 
 _PACKAGE = "cityscapesscripts"
 _PARENTS = ("deeplearning", "deeplearning.projects", "deeplearning.projects.cityscapesApi")
@@ -29,3 +36,61 @@ def provide_cityscapes_scripts() -> None:
         sys.modules.setdefault(name, ModuleType(name))
     # Python finds the modules inside through the path of this one.
     sys.modules[f"{_PARENTS[-1]}.{_PACKAGE}"] = importlib.import_module(_PACKAGE)
+
+
+_PICTURE, _OBJECTS = "leftImg8bit.png", "gtFine_polygons.json"
+_WAY_OUT = (
+    "if these are data of your own, give them by --train-annotations and --val-annotations, in a "
+    "format that --help names, and under no name of Cityscapes'"
+)
+
+
+def check_cityscapes(image_dir: str, gt_dir: str) -> None:
+    """Look at the files of a split before a run, as Detectron2's loader takes them. The classes of
+    the objects are looked at where Cityscapes' scripts are installed, without which no evaluation
+    and no training on objects is possible.
+
+    Args:
+        image_dir: holds a folder of pictures for each city.
+        gt_dir: holds a folder of annotations for each city.
+
+    Raises:
+        ValueError: there is no picture, a file has no name of Cityscapes', its annotations are
+            missing or malformed, or an object is of another class. The message names the first.
+    """
+    pictures = [path for city in sorted(Path(image_dir).iterdir()) for path in _list(city)]
+    if not pictures:
+        raise ValueError(f"{image_dir} has no pictures in folders of cities: {_WAY_OUT}.")
+    classes = _class_names()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = pool.map(partial(_find_problem, Path(gt_dir), classes), pictures)
+        if problem := next(filter(None, problems), ""):
+            raise ValueError(problem)
+
+
+def _list(city: Path) -> list[Path]:
+    return sorted(city.iterdir()) if city.is_dir() else []
+
+
+def _class_names() -> Collection[str]:
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return ()
+    labels = importlib.import_module(f"{_PACKAGE}.helpers.labels")
+    return labels.name2label.keys()
+
+
+def _find_problem(gt_dir: Path, classes: Collection[str], picture: Path) -> str:
+    if not picture.name.endswith(_PICTURE):
+        return f"{picture} is no file of Cityscapes', whose pictures end in {_PICTURE}: {_WAY_OUT}."
+    path = gt_dir / picture.parent.name / (picture.name.removesuffix(_PICTURE) + _OBJECTS)
+    if not path.is_file():
+        return f"There are no annotations {path} of {picture}."
+    try:
+        content = json.loads(path.read_bytes())
+        names = [str(item["label"]) for item in content["objects"] if "deleted" not in item]
+    except (KeyError, TypeError, ValueError) as error:
+        return f"{path} is no annotation of Cityscapes' ({type(error).__name__}: {error})."
+    wrong = [n for n in names if n not in classes and n.removesuffix("group") not in classes]
+    if classes and wrong:
+        return f"{path} has an object of class {wrong[0]!r}, none of Cityscapes': {_WAY_OUT}."
+    return ""

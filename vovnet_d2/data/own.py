@@ -24,12 +24,15 @@ from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
 from .check.masks import has_mask
+from .keypoints import Flips
 
 __all__ = ["OwnDataSet", "match_categories", "register_own_data"]
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+_OF_KEYPOINTS = {"keypoints", "keypoint_flips"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class OwnDataSet:
         images: the folder that ``file_name`` in it is relative to.
         categories: names, in the order of the network's outputs.
         category_ids: theirs in the annotation file.
+        keypoints: names, in the order of the network's outputs; none for other networks.
+        keypoint_flips: pairs of names that change places in a mirrored picture.
     """
 
     name: str
@@ -48,6 +53,8 @@ class OwnDataSet:
     images: str
     categories: tuple[str, ...]
     category_ids: tuple[int | str, ...]
+    keypoints: tuple[str, ...] = ()
+    keypoint_flips: Flips = ()
 
     @classmethod
     def from_config(cls, entry: Any) -> OwnDataSet:
@@ -59,7 +66,7 @@ class OwnDataSet:
             ValueError: a key is missing or too many, or there is not one id for each name.
         """
         keys = [field.name for field in fields(cls)]
-        if not isinstance(entry, dict) or entry.keys() != set(keys):
+        if not isinstance(entry, dict) or entry.keys() | _OF_KEYPOINTS != set(keys):
             raise ValueError(f"DATASETS.OWN has {entry!r}: an entry has the keys {keys}.")
         names, ids = entry["categories"], entry["category_ids"]
         if not isinstance(names, Sequence) or len(names) != len(ids):
@@ -68,12 +75,18 @@ class OwnDataSet:
                 f"category_ids {ids!r}: each name needs an id."
             )
         values = {**entry, "categories": tuple(map(str, names)), "category_ids": tuple(ids)}
+        if "keypoints" in entry:
+            values["keypoints"] = tuple(entry["keypoints"])
+            values["keypoint_flips"] = tuple(map(tuple, entry.get("keypoint_flips", ())))
         return cls(**values)
 
     def to_config(self) -> Record:
         """What :meth:`from_config` takes, of the types that YAML knows."""
         values = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        if not self.keypoints:
+            return {k: v for k, v in found.items() if k not in _OF_KEYPOINTS}
+        return found | {"keypoint_flips": [list(pair) for pair in self.keypoint_flips]}
 
     def load(self) -> list[Record]:
         """Its images in Detectron2's format.
@@ -99,6 +112,8 @@ class OwnDataSet:
                         f"{dict(zip(self.category_ids, self.categories, strict=True))}."
                     )
                 annotation["category_id"] = numbers[category]
+                if self.keypoints:  # all objects of an image need them, labelled or not
+                    annotation.setdefault("keypoints", [0] * 3 * len(self.keypoints))
         return records
 
     def register(self) -> None:
@@ -126,6 +141,10 @@ class OwnDataSet:
             image_root=self.images,
             evaluator_type="coco",
         )
+        if self.keypoints:
+            MetadataCatalog.get(self.name).set(
+                keypoint_names=list(self.keypoints), keypoint_flip_map=list(self.keypoint_flips)
+            )
 
 
 def register_own_data(entries: Sequence[Any]) -> None:
@@ -201,3 +220,6 @@ def match_categories(truth: COCO, metadata: Metadata) -> None:
     names = dict(zip(own.category_ids, own.categories, strict=True))
     truth.cats = {number: {"id": number, "name": name} for number, name in names.items()}
     truth.dataset["categories"] = list(truth.cats.values())
+    for annotation in truth.anns.values() if own.keypoints else ():  # pycocotools needs both
+        points = annotation.setdefault("keypoints", [0] * 3 * len(own.keypoints))
+        annotation.setdefault("num_keypoints", sum(v > 0 for v in points[2::3]))

@@ -15,11 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .check.masks import has_mask
+from .check.masks import has_mask, is_box_mask
 from .check.names import NearNames
 from .check.problems import PROBLEMS, Findings
 from .check.reading import SECTIONS, read_annotation_file
+from .check.records import find_unused_supercategories
 from .check.values import are_numbers, as_id, is_number, is_text, is_whole
+from .keypoints import find_problem, keypoint_names
 
 __all__ = ["Contents", "read_coco", "read_contents"]
 
@@ -39,6 +41,11 @@ class Contents:
         used: the ids of categories that have annotations.
         num_without_mask: annotations that are no crowds and have no mask that can be used.
         num_encoded_masks: annotations that are no crowds and have RLE for one.
+        num_box_masks: annotations that are no crowds and have a rectangle for one.
+        unused_supercategories: names of categories without annotations that others name as their
+            supercategory.
+        keypoints: names of the keypoints of an object.
+        keypoint_problem: why the file cannot be used for keypoints; empty if it can.
     """
 
     categories: dict[int | str, str]
@@ -49,6 +56,10 @@ class Contents:
     used: set[int | str]
     num_without_mask: int
     num_encoded_masks: int
+    num_box_masks: int
+    unused_supercategories: list[str]
+    keypoints: tuple[str, ...]
+    keypoint_problem: str
 
 
 def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
@@ -203,6 +214,9 @@ def _count(json: str, content: dict[str, Any]) -> Contents:
                 f"{_HINT}"
             )
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    used = {annotation["category_id"] for annotation in annotations}
+    named = [c | {"name": str(c["name"])} for c in content["categories"]]
+    keypoints, keypoint_problem = _read_keypoints(content)
     listed = {image["id"] for image in content["images"]}
     return Contents(
         categories=categories,
@@ -210,7 +224,21 @@ def _count(json: str, content: dict[str, Any]) -> Contents:
         num_trainable=len(listed & {annotation["image_id"] for annotation in objects}),
         num_annotations=len(annotations),
         num_crowds=len(annotations) - len(objects),
-        used={annotation["category_id"] for annotation in annotations},
+        used=used,
         num_without_mask=sum(not has_mask(annotation) for annotation in objects),
         num_encoded_masks=sum(isinstance(a.get("segmentation"), dict) for a in objects),
+        num_box_masks=sum(
+            has_mask(a) and is_box_mask(a["segmentation"], a["bbox"]) for a in objects
+        ),
+        unused_supercategories=[c["name"] for c in find_unused_supercategories(named, used)],
+        keypoints=keypoints,
+        keypoint_problem=keypoint_problem,
     )
+
+
+def _read_keypoints(content: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    try:
+        names = keypoint_names(content["categories"])
+    except ValueError as error:
+        return (), str(error)
+    return names, find_problem(content["annotations"], len(names))

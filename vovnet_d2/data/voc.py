@@ -229,8 +229,8 @@ def _describe_foreign_classes(dirname: str, names: Sequence[str], classes: set[s
         return ""
     return (
         f" The folder has {counted(len(foreign), 'other classes')} ({listed(foreign, most=10)}): "
-        "if it holds data of your own, convert them to COCO's format and give them by --train-json "
-        "and --val-json, under no name of PASCAL VOC's."
+        f"if it holds data of your own, give --train-annotations {dirname} and --val-annotations "
+        f"{dirname}, and no name of PASCAL VOC's."
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from detectron2.utils import comm
@@ -30,6 +31,8 @@ from torch import nn
 from ..backends import check_backend
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
+from ..data.check.registered import find_foreign_file, states_categories
+from ..data.cityscapes import check_cityscapes
 from ..data.voc import check_voc_set, is_voc_set
 from ..tiles import check_tiles
 from .other_projects import PARTS
@@ -133,8 +136,6 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
             "MODEL.KEYPOINT_ON needs MODEL.CHANNELS_LAST False: Detectron2's keypoint head takes "
             "contiguous maps only."
         )
-    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
-        _check_keypoint_sigmas(cfg)
     if not training:
         check_backend(cfg.TEST.BACKEND, torch.device(cfg.MODEL.DEVICE), int8=bool(cfg.TEST.INT8))
     if cfg.TEST.TILES:
@@ -149,12 +150,22 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
 
 def _check_keypoint_sigmas(cfg: CfgNode) -> None:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+    sigmas_given = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    sigmas = sigmas_given or _COCO_KEYPOINTS
     if keypoints != sigmas:
         raise ValueError(
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}, and the evaluation has "
             f"{sigmas} sigmas: give one for each in TEST.KEYPOINT_OKS_SIGMAS (COCO's "
-            f"{_COCO_KEYPOINTS} are there if that is empty)."
+            f"{_COCO_KEYPOINTS} are there if that is empty), which says how far off a keypoint may "
+            "be beside the size of its object; COCO's are 0.026 for an eye to 0.107 for a hip, so "
+            f'"{[0.05] * keypoints}" is a start.'
+        )
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("keypoint_names")
+    if names and list(names) != list(COCO_PERSON_KEYPOINT_NAMES) and not sigmas_given:
+        logger.warning(
+            "The keypoints of %s are not COCO's, and the evaluation takes COCO's sigmas for them: "
+            "give their own in TEST.KEYPOINT_OKS_SIGMAS.",
+            cfg.DATASETS.TEST[0],
         )
 
 
@@ -230,13 +241,16 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
     for key, values in names.items():
         for name in values:
             metadata = _load_metadata(name, evaluated=key == "DATASETS.TEST")
-            _check_num_classes(cfg, key, name, metadata)
-            if is_voc_set(name):
+            if is_voc_set(name):  # whose classes the network need not have
                 check_voc_set(name)
+            _check_cityscapes(name, metadata)
+            _check_num_classes(cfg, key, name, metadata)
             _check_image_ids(name, metadata)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
+        _check_keypoint_sigmas(cfg)
     if "stuff_classes" in find_num_classes(cfg):
         for name in dict.fromkeys(name for name, _ in checked):
             check_label_maps(cfg, name)
@@ -289,7 +303,30 @@ def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
         raise FileNotFoundError(_describe_missing(name, missing)) from failure
     if failure:
         raise _loading_error(name, failure, evaluated=evaluated) from failure
+    if known and states_categories(name):
+        _require_named_file(name, "val" if evaluated else "train")
     return metadata
+
+
+def _require_named_file(name: str, split: str) -> None:
+    """Refuse a file in the place of another data set; the main process reads it for all."""
+    found: str | Exception = ""
+    if comm.is_main_process():
+        try:
+            found = find_foreign_file(name)
+        except ValueError as error:
+            found = error
+    found = comm.all_gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    if found:
+        metadata = MetadataCatalog.get(name)
+        file, folder = metadata.get("json_file", "FILE"), metadata.get("image_root", "FOLDER")
+        raise ValueError(
+            f"Data set {name} is not what it is registered as: {found}. If these are data of your "
+            f"own, leave the name out and give --{split}-annotations {file} --{split}-images "
+            f"{folder}."
+        )
 
 
 def load_records(name: str) -> list[dict[str, Any]]:
@@ -403,6 +440,15 @@ def _check_image_ids(name: str, metadata: Metadata) -> None:
             f"Data set {name}: two images of {file} have the id {twice[0]!r}. "
             "tools/check_dataset.py lists all that is wrong with it, and writes a corrected copy."
         )
+
+
+def _check_cityscapes(name: str, metadata: Metadata) -> None:
+    if metadata.get("evaluator_type") not in ("cityscapes_instance", "cityscapes_sem_seg"):
+        return
+    try:
+        check_cityscapes(metadata.image_dir, metadata.gt_dir)
+    except ValueError as error:
+        raise ValueError(f"Data set {name}: {error}") from error
 
 
 def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:

@@ -217,6 +217,12 @@ def _use_own_data(
     """Set the data sets and the number of categories to those of annotation files, if there are
     any; register data sets of annotation files, also those of an earlier run."""
     options = as_yaml_options(args.opts)
+    if cfg.MODEL.KEYPOINT_ON and (args.train_annotations or args.val_annotations):
+        raise ValueError(
+            "The mapper of a LazyConfig has the keypoints that change places in a mirrored picture "
+            "(keypoint_hflip_indices), which annotation files do not reach: give keypoints of your "
+            "own to tools/train_net.py, with a YAML file."
+        )
     use_own_data(cfg, argparse.Namespace(**{**vars(args), "opts": options}), training=training)
     register_own_data(cfg.DATASETS.OWN)
     if not (args.train_annotations or args.val_annotations):

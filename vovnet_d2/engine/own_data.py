@@ -21,7 +21,9 @@ from ..checkpoint.atomic import FileNotWrittenError
 from ..data.formats import describe_formats, read_annotations, recognise, write_coco
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
+from ..words import counted, listed
 from .checks import find_num_classes, instance_class_keys
+from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
 __all__ = [
     "add_annotation_arguments",
@@ -36,6 +38,7 @@ T = TypeVar("T")
 
 _SPLITS = {"train": "own_train", "val": "own_val"}
 _LEAST_EPOCHS, _MOST_EPOCHS = 1, 100
+_LEAST_MASKS = 10  # of which all are rectangles, and not by chance
 
 
 def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,13 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
         ("val", "evaluate on; without, nothing is evaluated"),
     ):
         add_annotation_arguments(group, split, f"annotations to {use}")
+    group.add_argument(
+        "--keypoint-flips",
+        metavar="PAIRS",
+        help="keypoints that change places in a mirrored picture, as in left_eye:right_eye,"
+        "left_ear:right_ear, or none; without it they are found by the left and right in their "
+        "names, and the log says which ones",
+    )
 
 
 def add_annotation_arguments(
@@ -117,6 +127,7 @@ def use_own_data(
             format, do not fit each other, or lack what the config's network learns from.
     """
     given = {split: found for split in _SPLITS if (found := find_annotations(args, split))}
+    refuse_idle_flips(cfg, args.keypoint_flips, trained_file="train" in given)
     if not given:
         return
     _refuse_clashes(args.opts, given)
@@ -129,12 +140,15 @@ def use_own_data(
         contents = _read(cfg, "train", files["train"])
         _check_trainable(cfg, files["train"][0], contents, training=training)
         names, ids = tuple(contents.categories.values()), tuple(contents.categories)
-        own[_SPLITS["train"]] = OwnDataSet(_SPLITS["train"], *files["train"], names, ids)
+        points = find_keypoints(cfg, files["train"][0], contents, flips=args.keypoint_flips)
+        own[_SPLITS["train"]] = OwnDataSet(_SPLITS["train"], *files["train"], names, ids, *points)
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (_SPLITS["train"],), ()
     if "val" in files:
         contents = _read(cfg, "val", files["val"])
-        names, ids = _match(files["val"][0], contents, own.get(_SPLITS["train"]))
-        own[_SPLITS["val"]] = OwnDataSet(_SPLITS["val"], *files["val"], names, ids)
+        trained = own.get(_SPLITS["train"])
+        names, ids = _match(files["val"][0], contents, trained)
+        points = find_keypoints(cfg, files["val"][0], contents, trained=trained)
+        own[_SPLITS["val"]] = OwnDataSet(_SPLITS["val"], *files["val"], names, ids, *points)
         cfg.DATASETS.TEST = (_SPLITS["val"],)
     elif training:
         logger.warning(
@@ -199,7 +213,7 @@ def _in_main_process(do: Callable[[], T]) -> T:
 
 
 def _refuse_clashes(options: list[str], splits: Iterable[str]) -> None:
-    set_here = {"DATASETS.OWN", "DATASETS.TEST", *instance_class_keys()}
+    set_here = {"DATASETS.OWN", "DATASETS.TEST", KEYPOINT_KEY, *instance_class_keys()}
     if "train" in splits:
         set_here.add("DATASETS.TRAIN")
     if clashes := sorted(set_here & set(options[::2])):
@@ -215,20 +229,17 @@ def _require_detector(cfg: CfgNode) -> None:
             "which COCO's annotation files do not have: register such data in a script that calls "
             "vovnet_d2.engine.main."
         )
-    if cfg.MODEL.KEYPOINT_ON:
-        raise ValueError(
-            "MODEL.KEYPOINT_ON needs to know which keypoints change places in a mirror, which "
-            "COCO's annotation files do not say: register such data, with keypoint_names and "
-            "keypoint_flip_map, in a script that calls vovnet_d2.engine.main."
-        )
 
 
 def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
     contents = _in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
     logger.info(
-        "%s: %d categories, %d images, %d annotations, of which %d are crowds.",
-        *(json, len(contents.categories), contents.num_images, contents.num_annotations),
+        "%s: %s, %s, %s, crowds among them: %d.",
+        json,
+        counted(len(contents.categories), "categories"),
+        counted(contents.num_images, "images"),
+        counted(contents.num_annotations, "annotations"),
         contents.num_crowds,
     )
     if cfg.MODEL.MASK_ON and contents.num_without_mask:
@@ -237,7 +248,24 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
             "network learns masks: choose a config of Faster R-CNN or RetinaNet, or set "
             "MODEL.MASK_ON False. If most have masks, tools/check_dataset.py lists the others."
         )
+    _warn_of_contents(cfg, json, contents)
     return contents
+
+
+def _warn_of_contents(cfg: CfgNode, json: str, contents: Contents) -> None:
+    if contents.unused_supercategories:
+        logger.warning(
+            "%s has no object of %s, the supercategory of others (Roboflow writes it before the "
+            "classes): it costs the network a class. tools/check_dataset.py --fix leaves it out.",
+            *(json, listed(contents.unused_supercategories)),
+        )
+    objects = contents.num_annotations - contents.num_crowds
+    if cfg.MODEL.MASK_ON and _LEAST_MASKS <= objects == contents.num_box_masks:
+        logger.warning(
+            "The masks of all %d objects of %s are rectangles, no more than their boxes: a network "
+            "that learns masks from them learns to draw boxes.",
+            *(objects, json),
+        )
 
 
 def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: bool) -> None:

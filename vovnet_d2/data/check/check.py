@@ -22,13 +22,22 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...checkpoint.atomic import atomic_write
+from ...words import counted
 from .annotations import repair_annotations
+from .crowding import DEFAULT_LIMIT, measure_crowding
 from .files import ImageFile, resolve_inside
 from .frames import Frame, interpret_annotations, size_of
 from .leakage import compare_files
+from .masks import is_box_mask
 from .problems import PROBLEMS, Findings
 from .reading import SECTIONS, read_annotation_file
-from .records import note_contents, repair_categories, repair_images
+from .records import (
+    find_unused_supercategories,
+    note_contents,
+    repair_categories,
+    repair_images,
+)
+from .registered import find_foreign_file, states_categories
 from .values import as_id
 
 # What most annotations of a set have only if something is wrong with all of them.
@@ -55,12 +64,14 @@ class Source:
         json_file: the annotation file, or what was converted.
         image_root: the folder of images.
         content: what was converted, in COCO's format; None to read ``json_file``.
+        foreign: in how far the file is not what the name stands for; empty if it is.
     """
 
     name: str
     json_file: Path
     image_root: Path
     content: dict[str, Any] | None = None
+    foreign: str = ""
 
 
 @dataclass
@@ -106,7 +117,10 @@ def find_registered(name: str) -> Source:
             f"Data set {name} has no annotation file in COCO's format: it is a "
             f"{metadata.get('evaluator_type', 'data set of another kind')}."
         )
-    return Source(name, Path(json_file), Path(metadata.image_root))
+    foreign = ""
+    with suppress(ValueError):  # of a file that cannot be read, which the check tells
+        foreign = find_foreign_file(name) if states_categories(name) else ""
+    return Source(name, Path(json_file), Path(metadata.image_root), foreign=foreign)
 
 
 def check_data_sets(
@@ -144,6 +158,8 @@ def _check(source: Source, resize: tuple[int, int], *, masks: bool) -> CheckedSe
     content = source.content or read_annotation_file(source.json_file, found)
     if content is None:
         return checked
+    if source.foreign:
+        found.add("foreign_file", source.foreign)
     checked.counts = {section: len(content[section]) for section in SECTIONS}
     categories = repair_categories(content["categories"], found)
     images, files = repair_images(content["images"], source.image_root, source.name, found)
@@ -155,10 +171,14 @@ def _check(source: Source, resize: tuple[int, int], *, masks: bool) -> CheckedSe
     checked.refusal = _find_cause(found, len(given))
     by_id = {image["id"]: image for image in images.values() if image}
     note_contents(by_id, files, found)
-    _note_unused(list(by_id.values()), list(categories.values()), annotations, found)
+    used = {annotation["category_id"] for annotation in annotations}
+    kept = _without_unused_supercategories(list(categories.values()), used, found)
+    _note_unused(list(by_id.values()), kept, annotations, found)
+    _note_crowding(by_id, annotations, found)
+    _note_box_masks(annotations, found, masks=masks)
     checked.fixed = content | {
         "info": content["info"] if isinstance(content.get("info"), dict) else {},
-        "categories": list(categories.values()),
+        "categories": kept,
         "images": list(by_id.values()),
         "annotations": annotations,
     }
@@ -194,6 +214,35 @@ def _find_cause(findings: Findings, num_annotations: int) -> str:
             findings.add("systematic", sentence)
             return f"it has one problem with most annotations, so one cause ({sentence})"
     return ""
+
+
+def _without_unused_supercategories(
+    categories: list[dict[str, Any]], used: set[int], findings: Findings
+) -> list[dict[str, Any]]:
+    """Leave out what stands for no class, as Roboflow writes it before the classes."""
+    unused = find_unused_supercategories(categories, used)
+    for category in unused:
+        others = sum(other.get("supercategory") == category["name"] for other in categories)
+        where = f"{category['name']!r}, of {counted(others, 'other categories')}"
+        findings.add("unused_supercategory", where)
+    return [category for category in categories if category not in unused]
+
+
+def _note_crowding(
+    images: Mapping[int, dict[str, Any]], annotations: list[dict[str, Any]], findings: Findings
+) -> None:
+    per_image = Counter(a["image_id"] for a in annotations if not a["iscrowd"])
+    if crowding := measure_crowding(per_image.values(), DEFAULT_LIMIT):
+        fullest = images[per_image.most_common(1)[0][0]]["file_name"]
+        findings.add("crowded", f"{crowding} ({fullest} has most)", crowding.images)
+
+
+def _note_box_masks(annotations: list[dict[str, Any]], findings: Findings, *, masks: bool) -> None:
+    """Say where all masks are rectangles: a few may be drawn by hand."""
+    given = [a for a in annotations if a.get("segmentation") and not a["iscrowd"]]
+    if len(given) >= _LEAST and all(is_box_mask(a["segmentation"], a["bbox"]) for a in given):
+        name = "box_masks" if masks else "box_masks_unused"
+        findings.add(name, f"{given[0]['bbox']} for one", len(given))
 
 
 def _note_unused(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ __all__ = ["compare_files", "near_pairs"]
 # of 8 for independent bits; a copy at another size or JPEG quality in a handful.
 _NEAR = 16
 _ROWS = 256  # compared at a time, so that memory stays small
+_NUM_SAMPLES = 500  # images of a set that are compared with the others of the set
+_SEVERAL = 3
 
 
 def compare_files(
@@ -37,9 +40,31 @@ def compare_files(
         findings.add("leaked_file", f"{name} is {by_digest[mine[name].digest]}")
     for name in sorted(mine.keys() & others.keys() - leaked):
         findings.add("same_name", name)
-    for name, other in near_pairs({n: f for n, f in mine.items() if n not in leaked}, others):
-        findings.add("near_duplicate", f"{name} and {other}")
+    _add_near_duplicates({n: f for n, f in mine.items() if n not in leaked}, others, findings)
     return leaked
+
+
+def _add_near_duplicates(
+    mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile], findings: Findings
+) -> None:
+    """Count the images, however many of the other set each looks like."""
+    near: defaultdict[str, list[str]] = defaultdict(list)
+    for name, other in near_pairs(mine, others):
+        near[other].append(name)
+    if not near:
+        return
+    problem = "all_alike" if _look_alike(mine) else "near_duplicate"
+    for other, names in sorted(near.items()):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        findings.add(problem, f"{other} and {names[0]}{more}")
+
+
+def _look_alike(files: Mapping[str, ImageFile]) -> bool:
+    """Return whether most images of a set look like several others of the same set."""
+    step = max(1, len(files) // _NUM_SAMPLES)
+    sample = dict(list(files.items())[::step])
+    counts = Counter(name for name, other in near_pairs(sample, files) if name != other)
+    return sum(count >= _SEVERAL for count in counts.values()) >= len(sample) / 2
 
 
 def near_pairs(

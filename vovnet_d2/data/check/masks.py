@@ -19,6 +19,7 @@ __all__ = [
     "Mask",
     "decode_counts",
     "has_mask",
+    "is_box_mask",
     "is_empty_mask",
     "mask_area",
     "mask_box",
@@ -50,6 +51,21 @@ def has_mask(annotation: Mapping[str, Any]) -> bool:
     return any(
         isinstance(p, list | tuple | np.ndarray) and len(p) >= 6 and len(p) % 2 == 0 for p in mask
     )
+
+
+def is_box_mask(mask: Any, box: Sequence[float]) -> bool:
+    """Return whether a mask, polygons or RLE, is a rectangle and so says no more than its box."""
+    if isinstance(mask, Mapping):
+        try:
+            runs = decode_counts(mask.get("counts"))
+        except ValueError:
+            return False
+        return sum(runs[1::2]) >= round(box[2]) * round(box[3])
+    if len(mask) != 1 or not are_numbers(mask[0]) or len(mask[0]) % 2:
+        return False
+    xs, ys = mask[0][::2], mask[0][1::2]
+    corners = set(zip(xs, ys, strict=True))
+    return len(corners) == 4 and len(set(xs)) == 2 and len(set(ys)) == 2
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:

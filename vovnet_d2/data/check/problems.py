@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from enum import Enum
 from typing import NamedTuple
 
+from .crowding import DEFAULT_LIMIT
+
 __all__ = ["PROBLEMS", "Findings", "Problem", "Severity"]
 
 _MAX_EXAMPLES = 5
@@ -55,6 +57,10 @@ PROBLEMS: dict[str, Problem] = {
     "section": _error("lists of the file that are missing or no lists", "taken as empty"),
     "record": _error("entries that are no objects", "dropped"),
     "empty": _error("nothing to train on"),
+    "foreign_file": _error(
+        "files that are not the data set of that name: give data of your own by "
+        "--train-annotations and --train-images, or --val-annotations and --val-images"
+    ),
     # categories
     "category_id": _error("categories without an id", "dropped"),
     "category_id_type": _error("category ids that are no whole numbers", "numbered"),
@@ -63,6 +69,11 @@ PROBLEMS: dict[str, Problem] = {
     "duplicate_category_name": _warning("categories with one name", "the id added to the name"),
     "category_gaps": _note("category ids are not 1, 2, 3, ...: fine, Detectron2 maps them"),
     "unused_category": _note("categories without annotations"),
+    "unused_supercategory": _warning(
+        "categories without annotations that are the supercategory of others: each costs the "
+        "network a class",
+        "dropped",
+    ),
     # images
     "image_id": _error("images without an id", "dropped"),
     "image_id_type": _error(
@@ -166,6 +177,15 @@ PROBLEMS: dict[str, Problem] = {
         "objects without a mask, where others have one: kept with their boxes. For a network that "
         "learns masks check with --masks"
     ),
+    "box_masks": _warning(
+        "masks that are all rectangles, no more than their boxes: a network that learns masks from "
+        "them learns to draw boxes (polygons or RLE along the objects are needed, or a config of "
+        "Faster R-CNN or RetinaNet)"
+    ),
+    "box_masks_unused": _note(
+        "masks that are all rectangles, no more than their boxes: fine for a network that learns "
+        "boxes. For one that learns masks check with --masks"
+    ),
     "rle_masks": _note("RLE masks of objects: for Mask R-CNN set INPUT.MASK_FORMAT bitmask"),
     # keypoints
     "keypoints": _error(
@@ -173,9 +193,22 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "keypoint_outside": _warning("keypoints beyond the image", "marked as not labelled"),
     "num_keypoints": _error('"num_keypoints" missing or wrong', "counted"),
+    # images
+    "crowded": _note(
+        f"images with more objects than the {DEFAULT_LIMIT} detections that a network gives and an "
+        "evaluation counts by default"
+    ),
     # between two sets
     "leaked_file": _error("image files that another set has, too", "dropped from the first set"),
-    "near_duplicate": _note("images that look like one of another set: look at these pairs"),
+    "near_duplicate": _note(
+        "images of the second set that look like one of the first: look at these pairs"
+    ),
+    "all_alike": _note(
+        "images of the second set that look like one of the first, but so do the images of the "
+        "first among each other, as those of a fixed camera: looks do not tell copies there. Make "
+        "sure that the sets are of other times or places; an evaluation says nothing of other "
+        "cameras"
+    ),
     "same_name": _note("file names that another set has, too, for other pictures"),
     "categories_differ": _error("categories of names that another set does not have"),
     "category_ids_differ": _warning(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from .names import NearNames
 from .problems import Findings
 from .values import Numbering, as_id, is_number, is_text, is_whole
 
-__all__ = ["note_contents", "repair_categories", "repair_images"]
+__all__ = [
+    "find_unused_supercategories",
+    "note_contents",
+    "repair_categories",
+    "repair_images",
+]
 
 Record = dict[str, Any]
 
@@ -81,6 +86,18 @@ def _repair_names(categories: list[Record], findings: Findings) -> None:
         while category["name"] in taken:
             category["name"] += f" ({category['id']})"
         taken.add(category["name"])
+
+
+def find_unused_supercategories(records: list[Record], used: Container[Any]) -> list[Record]:
+    """Return the categories without annotations that others name as their supercategory.
+
+    Args:
+        records: of the categories, with names.
+        used: the ids of the categories that have annotations.
+    """
+    pairs = [(record.get("supercategory"), record["name"]) for record in records]
+    above = {name for name, own in pairs if isinstance(name, str) and name != own}
+    return [r for r in records if r["id"] not in used and r["name"] in above]
 
 
 # Images

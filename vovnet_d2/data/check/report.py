@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...words import counted
 from .check import CheckedSet
 from .problems import PROBLEMS, Findings, Severity
 
@@ -31,14 +32,14 @@ def format_report(checked: Sequence[CheckedSet], between: Between, *, fixing: bo
     """
     lines = []
     for one in checked:
-        counts = ", ".join(f"{count} {what}" for what, count in one.counts.items())
+        counts = ", ".join(counted(count, what) for what, count in one.counts.items())
         lines += [f"{one.source.name}: {one.source.json_file}", f"  {counts or 'not readable'}"]
         lines += _format(one.findings, fixing)
     for (name, other), findings in between.items():
         if +findings.counts:
             lines += [f"{name} against {other}:", *_format(findings, fixing)]
     problems = count_problems(checked, between)
-    return "\n".join([*lines, f"{problems} problems." if problems else "No problems."])
+    return "\n".join([*lines, f"{counted(problems, 'problems')}." if problems else "No problems."])
 
 
 def _format(findings: Findings, fixing: bool) -> list[str]:

@@ -1,0 +1,153 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Keypoints of one's own: their names, and which of them change places in a mirrored picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from .check.values import are_numbers
+
+__all__ = ["Flips", "derive_flips", "find_problem", "keypoint_names", "parse_flips"]
+
+Flips = tuple[tuple[str, str], ...]
+
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+# LEye, lEye, leftEye, left_eye, EYE-L: runs of capitals, words, and what is between them.
+_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+")
+_GLUED = re.compile(r"^(left|right)(?=.)|(?<=.)(left|right)$", re.IGNORECASE)
+
+
+# Names
+
+
+def keypoint_names(categories: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the names that categories give their keypoints; those that name none do not count.
+
+    Args:
+        categories: of a file in COCO's format.
+
+    Raises:
+        ValueError: no category names any, two have different ones, or a name is no text or is
+            there twice.
+    """
+    found = [(c.get("name"), c["keypoints"]) for c in categories if c.get("keypoints")]
+    if not found:
+        raise ValueError(
+            'no category names its keypoints ("keypoints": ["nose", "left_eye", ...] in the entry '
+            "of the category)"
+        )
+    (first, names), *others = found
+    for name, keypoints in others:
+        if keypoints != names:
+            raise ValueError(
+                f"categories {first!r} and {name!r} have different keypoints, and a network "
+                "predicts the same ones for all"
+            )
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"the keypoints of category {first!r} are no names: {names!r:.100}")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"category {first!r} has the keypoint {twice!r} twice")
+    return tuple(names)
+
+
+def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
+    """Say what is wrong with the keypoints of objects; empty if nothing is.
+
+    Args:
+        annotations: of a file in COCO's format; those without keypoints do not count.
+        count: how many keypoints an object has.
+    """
+    labelled = 0
+    for index, annotation in enumerate(annotations):
+        points = annotation.get("keypoints")
+        if not points:
+            continue
+        if not are_numbers(points) or len(points) != 3 * count:
+            what = f"{len(points)} numbers" if isinstance(points, list) else f"{points!r:.40}"
+            return f"annotations[{index}] has {what} for its keypoints, which are {count} x 3"
+        if any(visibility not in (0, 1, 2) for visibility in points[2::3]):
+            return f"annotations[{index}] has a visibility that is not 0, 1 or 2 in its keypoints"
+        labelled += any(points[2::3])
+    return "" if labelled else "no object has a keypoint that is labelled (visibility 1 or 2)"
+
+
+# Mirrors
+
+
+def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
+    """Find the pairs that change places in a mirror by their names, which differ in "left" and
+    "right", or "l" and "r", as a part of their own: left_eye, EyeL, l_eye, lefteye.
+
+    Args:
+        mirrored: whether pictures are mirrored at all.
+
+    Raises:
+        ValueError: pictures are mirrored, and a name with a side has no counterpart.
+    """
+    pairs: list[tuple[str, str]] = []
+    for name in names:
+        other = _mirror(name)
+        if other != name and other in names and (other, name) not in pairs:
+            pairs.append((name, other))
+    paired = {name for pair in pairs for name in pair}
+    lone = [n for n in names if n not in paired and _says_side(n)]
+    if lone and mirrored:
+        raise ValueError(
+            f"the keypoint {lone[0]!r} has no counterpart on the other side, so a mirrored picture "
+            "would have it on the wrong one: name the pairs with --keypoint-flips, or set "
+            "INPUT.RANDOM_FLIP none"
+        )
+    return tuple(pairs)
+
+
+def _mirror(name: str) -> str:
+    """Return the name on the other side; the same one if it says no side."""
+    parts = _PARTS.findall(name)
+    if any(part.lower() in _OTHER_SIDE for part in parts):
+        return "".join(_other(p) if p.lower() in _OTHER_SIDE else p for p in parts)
+    return _GLUED.sub(lambda match: _other(match.group()), name)
+
+
+def _other(side: str) -> str:
+    other = _OTHER_SIDE[side.lower()]
+    if side.isupper():
+        return other.upper()
+    return other.capitalize() if side[0].isupper() else other
+
+
+def _says_side(name: str) -> bool:
+    return any(part.lower() in ("left", "right") for part in _PARTS.findall(name))
+
+
+def parse_flips(text: str, names: Sequence[str]) -> Flips:
+    """Read the pairs of a command line: "left_eye:right_eye,left_ear:right_ear", or "none".
+
+    Raises:
+        ValueError: a part is no pair, or a name is unknown or there twice.
+    """
+    if text.strip().lower() == "none":
+        return ()
+    pairs = [tuple(name.strip() for name in part.split(":")) for part in text.split(",")]
+    flat = [name for pair in pairs for name in pair]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(
+                f"--keypoint-flips has {':'.join(pair)!r}, which is no pair: write "
+                "left_eye:right_eye,left_ear:right_ear and so on, or none."
+            )
+        for name in pair:
+            if name not in names:
+                close = get_close_matches(name, names, n=1)
+                hint = f" Close to it: {close[0]!r}." if close else ""
+                raise ValueError(
+                    f"--keypoint-flips names {name!r}, which is no keypoint of the data.{hint} "
+                    f"There are {', '.join(names)}."
+                )
+            if flat.count(name) > 1:
+                raise ValueError(f"--keypoint-flips names {name!r} twice.")
+    return tuple((one, other) for one, other in pairs)

@@ -1,0 +1,107 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Keypoints of annotation files on the command line."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+
+from ..data.keypoints import Flips, derive_flips, parse_flips
+from ..data.own import OwnDataSet
+from ..data.own_files import Contents
+
+__all__ = ["KEYPOINT_KEY", "find_keypoints", "refuse_idle_flips"]
+
+logger = logging.getLogger(__name__)
+
+KEYPOINT_KEY = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+_HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes a corrected copy."
+
+
+def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) -> None:
+    """
+    Args:
+        flips: ``--keypoint-flips``.
+        trained_file: whether annotations to train on are given.
+
+    Raises:
+        ValueError: the argument is given where it says nothing.
+    """
+    if flips is None:
+        return
+    if not cfg.MODEL.KEYPOINT_ON:
+        raise ValueError("--keypoint-flips is for configs with MODEL.KEYPOINT_ON: leave it out.")
+    if not trained_file:
+        raise ValueError(
+            "--keypoint-flips goes with annotations to train on: an evaluation mirrors nothing, so "
+            "leave it out."
+        )
+
+
+def find_keypoints(
+    cfg: CfgNode,
+    json: str,
+    contents: Contents,
+    *,
+    flips: str | None = None,
+    trained: OwnDataSet | None = None,
+) -> tuple[tuple[str, ...], Flips]:
+    """Return the names of keypoints and the pairs that change places in a mirrored picture, and set
+    their number in the config; there are none for a network without keypoints.
+
+    Args:
+        json: the annotation file.
+        contents: what it holds.
+        flips: ``--keypoint-flips``; None to derive the pairs from the names.
+        trained: the data set of the training, whose keypoints hold.
+
+    Raises:
+        ValueError: the file has no keypoints that can be used, or others than the training; a name
+            has no counterpart; ``flips`` does not fit the names.
+    """
+    if not cfg.MODEL.KEYPOINT_ON:
+        return (), ()
+    if contents.keypoint_problem:
+        raise ValueError(
+            f"{json} cannot be used for keypoints: {contents.keypoint_problem}. {_HINT}"
+        )
+    names = contents.keypoints
+    if trained is not None:
+        if names != trained.keypoints:
+            raise ValueError(
+                f"{json} has the keypoints {', '.join(names)}, and the network is trained on "
+                f"{', '.join(trained.keypoints) or 'none'}: they must be the same, in one order."
+            )
+        return names, trained.keypoint_flips
+    cfg.merge_from_list([KEYPOINT_KEY, len(names)])
+    mirrored = cfg.INPUT.RANDOM_FLIP != "none"
+    try:
+        found = (
+            derive_flips(names, mirrored=mirrored) if flips is None else parse_flips(flips, names)
+        )
+    except ValueError as error:
+        raise ValueError(f"{json}: {str(error).rstrip('.')}.") from error
+    if mirrored:
+        _tell(names, found, derived=flips is None)
+    return names, found
+
+
+def _tell(names: tuple[str, ...], flips: Flips, *, derived: bool) -> None:
+    """Say what a mirrored picture does with the keypoints: a wrong pair spoils a training."""
+    paired = {name for pair in flips for name in pair}
+    staying = [name for name in names if name not in paired]
+    source = "by their names; --keypoint-flips overrules this" if derived else "--keypoint-flips"
+    if not flips:
+        logger.log(
+            logging.WARNING if derived else logging.INFO,
+            "No keypoints change places in a mirrored picture (%s): all %d stay, %s.",
+            *(source, len(names), ", ".join(names)),
+        )
+        return
+    logger.info(
+        "Keypoints that change places in a mirrored picture (%s): %s. Those that stay: %s.",
+        *(source, ", ".join(f"{one} and {other}" for one, other in flips)),
+        ", ".join(staying) or "none",
+    )
