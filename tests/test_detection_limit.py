@@ -112,6 +112,15 @@ def test_the_limit_reaches_the_evaluation_and_its_headers(
         assert f"evaluated by {api}, with {counted} detections per image." in caplog.text
 
 
+def test_the_faster_api_stays_the_faster_one(
+    crowded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another limit than 100 Detectron2 takes a class of its own, on pycocotools."""
+    monkeypatch.setattr("pycocotools.cocoeval.COCOeval.evaluate", lambda self: 1 / 0)
+    cfg = config(tmp_path, 130, api="faster-coco-eval")
+    assert evaluate_all(cfg) == pytest.approx(100)
+
+
 def test_pycocotools_takes_over_with_the_same_limit(
     crowded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
