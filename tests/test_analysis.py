@@ -370,6 +370,28 @@ def test_dilation_and_rectangles() -> None:
     assert part.receptive_field == influence(Net(), "body", 40) == (10, 18)
 
 
+def test_paths_of_different_padding() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Sequential(nn.ZeroPad2d((2, 0, 0, 0)), nn.Conv2d(3, 2, (1, 3)))
+            self.other = nn.Conv2d(3, 2, (1, 3), padding=(0, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) + self.other(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Two()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"body": self.body(x)}
+
+    (part,) = analyze(Net(), (20, 20)).parts
+    assert part.receptive_field == influence(Net(), "body", 20) == (1, 4)
+
+
 @pytest.mark.parametrize(("depth", "expected"), [(50, 483), (101, 1027), (152, 1507)])
 def test_receptive_field_of_resnets(depth: int, expected: int) -> None:
     """As Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", give them

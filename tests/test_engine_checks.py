@@ -24,6 +24,7 @@ from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.data import register_digits
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.checks import check_config, check_data, check_initialisation, parse_device
+from vovnet_d2.engine.precision import autocast_dtype
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -270,6 +271,11 @@ def test_evaluating_nothing() -> None:
 def test_what_does_not_go_together(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config(config(*options), training=True)
+
+
+def test_mixed_precision_is_float16_on_a_gpu_and_bfloat16_on_a_cpu() -> None:
+    assert autocast_dtype(config("MODEL.DEVICE", "cuda")) == torch.float16
+    assert autocast_dtype(config()) == torch.bfloat16
 
 
 def test_the_processes_have_equal_shares_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
