@@ -32,6 +32,7 @@ from vovnet_d2.analysis.saved_memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
 from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.engine.memory_format import prefers_channels_last
 from vovnet_d2.modeling.allocation import keep_freed_memory
 from vovnet_d2.modeling.folding import fold_norms
 
@@ -107,14 +108,12 @@ def training() -> tuple[Cases, dict[str, Any]]:
     ours = VoVNet("V-39-eSE", out_features=STAGES).train()
     recomputing = copy.deepcopy(ours)
     recomputing.checkpoint_blocks = True
-    networks = {
-        "plain": plain(ours),
-        "ours": ours.to(memory_format=torch.channels_last),
-        "ours, per-block checkpointing": recomputing.to(memory_format=torch.channels_last),
-    }
+    networks = {"plain": plain(ours), "ours": ours, "ours, per-block checkpointing": recomputing}
     x = torch.randn(2, 3, 256, 320)
-    last = x.contiguous(memory_format=torch.channels_last)
-    images = {name: x if name == "plain" else last for name in networks}
+    order = torch.channels_last if prefers_channels_last("cpu") else torch.contiguous_format
+    images = {name: x.contiguous(memory_format=order) for name in networks} | {"plain": x}
+    for name in ("ours", "ours, per-block checkpointing"):
+        networks[name].to(memory_format=order)
 
     exact = gradients(copy.deepcopy(networks["plain"]).double(), x.double())
     reference = gradients(networks["plain"], x)

@@ -255,6 +255,14 @@ def test_evaluating_nothing() -> None:
             ["MODEL.BACKBONE.NAME", "build_vovnet_fpn"],
             r"BACKBONE.NAME 'build_vovnet_fpn' .*build_vovnet_fpn_backbone",
         ),
+        (
+            ["MODEL.CHANNELS_LAST", "auto"],
+            "CHANNELS_LAST is 'auto': choose True, False, or None for what is faster",
+        ),
+        (
+            ["MODEL.KEYPOINT_ON", "True", "MODEL.CHANNELS_LAST", "True"],
+            "needs MODEL.CHANNELS_LAST False",
+        ),
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0: it must be a multiple .* is 1"),
         (
             ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float8"],

@@ -25,8 +25,9 @@ from torch import nn
 
 from vovnet_d2.checkpoint import VoVNetCheckpointer
 from vovnet_d2.checkpoint.atomic import FileNotWrittenError
-from vovnet_d2.engine import Trainer, detection, nonfinite
+from vovnet_d2.engine import Trainer, detection, load_config, nonfinite
 from vovnet_d2.engine import trainer as trainer_module
+from vovnet_d2.engine.memory_format import to_memory_format
 from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
 from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.trainer import MixedPrecisionTrainer
@@ -122,19 +123,42 @@ def test_mixed_precision_of_panoptic_fpn(coco: Path) -> None:
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str) -> None:
     outputs = []
-    for options in ([], ["MODEL.CHANNELS_LAST", "False"]):
+    for enabled in ("True", "False"):
         torch.manual_seed(0)
-        cfg = tiny_config(config, Path("out"), *options)
+        cfg = tiny_config(config, Path("out"), "MODEL.CHANNELS_LAST", enabled)
         model = Trainer.build_model(cfg).eval()
         weight = next(p for p in model.parameters() if p.dim() == 4 and p.shape[2] == 3)
         in_order = weight.is_contiguous(memory_format=torch.channels_last)
-        assert in_order == (not options)
+        assert in_order == (enabled == "True")
         image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             outputs.append(model([{"image": image}])[0]["instances"])
     boxes, scores = zip(*[(o.pred_boxes.tensor, o.scores) for o in outputs], strict=True)
     torch.testing.assert_close(*boxes, atol=1e-3, rtol=0)  # pixels
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_channels_last_by_itself_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By device, CPU and what the model can take, unless the config says it."""
+    cases = {
+        ("cuda", "AVX2", False): True,
+        ("cpu", "AVX512", False): True,
+        ("cpu", "AVX2", False): False,
+        ("cpu", "DEFAULT", False): False,  # Arm, for example
+        ("cpu", "AVX512", True): False,
+    }
+    for (device, capability, keypoints), expected in cases.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        options = ["MODEL.DEVICE", device, "MODEL.KEYPOINT_ON", str(keypoints)]
+        for words, last in (
+            ([], expected),
+            (["MODEL.CHANNELS_LAST", "True"], True),
+            (["MODEL.CHANNELS_LAST", "False"], False),
+        ):
+            model = torch.nn.Conv2d(3, 4, 3)
+            to_memory_format(model, load_config(MASK_RCNN, options + words))
+            found = model.weight.is_contiguous(memory_format=torch.channels_last)
+            assert found == last, (device, capability, keypoints, words)
 
 
 def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,7 +264,7 @@ def classification_config() -> CfgNode:
     options = ["PRETRAIN.DATA", "digits", "PRETRAIN.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
     options += ["PRETRAIN.NETWORK", "OSA-5x43", "PRETRAIN.IMAGE_SIZE", "16", "SEED", "1"]
     options += ["SOLVER.IMS_PER_BATCH", "4", "DATALOADER.NUM_WORKERS", "0"]
-    options += ["MODEL.VOVNET.CONV_BODY", "V-19-slim-eSE"]
+    options += ["MODEL.VOVNET.CONV_BODY", "V-19-slim-eSE", "MODEL.CHANNELS_LAST", "True"]
     return load_config(name, options, add_config=add_pretraining_config)
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import ctypes
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from vovnet_d2 import VoVNet, VoVNetSpec, optimize_for_inference
 from vovnet_d2.engine import load_config
+from vovnet_d2.modeling import allocation
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 NET = thin(STRUCTURES["eSE in all"])
@@ -75,6 +77,18 @@ def test_the_model_is_left_as_it_is():
     assert optimized.output_shape() == model.output_shape()
 
 
+def test_the_process_is_left_as_it_is(monkeypatch):
+    """What the C library keeps of freed memory is for a program to say."""
+
+    def fail(*args):
+        raise AssertionError(args)
+
+    allocation.keep_freed_memory.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    optimize_for_inference(build())(torch.randn(1, 3, 64, 64))
+    allocation.keep_freed_memory.cache_clear()
+
+
 def test_other_norms_stay():
     model = build(norm="GN")
     x = torch.randn(1, 3, 64, 64)
@@ -127,6 +141,27 @@ def test_lower_precision(dtype, tolerance):
     assert all(y.dtype == torch.float32 for y in maps.values())
     assert_same_maps(maps, expected, tolerance)
     assert not torch.allclose(maps["stage5"], expected["stage5"], rtol=1e-5)
+
+
+class Listing(nn.Module):
+    """A backbone that returns a list, and nothing for one level."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return [self.conv(x), None, (x,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backbones_that_return_other_things_than_dicts(dtype):
+    model = Listing().eval()
+    x = torch.randn(1, 3, 9, 9)
+    first, nothing, (third,) = optimize_for_inference(model, dtype=dtype)(x)
+    assert nothing is None
+    assert first.dtype == third.dtype == torch.float32
+    torch.testing.assert_close(first, model(x)[0], rtol=2**-5, atol=2**-5)
 
 
 def test_unknown_precision():

@@ -30,19 +30,6 @@ def test_downsample_is_ceil_mode_pooling_to_the_bit():
             assert torch.equal(downsample(x), expected), (height, width)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_downsample_of_channels_last_maps(dtype: torch.dtype) -> None:
-    for height in (2, 3, 4, 7, 8, 9):
-        for width in (2, 3, 4, 5, 12):
-            x = torch.randn(2, 5, height, width, dtype=dtype)
-            x[0, 0, -1, -1] = float("nan")
-            found = downsample(x.to(memory_format=torch.channels_last))
-            expected = F.max_pool2d(x, 3, 2, ceil_mode=True)
-            assert found.shape == expected.shape, (height, width)
-            assert found.is_contiguous(memory_format=torch.channels_last)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def test_downsample_gives_the_gradient_of_ceil_mode_pooling():
     x = torch.rand(2, 3, 10, 13, dtype=torch.float64)  # all different and positive: no ties
     x, y = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -144,6 +131,17 @@ def test_effective_se():
     assert scale[0, 0] == 0  # both ends of the hard sigmoid and its slope are there
     assert scale[0, 3] == 1
     torch.testing.assert_close(module(x), x * scale[:, :, None, None])
+
+
+def test_effective_se_leaves_its_arguments_as_they_are():
+    module = EffectiveSE(4)
+    x, residual = torch.randn(2, 1, 4, 5, 7)
+    before = x.clone(), residual.clone()
+    with torch.no_grad():
+        y = module(x, residual)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    torch.testing.assert_close(y, module(x) + residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -212,6 +212,20 @@ def test_weights_made_in_inference_mode():
         assert_same_maps(optimize_for_inference(model)(x), model(x), TOLERANCE)
 
 
+def test_weights_changed_in_inference_mode():
+    """Whose tensors do not tell of their changes."""
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        made_there = optimize_for_inference(build())
+        copied_there = copy.deepcopy(made_there)
+        for optimized in (made_there, copied_there):
+            optimized(x)
+            for parameter in optimized.parameters():
+                parameter.mul_(0.9)
+            expected = copy.deepcopy(optimized)(x)
+            assert_same_maps(optimized(x), expected, TOLERANCE)
+
+
 def test_threads():
     optimized = optimize_for_inference(build())
     inputs = [torch.randn(1, 3, 32 + side, 48) for side in range(8)] * 4

@@ -27,7 +27,7 @@ from timm.models.vovnet import model_cfgs as timm_configs
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec
+from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, optimize_for_inference
 from vovnet_d2.modeling.layers import NORMS, DeformableConv2d
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
@@ -618,6 +618,48 @@ def test_wrong_input():
     message = r"takes an input of shape \(N, C, H, W\), got \(3, 64, 64\)"
     with pytest.raises(ValueError, match=message):
         VoVNet(V19)(torch.zeros(3, 64, 64))
+
+
+@pytest.mark.parametrize("optimize", [None, torch.float32, torch.bfloat16], ids=str)
+def test_integers_are_no_input(optimize):
+    model = VoVNet(V19).eval()
+    if optimize is not None:
+        model = optimize_for_inference(model, dtype=optimize)
+    x = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=r"got torch.uint8: convert it, for example by x.float\(\)"
+    ):
+        model(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_of_another_precision(training):
+    """Is refused by torch, as by the plain network, and not computed in that precision."""
+    model = VoVNet(V19).train(training)
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(RuntimeError, match=r"(?i)(half|double).*float"):
+            model(torch.randn(1, 3, 64, 64, dtype=dtype))
+
+
+def test_a_state_dict_onto_the_meta_device():
+    state = {k: t for k, t in build(V19, norm="BN").state_dict().items() if "num_batches" not in k}
+    model = build_on_meta(V19, norm="BN")
+    model.load_state_dict(state, assign=True)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert model.double()(images(1, 3, 64, 64))["stage5"].isfinite().all()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_tensor_under_two_names(strict):
+    net = thin(STRUCTURES["eSE in all"])
+    published, model = random_state(net), build(net)
+    model.load_state_dict(published)
+    both = {**model.state_dict(), "stem.stem_1/conv.weight": published["stem.stem_1/conv.weight"]}
+    before = copy.deepcopy(model.state_dict())
+    message = r"stem.conv1.weight is there twice, also as stem.stem_1/conv.weight: remove one"
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(both, strict=strict)
+    assert torch.equal(model.state_dict()["stem.conv1.weight"], before["stem.conv1.weight"])
 
 
 # Copies, inputs of other kinds, graphs

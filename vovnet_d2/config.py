@@ -56,8 +56,10 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.setdefault("FIXED_SIZE", 0)
     # Train with SSD's augmentation (colours, expansion, crops), which needs FIXED_SIZE.
     cfg.INPUT.setdefault("SSD_AUGMENTATION", False)
-    # Keep the network's tensors in channels-last order, which its convolutions are faster in.
-    cfg.MODEL.setdefault("CHANNELS_LAST", True)
+    # Keep the tensors of the network in channels-last order in training, or in the usual NCHW order
+    # (True or False). None takes what is faster: NCHW on CPUs without AVX-512 and with keypoint
+    # heads, which need it, and channels-last otherwise.
+    cfg.MODEL.setdefault("CHANNELS_LAST", None)
     # The type that SOLVER.AMP.ENABLED and TEST.AMP.ENABLED compute in: "float16" (GPU), "bfloat16",
     # or "auto", which is float16 on a GPU, as Detectron2 has it, and bfloat16 on a CPU.
     cfg.SOLVER.AMP.setdefault("DTYPE", "auto")

@@ -56,7 +56,7 @@ class Network:
         is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
         load: loads its trained weights, where they are asked for.
         size: (height, width) in pixels, of one that is made for images of one size.
-        channels_last: whether it trains in that memory format.
+        channels_last: whether it trains in that memory format; None is as the device is faster.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Network:
     is_detector: bool = False
     load: Callable[[nn.Module], object] | None = None
     size: tuple[int, int] | None = None
-    channels_last: bool = True
+    channels_last: bool | None = None
 
 
 def backbone(name: str, *, norm: str = DEFAULT_NORM) -> Network:
@@ -189,7 +189,7 @@ def detector(
         is_detector=True,
         load=load if weights else None,
         size=(side, side) if side else None,
-        channels_last=cfg.MODEL.CHANNELS_LAST,
+        channels_last=False if cfg.MODEL.KEYPOINT_ON else cfg.MODEL.CHANNELS_LAST,
     )
 
 

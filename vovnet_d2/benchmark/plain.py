@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VoVNet as it is commonly written, for measurements to compare with.
 
-Each norm is an operator of its own, the concatenation is made and kept for the backward pass, and
-so are the input of each pooling and the products of the squeeze-excitation; NCHW.
+Detectron2's convolution and norm are called as they are, and the concatenation is made and kept for
+the backward pass; NCHW.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..modeling.convolution import ConvNormAct
-from ..modeling.layers import EffectiveSE
-from ..modeling.vovnet import OSABlock
 
 __all__ = ["plain"]
 
@@ -43,19 +40,4 @@ class _Convolution(Conv2d):
         return super().forward(torch.cat(maps, dim=1) if isinstance(maps, list) else maps)
 
 
-class _EffectiveSE(EffectiveSE):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = x * F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
-        return y if residual is None else residual + y
-
-
-class _OSABlock(OSABlock):
-    def downsample(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-
-
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    ConvNormAct: _Convolution,
-    EffectiveSE: _EffectiveSE,
-    OSABlock: _OSABlock,
-}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {ConvNormAct: _Convolution}

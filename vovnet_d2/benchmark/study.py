@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..analysis import Complexity, analyze
+from ..engine.memory_format import prefers_channels_last
 from ..modeling.allocation import keep_freed_memory
 from .ceilings import Ceiling, copy_ceiling, floor_seconds, matrix_ceiling
 from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
@@ -223,9 +224,7 @@ class Study:
         described.pop("float32 convolutions", None)  # as each treatment sets it: see its rows
         if plan.device.type == "cpu":
             described["freed memory"] = (
-                "up to 2 GiB kept by the process"
-                if keep_freed_memory()
-                else "left to the C library"
+                "kept by the process" if keep_freed_memory() else "left to the C library"
             )
         return described | {
             "warm-up": f"{plan.warmup} calls",
@@ -247,7 +246,7 @@ class Study:
         cells = [_Cell(*values) for values in product(plan.modes, plan.sizes, plan.batches)]
         cases = len(plan.networks) * len(plan.treatments)
         if plan.device.type == "cpu":
-            keep_freed_memory()  # for all, and not only behind the first optimized treatment
+            keep_freed_memory()
         try:
             with (
                 compiled_or_failed(len(cells) * cases),
@@ -316,15 +315,18 @@ class Study:
         before = allocated(device)
         images = random_images(cell.batch, cell.size_for(network), device)
         original = self._model(network)
+        last = network.channels_last
+        if last is None:
+            last = prefers_channels_last(device)
         if training:
-            model = treatment.for_training(original, channels_last=network.channels_last)
+            model = treatment.for_training(original, channels_last=last)
         else:
             model = treatment.for_inference(original)
         model.to(device)
         inputs: Any = images
         if network.is_detector:
             inputs = detector_inputs(model, images)
-        elif not treatment.plain:
+        elif not treatment.plain and (last or not training):
             inputs = images.to(memory_format=torch.channels_last)
         make = training_step if training else inference
         call = make(model, inputs, treatment, device)

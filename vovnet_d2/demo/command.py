@@ -17,6 +17,7 @@ from ..backends import AUTO, BACKENDS, TORCH
 from ..engine.any_config import as_cfg, load_any_config
 from ..engine.config import find_config
 from ..engine.launch import run_or_exit
+from ..modeling.allocation import keep_freed_memory
 from ..predictor import Predictor
 from .drawing import Artist
 from .inputs import Camera, Pictures, Video
@@ -218,6 +219,7 @@ def _run(args: argparse.Namespace) -> int:
         refuse_overwriting([args.json], read)
     with ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in _open_sinks(args, source, read)]
+        keep_freed_memory()
         predictor = Predictor(
             config,
             device=args.device,

@@ -131,6 +131,11 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
         )
     if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
         autocast_dtype(cfg)
+    if cfg.MODEL.CHANNELS_LAST not in (None, True, False):
+        raise ValueError(
+            f"MODEL.CHANNELS_LAST is {cfg.MODEL.CHANNELS_LAST!r}: choose True, False, or None for "
+            "what is faster on this machine."
+        )
     if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.CHANNELS_LAST:
         raise ValueError(
             "MODEL.KEYPOINT_ON needs MODEL.CHANNELS_LAST False: Detectron2's keypoint head takes "

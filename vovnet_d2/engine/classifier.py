@@ -32,6 +32,7 @@ from ..data.stream import TrainingStream, stay_until_dismissed
 from ..modeling.baselines.cifar import CifarClassifier
 from ..modeling.build import build_vovnet_classifier
 from .hooks import BestCheckpointer
+from .memory_format import to_memory_format
 from .trainer import Trainer
 
 __all__ = ["AccuracyEvaluator", "ClassifierTrainer", "ImageClassifier", "build_network"]
@@ -137,8 +138,7 @@ class ClassifierTrainer(Trainer):
             label_smoothing=0.0 if _mixes(cfg) else cfg.PRETRAIN.LABEL_SMOOTHING,
         )
         logger.info("Model:\n%s", model)
-        model = model.to(cfg.MODEL.DEVICE)
-        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+        return to_memory_format(model.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

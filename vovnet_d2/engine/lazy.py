@@ -45,6 +45,7 @@ from .lazy_config import (
     to_cfg,
     write_back,
 )
+from .memory_format import to_memory_format
 from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation
 from .report import write_report
@@ -108,8 +109,7 @@ class LazyTrainer(Trainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = instantiate(cls.config, "model")
         logger.info("Model:\n%s", model)
-        model = model.to(cfg.MODEL.DEVICE)
-        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+        return to_memory_format(model.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

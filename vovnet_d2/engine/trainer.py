@@ -48,6 +48,7 @@ from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
 from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
 from .interruption import Interrupted, StopRequest, exit_on_signal
+from .memory_format import to_memory_format
 from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
 from .precision import autocast, autocast_dtype
 from .solver import build_optimizer
@@ -442,8 +443,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
-        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+        return to_memory_format(super().build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

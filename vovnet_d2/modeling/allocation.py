@@ -16,11 +16,12 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have the C library keep up to 2 GiB of freed memory, for this process as a whole.
+    """Have the C library keep freed memory, for this process as a whole and without a bound.
 
-    By default glibc returns each map of more than a few MiB to the system when it is freed, and the
-    next one is fetched page by page, which takes as long as a tenth to a third of an inference.
-    torch keeps freed memory of GPUs in the same way.
+    By default glibc returns each feature map of more than a few MiB to the system when it is freed,
+    and the next one is fetched page by page, which takes as long as a tenth to a third of an
+    inference. The process then holds what it needed at most, as torch does on GPUs. So it is for a
+    program to call, and no other function of this package does, but those that measure.
 
     Returns:
         whether it could be set: with other C libraries nothing is changed.

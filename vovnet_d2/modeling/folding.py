@@ -20,9 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .convolution import ConvNormAct, has_hooks
+from .convolution import ConvNormAct
 from .layers import DeformableConv2d
 from .single_shot.layers import ConvTranspose2d
+from .tracing import has_hooks
 
 __all__ = ["fold_norms"]
 

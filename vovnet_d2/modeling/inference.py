@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import torch
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from .allocation import keep_freed_memory
 from .folding import fold_norms
 from .onednn import pack_convolutions
 
@@ -20,6 +21,7 @@ __all__ = ["optimize_for_inference"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.inference_mode(False)  # in which weights would not tell of their changes
 def optimize_for_inference(
     model: nn.Module,
     *,
@@ -35,8 +37,8 @@ def optimize_for_inference(
     maps are at most twice as far from those of float64 (root mean square). On a CPU, convolutions
     are oneDNN's with weights laid out beforehand, so that nothing is compiled and any size runs at
     full speed from its first image on. Graphs (export, tracing, ``torch.compile``) get plain
-    operators. From then on the process keeps freed memory for the next image, up to 2 GiB, where
-    its C library is glibc and there is no GPU. Weights are not to be changed through ``data``.
+    operators. Weights are not to be changed through ``data``. A program that infers on a CPU can
+    call :func:`.allocation.keep_freed_memory` first, which is faster where memory is no matter.
 
     Args:
         model: a backbone, or a detector of Detectron2's with one. It is left as it is.
@@ -74,8 +76,6 @@ def optimize_for_inference(
         backbone.register_forward_hook(_cast_maps)
     if memory_format == torch.channels_last:
         pack_convolutions(model)
-        if not torch.cuda.is_available():
-            keep_freed_memory()
     if compile:
         backbone.compile(dynamic=True)
     return model
@@ -87,11 +87,13 @@ def _cast_input(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> tuple[torch.Tensor, ...]:
-    # One after the other, as torch takes twice as long for both at once on a CPU.
-    return tuple(x.to(dtype).contiguous(memory_format=memory_format) for x in args)
+    # One after the other, as torch takes twice as long for both at once on a CPU. The backbone
+    # refuses integers.
+    return tuple(
+        x.to(dtype).contiguous(memory_format=memory_format) if x.is_floating_point() else x
+        for x in args
+    )
 
 
-def _cast_maps(
-    module: nn.Module, args: tuple[torch.Tensor, ...], maps: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    return {name: x.float() for name, x in maps.items()}
+def _cast_maps(module: nn.Module, args: tuple[torch.Tensor, ...], maps: Any) -> Any:
+    return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, maps)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -15,11 +14,10 @@ import torch.fx
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
-from .convolution import ConvNormAct, needs_gradient
-from .tracing import call_as_one_node, is_symbolic, is_traced
+from .convolution import ConvNormAct
+from .tracing import call_as_one_node, is_traced
 
 __all__ = [
     "NORMS",
@@ -228,74 +226,11 @@ class EffectiveSE(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            x: (N, C, H, W). Where no gradient is asked for, the result takes its memory.
+            x: (N, C, H, W).
             residual: (N, C, H, W), added to the result.
         """
-        if not torch.jit.is_scripting():
-            return self._run(x, residual)
-        return self._excite(x, residual)
-
-    def _excite(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """Compute what :meth:`forward` returns, in plain operators."""
         gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
         return x * gate if residual is None else residual + x * gate
-
-    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """Compute what :meth:`forward` returns, outside of TorchScript."""
-        if is_traced(x):
-            return self._excite(x, residual)
-        inputs = (x, self.fc.weight, self.fc.bias, residual)
-        if needs_gradient(*inputs):
-            return _Excitation.apply(*inputs)[0]
-        gate = F.hardsigmoid(self.fc(_average(x)[:, :, None, None]))
-        return x.mul_(gate) if residual is None else torch.addcmul(residual, x, gate, out=x)
-
-
-def _average(x: torch.Tensor) -> torch.Tensor:
-    """Of each channel: (N, C, H, W) to (N, C)."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # There torch copies the map to float32 for a mean, not for a sum, which it adds up in
-        # float32 all the same. float16 has no range for sums.
-        return x.sum((2, 3)) / math.prod(x.shape[2:])
-    return x.mean((2, 3))
-
-
-class _Excitation(torch.autograd.Function):
-    """Effective squeeze-excitation with as few passes over the map as can be, either way."""
-
-    @staticmethod
-    def forward(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean = _average(x)
-        logits = F.linear(mean, weight.flatten(1).to(x.dtype), bias.to(x.dtype))
-        gate = F.hardsigmoid(logits)[:, :, None, None]
-        y = x * gate if residual is None else torch.addcmul(residual, x, gate)
-        return y, mean, logits
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, weight, *_ = inputs
-        _, mean, logits = output
-        ctx.mark_non_differentiable(mean, logits)
-        ctx.save_for_backward(x, weight, mean, logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        x, weight, mean, logits = ctx.saved_tensors
-        of_gate = (gradient * x).sum((2, 3))
-        of_logits = torch.ops.aten.hardsigmoid_backward(of_gate, logits)
-        of_mean = of_logits @ weight.flatten(1).to(x.dtype)
-        gate, of_each = (t[:, :, None, None] for t in (F.hardsigmoid(logits), of_mean))
-        gradients = (
-            torch.addcmul(of_each / math.prod(x.shape[2:]), gradient, gate),
-            (of_logits.t() @ mean).to(weight.dtype).view_as(weight),
-            of_logits.sum(0).to(weight.dtype),
-            gradient,
-        )
-        needed = ctx.needs_input_grad
-        return tuple(g if n else None for g, n in zip(gradients, needed, strict=True))
 
 
 def downsample(x: torch.Tensor) -> torch.Tensor:
@@ -312,56 +247,6 @@ def downsample(x: torch.Tensor) -> torch.Tensor:
 
 def _downsample(x: torch.Tensor) -> torch.Tensor:
     """Compute what :func:`downsample` returns, outside of TorchScript."""
-    if is_symbolic(x):
-        return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
     if is_traced():
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
-    if needs_gradient(x):
-        return _Downsampling.apply(x)[0]
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if x.device.type == "cpu" and last and min(x.shape[2:]) > 1:
-        # torch's operator takes a third longer: it writes where the maxima were, in 64 bits each.
-        return _downsample_along(_downsample_along(x, 2), 3)
     return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-
-
-def _downsample_along(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same along one dimension: each window is a pair and, but for the last one of an even
-    size, the number after it."""
-    firsts, seconds, thirds = (
-        x[(slice(None),) * dim + (slice(start, None, 2),)] for start in range(3)
-    )
-    y = torch.maximum(firsts.narrow(dim, 0, seconds.shape[dim]), seconds)
-    whole = y.narrow(dim, 0, thirds.shape[dim])
-    torch.maximum(whole, thirds, out=whole)
-    return y
-
-
-class _Downsampling(torch.autograd.Function):
-    """Max-pooling that keeps the places of the maxima, in half the bytes, and not the map."""
-
-    @staticmethod
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, places = F.max_pool2d_with_indices(x, (3, 3), (2, 2), ceil_mode=True)
-        return y, places.int()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        (x,), (_, places) = inputs, output
-        ctx.mark_non_differentiable(places)
-        ctx.save_for_backward(places)
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        ctx.shape = x.shape
-        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> torch.Tensor:
-        (places,) = ctx.saved_tensors
-        # Of the map, the operator takes the shape alone.
-        x = torch.empty(
-            ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.memory_format
-        )
-        return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient, x, [3, 3], [2, 2], [0, 0], [1, 1], True, places.long()
-        )

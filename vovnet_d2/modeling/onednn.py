@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from .convolution import ConvNormAct, has_hooks, is_relu, needs_gradient
-from .tracing import is_traced
+from .convolution import ConvNormAct
+from .tracing import has_hooks, is_followed, is_traced
+from .training_step import needs_gradient
 
 __all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
 
@@ -29,11 +30,12 @@ _SIZES = 64  # of maps, for which a layer remembers the order of its weight
 class PackedConv2d(ConvNormAct):
     """A convolution whose weight seldom changes."""
 
-    def _run(self, maps: list[Tensor]) -> Tensor:
-        if not self._is_packable(maps):
+    def _run(self, maps: Any) -> Tensor:
+        tensors = maps if isinstance(maps, list) else [maps]
+        if not self._is_packable(tensors):
             return super()._run(maps)
-        fused = is_relu(self.activation)
-        y = self._convolve(maps, "relu" if fused else "none")
+        fused = _is_relu(self.activation)
+        y = self._convolve(tensors, "relu" if fused else "none")
         return y if fused or self.activation is None else self.activation(y)
 
     def relu(self, x: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class PackedConv2d(ConvNormAct):
         return self._convolve((x,), "relu") if self._is_packable((x,)) else F.relu_(self(x))
 
     def _is_packable(self, maps: Sequence[Tensor]) -> bool:
-        if is_traced(*maps):  # first, as not all of the rest can be
+        if is_followed(*maps):  # first, as a placeholder of torch.fx has none of the rest
             return False
         dtype = self.weight.dtype
         for x in maps:
@@ -50,6 +52,7 @@ class PackedConv2d(ConvNormAct):
         return (
             self.norm is None
             and self.weight.device.type == "cpu"
+            and not self.weight.is_inference()  # which would not tell of its changes
             and dtype in _supported_dtypes()
             and not torch.is_autocast_enabled("cpu")
             and not needs_gradient(self.weight, self.bias, *maps)
@@ -87,11 +90,10 @@ class PackedConv2d(ConvNormAct):
     def _packed_before(self) -> dict[torch.Size, Tensor]:
         """By the shape of the map, of the weight as it is now."""
         weight = self.weight
-        version = None if weight.is_inference() else weight._version
-        of, of_version, packed = self.__dict__.get("_packed", (None, None, None))
-        if of is not weight or of_version != version:
+        known, version, packed = self.__dict__.get("_packed", (None, None, None))
+        if known is not weight or version != weight._version:
             packed = {}
-            self.__dict__["_packed"] = weight, version, packed
+            self.__dict__["_packed"] = weight, weight._version, packed
         return packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -136,8 +138,15 @@ def _takes(conv: nn.Module, relu: nn.Module | None) -> bool:
         and conv.norm is conv.activation is None
         and not has_hooks(conv)
         and type(relu) is nn.ReLU
-        and is_relu(relu)
+        and _is_relu(relu)
     )
+
+
+def _is_relu(activation: Any) -> bool:
+    """Return whether ``activation`` is ReLU and no more."""
+    if type(activation) is nn.ReLU:
+        return not has_hooks(activation)
+    return activation in (F.relu_, F.relu)
 
 
 @cache

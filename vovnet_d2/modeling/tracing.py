@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a layer finds out that its call is recorded as a graph rather than run."""
+"""How a layer finds out that somebody follows its call, and so should see plain operators."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-__all__ = ["call_as_one_node", "is_symbolic", "is_traced"]
+__all__ = ["call_as_one_node", "has_hooks", "is_followed", "is_symbolic", "is_traced"]
 
 
 def is_symbolic(x: Any) -> bool:
@@ -30,6 +31,48 @@ def is_traced(*tensors: Any) -> bool:
         or torch.jit.is_scripting()
         or any(map(is_symbolic, tensors))
     )
+
+
+def is_followed(*tensors: Any) -> bool:
+    """Return whether this call is traced, or something else looks at its operators one by one.
+
+    The transforms of torch.func and forward-mode differentiation do; dispatch modes, such as
+    torch's FlopCounterMode and FakeTensorMode; and subclasses of tensors, such as DTensor. They
+    know plain operators best.
+
+    Args:
+        tensors: the inputs of the call.
+    """
+    return (
+        is_traced()
+        or any(type(x) not in (Tensor, nn.Parameter) for x in tensors)
+        or _count_dispatch_modes() > 0
+        or _are_transforms_active()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+    )
+
+
+# Private in torch: where they are missing, modes and transforms see what is run.
+_count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether somebody wants to know of the calls of ``module`` or of all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+# Private in torch: where they are missing, hooks on all modules see those that are called.
+_GLOBAL_HOOKS = [
+    getattr(nn.modules.module, f"_global_{kind}_hooks", {})
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 def call_as_one_node(module: nn.Module, x: Tensor) -> Tensor:

@@ -259,6 +259,11 @@ class VoVNet(Backbone):
         symbolic = is_symbolic(x)
         if not symbolic and x.dim() != 4:
             raise ValueError(f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}.")
+        if not symbolic and not x.is_floating_point():
+            raise ValueError(
+                f"VoVNet takes an input of floating-point numbers, got {x.dtype}: convert it, for "
+                "example by x.float()."
+            )
         outputs = {}
         recompute = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
         recompute = recompute and not symbolic
@@ -309,8 +314,13 @@ class VoVNet(Backbone):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Published and timm names are understood here, where every loader of every project passes.
         renamed = rename_keys([k[len(prefix) :] for k in state_dict if k.startswith(prefix)])
+        error_messages = args[-1]
         for old, new in renamed.items():
-            state_dict[prefix + new] = state_dict.pop(prefix + old)
+            tensor = state_dict.pop(prefix + old)
+            if state_dict.setdefault(prefix + new, tensor) is not tensor:
+                error_messages.append(
+                    f"{prefix + new} is there twice, also as {prefix + old}: remove one of them."
+                )
         # A BatchNorm counts batches, a FrozenBN may not, and loads what was trained as either: the
         # count, which only a BatchNorm without momentum would use, may be missing or left over.
         for name, module in self.named_modules():
@@ -319,7 +329,8 @@ class VoVNet(Backbone):
                 if module.num_batches_tracked is None:
                     state_dict.pop(count, None)
                 elif f"{prefix}{name}.running_mean" in state_dict:
-                    state_dict.setdefault(count, module.num_batches_tracked)
+                    known = module.num_batches_tracked
+                    state_dict.setdefault(count, torch.tensor(0) if known.is_meta else known)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

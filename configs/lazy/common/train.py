@@ -7,7 +7,7 @@ train = dict(
     max_iter="${lr_multiplier.scheduler.milestones.2}",  # SOLVER.MAX_ITER
     seed=-1,  # SEED; -1 draws one
     device="cuda",  # MODEL.DEVICE
-    channels_last=True,  # MODEL.CHANNELS_LAST
+    channels_last=None,  # MODEL.CHANNELS_LAST
     amp=dict(enabled=False, dtype="auto"),  # SOLVER.AMP
     clip_gradients=dict(  # SOLVER.CLIP_GRADIENTS
         enabled=False, clip_type="norm", clip_value=1.0, norm_type=2.0
