@@ -65,6 +65,13 @@ def test_rows_of_known_sleepers(monkeypatch):
     assert "a test; idle power included" in result.protocol["energy"]
 
 
+def test_cases_are_compared_round_by_round():
+    times = {"reference": [1.0, 2.0, 4.0]}
+    row = study._compare("network", "a", [3.0, 2.0, 8.0], times, "reference")
+    quartiles = (row["time_of_network_q1"], row["time_of_network"], row["time_of_network_q3"])
+    assert quartiles == (1.5, 2, 2.5)  # of 3, 1 and 2
+
+
 MULTIPLY_ADDS = 64 * 64 * 4 * 27  # of a sleeper, for one image
 BYTES = 4 * (2 * 64 * 64 * (3 + 4) + 4 * 27)  # of its maps and its weight in float32, for two
 
@@ -409,6 +416,8 @@ def test_without_weights_nothing_is_dropped(config):
     with torch.no_grad():
         (found,) = model(detector_inputs(model, random_images(1, (128, 128), CPU)))
     assert 0 < len(found["instances"]) <= 5  # without those whose box is outside the image
+    if hasattr(model, "proposal_generator"):
+        assert model.proposal_generator.nms_thresh == 1
     if "panoptic_seg" in found:
         assert sum(segment["isthing"] for segment in found["panoptic_seg"][1]) > 0
 
