@@ -335,6 +335,7 @@ def test_the_most_frequent_confusions_are_named_first() -> None:
     detections = SimpleNamespace(class_names={1: "a", 2: "b"})
     shown = page_module._show_confusion(matrix, detections)
     assert shown.most_frequent == [("b", "a", 3), ("a", "b", 1)]
+    assert shown.shares[0] == [60, 7, 33]  # per cent of the objects of a class
 
 
 def test_marks_on_a_tile(tmp_path: Path) -> None:
