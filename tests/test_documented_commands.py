@@ -17,6 +17,8 @@ from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
 from vovnet_d2.engine.pretrain import add_pretraining_config
 from vovnet_d2.engine.scaling import scale_to_batch
+from vovnet_d2.engine.schedule import fit_schedule
+from vovnet_d2.engine.written import find_written
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -73,6 +75,8 @@ def schedule(tool: str, words: list[str]) -> Schedule:
         cfg = scale_to_batch(written, args.opts)
     else:
         cfg = load_config(args.config_file, args.opts, add_config=add)
+    if is_for_custom_data(words):
+        fit_schedule(cfg, *find_written(args.config_file, args.opts), num_images=500)
     return Schedule(cfg, Trainer.build_lr_scheduler(cfg, optimizer(cfg.SOLVER.BASE_LR)), written)
 
 
@@ -90,7 +94,11 @@ def learning_rates(scheduler: Any, iterations: range) -> list[float]:
 def test_the_pages_have_commands() -> None:
     assert {tool for tool, _ in COMMANDS} == {"train_net", "pretrain_net", "lazyconfig_train_net"}
     assert len(COMMANDS) >= 10
-    assert any("--auto-scale-lr" in words and "SOLVER.MAX_ITER" in words for _, words in COMMANDS)
+    assert any(is_for_custom_data(words) for _, words in COMMANDS)
+
+
+def is_for_custom_data(words: list[str]) -> bool:
+    return any(word in ("--train-json", "--train-annotations") for word in words)
 
 
 @pytest.mark.parametrize(("tool", "words"), COMMANDS, ids=lambda value: str(value)[-60:])

@@ -23,7 +23,13 @@ from engine_runs import FASTER_RCNN, RETINANET
 from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.data import register_digits
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import check_config, check_data, check_initialisation, parse_device
+from vovnet_d2.engine.checks import (
+    check_config,
+    check_data,
+    check_initialisation,
+    check_schedule,
+    parse_device,
+)
 from vovnet_d2.engine.precision import autocast_dtype
 
 pytest_plugins = ["engine_fixtures"]
@@ -335,10 +341,9 @@ def test_cocos_sigmas_for_other_keypoints_are_warned_of(
 
 def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     options = ["SOLVER.WARMUP_ITERS", "100", "SOLVER.MAX_ITER"]
-    check_config(config(*options, "101"), training=True)
-    check_config(config(*options, "100"), training=False)
+    check_schedule(config(*options, "101"))
     assert not caplog.text
-    check_config(config(*options, "100"), training=True)
+    check_schedule(config(*options, "100"))
     assert "SOLVER.WARMUP_ITERS 100 is not below SOLVER.MAX_ITER 100" in caplog.text
 
 

@@ -170,9 +170,11 @@ def test_wall_time_is_that_of_the_whole_training(
 ) -> None:
     cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "a.pth")
     args = argparse.Namespace(config_file="", eval_only=False)
-    write_report(cfg, Oracle(0.9), {}, args=args, seconds=3725.4, earlier_seconds=earlier)
+    times = {"seconds": 3725.4, "earlier_seconds": earlier}
+    write_report(cfg, Oracle(0.9), {}, args=args, **times, length="9 iterations")
     run = json.loads((tmp_path / "results.json").read_text())["run"]
     assert run["wall time"] == told
+    assert run["kind"] == "training, 9 iterations"
     assert run["weights"] == "a.pth"
 
 

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import CfgNode
 
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.scaling import scale_to_batch, warn_of_unscaled_batch
+from vovnet_d2.engine.scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
 
 # Of the 3x schedule for 16 images per step, by hand.
 WRITTEN = {"BASE_LR": 0.02, "MAX_ITER": 270000, "STEPS": (210000, 250000), "WARMUP_ITERS": 1000}
@@ -89,7 +89,7 @@ def test_the_effective_values_are_logged(
 ) -> None:
     written.SOLVER.BASE_LR_END = 0.0016
     with caplog.at_level(logging.INFO, logger="vovnet_d2"):
-        scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"])
+        report_scaling(written, scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "2"]))
     for value in ("0.0025", "0.0002", "2160000", "(1680000, 2000000)", "8000"):
         assert value in caplog.text
 

@@ -334,6 +334,7 @@ TRAIN = {
     "checkpointer.period": 7,
     "checkpointer.max_to_keep": 7,
     "eval_period": 7,
+    "patience": 7,
 }
 
 

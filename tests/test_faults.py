@@ -203,6 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
             [
                 *["SOLVER.AMP.ENABLED", "True", "MODEL.VOVNET.NORM", "GN"],
                 *["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+                *["DATALOADER.REPEAT_THRESHOLD", "0.9"],
             ],
         ),
     ],

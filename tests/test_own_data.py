@@ -114,7 +114,7 @@ def test_train_then_evaluate_and_predict_without_the_flags(
     log = read_log(out)
     assert "train.json: 10 categories, 14 images, " in log
     assert "2 images without objects, or with crowds only, are left out of the training" in log
-    assert "3 iterations of 2 images are 0.5 epochs of the 12 images. The schedule is" in log
+    assert "set on the command line: 0.5 epochs" in log
 
     found = json.loads((out / "inference" / "coco_instances_results.json").read_text())
     assert {result["category_id"] for result in found} <= set(IDS.values())
@@ -369,23 +369,6 @@ def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> No
     for wrong in (7, {"name": "a"}, entry | {"category_ids": []}):
         with pytest.raises(ValueError, match=r"DATASETS\.OWN has"):
             register_own_data([wrong])
-
-
-@pytest.mark.parametrize(
-    ("iterations", "level"), [(3, logging.WARNING), (72, logging.INFO), (900, logging.WARNING)]
-)
-def test_epochs(
-    catalogs: None, digits: Path, caplog: pytest.LogCaptureFixture, iterations: int, level: int
-) -> None:
-    options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", str(iterations)]
-    with caplog.at_level(logging.INFO, "vovnet_d2"):
-        setup(FASTER_RCNN, flags(digits, *BOTH), *options)
-    (record,) = (record for record in caplog.records if "epochs" in record.message)
-    assert f"{iterations} iterations of 2 images are {iterations / 6:,.1f} epochs" in record.message
-    assert record.levelno == level
-    assert ("(COCO's 1x schedule is 12 epochs: 72 iterations here)" in record.message) == (
-        level == logging.WARNING
-    )
 
 
 # What is wrong

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from .modeling.build import require_own_builders
 from .modeling.specs import VoVNetSpec
 
-__all__ = ["add_vovnet_config", "get_config_file"]
+__all__ = ["add_vovnet_config", "find_config_folder", "get_config_file"]
 
 _SUFFIXES = (".yaml", ".py")
 
@@ -76,6 +76,9 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # Training images that cannot be read, or are of another size than the annotations say: so many
     # different ones are left out by a process, with a warning each; the next ends the training.
     cfg.DATALOADER.setdefault("MAX_UNREADABLE", 0)
+    # End a training whose metric (mask AP, or box AP where there are no masks) has not risen in so
+    # many evaluations, TEST.EVAL_PERIOD apart; 0 never does. model_best.pth stays.
+    cfg.TEST.setdefault("PATIENCE", 0)
     # Evaluate in mixed precision.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)
@@ -265,13 +268,7 @@ def get_config_file(name: str) -> str:
     Raises:
         FileNotFoundError: there is no such file; the message names the closest ones.
     """
-    package = Path(__file__).parent
-    # An installed wheel carries the folder inside; a checkout has it beside the package.
-    root = next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), None)
-    if root is None:
-        raise FileNotFoundError(
-            f"No configs folder in {package} or beside it: reinstall vovnet_d2 from its repository."
-        )
+    root = find_config_folder()
     if (path := root / name).is_file():
         return str(path)
     files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
@@ -279,4 +276,20 @@ def get_config_file(name: str) -> str:
     close = [*dict.fromkeys(same + get_close_matches(name, files, n=3, cutoff=0.3))][:3]
     raise FileNotFoundError(
         f"No config file {name!r} in {root}. Close to it: {', '.join(close or files[:3])}."
+    )
+
+
+def find_config_folder() -> Path:
+    """Return the folder of the config files of this package.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    package = Path(__file__).parent
+    # An installed wheel carries the folder inside; a checkout has it beside the package.
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"No configs folder in {package} or beside it: reinstall vovnet_d2 from its repository."
     )

@@ -39,6 +39,7 @@ __all__ = [
     "build_detection_stream",
     "sample_seed",
     "seed_all",
+    "seeded",
     "stay_until_dismissed",
     "step_seed",
 ]
@@ -73,7 +74,7 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """:func:`seed_all` for a while; then the CPU's generators go on as if nothing had been."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
@@ -181,7 +182,7 @@ class TrainingStream:
 
     def batches(self, place: Place) -> Iterator[list[Sample]]:
         """What this process's batches from ``place`` on are made of; no image is read for it."""
-        with _seeded(place.seed):
+        with seeded(place.seed):
             sampler = self._build_sampler()
         # Detectron2's samplers give process i of n the indices at positions i, i + n, i + 2n, ...
         positions = itertools.count(comm.get_rank(), place.num_processes)
@@ -249,7 +250,7 @@ class _Samples(Dataset[Any]):
     def __getitem__(self, sample: Sample) -> Any:
         position, index = sample
         seed = sample_seed(self._seed, position)
-        with _seeded(seed):
+        with seeded(seed):
             if (item := self._get(index)) is not None:
                 return item
         return self._replace(index, seed)
@@ -262,7 +263,7 @@ class _Samples(Dataset[Any]):
         rng = random.Random(seed)
         for _ in range(_NUM_REPLACEMENTS):
             other = rng.randrange(len(self._dataset))  # type: ignore[arg-type]
-            with _seeded(seed):
+            with seeded(seed):
                 if (item := self._get(other)) is not None:
                     return item
         raise ValueError(

@@ -46,10 +46,12 @@ __all__ = [
     "check_data_sets",
     "check_initialisation",
     "check_network",
+    "check_schedule",
     "choose_device",
     "find_num_classes",
     "instance_class_keys",
     "is_of_loader",
+    "is_pretrained",
     "load_records",
     "parse_device",
 ]
@@ -73,7 +75,7 @@ _MOST_BYTES = (
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
-    """Look at keys that must go together; warn of a training that is all warm-up.
+    """Look at keys that must go together.
 
     Raises:
         ValueError: the network or its backbone is not registered, the processes cannot share the
@@ -122,13 +124,6 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
             f"SOLVER.IMS_PER_BATCH is {batch}: it must be a multiple of the number of processes, "
             f"which is {processes}."
         )
-    if training and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
-        logger.warning(
-            "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never "
-            "reaches SOLVER.BASE_LR.",
-            cfg.SOLVER.WARMUP_ITERS,
-            cfg.SOLVER.MAX_ITER,
-        )
     if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
         autocast_dtype(cfg)
     if cfg.MODEL.CHANNELS_LAST not in (None, True, False):
@@ -150,6 +145,29 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
         raise ValueError(
             "Detectron2 has test-time augmentation for GeneralizedRCNN without keypoints only: set "
             "TEST.AUG.ENABLED False."
+        )
+
+
+def check_schedule(cfg: CfgNode) -> None:
+    """Look at the keys of a training that say when; warn of one that is all warm-up.
+
+    Raises:
+        ValueError: the training is to end early by evaluations that it does not have.
+    """
+    if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never "
+            "reaches SOLVER.BASE_LR.",
+            cfg.SOLVER.WARMUP_ITERS,
+            cfg.SOLVER.MAX_ITER,
+        )
+    patience = cfg.TEST.PATIENCE
+    if patience < 0:
+        raise ValueError(f"TEST.PATIENCE is {patience}: give a number of evaluations, or 0.")
+    if patience and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
+        raise ValueError(
+            f"TEST.PATIENCE is {patience}, and nothing is evaluated on the way: set "
+            "TEST.EVAL_PERIOD and data to evaluate on (--val-json, DATASETS.TEST)."
         )
 
 
@@ -492,7 +510,7 @@ def check_initialisation(
             "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
             "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
         )
-    if cfg.MODEL.get(_backbone_node(cfg), {}).get("PRETRAINED", False):
+    if is_pretrained(cfg):
         return
     backbone = backbone or build_backbone(cfg)
     frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
@@ -504,6 +522,12 @@ def check_initialisation(
             f"{_suggest_weights(cfg)}, or train from scratch with "
             f"MODEL.{_backbone_node(cfg)}.NORM BN (or GN) and MODEL.BACKBONE.FREEZE_AT 0."
         )
+
+
+def is_pretrained(cfg: CfgNode) -> bool:
+    """Return whether a training with this config starts from weights, of the backbone at least."""
+    backbone = cfg.MODEL.get(_backbone_node(cfg), {})
+    return bool(cfg.MODEL.WEIGHTS or backbone.get("PRETRAINED", False))
 
 
 def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: str = "") -> None:

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -17,7 +18,16 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_vovnet_config, get_config_file
 from .other_projects import translate
 
-__all__ = ["PROGRESS_HELP", "argument_parser", "find_config", "load_config", "resolve_config"]
+__all__ = [
+    "PROGRESS_HELP",
+    "argument_parser",
+    "find_config",
+    "get_value",
+    "list_keys",
+    "load_config",
+    "resolve_config",
+    "set_value",
+]
 
 PROGRESS_HELP = (
     "show a progress bar with the time left instead of the log, which goes to OUTPUT_DIR/log.txt"
@@ -184,7 +194,7 @@ def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             f"{' '.join(options)}"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
-        if key not in _keys(cfg):
+        if key not in list_keys(cfg):
             raise KeyError(_explain_key(cfg, f"Non-existent config key: {key}"))
         try:
             cfg.merge_from_list([key, value])
@@ -194,16 +204,32 @@ def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
 
 def _explain_key(cfg: CfgNode, message: str) -> str:
     """A message that ends with a key, and the keys that may have been meant."""
-    close = get_close_matches(message.rsplit(" ", 1)[-1], list(_keys(cfg)), n=3)
+    close = get_close_matches(message.rsplit(" ", 1)[-1], list(list_keys(cfg)), n=3)
     return f"{message}." + (f" Close to it: {', '.join(close)}." if close else "")
 
 
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+def list_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of all values of a config, such as "SOLVER.MAX_ITER"."""
     for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping):
+            yield from list_keys(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield f"{prefix}{key}"
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a key such as "SOLVER.MAX_ITER"."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def set_value(cfg: CfgNode, key: str, value: Any) -> None:
+    """Set the value of a key such as "SOLVER.MAX_ITER"."""
+    *path, name = key.split(".")
+    for part in path:
+        cfg = cfg[part]
+    cfg[name] = value
 
 
 def _one_line(error: Exception) -> str:

@@ -18,11 +18,13 @@ from ..data.voc import register_voc
 from . import config
 from .checks import check_data, check_initialisation
 from .evaluation import check_evaluators
+from .fitting import add_fitting_arguments, data_of, fit_to_data, refuse_to_fit
 from .launch import launch_command
 from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation
 from .run import Task, run_task
 from .trainer import Trainer
+from .written import find_written
 
 __all__ = ["argument_parser", "main", "register_data", "run"]
 
@@ -33,6 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Those that all trainings share, and those for data of one's own."""
     parser = config.argument_parser()
     add_own_data_arguments(parser)
+    add_fitting_arguments(parser)
     return parser
 
 
@@ -52,10 +55,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """What each process does; see :func:`run_task`.
 
     Raises:
-        ValueError: there is no config; for the others see :func:`run_task`.
+        ValueError: there is no config, or what is only evaluated is to be fitted to its data; for
+            the others see :func:`run_task`.
     """
     _require_config(args)
-    return run_task(Task(Trainer, partial(_check, args)), args)
+    refuse_to_fit(args)
+    return run_task(Task(Trainer, partial(_check, args), fit=partial(_fit, args)), args)
 
 
 def _require_config(args: argparse.Namespace) -> None:
@@ -94,3 +99,10 @@ def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: 
     check_data(cfg, training=training)
     check_evaluators(cfg)
     rehearse_evaluation(cfg, Trainer)
+
+
+def _fit(args: argparse.Namespace, cfg: CfgNode, *, resuming: bool) -> bool:
+    unsafe = args.allow_unsafe_yaml
+    written = partial(find_written, args.config_file, args.opts, allow_unsafe_yaml=unsafe)
+    rows = fit_to_data(cfg, args, written, data_of(cfg), resuming=resuming)
+    return any(row.key == "SOLVER.MAX_ITER" for row in rows)

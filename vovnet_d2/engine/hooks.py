@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
@@ -22,7 +23,17 @@ from ..data.unreadable import ReadableOnly
 from .interruption import Interrupted
 from .pictures import read_metrics
 
-__all__ = ["BestCheckpointer", "Checkpointing", "EvalHook", "PreciseBN", "UnreadableCount"]
+__all__ = [
+    "BestCheckpointer",
+    "Checkpointing",
+    "EarlyStopping",
+    "EndOfTraining",
+    "EpochCount",
+    "EpochPrinter",
+    "EvalHook",
+    "PreciseBN",
+    "UnreadableCount",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +54,15 @@ class Checkpointing(HookBase):
         if self._period > 0 and self._done % self._period == 0:
             self.save()
         if self._done >= self.trainer.max_iter:
-            self.trainer.gather_rank_states()
-            self._checkpointer.save("model_final", iteration=self.trainer.iter)
-            self._saved = self._done
+            self.save_final()
         elif signal := self.trainer.stop_signal:
             self.end(signal)
+
+    def save_final(self) -> None:
+        """Save the state after the iteration at hand as that of a training that is over."""
+        self.trainer.gather_rank_states()
+        self._checkpointer.save("model_final", iteration=self.trainer.iter)
+        self._saved = self.trainer.iter + 1
 
     def save(self) -> None:
         self.trainer.gather_rank_states()
@@ -81,7 +96,7 @@ class Checkpointing(HookBase):
 
 class EvalHook(hooks.EvalHook):
     """Detectron2's, but that an evaluation which an interruption prevented is made up for when the
-    training is resumed."""
+    training is resumed, and that a training which stops early is not evaluated twice."""
 
     def __init__(self, period: int, evaluate: Callable[[], Any], metric: str | None, folder: str):
         """
@@ -93,6 +108,17 @@ class EvalHook(hooks.EvalHook):
         super().__init__(period, evaluate)
         self._metric = metric
         self._folder = folder
+        self._evaluated: int | None = None  # the iteration of the latest evaluation
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        self._evaluated = self.trainer.storage.iter
+
+    def after_train(self) -> None:
+        if self._evaluated == self.trainer.iter:
+            del self._func  # as Detectron2's does, against a circular reference
+        else:
+            super().after_train()
 
     def before_train(self) -> None:
         done, total = self.trainer.start_iter, self.trainer.max_iter
@@ -151,7 +177,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._check_what_is_new()  # made up for just now
 
     def after_train(self) -> None:
-        super().after_train()
+        if self._checked != self.trainer.iter:  # else a training that stopped early
+            super().after_train()
         # Of an evaluation at whose end another process was gone: the writers, which come next,
         # record it, so it is not made up for.
         self._check_what_is_new()
@@ -198,6 +225,98 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self.best_metric, self.best_iter, self._checked = value, iteration, iteration
 
 
+class EndOfTraining(BaseException):
+    """Ends the loop over the iterations before their number is reached; no error."""
+
+
+class EarlyStopping(HookBase):
+    """Ends a training whose metric has not risen in ``patience`` evaluations.
+
+    A hook of all processes, the last one. Checkpoints have the evaluations before the iteration
+    that they are of: what the hook decides by is the same whether the training was interrupted or
+    not.
+    """
+
+    def __init__(
+        self, checkpointing: Checkpointing, period: int, metric: str, patience: int, folder: str
+    ):
+        """
+        Args:
+            checkpointing: saves the state in which the training ends.
+            period: iterations from one evaluation to the next, at least 1.
+            metric: its result to compare, such as ``"bbox/AP"``; more is better.
+            patience: a number of evaluations, at least 1.
+            folder: ``OUTPUT_DIR``.
+        """
+        self._checkpointing = checkpointing
+        self._period = period
+        self._metric = metric
+        self._patience = patience
+        self._folder = folder
+        self._values: dict[int, float] = {}  # of the first process: the metric by iteration
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        if start == 0 or start >= self.trainer.max_iter:
+            return
+        path = os.path.join(self._folder, "metrics.json")
+        if comm.is_main_process() and os.path.isfile(path):
+            # The evaluation after the checkpoint, which is made up for only if it is not there.
+            recorded = read_metrics(path).get(self._metric, [])
+            self._values |= {at: value for at, value in recorded if at == start - 1}
+        self.trainer.iter = start - 1  # after which the training may have ended
+        self._end_if_vain()
+        self.trainer.iter = start
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done < self.trainer.max_iter:
+            self._end_if_vain()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": dict(self._values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._values = dict(state_dict["values"])
+
+    def _end_if_vain(self) -> None:
+        """End the training in all processes, if the first one has waited long enough.
+
+        Raises:
+            EndOfTraining: the training ends.
+        """
+        message = ""
+        if comm.is_main_process():
+            value, at = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
+            if at == self.trainer.iter:
+                self._values[at] = value
+            message = self._find_reason()
+        if not (message := comm.all_gather(message)[0]):
+            return
+        logger.info("%s", message)
+        self._checkpointing.save_final()
+        self.trainer.max_iter = self.trainer.iter + 1
+        raise EndOfTraining
+
+    def _find_reason(self) -> str:
+        """Say why the training ends; empty if it goes on. An evaluation without the metric, as one
+        without predictions is, counts as one that has not risen."""
+        known = {at: value for at, value in self._values.items() if math.isfinite(value)}
+        if not known:
+            return ""
+        best = max(known, key=lambda at: (known[at], -at))
+        waited = sum(at > best for at in self._values)
+        if waited < self._patience:
+            return ""
+        kept = os.path.isfile(os.path.join(self._folder, "model_best.pth"))
+        return (
+            f"The training ends early, after {self.trainer.iter + 1} of {self.trainer.max_iter} "
+            f"iterations: in {waited} evaluations {self._metric} has not risen above the "
+            f"{known[best]:.3f} after iteration {best} (TEST.PATIENCE {self._patience})."
+            + (" model_best.pth has those weights, model_final.pth the last." if kept else "")
+        )
+
+
 class UnreadableCount(HookBase):
     """Puts the number of training images that were left out, over this process's workers, among the
     metrics, from the first one on."""
@@ -207,6 +326,29 @@ class UnreadableCount(HookBase):
         mapper = loader.mapper if isinstance(loader, TrainingStream) else None
         if isinstance(mapper, ReadableOnly) and mapper.count:
             self.trainer.storage.put_scalar("unreadable_images", mapper.count, smoothing_hint=False)
+
+
+class EpochCount(HookBase):
+    """Puts the epoch among the metrics: images seen over images there are."""
+
+    def after_step(self) -> None:
+        epochs = self.trainer.count_epochs(self.trainer.iter + 1)
+        if epochs is not None:
+            self.trainer.storage.put_scalar("epoch", epochs, smoothing_hint=False)
+
+
+class EpochPrinter(CommonMetricPrinter):
+    """Detectron2's line of metrics, with the epoch before it."""
+
+    def __init__(self, max_iter: int):
+        super().__init__(max_iter)
+        self.logger: Any = _WithEpoch(logging.getLogger("detectron2.utils.events"), {})
+
+
+class _WithEpoch(logging.LoggerAdapter):
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        epoch, _ = get_event_storage().latest().get("epoch", (None, 0))
+        return (msg if epoch is None else f" epoch: {epoch:.2f} {msg}"), kwargs
 
 
 class _WeightsCheckpointer(VoVNetCheckpointer):

@@ -15,26 +15,32 @@ import torch
 from detectron2.config import CfgNode, LazyCall
 from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
 from ..data import register_digits
 from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.mapper import Mapper
+from ..data.oversampling import build_sampler
 from ..data.own import register_own_data
 from ..data.stream import TrainingStream, stay_until_dismissed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
-from .checks import check_data, check_initialisation, check_run, instance_class_keys
+from .checks import (
+    check_data,
+    check_initialisation,
+    check_run,
+    check_schedule,
+    instance_class_keys,
+)
 from .coco_evaluators import convert_anew
 from .config import PROGRESS_HELP
 from .evaluation import check_evaluators
+from .fitting import add_fitting_arguments, refuse_to_fit
 from .gpu_memory import explain_lack_of_memory
 from .launch import launch_command
 from .lazy_config import (
@@ -45,11 +51,11 @@ from .lazy_config import (
     to_cfg,
     write_back,
 )
+from .lazy_fitting import fit_lazy_config
 from .memory_format import to_memory_format
 from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation
-from .report import write_report
-from .run import check_device, open_output_dir, set_up_with_detectron2, train_or_evaluate
+from .run import check_device, open_output_dir, report, set_up_with_detectron2, train_or_evaluate
 from .trainer import Trainer, check_stream
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
@@ -77,12 +83,18 @@ def build_train_stream(
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
+    repeat_threshold: float = 0.0,
 ) -> TrainingStream:
     """As :func:`detectron2.data.build_detection_train_loader`, whose arguments these are; but a
-    training with it can be resumed exactly."""
+    training with it can be resumed exactly.
+
+    Args:
+        repeat_threshold: images of a class that less than this share of the images has come more
+            often, by Detectron2's RepeatFactorTrainingSampler; 0 is without.
+    """
     return TrainingStream(
         DatasetFromList(dataset, copy=False),
-        lambda: TrainingSampler(len(dataset)),
+        lambda: build_sampler(dataset, repeat_threshold),
         total_batch_size,
         mapper=mapper,
         group_by_shape=aspect_ratio_grouping,
@@ -180,6 +192,7 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
         ("--progress", PROGRESS_HELP),
     ):
         parser.add_argument(name, action="store_true", help=effect)
+    add_fitting_arguments(parser)
     return parser
 
 
@@ -196,6 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         see :func:`~vovnet_d2.engine.run.run_task`.
     """
     start = time.perf_counter()
+    refuse_to_fit(args)
     register_digits()
     register_voc()
     provide_cityscapes_scripts()
@@ -204,11 +218,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
         with explain_lack_of_memory(cfg, training=not args.eval_only):
-            results, model, earlier = train_or_evaluate(LazyTrainer.of(config), cfg, args)
-    if comm.is_main_process():
-        seconds = time.perf_counter() - start
-        write_report(cfg, model, results, args=args, seconds=seconds, earlier_seconds=earlier)
-    return results
+            outcome = train_or_evaluate(LazyTrainer.of(config), cfg, args)
+    report(cfg, outcome, args, start)
+    return outcome.results
 
 
 def _use_own_data(
@@ -245,6 +257,9 @@ def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
     check_initialisation(cfg, training=training, resuming=resuming, backbone=backbone)
     _use_own_data(config, cfg, args, training=training)
     check_data(cfg, training=training)
+    if training:
+        fit_lazy_config(config, cfg, args, resuming=resuming)
+        check_schedule(cfg)
     if "evaluator" not in config.dataloader:
         check_evaluators(cfg)
     rehearse_evaluation(cfg, LazyTrainer.of(config))

@@ -19,7 +19,7 @@ from detectron2.config import instantiate as detectron2_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import find_config, load_config
+from .config import find_config, get_value, load_config, set_value
 from .gpu_memory import GpuMemoryError
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "is_lazy",
     "is_lazy_file",
     "load_lazy_config",
+    "name_of_target",
+    "paths_of",
     "set_options",
     "to_cfg",
     "write_back",
@@ -57,10 +59,11 @@ _KEYS = {
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
     "INPUT.MIN_SIZE_TEST": "dataloader.test.mapper.augmentations[0].short_edge_length",
     "INPUT.MAX_SIZE_TEST": "dataloader.test.mapper.augmentations[0].max_size",
+    "DATASETS.OWN": "dataloader.own",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "DATASETS.TEST": "dataloader.test.dataset.names",
-    "DATASETS.OWN": "dataloader.own",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
+    "DATALOADER.REPEAT_THRESHOLD": "dataloader.train.repeat_threshold",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "SOLVER.BASE_LR": "optimizer.lr",
     "SOLVER.MAX_ITER": "train.max_iter",
@@ -74,6 +77,7 @@ _KEYS = {
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "SOLVER.CHECKPOINTS_KEPT": "train.checkpointer.max_to_keep",
     "TEST.EVAL_PERIOD": "train.eval_period",
+    "TEST.PATIENCE": "train.patience",
 }
 # The same of the heads, where the model is one of Detectron2's.
 _HEAD_KEYS = {
@@ -195,7 +199,7 @@ def set_options(config: DictConfig, options: Sequence[str]) -> None:
     Raises:
         ValueError: a LazyConfig has nothing for a key.
     """
-    keys = _all_keys(to_cfg(config))
+    keys = paths_of(to_cfg(config))
     if len(options) % 2:
         raise ValueError(
             f"Config options are pairs of KEY and VALUE, but there are {len(options)} words: "
@@ -220,12 +224,10 @@ def as_yaml_options(overrides: Sequence[str]) -> list[str]:
 
 def write_back(config: DictConfig, cfg: CfgNode, wanted: Sequence[str]) -> None:
     """Give a LazyConfig the values that a config has for some of the keys that both have."""
-    for key, path in _all_keys(cfg).items():
+    for key, path in paths_of(cfg).items():
         if key in wanted:
-            node: Any = cfg
-            for part in key.split("."):
-                node = node[part]
-            OmegaConf.update(config, path, list(node) if isinstance(node, tuple) else node)
+            value = get_value(cfg, key)
+            OmegaConf.update(config, path, list(value) if isinstance(value, tuple) else value)
 
 
 def _apply_override(config: DictConfig, override: str) -> None:
@@ -317,11 +319,11 @@ def to_cfg(config: DictConfig) -> CfgNode:
         ValueError: a reference in the config leads nowhere.
     """
     cfg = load_config()
-    cfg.MODEL.META_ARCHITECTURE = _name_of_target(config.model)
+    cfg.MODEL.META_ARCHITECTURE = name_of_target(config.model)
     _describe_backbone(cfg, config)
     heads = OmegaConf.select(config, "model.roi_heads") or {}
     cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = "mask_head" in heads, "keypoint_head" in heads
-    for key, path in _all_keys(cfg).items():
+    for key, path in paths_of(cfg).items():
         try:
             value = OmegaConf.select(config, path)
         except OmegaConfBaseException as error:
@@ -331,10 +333,13 @@ def to_cfg(config: DictConfig) -> CfgNode:
     warmup = OmegaConf.select(config, "lr_multiplier.warmup_length")
     cfg.SOLVER.WARMUP_ITERS = round((warmup or 0) * cfg.SOLVER.MAX_ITER)
     cfg.SOLVER.STEPS = ()
+    if cfg.DATALOADER.REPEAT_THRESHOLD:
+        cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     return cfg
 
 
-def _name_of_target(node: DictConfig) -> str:
+def name_of_target(node: DictConfig) -> str:
+    """Return the name of what a node calls; empty if it calls nothing."""
     target = node.get("_target_", "")
     return target.rpartition(".")[2] if isinstance(target, str) else target.__name__
 
@@ -342,25 +347,27 @@ def _name_of_target(node: DictConfig) -> str:
 def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
     """Enough for the checks to suggest weights."""
     node = OmegaConf.select(config, "model.backbone.bottom_up")
-    if isinstance(node, DictConfig) and _name_of_target(node) == "VoVNet":
+    if isinstance(node, DictConfig) and name_of_target(node) == "VoVNet":
         cfg.MODEL.BACKBONE.NAME = "build_vovnet_fpn_backbone"
         spec = node.spec.get("spec") if isinstance(node.spec, DictConfig) else node.spec
         cfg.MODEL.VOVNET.CONV_BODY = spec if isinstance(spec, str) else ""
 
 
-def _all_keys(cfg: CfgNode) -> dict[str, str]:
+def paths_of(cfg: CfgNode) -> dict[str, str]:
+    """Return where a LazyConfig has what the engine reads, by the keys of YAML files.
+
+    Args:
+        cfg: what :func:`to_cfg` makes of the LazyConfig.
+    """
     return _KEYS | _HEAD_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
 
 
 def _set(cfg: CfgNode, key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        cfg = cfg[part]
     if isinstance(value, ListConfig):
         value = OmegaConf.to_container(value)
     if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         value = (value,) if isinstance(value, str) else tuple(value or ())
-    cfg[last] = value
+    set_value(cfg, key, value)
 
 
 @contextmanager
@@ -369,7 +376,7 @@ def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
     try:
         yield
     except (FloatingPointError, FileNotFoundError, GpuMemoryError, KeyError, ValueError) as error:
-        message = _translate(str(error.args[0]), _all_keys(cfg)) if len(error.args) == 1 else ""
+        message = _translate(str(error.args[0]), paths_of(cfg)) if len(error.args) == 1 else ""
         if message in ("", error.args[0]):
             raise
         raise type(error)(message) from error

@@ -36,6 +36,7 @@ _BESIDES = (
     "evaluation",
     "evaluation_[0-9]*",
     "report.html",
+    "fitted.json",
     "events.out.tfevents.*",
 )
 _EARLIER = "earlier"

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SPLITS = {"train": "own_train", "val": "own_val"}
-_LEAST_EPOCHS, _MOST_EPOCHS = 1, 100
 _LEAST_MASKS = 10  # of which all are rectangles, and not by chance
 
 
@@ -46,8 +45,7 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
         "data of your own",
         f"annotations: {describe_formats()}. The number of categories and their names come from "
         "the files, and OUTPUT_DIR/config.yaml has all of it: with that for --config-file, "
-        "evaluation and prediction need none of these arguments. The training schedule stays the "
-        "config's",
+        "evaluation and prediction need none of these arguments",
     )
     for split, use in (
         ("train", "train on"),
@@ -278,27 +276,13 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
         raise ValueError(f"{json} has no image with an object that is no crowd: nothing to train.")
     if not training:
         return
-    num_images = contents.num_images
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        num_images = contents.num_trainable
-        if left_out := contents.num_images - num_images:
-            logger.info(
-                "%d images without objects, or with crowds only, are left out of the training "
-                "(DATALOADER.FILTER_EMPTY_ANNOTATIONS).",
-                left_out,
-            )
-    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / num_images
-    unusual = not _LEAST_EPOCHS <= epochs <= _MOST_EPOCHS
-    logger.log(
-        logging.WARNING if unusual else logging.INFO,
-        "%d iterations of %d images are %s epochs of the %d images.%s",
-        *(cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, f"{epochs:,.1f}", num_images),
-        " The schedule is the config's, made for other data: set SOLVER.MAX_ITER and SOLVER.STEPS "
-        f"(COCO's 1x schedule is 12 epochs: {round(12 * num_images / cfg.SOLVER.IMS_PER_BATCH)} "
-        "iterations here)."
-        if unusual
-        else "",
-    )
+    left_out = contents.num_images - contents.num_trainable
+    if left_out and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        logger.info(
+            "%d images without objects, or with crowds only, are left out of the training "
+            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS).",
+            left_out,
+        )
 
 
 def _match(

@@ -42,8 +42,9 @@ class ProgressBar(HookBase):
     there. It covers the remaining steps and the evaluation after the last one.
     """
 
+    _bar: tqdm | None = None  # also where another hook ends the training before its start
+
     def before_train(self) -> None:
-        self._bar: tqdm | None = None
         self._began = time.perf_counter()
 
     def after_step(self) -> None:

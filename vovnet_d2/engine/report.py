@@ -48,6 +48,7 @@ def write_report(
     args: argparse.Namespace,
     seconds: float,
     earlier_seconds: float = 0.0,
+    length: str = "",
 ) -> None:
     """Log the results as a table, and write the report to ``OUTPUT_DIR``.
 
@@ -58,11 +59,12 @@ def write_report(
         args: command-line arguments; their ``command``, if there is one, goes into the report.
         seconds: wall time of the run.
         earlier_seconds: wall time of the training before this run resumed it.
+        length: iterations and epochs of a training; empty for an evaluation.
     """
     notes = _describe_crowding(cfg, results)
     table = "\n\n".join([format_results(cfg, results), *notes])
     logger.info("Results:\n%s", table)
-    facts = _describe_run(cfg, args, seconds, earlier_seconds)
+    facts = _describe_run(cfg, args, length, seconds, earlier_seconds)
     content = {"run": facts, "results": _without_nan(_by_dataset(cfg, results))}
     content |= {"notes": notes} if notes else {}
     _write(cfg, "results.json", json.dumps(content, indent=2) + "\n")
@@ -136,7 +138,7 @@ def _by_dataset(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_run(
-    cfg: CfgNode, args: argparse.Namespace, seconds: float, earlier_seconds: float
+    cfg: CfgNode, args: argparse.Namespace, length: str, seconds: float, earlier_seconds: float
 ) -> dict[str, str]:
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
@@ -147,7 +149,7 @@ def _describe_run(
         "config": args.config_file or "none",
         "weights": cfg.MODEL.WEIGHTS or "none",
         "command": getattr(args, "command", ""),
-        "kind": "evaluation" if args.eval_only else f"training, {cfg.SOLVER.MAX_ITER} iterations",
+        "kind": f"training, {length}" if length else "evaluation",
         "device": name,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, detectron2 {detectron2.__version__}",

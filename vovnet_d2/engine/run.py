@@ -27,21 +27,23 @@ from ..data.unreadable import UnreadableImageError
 from ..made import note_made, note_run
 from ..modeling.inference import optimize_for_inference
 from .categories import find_difference
-from .checks import check_all_loaded, check_config, choose_device
+from .checks import check_all_loaded, check_config, check_schedule, choose_device
 from .config import find_config, load_config
+from .fitting import keep_record
 from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
 from .output_folder import choose_folder, keep_earlier_run, keep_foreign_config
 from .progress import ProgressBar, shorten_log
 from .quiet import escape_unwritable
 from .report import write_report
-from .scaling import scale_to_batch, warn_of_unscaled_batch
+from .scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
 
 __all__ = [
     "Task",
     "check_device",
     "open_output_dir",
+    "report",
     "run_task",
     "set_up_with_detectron2",
     "train_or_evaluate",
@@ -54,6 +56,10 @@ class _Check(Protocol):
     def __call__(self, cfg: CfgNode, *, training: bool, resuming: bool) -> None: ...
 
 
+class _Fit(Protocol):
+    def __call__(self, cfg: CfgNode, *, resuming: bool) -> bool: ...
+
+
 class Task(NamedTuple):
     """What is trained.
 
@@ -61,11 +67,13 @@ class Task(NamedTuple):
         trainer: the class of the trainer.
         check: raises an error if the config cannot be run; may complete it from the data.
         add_config: adds keys to the config that this task has beyond Detectron2's and ours.
+        fit: fits the schedule of a training to the data, or leaves it and returns False.
     """
 
     trainer: type[Trainer]
     check: _Check
     add_config: Callable[[CfgNode], None] | None = None
+    fit: _Fit | None = None
 
 
 def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -87,25 +95,49 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     cfg = _set_up(task, args)
     with explain_lack_of_memory(cfg, training=not args.eval_only):
-        results, model, earlier = train_or_evaluate(task.trainer, cfg, args)
+        outcome = train_or_evaluate(task.trainer, cfg, args)
+    report(cfg, outcome, args, start)
     if comm.is_main_process():
-        seconds = time.perf_counter() - start
-        write_report(cfg, model, results, args=args, seconds=seconds, earlier_seconds=earlier)
-        verify_results(cfg, results)
-    return results
+        verify_results(cfg, outcome.results)
+    return outcome.results
+
+
+class Outcome(NamedTuple):
+    """
+    Attributes:
+        results: of the last evaluation, as :meth:`Trainer.test` gives them.
+        model: as it is at the end.
+        earlier_seconds: wall time of the training before it was resumed.
+        length: iterations and epochs of a training; empty for an evaluation.
+    """
+
+    results: dict[str, Any]
+    model: nn.Module
+    earlier_seconds: float = 0.0
+    length: str = ""
+
+
+def report(cfg: CfgNode, outcome: Outcome, args: argparse.Namespace, start: float) -> None:
+    """Write the report of a run that began at ``start`` of :func:`time.perf_counter`."""
+    if comm.is_main_process():
+        write_report(
+            cfg,
+            outcome.model,
+            outcome.results,
+            args=args,
+            seconds=time.perf_counter() - start,
+            earlier_seconds=outcome.earlier_seconds,
+            length=outcome.length,
+        )
 
 
 def train_or_evaluate(
     trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace
-) -> tuple[dict[str, Any], nn.Module, float]:
+) -> Outcome:
     """
     Args:
         args: with ``eval_only``, ``resume``, ``run_dir``, ``allow_partial`` and
             ``allow_pickle``.
-
-    Returns:
-        the results of the last evaluation; the model as it is at the end; and the wall time in
-        seconds of the training before it was resumed.
 
     Raises:
         see :func:`run_task`.
@@ -118,7 +150,8 @@ def train_or_evaluate(
             trainer.register_hooks([ProgressBar()])
         results = trainer.train()
         # The model without DistributedDataParallel around it.
-        return results, trainer.checkpointer.model, trainer.earlier_seconds
+        model, length = trainer.checkpointer.model, trainer.describe_length()
+        return Outcome(results, model, trainer.earlier_seconds, length)
     model = trainer_class.build_model(cfg)
     checkpointer = VoVNetCheckpointer(model, args.run_dir, **options)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -133,7 +166,7 @@ def train_or_evaluate(
     elif cfg.TEST.OPTIMIZE:
         logger.info("Evaluating what vovnet_d2.optimize_for_inference makes of the model.")
         evaluated = optimize_for_inference(model)
-    return trainer_class.test_all(cfg, evaluated), model, 0.0
+    return Outcome(trainer_class.test_all(cfg, evaluated), model)
 
 
 def _require_same_categories(
@@ -185,8 +218,10 @@ def set_up_with_detectron2(
     """
     path = find_config(args.config_file) if args.config_file else ""
     if comm.is_main_process():
-        if not args.eval_only and not (args.resume and _last_checkpoint(folder)):
+        anew = not args.eval_only and not (args.resume and _last_checkpoint(folder))
+        if anew:
             keep_earlier_run(folder, [path, weights.partition("?")[0]])
+        keep_record(folder, getattr(args, "fitted", None), anew=anew)
         keep_foreign_config(folder)
     comm.synchronize()  # the others read and write there
     default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
@@ -209,13 +244,15 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
         folder = cfg.OUTPUT_DIR  # perhaps not the one that the options name
         cfg = scale_to_batch(written, args.opts)
         cfg.OUTPUT_DIR = folder
-    elif not args.eval_only:
-        warn_of_unscaled_batch(written, cfg)
     cfg = Trainer.auto_scale_workers(cfg, comm.get_world_size())
     check_device(cfg)
-    training = not args.eval_only
+    training, resuming = not args.eval_only, args.resume and bool(last)
     check_config(cfg, training=training)
-    task.check(cfg, training=training, resuming=args.resume and bool(last))
+    task.check(cfg, training=training, resuming=resuming)
+    if training:
+        if not (task.fit and task.fit(cfg, resuming=resuming)):
+            (report_scaling if args.auto_scale_lr else warn_of_unscaled_batch)(written, cfg)
+        check_schedule(cfg)
     cfg.freeze()
     set_up_with_detectron2(cfg, cfg.OUTPUT_DIR, args, weights=cfg.MODEL.WEIGHTS)
     return cfg

@@ -12,7 +12,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-__all__ = ["scale_to_batch", "warn_of_unscaled_batch"]
+from .config import get_value
+
+__all__ = ["report_scaling", "scale_to_batch", "warn_of_unscaled_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +69,15 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
     scaled.merge_from_list(options)
     scaled.SOLVER.IMS_PER_BATCH = batch
     scaled.SOLVER.REFERENCE_WORLD_SIZE = processes  # so that Detectron2 does not scale once more
-    rows = [(key, _get(written, key), _get(scaled, key)) for key in _SCALED]
+    return scaled
+
+
+def report_scaling(written: CfgNode, scaled: CfgNode) -> None:
+    """Log what :func:`scale_to_batch` has made of a config."""
+    batch, reference = scaled.SOLVER.IMS_PER_BATCH, written.SOLVER.IMS_PER_BATCH
+    rows = [(key, get_value(written, key), get_value(scaled, key)) for key in _SCALED]
     table = tabulate(rows, headers=["key", "config file", "this run"], tablefmt="pipe")
     logger.info("--auto-scale-lr, for a batch of %d instead of %d:\n%s", batch, reference, table)
-    return scaled
 
 
 def _scale(cfg: CfgNode, batch: int, max_iter: int | None) -> CfgNode:
@@ -109,9 +116,3 @@ def warn_of_unscaled_batch(written: CfgNode, cfg: CfgNode) -> None:
             batch,
             cfg.SOLVER.BASE_LR * batch / reference,
         )
-
-
-def _get(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.data.common import DatasetFromList
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -30,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..data.mapper import AugmentedTestMapper, Mapper, build_augmentations, build_mapper
+from ..data.oversampling import report_repeats
 from ..data.record_files import check_files
 from ..data.records import check_records
 from ..data.stream import (
@@ -46,7 +48,17 @@ from .categories import category_names, find_difference
 from .checks import find_num_classes, is_of_loader
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .evaluation import build_evaluator, main_metric
-from .hooks import BestCheckpointer, Checkpointing, EvalHook, PreciseBN, UnreadableCount
+from .hooks import (
+    BestCheckpointer,
+    Checkpointing,
+    EarlyStopping,
+    EndOfTraining,
+    EpochCount,
+    EpochPrinter,
+    EvalHook,
+    PreciseBN,
+    UnreadableCount,
+)
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .memory_format import to_memory_format
 from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
@@ -208,8 +220,19 @@ class Trainer(DefaultTrainer):
                 )
                 found.append(best)
             found.append(UnreadableCount())
+            found.append(EpochCount())
             found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        if metric and period > 0 and (patience := cfg.TEST.PATIENCE) > 0:
+            found.append(
+                EarlyStopping(self._checkpointing, period, metric, patience, cfg.OUTPUT_DIR)
+            )
         return found
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        is_plain = [type(writer) is CommonMetricPrinter for writer in writers]
+        pairs = zip(writers, is_plain, strict=True)
+        return [EpochPrinter(self.max_iter) if plain else writer for writer, plain in pairs]
 
     def _test_and_keep(self) -> Results:
         self._last_eval_results = self.test(self.cfg, self.model)
@@ -287,6 +310,8 @@ class Trainer(DefaultTrainer):
         try:
             with self._request.listen(), torch.jit.optimized_execution(compiled):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EndOfTraining as end:
+            clear_frames(end.__traceback__)  # which hold the data loader's workers
         finally:
             self._end_workers()
         return self._last_eval_results
@@ -330,6 +355,23 @@ class Trainer(DefaultTrainer):
     def seed(self) -> int:
         """Of all randomness: ``SEED``, or if that is -1, one that was drawn at the beginning."""
         return self._place.seed
+
+    def count_epochs(self, iterations: int) -> float | None:
+        """Return how often as many images as the training draws from are seen after a number of
+        iterations; None where the loader does not tell their number."""
+        loader = self._trainer.data_loader
+        if not isinstance(loader, TrainingStream):
+            return None
+        place = self._place
+        seen = place.num_samples + (iterations - self.start_iter) * place.batch_size
+        return seen / len(loader.dataset)  # type: ignore[arg-type]
+
+    def describe_length(self) -> str:
+        """Return how many iterations and epochs the training has had, at its end."""
+        done, planned = self.max_iter, self.cfg.SOLVER.MAX_ITER
+        told = f"{done} iterations" if done >= planned else f"{done} of {planned} iterations"
+        epochs = self.count_epochs(done)
+        return told if epochs is None else f"{told}, {epochs:.4g} epochs"
 
     # What a checkpoint holds beyond Detectron2's
 
@@ -530,7 +572,8 @@ class Trainer(DefaultTrainer):
 
 
 def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
-    """Look once at the annotations and files of a training, where its loader shows them.
+    """Look once at the annotations and files of a training, where its loader shows them; say which
+    images come more often.
 
     Raises:
         ValueError: see :func:`check_records` and :func:`check_files`.
@@ -545,6 +588,9 @@ def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
             roots=image_roots(cfg.DATASETS.TRAIN),
             most_unusable=cfg.DATALOADER.MAX_UNREADABLE,
         )
+        metadata = [MetadataCatalog.get(each) for each in cfg.DATASETS.TRAIN[:1]]
+        names = [label for each in metadata for label in each.get("thing_classes", [])]
+        report_repeats(cfg, loader.dataset, names)
 
 
 def _rename(tasks: Results) -> Results:

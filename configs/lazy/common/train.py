@@ -15,4 +15,5 @@ train = dict(
     max_skipped_steps=0,  # SOLVER.MAX_SKIPPED_STEPS
     checkpointer=dict(period=5000, max_to_keep=0),  # SOLVER.CHECKPOINT_PERIOD, CHECKPOINTS_KEPT
     eval_period=10000,  # TEST.EVAL_PERIOD
+    patience=0,  # TEST.PATIENCE
 )

@@ -1,0 +1,313 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A training that fits its data: what of the config follows from them.
+
+What a training was fitted to is kept in ``OUTPUT_DIR/fitted.json``: resumed, it has the same
+schedule and the same anchors, whatever the data have become.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.utils import comm
+
+from ..checkpoint.atomic import atomic_write
+from ..data.mapper import build_mapper
+from ..made import is_made_here
+from .anchors import Anchors, collect_boxes, fit_anchors, read_anchors
+from .checks import is_pretrained
+from .config import set_value
+from .schedule import Row, fit_schedule, format_rows
+from .written import COMMAND_LINE, Written
+
+__all__ = [
+    "ANCHOR_KEYS",
+    "TrainingData",
+    "add_fitting_arguments",
+    "data_of",
+    "fit_to_data",
+    "keep_record",
+    "loading_data",
+    "refuse_to_fit",
+]
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Show = Callable[[Row], Row]
+
+ANCHOR_KEYS = ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS")
+_FILE = "fitted.json"
+
+
+class TrainingData(NamedTuple):
+    """What a training is fitted to, each loaded when it is needed.
+
+    Attributes:
+        load: returns the images that the training draws from.
+        augment: returns what is done to them.
+        anchors: returns the anchors that the network has without the data.
+    """
+
+    load: Callable[[], list[Record]]
+    augment: Callable[[], T.AugmentationList]
+    anchors: Callable[[], Anchors]
+
+
+def add_fitting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--epochs`` and ``--fit-anchors``."""
+    group = parser.add_argument_group(
+        "a training that fits the data",
+        "of a custom data set the number of images and the batch give the schedule, warm-up, "
+        "learning rate and periods, and a table at the start says why. What the command line or a "
+        "config file of yours sets stays as it is",
+    )
+    group.add_argument(
+        "--epochs",
+        type=_parse_epochs,
+        metavar="N",
+        help="train until N times as many images are seen as there are, a fraction perhaps, "
+        "instead of a number of iterations; steps, warm-up, learning rate and periods follow",
+    )
+    group.add_argument(
+        "--fit-anchors",
+        action="store_true",
+        help="fit the anchors' sizes and ratios to the boxes by k-means (scikit-learn); "
+        "evaluation and prediction then need OUTPUT_DIR/config.yaml, which has them",
+    )
+
+
+def _parse_epochs(text: str) -> Fraction:
+    with suppress(ValueError, ZeroDivisionError):
+        if (number := Fraction(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, such as 12 or 0.5")
+
+
+def refuse_to_fit(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: what is only evaluated is to be fitted.
+    """
+    if args.eval_only and args.epochs is not None:
+        raise ValueError("--epochs is for a training: leave it out with --eval-only.")
+    if args.eval_only and args.fit_anchors:
+        raise ValueError(
+            "--fit-anchors is for a training: with --eval-only give the config.yaml of that "
+            "training, which has its anchors."
+        )
+
+
+def fit_to_data(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    find_written: Callable[[], Written],
+    data: TrainingData,
+    *,
+    resuming: bool,
+    show: Show = lambda row: row,
+) -> list[Row]:
+    """Fit the config of a training to its data: the schedule if the data are a custom set or
+    ``--epochs`` is given, the anchors if ``--fit-anchors`` is.
+
+    Args:
+        cfg: with the data sets and the batch of the run; changed in place.
+        args: with those of :func:`add_fitting_arguments`. ``args.fitted`` becomes what
+            :func:`keep_record` takes.
+        find_written: returns what the user has set.
+        data: what the config is fitted to.
+        resuming: whether a training in ``OUTPUT_DIR`` goes on.
+        show: gives a row of the table the name that the user's config has for its key.
+
+    Returns:
+        the keys that were fitted and those that stay, with reasons.
+
+    Raises:
+        ImportError: scikit-learn is needed and not installed.
+        ValueError: an argument contradicts an option or the training that goes on.
+    """
+    earlier = comm.all_gather(_read(cfg.OUTPUT_DIR) if resuming else {})[0]
+    if resuming:
+        _refuse_other_anchors(args, earlier, data)
+    schedule = args.epochs is not None or _is_custom(cfg)
+    if not schedule and not args.fit_anchors:
+        return []
+    written = find_written()
+    given = _refuse_clashes(args, written.given, show)
+    records = data.load()
+    facts = {"images": len(records)} | earlier
+    if facts["images"] != len(records):
+        logger.warning(
+            "The training data have %d images, and had %d when this training began: what was "
+            "fitted to those stays (%s). To fit it to the data of today, start without --resume.",
+            *(len(records), facts["images"], os.path.join(cfg.OUTPUT_DIR, _FILE)),
+        )
+    rows: list[Row] = []
+    if schedule:
+        rows += fit_schedule(
+            cfg,
+            written.base,
+            given,
+            num_images=facts["images"],
+            epochs=args.epochs,
+            pretrained=is_pretrained(cfg),
+        )
+    if args.fit_anchors:
+        anchors = data.anchors()
+        if "anchors" not in facts:
+            facts["anchors"] = _fit_anchors(anchors, records, data)
+        rows += _set_anchors(cfg, anchors, facts["anchors"])
+    table = format_rows([show(row) for row in rows])
+    logger.info("What fits the %d training images:\n%s", facts["images"], table)
+    args.fitted = facts
+    return rows
+
+
+def _is_custom(cfg: CfgNode) -> bool:
+    return any(MetadataCatalog.get(name).get("own_data_set") for name in cfg.DATASETS.TRAIN)
+
+
+def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show) -> dict[str, str]:
+    """Return what the user has set, but for the number of iterations of a file where the command
+    line has ``--epochs``."""
+    asked = {key for key, where in given.items() if where == COMMAND_LINE}
+    if args.epochs is not None and "SOLVER.MAX_ITER" in asked:
+        raise ValueError(
+            "--epochs and SOLVER.MAX_ITER both say how long the training is: leave one out."
+        )
+    if args.fit_anchors and (clash := next((key for key in ANCHOR_KEYS if key in asked), "")):
+        name = show(Row(clash, None, None, "")).key
+        raise ValueError(f"--fit-anchors and {name} both set the anchors: leave one out.")
+    dropped = "SOLVER.MAX_ITER" if args.epochs is not None else ""
+    return {key: where for key, where in given.items() if key != dropped}
+
+
+def _refuse_other_anchors(
+    args: argparse.Namespace, earlier: dict[str, Any], data: TrainingData
+) -> None:
+    """Refuse to go on with other anchors than those that the network has learned for."""
+    known = earlier.get("anchors")
+    if args.fit_anchors and known is None:
+        began, now = "without", "leave it out"
+    elif known and not args.fit_anchors and list(data.anchors()[:2]) != _shapes(known):
+        began, now = "with", "add it again"
+    else:
+        return
+    raise ValueError(
+        f"The training that --resume goes on with began {began} --fit-anchors, and its network has "
+        f"learned for those anchors: {now}, or start without --resume."
+    )
+
+
+def _shapes(known: dict[str, Any]) -> list[list[list[float]]]:
+    return [known["sizes"], known["ratios"]]
+
+
+def _fit_anchors(anchors: Anchors, records: list[Record], data: TrainingData) -> dict[str, Any]:
+    """Fit anchors. All processes take the first one's: machines may round differently."""
+    found = fit_anchors(anchors, collect_boxes(records, data.augment()))
+    return comm.all_gather(
+        {
+            "sizes": found.anchors.sizes,
+            "ratios": found.anchors.ratios,
+            "reason": f"k-means over {found.num_boxes:,} boxes as training resizes them: mean best "
+            f"IoU {found.before:.3f} before, {found.after:.3f} after",
+        }
+    )[0]
+
+
+def _set_anchors(cfg: CfgNode, anchors: Anchors, fitted: dict[str, Any]) -> list[Row]:
+    rows = zip(
+        ANCHOR_KEYS, anchors[:2], _shapes(fitted), (fitted["reason"], "likewise"), strict=True
+    )
+    found = [Row(*row) for row in rows]
+    for row in found:
+        set_value(cfg, row.key, row.value)
+    return found
+
+
+def data_of(cfg: CfgNode) -> TrainingData:
+    """Return what a YAML file's training is fitted to."""
+    return TrainingData(
+        load=lambda: _load_records(cfg),
+        augment=lambda: build_mapper(cfg, is_train=True).augmentations,
+        anchors=lambda: read_anchors(cfg),
+    )
+
+
+def _load_records(cfg: CfgNode) -> list[Record]:
+    """Load the images that a config trains on, without those that it leaves out."""
+    with loading_data():
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            check_consistency=False,
+        )
+
+
+@contextmanager
+def loading_data() -> Iterator[None]:
+    """Load data without messages: the training loads them again, and says what it leaves out.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    loggers = [logging.getLogger(name) for name in ("detectron2.data", "vovnet_d2.data")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    except AssertionError as error:  # of Detectron2
+        raise ValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> None:
+    """Write down what a training is fitted to.
+
+    Args:
+        facts: ``args.fitted`` of :func:`fit_to_data`; None if nothing was fitted.
+        anew: whether the training starts anew, and so what an earlier one has left does not hold.
+    """
+    path = os.path.join(folder, _FILE)
+    if facts:
+        with atomic_write(path) as partial:
+            Path(partial).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    elif anew and is_made_here(path):
+        os.remove(path)
+
+
+def _read(folder: str) -> dict[str, Any]:
+    """Read what the training in a folder was fitted to; nothing if it was not."""
+    path = Path(folder, _FILE)
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["images"] > 0:
+            return facts
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"{path} does not say how many images the training was fitted to. Write "
+        '{"images": N} to it, with the number above the table in log.txt, or start anew without '
+        "--resume."
+    )

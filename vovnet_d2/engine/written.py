@@ -1,0 +1,88 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the user has set of a config, and what the config was without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import detectron2
+import yaml
+from detectron2.config import CfgNode
+from fvcore.common.config import BASE_KEY
+
+from ..config import find_config_folder
+from .config import find_config, list_keys, load_config
+
+__all__ = ["COMMAND_LINE", "Written", "find_written", "is_shipped"]
+
+COMMAND_LINE = "set on the command line"
+
+
+class Written(NamedTuple):
+    """
+    Attributes:
+        base: the config without what its user has set: that of a file of this package or of
+            Detectron2's, or Detectron2's defaults.
+        given: the keys that the user has set, and where: "set in FILE".
+    """
+
+    base: CfgNode
+    given: dict[str, str]
+
+
+def find_written(
+    config_file: str,
+    options: Sequence[str],
+    *,
+    allow_unsafe_yaml: bool = False,
+    add_config: Callable[[CfgNode], None] | None = None,
+) -> Written:
+    """Tell a user's settings from those of the files that this package comes with.
+
+    Args:
+        config_file: see :func:`load_config`, which takes it; as are the others.
+    """
+    given: dict[str, str] = {}
+    shipped = _split(find_config(config_file), given) if config_file else []
+    base = load_config(add_config=add_config)
+    for path in shipped:
+        base.merge_from_other_cfg(
+            CfgNode(CfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe_yaml))
+        )
+    return Written(base, given | dict.fromkeys(options[::2], COMMAND_LINE))
+
+
+def _split(path: str, given: dict[str, str]) -> list[str]:
+    """Add the keys of a user's file, and of the user's files that it inherits from, to ``given``.
+
+    Returns:
+        the shipped files that these inherit from, or ``path`` if it is one.
+    """
+    if not os.path.isfile(path):  # on a server
+        return []
+    if is_shipped(path):
+        return [path]
+    content = yaml.load(Path(path).read_text(encoding="utf-8"), _Untagged) or {}
+    inherited = content.pop(BASE_KEY, [])
+    shipped = []
+    for name in [inherited] if isinstance(inherited, str) else inherited:
+        shipped += _split(os.path.join(os.path.dirname(path), os.path.expanduser(name)), given)
+    given |= dict.fromkeys(list_keys(content), f"set in {path}")
+    return shipped
+
+
+def is_shipped(path: str) -> bool:
+    """Return whether a config file is one that this package or Detectron2 comes with."""
+    folders = [find_config_folder(), Path(detectron2.__file__).parent / "model_zoo" / "configs"]
+    return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders)
+
+
+class _Untagged(yaml.SafeLoader):
+    """Reads the keys of a file whose values may have tags; what these would make is left out."""
+
+
+_Untagged.add_multi_constructor("", lambda loader, suffix, node: None)
