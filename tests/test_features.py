@@ -16,6 +16,7 @@ import torch.distributed as dist
 from reference import STRUCTURES, random_state, thin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.modules.module import register_module_forward_hook
@@ -59,6 +60,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "no norm": lambda: (build(""), plain(build(""))),
     "checkpointed": lambda: (build(checkpoint_blocks=True), plain(build())),
     "optimized": lambda: (optimize_for_inference(build()), plain(folded())),
+    "packed": lambda: (optimize_for_inference(build()), plain(folded())),
 }
 
 
@@ -216,7 +218,12 @@ def per_sample_gradients(model, x):
 def forward_gradient(model, x):
     model.eval()
     primal, tangent = jvp(lambda x: model(x), (x,), (x.flip(0),))
-    return primal | {f"tangent of {name}": y for name, y in tangent.items()}
+    with forward_ad.dual_level():
+        duals = model(forward_ad.make_dual(x, x.flip(0)))
+        others = {name: forward_ad.unpack_dual(y).tangent for name, y in duals.items()}
+    found = primal | {f"tangent of {name}": y for name, y in tangent.items()}
+    found |= {f"tangent of {name} without torch.func": y for name, y in others.items()}
+    return {name: y.detach() for name, y in found.items()}
 
 
 def ensemble(model, x):
@@ -354,6 +361,12 @@ FEATURES = {
 REFERENCES = {"traced_by_fx": step, "scripted": step}
 # What takes seconds for each network.
 SLOW = ("compiled", "exported", "scripted")
+OF_INFERENCE = (
+    "inference_mode",
+    "changed_in_inference_mode",
+    "counted_operations",
+    "fake_tensors",
+)
 TOLERANCES = {"autocast": 2**-5}
 
 
@@ -374,8 +387,13 @@ def test_features(feature):
     for name, make in NETWORKS.items():
         if feature in SLOW and name not in ("FrozenBN", "optimized"):
             continue
-        ours, theirs = (model.double() for model in make())
-        expected = REFERENCES.get(feature, FEATURES[feature])(theirs, x)
+        if name == "packed" and feature not in OF_INFERENCE:
+            continue
+        # In float32, what is optimized for inference runs by oneDNN.
+        dtype = torch.float32 if name == "packed" else torch.float64
+        tolerance = TOLERANCES.get(feature, 1e-4 if name == "packed" else 1e-10)
+        ours, theirs = (model.to(dtype) for model in make())
+        expected = REFERENCES.get(feature, FEATURES[feature])(theirs, x.to(dtype))
         assert expected
-        problem = difference(FEATURES[feature](ours, x), expected, TOLERANCES.get(feature, 1e-10))
+        problem = difference(FEATURES[feature](ours, x.to(dtype)), expected, tolerance)
         assert problem is None, f"{name}: {problem}"
