@@ -51,7 +51,7 @@ demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwri
 	@echo "Picture: output/demo/predictions.png"
 	@echo "Report:  output/demo/report.html"
 	@echo "To draw on a picture of yours: $(PY) tools/demo.py --config-file output/demo/config.yaml" \
-		"--input PICTURE --output drawn MODEL.WEIGHTS output/demo/model_final.pth"
+		"--input PICTURE --output drawn --opts MODEL.WEIGHTS output/demo/model_final.pth"
 
 doctor: ## say what is installed, what is missing, and what mends it
 	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) tools/doctor.py

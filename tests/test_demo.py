@@ -5,6 +5,7 @@
 import json
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from export_models import MASK_RCNN, build_detector, small_config
 from pycocotools.coco import COCO
 
 from vovnet_d2.demo import main
+from vovnet_d2.demo.command import _argument_parser
 from vovnet_d2.demo.inputs import Frame, Picture, Pictures
 from vovnet_d2.demo.outputs import VideoFile, plan_pictures
 from vovnet_d2.demo.selection import Shown
@@ -126,6 +128,15 @@ def test_folder_with_all_sorts(
     assert caplog.messages.count(told) == 1
     assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # named
     assert "Traceback" not in err
+
+
+def test_what_make_demo_says_can_be_run() -> None:
+    recipe = (Path(__file__).parents[1] / "Makefile").read_text()
+    _, command = recipe.split("To draw on a picture of yours: $(PY) tools/demo.py ")
+    words = shlex.split(command.partition("\n\n")[0].replace('" \\\n\t\t"', " ").rstrip('"'))
+    args = _argument_parser().parse_args(words)
+    assert (args.input, args.output) == (["PICTURE"], "drawn")
+    assert args.opts == ["MODEL.WEIGHTS", "output/demo/model_final.pth"]
 
 
 def test_all_is_well(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
