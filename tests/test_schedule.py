@@ -254,6 +254,27 @@ def test_a_record_that_cannot_be_read(catalogs: None, tmp_path: Path) -> None:
         fit_to_data(cfg, args, lambda: find_written(ONE_X, []), data_of(cfg), resuming=True)
 
 
+def test_a_resumed_training_keeps_its_epochs(catalogs: None, tmp_path: Path) -> None:
+    """320 images are 20 batches of 16."""
+
+    def fit_again(record: dict[str, Any], epochs: str | None, *options: str) -> tuple[int, Any]:
+        (tmp_path / "fitted.json").write_text(json.dumps(record))
+        cfg = load_config(ONE_X, [*options, "OUTPUT_DIR", str(tmp_path)])
+        args = Namespace(epochs=None if epochs is None else Fraction(epochs), fit_anchors=False)
+        data = data_of(cfg)._replace(load=lambda: [{}] * 320)
+        fit_to_data(cfg, args, lambda: find_written(ONE_X, options), data, resuming=True)
+        return cfg.SOLVER.MAX_ITER, args.fitted
+
+    began = {"images": 320, "epochs": "5/2"}
+    assert fit_again({"images": 320}, "2.5") == (50, began)
+    assert fit_again(began, None) == (50, began)
+    assert fit_again(began, "4") == (80, began | {"epochs": "4"})
+    assert fit_again(began, None, "SOLVER.MAX_ITER", "7") == (7, {"images": 320})
+    for wrong in ("0", "many", "1/0", None):
+        with pytest.raises(ValueError, match="does not say how many images"):
+            fit_again(began | {"epochs": wrong}, None)
+
+
 def test_the_table_fits_a_terminal() -> None:
     octaves = [[32.0, 40.31747, 50.79684], [64.0, 80.63495, 101.59367]] * 3
     rows = [

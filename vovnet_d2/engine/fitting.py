@@ -3,7 +3,7 @@
 """A training that fits its data: what of the config follows from them.
 
 What a training was fitted to is kept in ``OUTPUT_DIR/fitted.json``: resumed, it has the same
-schedule and the same anchors, whatever the data have become.
+schedule and the same anchors, whatever the data have become, and without ``--epochs`` as well.
 """
 
 from __future__ import annotations
@@ -141,13 +141,19 @@ def fit_to_data(
     earlier = comm.all_gather(_read(cfg.OUTPUT_DIR) if resuming else {})[0]
     if resuming:
         _refuse_other_anchors(args, earlier, data)
-    schedule = args.epochs is not None or _is_custom(cfg)
+    schedule = args.epochs is not None or "epochs" in earlier or _is_custom(cfg)
     if not schedule and not args.fit_anchors:
         return []
     written = find_written()
-    given = _refuse_clashes(args, written.given, show)
+    _refuse_clashes(args, written.given, show)
+    epochs = _find_epochs(args, earlier, written.given)
+    # Of the config's number of iterations nothing is left then.
+    dropped = "" if epochs is None else "SOLVER.MAX_ITER"
+    given = {key: where for key, where in written.given.items() if key != dropped}
     records = data.load()
-    facts = {"images": len(records)} | earlier
+    facts = {"images": len(records)} | {k: v for k, v in earlier.items() if k != "epochs"}
+    if epochs is not None:
+        facts["epochs"] = str(epochs)
     if facts["images"] != len(records):
         logger.warning(
             "The training data have %d images, and had %d when this training began: what was "
@@ -161,7 +167,7 @@ def fit_to_data(
             written.base,
             given,
             num_images=facts["images"],
-            epochs=args.epochs,
+            epochs=epochs,
             pretrained=is_pretrained(cfg),
         )
     if args.fit_anchors:
@@ -179,9 +185,19 @@ def _is_custom(cfg: CfgNode) -> bool:
     return any(MetadataCatalog.get(name).get("own_data_set") for name in cfg.DATASETS.TRAIN)
 
 
-def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show) -> dict[str, str]:
-    """Return what the user has set, but for the number of iterations of a file where the command
-    line has ``--epochs``."""
+def _find_epochs(
+    args: argparse.Namespace, earlier: dict[str, Any], given: dict[str, str]
+) -> Fraction | None:
+    """Return ``--epochs``, by default those of the training that goes on, unless the command line
+    has a number of iterations."""
+    asked = given.get("SOLVER.MAX_ITER") == COMMAND_LINE
+    if args.epochs is not None or asked or "epochs" not in earlier:
+        return args.epochs
+    return Fraction(earlier["epochs"])
+
+
+def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show) -> None:
+    """Refuse options of the command line that contradict each other."""
     asked = {key for key, where in given.items() if where == COMMAND_LINE}
     if args.epochs is not None and "SOLVER.MAX_ITER" in asked:
         raise ValueError(
@@ -190,8 +206,6 @@ def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show)
     if args.fit_anchors and (clash := next((key for key in ANCHOR_KEYS if key in asked), "")):
         name = show(Row(clash, None, None, "")).key
         raise ValueError(f"--fit-anchors and {name} both set the anchors: leave one out.")
-    dropped = "SOLVER.MAX_ITER" if args.epochs is not None else ""
-    return {key: where for key, where in given.items() if key != dropped}
 
 
 def _refuse_other_anchors(
@@ -302,9 +316,9 @@ def _read(folder: str) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["images"] > 0:
+        if facts["images"] > 0 and Fraction(facts.get("epochs", 1)) > 0:
             return facts
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         pass
     raise ValueError(
         f"{path} does not say how many images the training was fitted to. Write "
