@@ -622,6 +622,26 @@ def test_train_from_voc_and_evaluate_later(
     assert str(launch(str(out / "config.yaml"), *words)) == str(trained)
 
 
+def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
+    catalogs: None, converted: Path, tmp_path: Path
+) -> None:
+    """Which the config of that run names, wherever it has been moved."""
+    root = tmp_path / "mine"
+    shutil.copytree(converted / "csv", root)
+    words = ["--train-annotations", str(root / "train.csv")]
+    words += ["--train-images", str(converted / "images")]
+    options = ["OUTPUT_DIR", str(tmp_path / "out")]
+    text, files = (root / "train.csv").read_text(), []
+    for rows in (text, "".join(text.splitlines(keepends=True)[:-1]), text):
+        (root / "train.csv").write_text(rows)
+        files.append(Path(setup(FASTER_RCNN, words, *options).DATASETS.OWN[0]["json"]))
+    assert [file.name for file in files] == [
+        *("annotations_train.json", "annotations_train_2.json", "annotations_train.json")
+    ]
+    first, second = (len(json.loads(file.read_text())["annotations"]) for file in files[:2])
+    assert first == second + 1
+
+
 def test_what_a_conversion_changed_is_warned_of(
     catalogs: None, converted: Path, tmp_path: Path, caplog: Any
 ) -> None:

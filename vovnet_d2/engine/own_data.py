@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from filecmp import cmp
 from itertools import chain, count
+from json import loads
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,18 +183,35 @@ def _to_coco(split: str, path: Path, images: Path | None, folder: str) -> tuple[
     """Return the annotations as a file in COCO's format, and their folder of images."""
     if images and recognise(path) == "coco":
         return str(path), str(images)
-    file = os.path.join(os.path.abspath(folder), f"annotations_{split}.json")
-    return file, _in_main_process(lambda: _convert(split, path, images, file))
+    return _in_main_process(lambda: _convert(split, path, images, Path(os.path.abspath(folder))))
 
 
-def _convert(split: str, path: Path, images: Path | None, file: str) -> str:
+def _convert(split: str, path: Path, images: Path | None, folder: Path) -> tuple[str, str]:
     found = read_annotations(path, images, split)
     logger.info("%s: %s", path, found.describe())
     for note in found.notes:
         logger.warning("%s: %s", path, note)
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    write_coco(found.content, Path(file))
-    return os.path.abspath(found.images)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _choose_file(folder, split, found.content)
+    write_coco(found.content, file)
+    return str(file), os.path.abspath(found.images)
+
+
+def _choose_file(folder: Path, split: str, content: dict[str, Any]) -> Path:
+    """Choose the file for converted annotations. A file with other annotations stays as it is: the
+    config of an earlier run in this folder names the file."""
+    for number in count(1):
+        file = folder / f"annotations_{split}{f'_{number}' if number > 1 else ''}.json"
+        if not os.path.lexists(file) or _holds(file, content):
+            break
+    return file
+
+
+def _holds(file: Path, content: dict[str, Any]) -> bool:
+    try:
+        return loads(file.read_text(encoding="utf-8")) == content
+    except (OSError, ValueError):
+        return False
 
 
 def _in_main_process(do: Callable[[], T]) -> T:
