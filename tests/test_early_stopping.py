@@ -155,12 +155,21 @@ def test_the_count_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert len(counts) > 5
 
 
+def test_evaluations_of_other_data_do_not_count(tmp_path: Path) -> None:
+    one = EarlyStopping(SimpleNamespace(), 1, "bbox/AP", 1, str(tmp_path))
+    one.load_state_dict({"metric": "bbox/AP", "values": {3: 40.0}})
+    for metric, kept in (("bbox/AP", {3: 40.0}), ("own_val/bbox/AP", {})):
+        other = EarlyStopping(SimpleNamespace(), 1, metric, 1, str(tmp_path))
+        other.load_state_dict(one.state_dict())
+        assert other.state_dict() == {"metric": metric, "values": kept}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["TEST.PATIENCE", "-1"], "TEST.PATIENCE is -1: give a number of evaluations"),
         (["TEST.PATIENCE", "2", "TEST.EVAL_PERIOD", "0"], "is 2, and nothing is evaluated"),
-        (["TEST.PATIENCE", "2", "DATASETS.TEST", "()"], "is 2, and nothing is evaluated"),
+        (["TEST.PATIENCE", "2", "DATASETS.TEST", "()"], "evaluate on .--val-annotations, DATA"),
     ],
 )
 def test_patience_needs_evaluations(options: list[str], message: str) -> None:

@@ -167,7 +167,7 @@ def check_schedule(cfg: CfgNode) -> None:
     if patience and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
         raise ValueError(
             f"TEST.PATIENCE is {patience}, and nothing is evaluated on the way: set "
-            "TEST.EVAL_PERIOD and data to evaluate on (--val-json, DATASETS.TEST)."
+            "TEST.EVAL_PERIOD and data to evaluate on (--val-annotations, DATASETS.TEST)."
         )
 
 

@@ -274,10 +274,11 @@ class EarlyStopping(HookBase):
             self._end_if_vain()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": dict(self._values)}
+        return {"metric": self._metric, "values": dict(self._values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._values = dict(state_dict["values"])
+        if state_dict["metric"] == self._metric:  # not where other data are evaluated on now
+            self._values = dict(state_dict["values"])
 
     def _end_if_vain(self) -> None:
         """End the training in all processes, if the first one has waited long enough.
