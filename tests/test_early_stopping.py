@@ -155,6 +155,27 @@ def test_the_count_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert len(counts) > 5
 
 
+def test_evaluations_count_in_their_order(tmp_path: Path) -> None:
+    """Resumed with batches of twice as many images, a training is at half of its iteration."""
+    saved: list[int] = []
+    checkpointing = SimpleNamespace(save_final=lambda: saved.append(trainer.iter))
+    trainer = SimpleNamespace(iter=3, start_iter=3, max_iter=10)
+    hook = EarlyStopping(checkpointing, 1, "bbox/AP", 3, str(tmp_path))
+    hook.trainer = trainer
+    hook.load_state_dict({"metric": "bbox/AP", "values": {3: 10.0, 4: 40.0, 5: 20.0}})
+    with EventStorage(3) as trainer.storage:
+        trainer.storage.put_scalar("bbox/AP", 30.0)
+        hook.after_step()
+    assert not saved
+    trainer.iter = 4
+    hook.load_state_dict({"metric": "bbox/AP", "values": {6: 40.0, 5: 20.0, 3: 30.0}})
+    with EventStorage(4) as trainer.storage:
+        trainer.storage.put_scalar("bbox/AP", 39.0)
+        with pytest.raises(EndOfTraining):
+            hook.after_step()
+    assert saved == [4]
+
+
 def test_evaluations_of_other_data_do_not_count(tmp_path: Path) -> None:
     one = EarlyStopping(SimpleNamespace(), 1, "bbox/AP", 1, str(tmp_path))
     one.load_state_dict({"metric": "bbox/AP", "values": {3: 40.0}})

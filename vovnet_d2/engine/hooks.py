@@ -253,7 +253,9 @@ class EarlyStopping(HookBase):
         self._metric = metric
         self._patience = patience
         self._folder = folder
-        self._values: dict[int, float] = {}  # of the first process: the metric by iteration
+        # Of the first process: the metric by iteration, in the order of the evaluations. After a
+        # resumption with larger batches the iterations have lower numbers.
+        self._values: dict[int, float] = {}
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
@@ -290,6 +292,7 @@ class EarlyStopping(HookBase):
         if comm.is_main_process():
             value, at = self.trainer.storage.latest().get(self._metric, (math.nan, -1))
             if at == self.trainer.iter:
+                self._values.pop(at, None)
                 self._values[at] = value
             message = self._find_reason()
         if not (message := comm.all_gather(message)[0]):
@@ -305,8 +308,8 @@ class EarlyStopping(HookBase):
         known = {at: value for at, value in self._values.items() if math.isfinite(value)}
         if not known:
             return ""
-        best = max(known, key=lambda at: (known[at], -at))
-        waited = sum(at > best for at in self._values)
+        best = max(known, key=known.__getitem__)  # the first of equal ones
+        waited = len(self._values) - 1 - list(self._values).index(best)
         if waited < self._patience:
             return ""
         kept = os.path.isfile(os.path.join(self._folder, "model_best.pth"))
