@@ -4,6 +4,8 @@
 
 import importlib.util
 import re
+import sys
+from contextlib import nullcontext
 
 import numpy as np
 import onnx
@@ -27,7 +29,7 @@ from vovnet_d2.export import (
     load,
     select_target,
 )
-from vovnet_d2.export.formats import MIN_SIZE
+from vovnet_d2.export.formats import MIN_SIZE, _sizes_of_any_parity
 from vovnet_d2.export.masks import paste_masks
 from vovnet_d2.modeling.vovnet import OSABlock
 
@@ -49,6 +51,21 @@ def backbone_target(net, **args) -> BackboneTarget:
     model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
     model.load_state_dict(random_state(net), strict=False)
     return BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, **args)
+
+
+def test_nothing_is_replaced_in_a_torch_without_the_private_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch import _meta_registrations
+
+    monkeypatch.setattr(_meta_registrations, "div_rtn", None, raising=False)
+    with _sizes_of_any_parity():
+        assert _meta_registrations.div_rtn is not None
+    monkeypatch.delattr(_meta_registrations, "div_rtn")
+    assert isinstance(_sizes_of_any_parity(), nullcontext)
+    monkeypatch.delattr(torch, "_meta_registrations")
+    monkeypatch.setitem(sys.modules, "torch._meta_registrations", None)
+    assert isinstance(_sizes_of_any_parity(), nullcontext)
 
 
 def raw_images(*shape: int) -> torch.Tensor:
