@@ -72,6 +72,15 @@ def test_the_default_spares_the_last_stage_and_the_outputs(quantizer: Quantizer)
     }
 
 
+def test_images_are_run_when_it_is_known_which_layers_to_quantize(model: nn.Module) -> None:
+    path, _ = export_dense_part(model)
+    fresh = Quantizer(path, iter(()))
+    with pytest.raises(ValueError, match="There is no stage6 in the network"):
+        fresh.select(["stage6"])
+    with pytest.raises(ValueError, match="There are no images to calibrate on"):
+        fresh.quantize(fresh.select())
+
+
 def test_weights_are_quantized_per_channel_in_seven_bits(
     model: nn.Module, quantizer: Quantizer
 ) -> None:

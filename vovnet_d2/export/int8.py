@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,6 @@ class Quantizer:
         Args:
             path: an ONNX file of :class:`.targets.BackboneTarget`, in float32.
             images: (N, C, H, W) each, as the file's input takes them.
-
-        Raises:
-            ValueError: there are no images.
         """
         import onnx
 
@@ -57,7 +55,13 @@ class Quantizer:
         for node in self._model.graph.node:
             if node.op_type == "Conv":
                 self.layers.setdefault(_layer_name(node.input[1]), []).append(node.name)
-        self._ranges = _measure_ranges(path, images, self._model.graph.input[0].name)
+        self._measure = partial(_measure_ranges, path, images, self._model.graph.input[0].name)
+
+    @cached_property
+    def _ranges(self) -> Any:
+        # Measured when needed: mistakes in the names of layers are found in less than the minutes
+        # that this takes.
+        return self._measure()
 
     def select(self, keep_float: Sequence[str] | None = None) -> list[str]:
         """Return the layers to quantize: all but those of some groups.
@@ -95,6 +99,9 @@ class Quantizer:
 
         Args:
             layers: keys of :attr:`layers`.
+
+        Raises:
+            ValueError: there are no images to calibrate on.
         """
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
