@@ -19,6 +19,7 @@ from torch import nn
 
 from vovnet_d2 import Predictor
 from vovnet_d2.data.image_file import read_image
+from vovnet_d2.demo import command
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.checks import check_run
 from vovnet_d2.tiles import TiledDetector, cut_tiles
@@ -245,3 +246,26 @@ def test_sizes_of_a_test_hold_for_tiles(tmp_path: Path) -> None:
     assert set(seen) == {(85, long)}  # 200 × 300 and 427 × 640, the longer side to its limit
     assert short > 85
     assert len(seen) == 3 * 3 + 1
+
+
+def test_the_demo_passes_its_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    given = {}
+
+    def predictor(config: object, **arguments: object) -> None:
+        given.update(arguments)
+        raise ValueError("That is enough.")
+
+    monkeypatch.setattr(command, "Predictor", predictor)
+    words = ["--config-file", MASK_RCNN, "--input", str(PICTURES[0])]
+    words += ["--json", str(tmp_path / "found.json")]
+    more = ["--tiles", "640x512", "--overlap", "0.1", "--backend", "auto", "--int8", "a.onnx"]
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*words, *more])
+    assert "That is enough." in capsys.readouterr().err
+    expected = {"tiles": (640, 512), "overlap": 0.1, "backend": "auto", "int8": "a.onnx"}
+    assert {key: given[key] for key in expected} == expected
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*words, "--tiles", "640"])
+    assert "--tiles: '640' is not of the form HxW, such as 640x640" in capsys.readouterr().err
