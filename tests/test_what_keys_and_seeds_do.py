@@ -20,7 +20,7 @@ from engine_runs import FASTER_RCNN, tiny_config
 from PIL import Image
 from torch import nn
 
-from vovnet_d2.data import records
+from vovnet_d2.data import record_files
 from vovnet_d2.data.check import frames
 from vovnet_d2.data.check.conventions import COCO, Convention, Sample
 from vovnet_d2.data.check.files import ImageFile
@@ -395,7 +395,8 @@ def test_the_rehearsal_is_on_images_from_all_over_a_set(
 
     monkeypatch.setattr(rehearsal, "_run", note)
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: many)
-    monkeypatch.setattr(rehearsal, "check_orientations", lambda *_: None)
+    monkeypatch.setattr(rehearsal, "check_files", lambda *_, **options: None)
+    monkeypatch.setattr(rehearsal, "has_size_of_file", lambda record: True)
     MetadataCatalog.get("twenty").set(evaluator_type="coco")
     maker = SimpleNamespace(build_evaluator=lambda cfg, name: None)
     rehearsal.rehearse_evaluation(twenty, maker)
@@ -403,12 +404,14 @@ def test_the_rehearsal_is_on_images_from_all_over_a_set(
     assert all(are_spread(numbers, 400) and len(numbers) == 50 for numbers in rehearsed)
 
 
-def test_orientations_are_looked_for_all_over_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_read_all_over_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(records, "read_header", lambda file: seen.append(int(file)) or 1 / 0)
-    monkeypatch.setattr(records, "_MAX_HEADERS", 60)
-    records.check_orientations([{"file_name": str(number)} for number in range(1000)], "set")
-    assert are_spread(seen, 1000)
+    monkeypatch.setattr(record_files, "_is_there", lambda record: True)
+    monkeypatch.setattr(record_files, "read_header", lambda file: seen.append(int(file)) or 1 / 0)
+    monkeypatch.setattr(record_files, "_MAX_HEADERS", 60)
+    records = [{"file_name": str(number)} for number in range(1000)]
+    record_files.check_files(records, "set", most_unusable=1000)
+    assert are_spread(sorted(seen), 1000)
     assert len(seen) == 60
 
 
