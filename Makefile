@@ -46,7 +46,7 @@ $(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
 # What it is for ----------------------------------------------------------------------------------
 
 demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
-	@$(PY) tools/train_net.py --progress --config-file configs/Digits/demo_mask_rcnn_FPN.yaml OUTPUT_DIR output/demo
+	@$(PY) tools/train_net.py --progress --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_half_FPN.yaml OUTPUT_DIR output/demo
 	@$(PY) tools/report.py output/demo
 	@echo "Picture: output/demo/predictions.png"
 	@echo "Report:  output/demo/report.html"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
@@ -92,6 +93,7 @@ def network_input(file: Path, format: str, training: bool, *options: str) -> np.
 def predictor_input(file: Path, format: str) -> np.ndarray:
     predictor = object.__new__(Predictor)
     predictor.cfg = config(file, "INPUT.FORMAT", format)
+    predictor._resize = T.AugmentationList([])
     bgr = np.full((64, 80, 3), RED[::-1], np.uint8)
     pixels = predictor._to_input(bgr)["image"].permute(1, 2, 0).numpy()
     return pixels[:, :, ::-1] if format == "BGR" else pixels

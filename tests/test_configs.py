@@ -79,15 +79,24 @@ THIN = replace(
     stage_mid_channels=VOVNET_SPECS["V-27-slim"].stage_mid_channels,
     stage_out_channels=VOVNET_SPECS["V-27-slim"].stage_out_channels,
 )
-ABLATIONS = {
-    f"Digits/ablation/mask_rcnn_V_39_thin_FPN{name}.yaml": spec
-    for name, spec in {
-        "": THIN,
-        "_no_residual": replace(THIN, residual=False),
-        "_bottleneck": replace(THIN, bottleneck=True),
-        "_eSE": replace(THIN, ese="all"),
-        "_eSE_last": replace(THIN, ese="last"),
-    }.items()
+HALF = replace(
+    VOVNET_SPECS["V-19-slim-eSE"],
+    stem_channels=(32, 32, 64),
+    stage_mid_channels=(32, 40, 48, 56),
+    stage_out_channels=(64, 128, 192, 256),
+)
+OTHER_WIDTHS = {
+    "Digits/mask_rcnn_V_19_slim_eSE_half_FPN.yaml": HALF,
+    **{
+        f"Digits/ablation/mask_rcnn_V_39_thin_FPN{name}.yaml": spec
+        for name, spec in {
+            "": THIN,
+            "_no_residual": replace(THIN, residual=False),
+            "_bottleneck": replace(THIN, bottleneck=True),
+            "_eSE": replace(THIN, ese="all"),
+            "_eSE_last": replace(THIN, ese="last"),
+        }.items()
+    },
 }
 
 
@@ -187,7 +196,7 @@ def test_builds_the_variant_of_its_name(name: str) -> None:
     match = re.search(rf"_({VARIANT})_", name)
     assert bool(match) == ("vovnet" in cfg.MODEL.BACKBONE.NAME)
     if match:
-        spec = ABLATIONS.get(name, VOVNET_SPECS[VARIANTS[match[1]]])
+        spec = OTHER_WIDTHS.get(name, VOVNET_SPECS[VARIANTS[match[1]]])
         if single_shot := re.match(r"(.*)/(refinedet|dsod)\d+_", name):
             # As in the paper, but on the digits without its stem, which takes long.
             stem = "strided" if single_shot[1] == "Digits" else "pooled"
@@ -200,7 +209,7 @@ def test_builds_the_variant_of_its_name(name: str) -> None:
 
 
 def test_every_ablation_has_its_file() -> None:
-    assert set(ABLATIONS) == {name for name in MODEL_FILES if "ablation/" in name}
+    assert set(OTHER_WIDTHS) == {n for n in MODEL_FILES if "ablation/" in n or "_half_" in n}
 
 
 @pytest.mark.parametrize("name", COCO_FILES)

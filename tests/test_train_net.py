@@ -47,7 +47,7 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     assert str(evaluated) == str(trained)  # as text, where NaN equals itself
     assert read_predictions(out / "evaluation") == predictions
     trained_report = json.loads((out / "results.json").read_text())
-    assert trained_report["run"]["kind"] == "training, 3 iterations"
+    assert trained_report["run"]["kind"] == "training, 3 iterations, 1.2 epochs"
     report = json.loads((out / "evaluation" / "results.json").read_text())
     assert report["run"]["kind"] == "evaluation"
     assert report["run"]["config"] == config
