@@ -7,6 +7,7 @@ import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from vovnet_d2.engine.checks import (
     check_data,
     check_initialisation,
     check_schedule,
+    load_records,
     parse_device,
 )
 from vovnet_d2.engine.precision import autocast_dtype
@@ -147,6 +149,36 @@ def test_a_file_with_faults(
     message = "Data set mine cannot be loaded: " + reason.format(path)
     with pytest.raises(ValueError, match=message):
         check_data(config("DATASETS.TEST", "('mine',)"), training=False)
+
+
+def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
+    """Of which Detectron2's loader loses one, and gives its objects to the other."""
+    content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))
+    check_data(config("DATASETS.TEST", "('mine',)"), training=False)
+    content["images"][1]["id"] = float(content["images"][0]["id"])
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"two images of .*mine\.json have the id \d+\. tools"):
+        check_data(config("DATASETS.TEST", "('mine',)"), training=False)
+
+
+def test_errors_of_detectron2s_loader_are_sentences(coco: Path, tmp_path: Path) -> None:
+    """Of kinds that are bugs elsewhere: a polygon that is in no list of polygons."""
+    content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
+    content["annotations"][0]["segmentation"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))
+    sentence = r"Data set mine cannot be loaded: TypeError in .*mine\.json: .* tools/check_dataset"
+    for load in (
+        partial(check_data, config("DATASETS.TEST", "('mine',)"), training=False),
+        partial(load_records, "mine"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load()
+    DatasetCatalog.register("theirs", lambda: 1 + "1")
+    with pytest.raises(TypeError):
+        load_records("theirs")
 
 
 def test_a_function_that_fails_without_a_word(catalogs: None) -> None:

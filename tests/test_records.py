@@ -113,6 +113,29 @@ def test_boxes_as_corners_are_refused() -> None:
     check_records(records(*(o | {"bbox_mode": 0} for o in objects)), "d")
 
 
+@pytest.mark.parametrize(
+    ("change", "convention"),
+    [
+        (lambda points: points / (128, 96), "fractions"),
+        (lambda points: points[:, ::-1], "y, x"),
+    ],
+)
+def test_polygons_in_another_unit_or_order_are_refused(
+    change: Callable[[np.ndarray], np.ndarray], convention: str
+) -> None:
+    rng = np.random.default_rng(0)
+    good, wrong = [], []
+    for _ in range(20):
+        x, y = rng.integers(20, 60, 2).tolist()
+        points = np.array([[x, y], [x + 40, y], [x + 40, y + 10], [x, y + 10]], float)
+        box = {"bbox": [x, y, 40, 10], "bbox_mode": 1, "category_id": 0}
+        good.append(box | {"segmentation": [points.reshape(-1).tolist()]})
+        wrong.append(box | {"segmentation": [change(points).reshape(-1).tolist()]})
+    check_records(records(*good), "d", masks=True)
+    with pytest.raises(ValueError, match=f"Data set d: its polygons are not .*, but {convention}"):
+        check_records(records(*wrong), "d", masks=True)
+
+
 # Before a training
 
 
