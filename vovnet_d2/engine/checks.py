@@ -32,6 +32,7 @@ from ..backends import check_backend
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.zoo import ZOO
 from ..data.check.registered import find_foreign_file, states_categories
+from ..data.check.values import is_number, is_text
 from ..data.cityscapes import check_cityscapes
 from ..data.voc import check_voc_set, is_voc_set
 from ..tiles import check_tiles
@@ -268,7 +269,8 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
                 check_voc_set(name)
             _check_cityscapes(name, metadata)
             _check_num_classes(cfg, key, name, metadata)
-            _check_image_ids(name, metadata)
+            _check_category_names(name, metadata)
+            _check_file(name, metadata)
             for other, others_metadata in checked:
                 _check_same_categories(name, metadata, other, others_metadata)
             checked.append((name, metadata))
@@ -446,23 +448,37 @@ def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) ->
             )
 
 
-def _check_image_ids(name: str, metadata: Metadata) -> None:
-    """Compare the ids of images in an annotation file with each other. Where two are equal,
-    pycocotools and Detectron2's loader lose an image and give its objects to the other one."""
+def _check_category_names(name: str, metadata: Metadata) -> None:
+    """Refuse names that are no text, which Detectron2's loader stops at, or cannot be written."""
+    for category in (*metadata.get("thing_classes", ()), *metadata.get("stuff_classes", ())):
+        if not is_text(category):
+            raise ValueError(
+                f"Data set {name} has a category with the name {category!r}, which must be text "
+                "that can be written. (Of a file that is given with --train-annotations, numbers "
+                "are taken as text.)"
+            )
+
+
+def _check_file(name: str, metadata: Metadata) -> None:
+    """Look at what Detectron2's records do not have any more: the ids of images and the areas of
+    objects. Of two images with one id pycocotools and Detectron2's loader lose one, and give its
+    objects to the other; areas that are no numbers spoil the AP of sizes."""
     file = metadata.get("json_file")
     if not file or metadata.get("own_data_set") or os.path.getsize(file) > _MOST_BYTES:
         return
     try:
         with PathManager.open(file) as stream:
-            images = json.load(stream)["images"]
-        counts = Counter(image["id"] for image in images)
+            content = json.load(stream)
+        counts = Counter(image["id"] for image in content["images"])
+        areas = (a["area"] for a in content.get("annotations", ()) if "area" in a)
+        wrong = [area for area in areas if not is_number(area)]
     except (KeyError, OSError, TypeError, ValueError):  # loading the data set says what is wrong
         return
+    hint = "tools/check_dataset.py lists all that is wrong with it, and writes a corrected copy."
     if twice := [number for number, count in counts.items() if count > 1]:
-        raise ValueError(
-            f"Data set {name}: two images of {file} have the id {twice[0]!r}. "
-            "tools/check_dataset.py lists all that is wrong with it, and writes a corrected copy."
-        )
+        raise ValueError(f"Data set {name}: two images of {file} have the id {twice[0]!r}. {hint}")
+    if wrong:
+        raise ValueError(f"Data set {name}: {file} has the area {wrong[0]!r:.60}. {hint}")
 
 
 def _check_cityscapes(name: str, metadata: Metadata) -> None:

@@ -56,7 +56,7 @@ from .memory_format import to_memory_format
 from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation
 from .run import check_device, open_output_dir, report, set_up_with_detectron2, train_or_evaluate
-from .trainer import Trainer, check_stream
+from .trainer import Trainer, check_stream, explain_loading
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 
@@ -138,7 +138,8 @@ class LazyTrainer(Trainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         config = copy.deepcopy(cls.config)
         _name_unreadable_images(config.dataloader.train, cfg.DATASETS.TRAIN)
-        loader = instantiate(config, "dataloader.train")
+        with explain_loading():
+            loader = instantiate(config, "dataloader.train")
         check_stream(cfg, loader)
         return loader
 

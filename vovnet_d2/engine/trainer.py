@@ -8,7 +8,8 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from traceback import clear_frames
 from typing import Any
@@ -500,18 +501,8 @@ class Trainer(DefaultTrainer):
             roots=image_roots(cfg.DATASETS.TRAIN),
             max_skipped=cfg.DATALOADER.MAX_UNREADABLE,
         )
-        try:
+        with explain_loading():
             stream = build_detection_stream(cfg, mapper=mapper)
-        except Exception as error:
-            # Detectron2's assertion is for where nothing is left to train on.
-            if not isinstance(error, AssertionError) and not is_of_loader(error):
-                raise
-            reason = str(error.args[0]) if len(error.args) == 1 else str(error)
-            what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            raise ValueError(
-                f"DATASETS.TRAIN cannot be loaded: {what}{' '.join(reason.split()).rstrip('.')}. "
-                "tools/check_dataset.py lists what is wrong with annotations in COCO's format."
-            ) from error
         check_stream(cfg, stream)
         return stream
 
@@ -569,6 +560,27 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             results = _merge(results, cls.test_with_tta(cfg, model))
         return results
+
+
+@contextmanager
+def explain_loading() -> Iterator[None]:
+    """Say in a sentence that the data of a training cannot be loaded, or have nothing to learn.
+
+    Raises:
+        ValueError: Detectron2's loader fails in this context.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Detectron2's assertion is for where nothing is left to train on.
+        if not isinstance(error, AssertionError) and not is_of_loader(error):
+            raise
+        reason = str(error.args[0]) if len(error.args) == 1 else str(error)
+        what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"The data to train on cannot be loaded: {what}{' '.join(reason.split()).rstrip('.')}. "
+            "tools/check_dataset.py lists what is wrong with annotations in COCO's format."
+        ) from error
 
 
 def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from ..engine.evaluation import has_faster_coco
 from .detections import Detections
 
 __all__ = ["METRICS", "AveragePrecision", "evaluate"]
+
+logger = logging.getLogger(__name__)
 
 # Metric to IoU threshold (None: the mean over .50, .55, ..., .95) and range of areas.
 METRICS: dict[str, tuple[float | None, str]] = {
@@ -97,13 +100,22 @@ def evaluate(
     """Evaluate as the run did: with Detectron2's function, which takes the area of masks for masks.
 
     Args:
-        api: ``TEST.COCO_API`` of the run. Where faster-coco-eval is not installed, pycocotools
-            gives the same numbers.
+        api: ``TEST.COCO_API`` of the run. Where faster-coco-eval is not installed, or fails at
+            what pycocotools takes, such as ids that are text, that gives the same numbers.
         limit: how many detections of a category in an image count.
     """
+    if api != "pycocotools" and has_faster_coco():
+        try:
+            return _evaluate(detections, task, limit, fast=True)
+        except Exception:  # whatever it runs into, as in the evaluation of the run
+            logger.info("pycocotools evaluates, as faster-coco-eval fails.")
+    return _evaluate(detections, task, limit, fast=False)
+
+
+def _evaluate(detections: Detections, task: str, limit: int, *, fast: bool) -> AveragePrecision:
     truth, evaluation = detections.truth, COCOeval
     classes: AbstractContextManager[Any] = contextlib.nullcontext()
-    if api != "pycocotools" and has_faster_coco():
+    if fast:
         from ..engine.faster_coco import COCO, FasterCOCOeval, in_detectron2
 
         truth, evaluation = COCO(truth.dataset, use_deepcopy=True), FasterCOCOeval

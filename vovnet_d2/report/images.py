@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..data.check.masks import has_mask
 from ..data.image_file import read_image
 from .detections import Detections
 from .matching import Annotation, ImageMatches
@@ -109,7 +110,7 @@ def _draw(
     for k, item in enumerate(items):
         partner = others[partners[k]] if k in partners else None
         mark = _mark(item, partner, detections.class_names, scale, width * scale)
-        if item.get("segmentation"):
+        if has_mask(item):
             mask = detections.truth.annToMask(item).astype(bool)
             if mask.shape == pixels.shape[:2]:  # not so if the image was replaced since
                 pixels[mask] += _OPACITY * (np.array(_COLORS[mark.kind]) - pixels[mask])
