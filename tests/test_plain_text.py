@@ -102,6 +102,21 @@ def test_pictures_of_predictions(mine: Path, no_formulas: list[str]) -> None:
         assert no_formulas.count(f"{name} 90%") == 5 + 1  # annotated images, and the demo
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_pictures_of_a_few_columns(width: int) -> None:
+    """Detectron2's visualizer takes masks of two columns for points."""
+    found = Instances((90, width))
+    found.pred_boxes = Boxes(torch.tensor([[0.0, 5, width, 40]]))
+    found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    found.pred_masks = torch.ones(1, 90, width, dtype=torch.bool)
+    labels = torch.zeros(90, width, dtype=torch.int64)
+    picture = np.zeros((90, width, 3), np.uint8)
+    artist = Artist(Metadata(thing_classes=["a"], stuff_classes=["b"]))
+    drawn = artist.draw(picture, Shown(found, labels, None))
+    assert drawn.shape == picture.shape
+    assert drawn.any()
+
+
 def test_curves_of_a_data_set(tmp_path: Path, no_formulas: list[str]) -> None:
     rows = [{"iteration": 19, "total_loss": 1.0, "$x^$/bbox/AP": 20.0}]
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))

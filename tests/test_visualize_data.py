@@ -234,6 +234,12 @@ def test_thin_pictures_are_enlarged_a_little(
         scale = max(1.0, min(300 / min(size), 1200 / max(size)))
         expected = np.multiply(size[::-1], scale)
         np.testing.assert_allclose(drawn.pixels.shape[:2], expected, atol=1)
+    thin = np.zeros((3000, 2, 3), np.uint8)
+    for pixels in (thin, thin.transpose(1, 0, 2)):
+        drawings = iter([data_pictures.Drawn("a", pixels)] * 5)
+        assert data_pictures.write_contact_sheet(tmp_path / "sheet.png", drawings) == 5
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert max(sheet.size) < 5000
 
 
 def test_objects_with_absurd_numbers_are_not_drawn(

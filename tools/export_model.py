@@ -50,6 +50,7 @@ from vovnet_d2.export.int8 import KEEP_FLOAT
 from vovnet_d2.export.report import to_markdown
 
 SIZES = ("224x224", "257x191", "320x480")
+LEAST_SIDE = 32  # pixels, the stride of the last stage
 
 SEED = 0  # of the images that are drawn to calibrate on
 SENSITIVITY_IMAGES = 4
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         images = [torch.rand(size, device=model.pixel_mean.device) * 255 for _ in range(2)]
     if images is None:
         images = _random_images(args.sizes, model, batched=target.batched)
+    _require_size(images, args.part)
     about = {
         "config": args.config_file,
         "weights": cfg.MODEL.WEIGHTS or "none: random",
@@ -279,6 +281,18 @@ def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
         image = resize.get_transform(image).apply_image(image).astype("float32")
         images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
     return images
+
+
+def _require_size(images: Sequence[torch.Tensor], part: str) -> None:
+    """A detector pads what it is given; a backbone alone pools a thin line to nothing."""
+    for image in images:
+        height, width = image.shape[2:]
+        if part != "detector" and min(height, width) < LEAST_SIDE:
+            raise ValueError(
+                f"An image of {height}x{width} pixels, as a test resizes it, is too thin for the "
+                f"part {part}, which takes {LEAST_SIDE} a side and more: give others with --images "
+                "or --sizes."
+            )
 
 
 def _random_images(sizes: Sequence[str], model: nn.Module, *, batched: bool) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.visualizer import VisImage, Visualizer
 
 from ..data.label_colors import with_stuff_colors
+from ..engine.pictures import without_thin_masks
 from ..engine.plain_text import plain_text
 from .selection import Shown
 
@@ -39,10 +40,12 @@ class Artist:
     @plain_text()
     def _draw(self, image: np.ndarray, shown: Shown) -> VisImage:
         canvas = Visualizer(image, self._metadata)
+        if image.shape[1] == 2:  # maps and masks of that width Detectron2's visualizer refuses
+            shown = Shown(shown.instances, None, None)
         if shown.panoptic:
             return canvas.draw_panoptic_seg(*shown.panoptic)
         if shown.labels is not None:
             canvas.draw_sem_seg(shown.labels)
         if shown.instances is not None:
-            canvas.draw_instance_predictions(shown.instances)
+            canvas.draw_instance_predictions(without_thin_masks(shown.instances))
         return canvas.get_output()

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = 4
 _SHEET_WIDTH = 16.0  # inches
+_TALLEST = 4.0  # height over width of the place of a picture
 _MAX_UNREADABLE = 1000
 
 
@@ -259,6 +260,7 @@ def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
     if not pictures:
         return 0
     ratio = float(np.mean([pixels.shape[0] / pixels.shape[1] for _, pixels in pictures]))
+    ratio = min(ratio, _TALLEST)
     columns = max(1, round(_COLUMNS * min(1.0, ratio / 0.75)))  # fewer of two pictures side by side
     rows = -(-len(pictures) // columns)
     size = (_SHEET_WIDTH, rows * (_SHEET_WIDTH / columns * ratio + 0.3))

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import inference_context
+from detectron2.structures import Instances
 from torch import nn
 
 from ..checkpoint.atomic import atomic_write
@@ -34,6 +35,7 @@ __all__ = [
     "drawable",
     "enlargement",
     "read_metrics",
+    "without_thin_masks",
 ]
 
 logger = logging.getLogger(__name__)
@@ -197,6 +199,14 @@ def drawable(record: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
     return record
 
 
+def without_thin_masks(found: Instances) -> Instances:
+    """Leave out masks that are two pixels wide, which Detectron2's visualizer refuses."""
+    if not found.has("pred_masks") or found.image_size[1] != 2:
+        return found
+    fields = {name: value for name, value in found.get_fields().items() if name != "pred_masks"}
+    return Instances(found.image_size, **fields)
+
+
 def enlargement(image: np.ndarray) -> float:
     """Return the factor by which an image (H, W, 3) is enlarged to be drawn on."""
     short, long = sorted(image.shape[:2])
@@ -226,7 +236,8 @@ def _draw_pair(
     canvas = Visualizer(image, metadata, scale=scale)
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        drawn = canvas.draw_instance_predictions(instances[instances.scores >= _MIN_SCORE])
+        shown = without_thin_masks(instances[instances.scores >= _MIN_SCORE])
+        drawn = canvas.draw_instance_predictions(shown)
     elif "sem_seg" in output:
         drawn = canvas.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
     else:
