@@ -54,10 +54,11 @@ class Data:
                 x, y = int(rng.integers(1, WIDTH - w)), int(rng.integers(1, HEIGHT - h))
                 category = int(rng.integers(3))
                 pixels[y : y + h, x : x + w] = list(COLOURS.values())[category]
-                polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+                # One corner is cut off: masks that are all rectangles are warned of.
+                polygon = [x, y + 4, x + 4, y, x + w, y, x + w, y + h, x, y + h]
                 annotations.append(
                     {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0}
-                    | {"category_id": category + 1, "bbox": [x, y, w, h], "area": w * h}
+                    | {"category_id": category + 1, "bbox": [x, y, w, h], "area": w * h - 8}
                     | {"segmentation": [[float(n) for n in polygon]]}
                 )
             Image.fromarray(pixels).save(self.images / image["file_name"])
