@@ -568,6 +568,7 @@ def test_wrong_options(options: list[str], words: str, images: Path, tmp_path: P
         launch(images, tmp_path, *options)
 
 
+@pytest.mark.usefixtures("fresh_logging")
 def test_mistake_is_told_in_a_sentence(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         pretrain.main(["PRETRAIN.DATA", "nowhere", "OUTPUT_DIR", str(tmp_path)])
