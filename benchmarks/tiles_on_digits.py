@@ -4,7 +4,7 @@
 """Evaluate a detector of digits on mosaics of its validation images, without tiles and with them.
 
     python benchmarks/tiles_on_digits.py --config-file output/demo/config.yaml \\
-        --weights output/demo/model_final.pth --work /tmp/mosaics
+        --weights output/demo/model_final.pth --work output/mosaics
 
 A mosaic is made of 3×3 images, so it has three times the height and width of what the detector was
 trained on, and is brought to that size for the detector. Tiles have the size of one image.

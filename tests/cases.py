@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def case(name: str) -> Iterator[None]:
-    """What fails inside says which case it is."""
+    """Add the name of the case to an error that is raised inside."""
     try:
         yield
     except (AssertionError, pytest.fail.Exception) as error:

@@ -23,8 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From now on, garbage is not looked for among what the imports have made: the many objects of
-    torch and Detectron2 would take a third of a second in every full collection."""
+    """Exclude the objects that the imports have made from garbage collection.
+
+    Otherwise torch's and Detectron2's many objects add a third of a second to each full collection.
+    """
     gc.collect()
     gc.freeze()
 

@@ -412,7 +412,7 @@ def spoil(data: DataSet, fault: Callable[[DataSet], None]) -> None:
         data.write()
 
 
-# What holds of a corrected copy
+# Properties of a corrected copy
 
 
 def require_trainable(data: DataSet) -> None:

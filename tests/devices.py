@@ -16,8 +16,10 @@ _INITIALISATIONS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_nor
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """What is made inside has every shape and no memory. Initialisation is left out: there is
-    nothing to fill, and it would take half of the time."""
+    """Build networks on the meta device, where tensors have a shape and no memory.
+
+    Initialisation is left out: there is nothing to fill, and it would take half of the time.
+    """
     nothing = dict.fromkeys(_INITIALISATIONS, lambda tensor, *args, **options: tensor)
     with mock.patch.multiple(nn.init, **nothing), torch.device("meta"):
         yield

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from detectron2.config import CfgNode
 from detectron2.engine import defaults
+from torch import nn
 
-from vovnet_d2.engine import argument_parser, load_config, report, run
+from vovnet_d2.engine import Trainer, argument_parser, load_config, report, run
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
@@ -85,3 +87,23 @@ def launch(
 
 def read_log(output_dir: Path) -> str:
     return (output_dir / "log.txt").read_text()
+
+
+def data_flags(root: Path, images: str, *splits: str) -> list[str]:
+    """Return the arguments for JSON files below ``root``; ``images`` may have ``{split}`` in it."""
+    words = []
+    for split in splits:
+        words += [f"--{split}-json", str(root / f"{split}.json")]
+        words += [f"--{split}-images", str(root / images.format(split=split))]
+    return words
+
+
+def note_evaluated(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Return a list to which every evaluated model is added from then on."""
+    evaluated: list[nn.Module] = []
+    test_all = Trainer.test_all.__func__
+    noted = classmethod(
+        lambda cls, cfg, model: evaluated.append(model) or test_all(cls, cfg, model)
+    )
+    monkeypatch.setattr(Trainer, "test_all", noted)
+    return evaluated

@@ -83,7 +83,7 @@ class Data:
 
 Change = Callable[[Data], None]
 
-# What a tool does with a kind.
+# The outcome of a tool on a kind of data.
 SAME = "as with the good data"
 WORKS = "works"
 REFUSED = "one sentence, status 2"
@@ -151,7 +151,7 @@ def pictures(*changes: Callable[[Image.Image, Path], None]) -> Change:
     return apply
 
 
-# What turns a picture back that is read with an orientation.
+# The operation that turns a picture back, by its orientation.
 _STORED = {
     1: lambda p: p,
     2: lambda p: p.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -168,7 +168,7 @@ Save = Callable[[Image.Image, Path], None]
 
 
 def oriented(orientation: int) -> Save:
-    """As read, the picture stays what it is: the annotations are for that."""
+    """Annotations are for the picture as it is read, so the picture stays unchanged."""
 
     def save(picture: Image.Image, path: Path) -> None:
         annotated_as_stored(orientation)(_STORED[orientation](picture), path)
@@ -246,7 +246,7 @@ def named(*changes: Callable[[str], str]) -> Change:
 
 
 def in_folders(change: Callable[[str], str]) -> Change:
-    """As :func:`named`, with the files in a folder below."""
+    """Rename files as :func:`named` does, and move them to a folder below."""
 
     def apply(data: Data) -> None:
         (data.images / "sub").mkdir()
@@ -370,7 +370,7 @@ IMAGES = ("demo", "Predictor", "export")  # which read no annotations
 
 
 def expect(**tools: str) -> dict[str, str]:
-    """What tools do, by name; ``runs`` and ``images`` stand for several."""
+    """Expected outcomes by the name of a tool; ``runs`` and ``images`` stand for several tools."""
     groups = {"runs": RUNS, "images": IMAGES}
     return {tool: what for name, what in tools.items() for tool in groups.get(name, (name,))}
 

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from engine_runs import MASK_RCNN as MINIATURE
-from engine_runs import launch, read_log
+from engine_runs import launch, note_evaluated, read_log
 from export_models import FASTER_RCNN, MASK_RCNN, RETINANET, build_detector, small_config
 from predictor_runs import DETECTORS, PICTURES, assert_close, save
 from torch import nn
@@ -22,7 +22,6 @@ from vovnet_d2 import Predictor
 from vovnet_d2.backends import BACKENDS, CACHE, cache_folder, check_backend, use, use_backend
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.data.image_file import read_image
-from vovnet_d2.engine import Trainer
 from vovnet_d2.export import formats
 from vovnet_d2.export.dense import DensePart
 
@@ -329,13 +328,7 @@ def test_an_operator_that_does_not_export(empty_cache: Path) -> None:
 def test_evaluation(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(MINIATURE, tmp_path, "SOLVER.MAX_ITER", "1")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
-    seen = []
-    test = Trainer.test_all.__func__
-    monkeypatch.setattr(
-        Trainer,
-        "test_all",
-        classmethod(lambda cls, cfg, model: seen.append(model) or test(cls, cfg, model)),
-    )
+    seen = note_evaluated(monkeypatch)
     expected = launch(MINIATURE, tmp_path / "torch", "--eval-only", *weights)
     found = launch(
         MINIATURE, tmp_path / "other", "--eval-only", *weights, "TEST.BACKEND", "openvino"

@@ -16,7 +16,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Boxes, BoxMode, Instances
-from engine_runs import MASK_RCNN, RETINANET, TINY, quick, read_log
+from engine_runs import MASK_RCNN, RETINANET, TINY, data_flags, quick, read_log
 from pycocotools.coco import COCO
 
 from vovnet_d2 import Predictor
@@ -73,11 +73,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(root: Path, *splits: str) -> list[str]:
-    words = []
-    for split in splits:
-        words += [f"--{split}-json", str(root / f"{split}.json")]
-        words += [f"--{split}-images", str(root / "vovnet_d2_digits" / split)]
-    return words
+    return data_flags(root, "vovnet_d2_digits/{split}", *splits)
 
 
 BOTH = ("train", "val")

@@ -16,7 +16,7 @@ from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
     COCO_PERSON_KEYPOINT_NAMES,
 )
-from engine_runs import TINY, read_log
+from engine_runs import TINY, data_flags, read_log
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -126,11 +126,7 @@ def dogs(catalogs: None, tmp_path: Path) -> Path:
 
 
 def flags(root: Path, *splits: str) -> list[str]:
-    words = []
-    for split in splits:
-        words += [f"--{split}-json", str(root / f"{split}.json")]
-        words += [f"--{split}-images", str(root / "images")]
-    return words
+    return data_flags(root, "images", *splits)
 
 
 def setup(words: list[str], *options: str, config: str = CONFIG) -> CfgNode:

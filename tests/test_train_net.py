@@ -14,7 +14,16 @@ import pytest
 import torch
 from coco_tree import COLORS, THINGS
 from detectron2.modeling import build_model
-from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, SHORT, TINY, launch, read_log
+from engine_runs import (
+    FASTER_RCNN,
+    MASK_RCNN,
+    RETINANET,
+    SHORT,
+    TINY,
+    launch,
+    note_evaluated,
+    read_log,
+)
 from PIL import Image
 
 from vovnet_d2 import get_config_file
@@ -66,13 +75,7 @@ def test_the_fast_network_is_evaluated(
 ) -> None:
     launch(RETINANET, tmp_path, options=TINY)
     expected = read_predictions(tmp_path)
-    evaluated = []
-    test_all = Trainer.test_all.__func__
-    monkeypatch.setattr(
-        Trainer,
-        "test_all",
-        classmethod(lambda cls, cfg, model: evaluated.append(model) or test_all(cls, cfg, model)),
-    )
+    evaluated = note_evaluated(monkeypatch)
     options = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "TEST.OPTIMIZE", "True"]
     launch(RETINANET, tmp_path, "--eval-only", *options, options=TINY)
     (model,) = evaluated

@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms
 __all__ = ["TiledDetector", "check_tiles", "cut_tiles"]
 
 MAX_IOU = 0.5
-"""Of two boxes of one category that overlap more, the less likely one is left out."""
+"""If two boxes of one category overlap more than this, the less likely one is left out."""
 
 _BORDER = 0.01
 """A box touches the border of its tile within this share of the tile's side."""

@@ -68,7 +68,7 @@ def check_files(
 
 
 def has_size_of_file(record: Record) -> bool:
-    """Whether the picture of a record can be opened, and is as large as the record says."""
+    """Return whether a record's picture can be opened and has the size that the record says."""
     header = _header(record)
     return header is not None and _given_size(record) in (None, header.size)
 

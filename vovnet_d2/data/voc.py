@@ -150,7 +150,7 @@ def _flag(element: ElementTree.Element, path: str) -> int:
 
 
 def is_voc_set(name: str) -> bool:
-    """Whether a data set is registered as a folder in PASCAL VOC's layout."""
+    """Return whether a data set is registered as a folder in PASCAL VOC's layout."""
     if name not in DatasetCatalog:
         return False
     metadata = MetadataCatalog.get(name)

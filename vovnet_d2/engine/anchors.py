@@ -36,7 +36,7 @@ _MOST_IMAGES = 500
 
 
 class Anchors(NamedTuple):
-    """What Detectron2's DefaultAnchorGenerator takes.
+    """Anchors as Detectron2's DefaultAnchorGenerator takes them.
 
     Attributes:
         sizes: for each feature map, the square roots of the areas of its anchors, in pixels.

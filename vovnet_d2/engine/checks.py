@@ -369,15 +369,17 @@ def load_records(name: str) -> list[dict[str, Any]]:
 
 
 def _is_of_data(error: Exception) -> bool:
-    """Whether an error says that files cannot be used, and is no bug of the function."""
+    """Return whether an error says that files cannot be used, and is no bug of the function."""
     return isinstance(error, AssertionError | KeyError | OSError | ValueError) or is_of_loader(
         error
     )
 
 
 def is_of_loader(error: Exception) -> bool:
-    """Whether an error comes out of Detectron2's own loaders of data sets, which run into errors of
-    all kinds at what they do not expect in a file."""
+    """Return whether an error comes from Detectron2's own loaders of data sets.
+
+    They run into errors of all kinds where a file holds something unexpected.
+    """
     frames = traceback.walk_tb(error.__traceback__)
     modules = (frame.f_globals.get("__name__", "") for frame, _ in frames)
     return any(module.startswith("detectron2.data.datasets.") for module in modules)

@@ -40,7 +40,7 @@ __all__ = ["find_images", "quantize_detector", "to_markdown"]
 logger = logging.getLogger(__name__)
 
 BACKEND = "onnxruntime"
-"""What the float and the quantized detector run in when they are compared."""
+"""The float and the quantized detector are compared in this backend."""
 
 MIN_SCORE, MIN_IOU = 0.5, 0.9
 """Detections with this score are to be found again with this overlap, in the same category."""

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the user has set of a config, and what the config was without."""
+"""Find which keys of a config the user has set, and the config without them."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _inspect(path: str) -> ImageFile:
 
 
 def is_dark(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the upper 8 of 16 bits are as dark as where all values are of 12 bits."""
+    """Return whether the upper 8 of 16 bits are as dark as in a picture of 12-bit values."""
     return int(pixels.max()) < _DARK
 
 

@@ -104,7 +104,7 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
 
 
 def _are_points(value: Any) -> bool:
-    """Whether a value is a polygon whose points are lists of two numbers each."""
+    """Return whether a value is a polygon whose points are lists of two numbers each."""
     return (
         isinstance(value, list)
         and len(value) > 0

@@ -18,7 +18,7 @@ from .notes import Notes
 __all__ = ["LabelledImage", "LabelledObject", "box_around", "from_coco", "to_coco"]
 
 Content = dict[str, Any]
-"""What a file in COCO's format holds."""
+"""The content of a file in COCO's format is a dictionary of this type."""
 
 _HELD = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd"),

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion changed or left out, and the problems that stop it."""
+"""Notes collect what a conversion changed or left out, and the problems that stop it."""
 
 from __future__ import annotations
 
