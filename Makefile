@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint types test test-slow test-arithmetic fuzz mutants doctor clean
+.PHONY: help setup demo docs gpu-report lint types test test-slow test-arithmetic fuzz mutants doctor clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -46,21 +46,39 @@ $(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
 # What it is for ----------------------------------------------------------------------------------
 
 demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
-	@$(PY) tools/train_net.py --progress --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_half_FPN.yaml OUTPUT_DIR output/demo
+	@$(PY) tools/train_net.py --progress --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_half_FPN_600.yaml OUTPUT_DIR output/demo
 	@$(PY) tools/report.py output/demo
 	@echo "Picture: output/demo/predictions.png"
 	@echo "Report:  output/demo/report.html"
 	@echo "To draw on a picture of yours: $(PY) tools/demo.py --config-file output/demo/config.yaml" \
 		"--input PICTURE --output drawn --opts MODEL.WEIGHTS output/demo/model_final.pth"
 
-doctor: ## say what is installed, what is missing, and what mends it
+docs: setup ## build the documentation as a site; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "Site: build/site/index.html. With the search: $(PY) -m http.server --directory build/site"
+
+# Compiled networks are left out, as each case would be compiled for a minute.
+gpu-report: setup ## on a GPU: its tests, then speed, memory, energy and training, into output/gpu
+	$(PY) -m pytest -m gpu
+	$(PY) tools/benchmark.py --preset gpu --models V-39-eSE V-19-slim-dw-eSE ResNet-50 --sizes 480x640 \
+		--treatments plain plain-tf32 optimized bf16 --warmup 5 --repeats 20 --output output/gpu/backbones
+	$(PY) tools/benchmark.py --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml \
+		COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml --treatments plain optimized bf16 \
+		--modes inference training --device cuda --sizes 800x1344 --output output/gpu/mask_rcnn
+	$(PY) tools/benchmark.py --preset table2 --device cuda --output output/gpu/table2
+	$(PY) tools/benchmark.py --preset table4 --device cuda --output output/gpu/table4
+	@echo "The tables: output/gpu/*/README.md"
+
+doctor: ## say what is installed, what is missing, and what fixes it
 	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) tools/doctor.py
 
 # Checks ------------------------------------------------------------------------------------------
 
-lint: setup ## check style and formatting
+lint: setup ## check style, formatting, and which room of the package imports which
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	@# import-linter has no release for Python 3.10.
+	test ! -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports
 
 types: setup ## check the types of the package
 	$(PY) -m mypy
@@ -72,8 +90,8 @@ test-slow: setup ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu"
 
 # As CPUs without AVX-512 and without AVX2 compute.
-ARITHMETIC := $(addprefix tests/test_,allocation.py benchmark_measures.py folding.py fpn.py \
-	inference.py layers.py onednn.py training_step.py vovnet.py)
+ARITHMETIC := $(addprefix tests/test_,allocation.py benchmark_measures.py fpn.py fusion.py \
+	inference.py layers.py mixed_precision.py onednn.py training_step.py vovnet.py)
 test-arithmetic: setup ## the tests of arithmetic, as other kinds of CPU compute
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow and not gpu" $(ARITHMETIC)
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow and not gpu" $(ARITHMETIC)

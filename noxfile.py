@@ -31,7 +31,7 @@ CORNERS = {
 def run_tests(session: nox.Session) -> None:
     """Install one corner of the supported versions and run the fast tests on it."""
     _, versions, source = CORNERS[session.name.partition("-")[0]]
-    session.install("setuptools<81", "wheel")
+    session.install("setuptools>=77,<81", "wheel")
     session.install(*versions)
     session.run("python", "tools/install_detectron2.py", "--source", source)
     # The versions once more, so that no requirement replaces one of them.

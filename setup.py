@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-# Metadata lives in pyproject.toml; what it cannot say is that configs/ ships inside the package.
+# Metadata lives in pyproject.toml; what it cannot say is where two folders go in the wheel.
 from setuptools import find_packages, setup
 
-packages = [*find_packages(include=["vovnet_d2*"]), "vovnet_d2.configs"]
-setup(packages=packages, package_dir={"vovnet_d2.configs": "configs"})
+folders = {"vovnet_d2.configs": "configs", "vovnet_d2_tools": "tools"}
+setup(packages=[*find_packages(include=["vovnet_d2*"]), *folders], package_dir=folders)

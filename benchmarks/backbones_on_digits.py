@@ -13,6 +13,7 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,11 +24,11 @@ from matplotlib.figure import Figure
 from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_all_once
 from tabulate import tabulate
 
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.benchmark.networks import detector
-from vovnet_d2.benchmark.protocol import write_csv
 from vovnet_d2.benchmark.study import Plan, Study
-from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.timing import write_csv
 
 CONFIGS = {
     "ResNet-50": "configs/Digits/mask_rcnn_R_50_FPN.yaml",
@@ -58,7 +59,7 @@ def main() -> None:
         write_csv(partial, rows)
     last = [row for row in rows if row["iteration"] == args.iterations]
     with atomic_write(args.output / "sizes.png") as partial:
-        draw(last).savefig(partial, dpi=120, format="png")
+        draw_sizes(last, "digits_val").savefig(partial, dpi=120, format="png")
     report = write_report(args, last, steps)
     with atomic_write(args.output / "README.md") as partial:
         Path(partial).write_text(report, encoding="utf-8")
@@ -85,14 +86,19 @@ def run_all(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def time_steps(device: torch.device) -> list[Row]:
-    """A row of the benchmark for each network, in the order of :data:`CONFIGS`: steps of eight
-    images, in turn."""
+def time_steps(
+    device: torch.device, configs: dict[str, str] = CONFIGS, batch: int = 8
+) -> list[Row]:
+    """Time training steps of the networks in turn, with images of 192x192.
+
+    Returns:
+        a row of the benchmark for each network, in the order of ``configs``.
+    """
     plan = Plan(
-        networks=[detector(config) for config in CONFIGS.values()],
+        networks=[detector(config) for config in configs.values()],
         treatments=["optimized"],
         modes=["training"],
-        batches=[8],
+        batches=[batch],
         sizes=[(192, 192)],
         device=device,
     )
@@ -106,11 +112,12 @@ def time_steps(device: torch.device) -> list[Row]:
 
 
 def of_network(rows: list[Row], network: str, metric: str) -> list[float]:
-    """One value for each seed."""
+    """Return the value of each seed."""
     return [row[metric] for row in rows if row["network"] == network]
 
 
-def draw(last: list[Row]) -> Figure:
+def draw_sizes(last: list[Row], data: str) -> Figure:
+    """Draw AP by size of the objects, a bar for each network."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for panel, kind in zip(figure.subplots(1, 2, sharey=True), ("box", "mask"), strict=True):
         x = np.arange(1 + len(SIZES))
@@ -124,21 +131,27 @@ def draw(last: list[Row]) -> Figure:
         panel.set_title(f"{kind} AP by size; bars: mean, dots: the seeds", fontsize=10)
         panel.grid(axis="y", alpha=0.3)
     panel.legend()
-    figure.axes[0].set_ylabel("AP on digits_val (%)")
+    figure.axes[0].set_ylabel(f"AP on {data} (%) →")
     return figure
 
 
-def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) -> str:
+def write_table(last: list[Row], steps: list[Row], metrics: Iterable[str]) -> str:
+    """Return a table in Markdown with AP and the time of a step, a row for each network."""
+    metrics = list(metrics)
     table = []
     for network, step in zip(CONFIGS, steps, strict=True):
-        cells = [mean_and_spread(of_network(last, network, name)) for name in METRICS.values()]
+        cells = [mean_and_spread(of_network(last, network, name)) for name in metrics]
         time = f"{step['latency_ms']:.0f}"
         table.append([network, *cells, time, f"{step['time_of_network']:.2f}"])
-    headers = ["network", *METRICS.values(), "step (ms)", "step / ResNet-50's"]
+    headers = ["network", *metrics, "step (ms)", "step / ResNet-50's"]
+    return tabulate(table, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) -> str:
     protocol = {
         "recipe": f"configs/Digits/Base-Mask-RCNN-FPN.yaml, from scratch, for all, "
         f"{args.iterations} iterations",
-        "data": "200 images of digits_val, whose digits are not among those of training",
+        "data": "200 images of digits_val, whose digits are not in the training set",
         "sizes": "COCO's: small is less than 32x32 pixels, large more than 96x96, as only 16 "
         "of the 711 objects are",
         "trainings": f"{args.jobs} at a time",
@@ -150,7 +163,7 @@ def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) ->
     return "\n\n".join(
         [
             "# Backbones under a Mask R-CNN on the digits",
-            tabulate(table, headers, tablefmt="pipe", disable_numparse=True),
+            write_table(last, steps, METRICS.values()),
             "![](sizes.png)",
             what_is_seen(last),
             describe(protocol, args.device) + "\n",
@@ -159,7 +172,7 @@ def write_report(args: argparse.Namespace, last: list[Row], steps: list[Row]) ->
 
 
 def what_is_seen(last: list[Row]) -> str:
-    """The advantage of V-39-eSE over ResNet-50 by size, seed by seed."""
+    """Say by how much V-39-eSE is better than ResNet-50, by size and for each seed."""
     sentences = []
     for kind in ("box", "mask"):
         gains = []

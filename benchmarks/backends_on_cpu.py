@@ -3,131 +3,250 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time backbones with FPN, and whole detectors, in torch, OpenVINO and ONNX Runtime, and in INT8.
 
-    python benchmarks/backends_on_cpu.py --fpn V_39_eSE V_19_slim_dw_eSE --detector V_19_slim_eSE
+    python benchmarks/backends_on_cpu.py --work output/backends_on_cpu
 
-Every case of a network is timed in turn, on one image of 480×640, with random weights, which change
-no time but that of a detector's heads, by the number of boxes. INT8 is the default of
+All cases of a network are timed in turn on one image, with random weights. These change no time but
+that of a detector's heads, which get as many proposals as the config allows. INT8 is the default of
 tools/export_model.py, calibrated on two photographs. Each time is divided by that of the network
-itself in the same round; the table has the median of these ratios.
+itself in the same round; the tables have the median of these ratios over all processes. Run this
+from the repository's root, on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import numpy as np
 import onnx
 import torch
+from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from tabulate import tabulate
 
-from vovnet_d2.backends import BACKENDS, use_backend
+from vovnet_d2.backends import BACKENDS, rank_backends, use_backend
 from vovnet_d2.backends.cache import model_key
 from vovnet_d2.backends.quantized import mark_quantized
-from vovnet_d2.benchmark.protocol import (
-    describe_environment,
-    ratios,
-    time_interleaved,
-    write_csv,
-)
 from vovnet_d2.engine import load_config
 from vovnet_d2.export import export, select_target
 from vovnet_d2.export.int8 import Quantizer
 from vovnet_d2.modeling.inference import optimize_for_inference
+from vovnet_d2.timing import describe_environment, ratios, time_interleaved, write_csv
 
-SIZE = (480, 640)
+Size = tuple[int, int]
+Cases = dict[str, Callable[[], object]]
+Times = dict[str, list[float]]
+
 CPU = torch.device("cpu")
+SIZES: list[Size] = [(480, 640), (640, 480), (448, 672), (672, 448), (416, 736), (736, 416)]
+"""Heights and widths in pixels. The numbers of pixels differ by at most 2 %."""
+
+
+class Network(NamedTuple):
+    """A network whose cases are compared.
+
+    Attributes:
+        config: name of the config.
+        whole: whether the whole detector is timed, and not only the backbone with its FPN.
+        size: height and width of the image in pixels.
+        stream: whether each case takes the images of :data:`SIZES` in turn.
+    """
+
+    config: str
+    whole: bool = False
+    size: Size = SIZES[0]
+    stream: bool = False
+
+
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_{}_FPN_3x.yaml"
+RETINANET = "COCO-Detection/retinanet_{}_FPN_3x.yaml"
+NETWORKS = {
+    "V-39-eSE, 480×640": Network(MASK_RCNN.format("V_39_eSE")),
+    "V-99-eSE, 480×640": Network(MASK_RCNN.format("V_99_eSE")),
+    "V-19-slim-dw-eSE, 480×640": Network(MASK_RCNN.format("V_19_slim_dw_eSE")),
+    "V-39-eSE, 800×1344": Network(MASK_RCNN.format("V_39_eSE"), size=(800, 1344)),
+    "V-99-eSE, 800×1344": Network(MASK_RCNN.format("V_99_eSE"), size=(800, 1344)),
+    "V-39-eSE, six sizes": Network(MASK_RCNN.format("V_39_eSE"), stream=True),
+    "Mask R-CNN V-19-slim-eSE": Network(MASK_RCNN.format("V_19_slim_eSE"), whole=True),
+    "Mask R-CNN V-39-eSE": Network(MASK_RCNN.format("V_39_eSE"), whole=True),
+    "Mask R-CNN R-50": Network(MASK_RCNN.format("R_50"), whole=True),
+    "RetinaNet V-39-eSE": Network(RETINANET.format("V_39_eSE"), whole=True),
+    "RetinaNet R-50": Network(RETINANET.format("R_50"), whole=True),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fpn", nargs="*", default=[], metavar="VARIANT")
-    parser.add_argument("--detector", nargs="*", default=[], metavar="VARIANT")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", default="benchmarks/backends_on_cpu/cpu.csv")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the exported files")
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--processes", type=int, default=5, help="fresh ones for each network")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each process")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/backends_on_cpu"))
     args = parser.parse_args()
-    rows = []
-    for kind, build, names in (
-        ("FPN", fpn_cases, args.fpn),
-        ("Mask R-CNN", detector_cases, args.detector),
-    ):
-        for name in names:
-            torch.manual_seed(0)
-            options = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-            config = f"COCO-InstanceSegmentation/mask_rcnn_{name}_FPN_3x.yaml"
-            model = build_model(load_config(config, options)).eval()
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                cases = build(model, Path(folder))
-                times = time_interleaved(cases, device=CPU, warmup=3, repeats=args.repeats)
-            for case, values in times.items():
-                row = {
-                    "network": f"{name} {kind}",
-                    "case": case,
-                    "ms": round(1e3 * median(values), 1),
-                    "of eager": round(median(ratios(values, times["eager"])), 3),
-                }
-                rows.append(row)
-                print(*row.values(), flush=True)
-            protocol = describe_environment(CPU) | {
-                "size": "1×3×{}×{}".format(*SIZE),
-                "timing": f"3 rounds of warm-up, median of {args.repeats}, interleaved",
-                **{name: version(name) for name in ("openvino", "onnxruntime")},
-            }
-            write_csv(args.output, rows, protocol)
+    times: dict[str, list[Times]] = {name: [] for name in args.only}
+    for _ in range(args.processes):
+        for name in args.only:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                task = pool.submit(measure, NETWORKS[name], args.work.resolve(), args.repeats)
+                times[name].append(task.result())
+            print(name, summarize(times[name][-1:]), flush=True)
+    write_results(args, {name: summarize(found) for name, found in times.items()})
 
 
-def photographs(model: Any) -> list[torch.Tensor]:
-    """Each (1, 3, 480, 640), normalised."""
+def summarize(processes: list[Times]) -> dict[str, dict[str, float]]:
+    """Return for each case its ratio to "eager", over the medians of the processes, and its median
+    milliseconds."""
+    rows = {}
+    for case in processes[0]:
+        of_eager = [median(ratios(times[case], times["eager"])) for times in processes]
+        seconds = [value for times in processes for value in times[case]]
+        rows[case] = {
+            "of eager": round(median(of_eager), 3),
+            "lowest": round(min(of_eager), 3),
+            "highest": round(max(of_eager), 3),
+            "ms": round(1e3 * median(seconds), 1),
+            "processes": len(processes),
+        }
+    return rows
+
+
+def write_results(args: argparse.Namespace, rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    protocol = describe_environment(CPU) | {
+        "timing": f"{args.processes} processes, each with a round of warm-up and {args.repeats} "
+        "rounds that are timed, all cases of a network in turn",
+        "of eager": "median, lowest and highest of the ratios of the processes",
+        **{name: version(name) for name in ("openvino", "onnxruntime")},
+    }
+    lines = [
+        {"network": name, "case": case, **values}
+        for name, cases in rows.items()
+        for case, values in cases.items()
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_csv(args.output / "cpu.csv", lines, protocol)
+    for whole in (False, True):
+        chosen = {name: cases for name, cases in rows.items() if NETWORKS[name].whole == whole}
+        headers = list(dict.fromkeys(case for cases in chosen.values() for case in cases))
+        table = [
+            [name, *(cases[case]["of eager"] if case in cases else "–" for case in headers)]
+            for name, cases in chosen.items()
+        ]
+        print(tabulate(table, ["network", *headers], tablefmt="pipe", floatfmt=".2f"), "\n")
+
+
+def measure(network: Network, work: Path, repeats: int) -> Times:
+    """Time the cases of a network. Exported files are kept in ``work`` for the next process."""
+    torch.manual_seed(0)
+    options = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    if "_R_50_" in network.config:
+        file = model_zoo.get_config_file(network.config)
+        cfg = load_config(file, options, allow_unsafe_yaml=True)  # Detectron2's own file
+    else:
+        cfg = load_config(network.config, options)
+    model = build_model(cfg).eval()
+    folder = work / Path(network.config).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["VOVNET_D2_CACHE"] = str(folder)
+    with torch.no_grad():
+        cases = (detector_cases if network.whole else fpn_cases)(model, network, folder)
+        return time_interleaved(cases, device=CPU, warmup=1, repeats=repeats)
+
+
+def photographs(size: Size) -> list[torch.Tensor]:
+    """Return two photographs as images in BGR, (3, height, width), from 0 to 255."""
     images = [
-        np.asarray(Image.fromarray(image[:, :, ::-1].copy()).resize(SIZE[::-1]))
+        np.asarray(Image.fromarray(image).resize(size[::-1]))[:, :, ::-1]
         for image in load_sample_images().images
     ]
-    tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
-    return [model.preprocess_image([{"image": image}]).tensor for image in tensors]
+    return [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
 
 
-def fpn_cases(model: Any, folder: Path) -> dict[str, Callable[[], object]]:
-    target = select_target(model, "fpn", preprocessing=False)
-    path = export(target, "onnx", folder / "fpn.onnx").path
-    images = photographs(model)
-    quantizer = Quantizer(path, images)
-    onnx.save(quantizer.quantize(quantizer.select()), folder / "int8.onnx")
-    onnx.save(quantizer.quantize(quantizer.select([])), folder / "int8_all.onnx")
-    optimized = optimize_for_inference(model.backbone)
-    cases: dict[str, Callable[..., object]] = {"eager": model.backbone, "torch": optimized}
+def fpn_cases(model: Any, network: Network, folder: Path) -> Cases:
+    path = folder / "fpn.onnx"
+    if not path.exists():
+        export(select_target(model, "fpn", preprocessing=False), "onnx", path)
+    int8 = quantize(path, folder / "fpn.int8.onnx", model)
+    forwards: dict[str, Callable[..., object]] = {
+        "eager": model.backbone,
+        "torch": optimize_for_inference(model.backbone),
+    }
     for backend in ("openvino", "onnxruntime"):
-        for name, file in (("", path), (" INT8", "int8.onnx"), (" INT8 all", "int8_all.onnx")):
-            cases[backend + name] = BACKENDS[backend].load(folder / file, CPU)
-    return {name: partial(case, images[0]) for name, case in cases.items()}
+        files = {"": path, " INT8": int8}
+        if not network.stream:
+            files[" INT8 of all"] = quantize(
+                path, folder / "fpn.int8_all.onnx", model, keep_float=[]
+            )
+        for name, file in files.items():
+            forwards[backend + name] = BACKENDS[backend].load(file, CPU)
+    forwards["auto"] = forwards[rank_backends(model)[0]]
+    sizes = SIZES if network.stream else [network.size]
+    images = [preprocess(model, photographs(size)[0]) for size in sizes]
+    if not network.stream:
+        forwards["compiled, frozen"] = compile_frozen(model.backbone, images[0])
+        return {name: partial(forward, images[0]) for name, forward in forwards.items()}
+    cases: Cases = {}
+    for name, forward in forwards.items():
+        cases[name] = partial(call_with_each, forward, images[:1] * len(images))
+        cases[f"{name}, six sizes"] = partial(call_with_each, forward, images)
+    return cases
 
 
-def detector_cases(model: Any, folder: Path) -> dict[str, Callable[[], object]]:
-    target = select_target(model, "dense", preprocessing=False)
-    quantizer = Quantizer(export(target, "onnx", folder / "dense.onnx").path, photographs(model))
-    quantized = quantizer.quantize(quantizer.select())
-    mark_quantized(quantized, model_key(model))
-    onnx.save(quantized, folder / "int8.onnx")
-    os.environ["VOVNET_D2_CACHE"] = str(folder)
-    cases = {"eager": model, "torch": optimize_for_inference(model)}
+def call_with_each(forward: Callable[..., object], images: list[torch.Tensor]) -> None:
+    for image in images:
+        forward(image)
+
+
+def compile_frozen(backbone: torch.nn.Module, image: torch.Tensor) -> Callable[..., object]:
+    """Compile a backbone for one size by torch's own means, as a user would do by hand."""
+    compiled = torch.compile(copy.deepcopy(backbone))
+    with torch._inductor.config.patch(freezing=True):
+        compiled(image)
+    return compiled
+
+
+def preprocess(model: Any, image: torch.Tensor) -> torch.Tensor:
+    return model.preprocess_image([{"image": image}]).tensor
+
+
+def quantize(path: Path, to: Path, model: Any, keep_float: list[str] | None = None) -> Path:
+    """Quantize a float file on two photographs, unless this is done; ``keep_float`` None is the
+    default of tools/export_model.py."""
+    if not to.exists():
+        quantizer = Quantizer(path, [preprocess(model, image) for image in photographs(SIZES[0])])
+        layers = quantizer.select() if keep_float is None else quantizer.select(keep_float)
+        quantized = quantizer.quantize(layers)
+        mark_quantized(quantized, model_key(model))
+        onnx.save(quantized, to)
+    return to
+
+
+def detector_cases(model: Any, network: Network, folder: Path) -> Cases:
+    path = folder / "dense.onnx"
+    if not path.exists():
+        export(select_target(model, "dense", preprocessing=False), "onnx", path)
+    int8 = quantize(path, folder / "dense.int8.onnx", model)
+    detectors = {"eager": model, "torch": optimize_for_inference(model)}
     for backend in ("openvino", "onnxruntime"):
-        cases[backend] = use_backend(model, backend)
-        cases[f"{backend} INT8"] = use_backend(model, backend, int8=folder / "int8.onnx")
-    image = torch.from_numpy(load_sample_images().images[0].transpose(2, 0, 1).copy())
-    image = torch.nn.functional.interpolate(image[None].float(), SIZE)[0]
-    return {name: partial(case, [{"image": image}]) for name, case in cases.items()}
+        detectors[backend] = use_backend(model, backend)
+        detectors[f"{backend} INT8"] = use_backend(model, backend, int8=int8)
+    detectors["auto"] = use_backend(model)
+    inputs = [{"image": photographs(network.size)[0]}]
+    return {name: partial(detector, inputs) for name, detector in detectors.items()}
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
-from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
-from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.engine import build_evaluator, load_config
+from vovnet_d2.timing import describe_environment, ratios, time_interleaved, write_csv
 
 CLASSES, TRUTH_PER_IMAGE, HEIGHT, WIDTH = 80, 7, 480, 640  # as COCO's validation images, roughly
 APIS = ("pycocotools", "faster-coco-eval")
@@ -46,7 +46,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4), XYXY in pixels, of all of COCO's sizes: sides from 6 to 400 pixels."""
+    """Return boxes of all of COCO's sizes, with sides from 6 to 400 pixels: (count, 4), XYXY."""
     sides = np.exp(rng.uniform(np.log(6), np.log(400), (count, 2)))
     centres = rng.uniform(0, 1, (count, 2)) * (WIDTH, HEIGHT)
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
@@ -54,7 +54,7 @@ def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def write_truth(path: Path, images: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the boxes and classes of each image."""
+    """Return the boxes and classes of each image."""
     rng = np.random.default_rng(0)
     truths, annotations = [], []
     for image in range(images):
@@ -83,7 +83,7 @@ def write_truth(path: Path, images: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def detect(truth: tuple[np.ndarray, np.ndarray], count: int, rng: np.random.Generator) -> Instances:
-    """Half of the detections are copies of the truth, moved by up to a quarter of their sides."""
+    """Return detections. Half of them are true boxes, moved by up to a quarter of their sides."""
     boxes, classes = random_boxes(rng, count), rng.integers(0, CLASSES, count)
     scores = rng.uniform(0, 0.7, count)
     if len(truth[0]):
@@ -102,7 +102,7 @@ def detect(truth: tuple[np.ndarray, np.ndarray], count: int, rng: np.random.Gene
 
 
 def make_evaluators(args: argparse.Namespace, folder: Path) -> dict[str, COCOEvaluator]:
-    """One evaluator for each API, the first with all the predictions."""
+    """Return an evaluator for each API. The first one holds the predictions."""
     truths = write_truth(folder / "truth.json", args.images)
     register_coco_instances(NAME, {}, str(folder / "truth.json"), str(folder))
     MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id = {i: i for i in range(CLASSES)}
@@ -122,7 +122,7 @@ def make_evaluators(args: argparse.Namespace, folder: Path) -> dict[str, COCOEva
 def evaluate_in_turn(
     evaluators: dict[str, COCOEvaluator], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each round, and the results."""
+    """Return the seconds of each round, and the results."""
     saved = pickle.dumps(evaluators[APIS[0]]._predictions)
     results: dict[str, Any] = {}
     cases = {api: lambda api=api: results.update({api: evaluators[api].evaluate()}) for api in APIS}
@@ -136,7 +136,7 @@ def evaluate_in_turn(
 
 
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """In points of AP, over all metrics and classes."""
+    """Return the largest difference in points of AP, over all metrics and classes."""
     if {k: one[k].keys() for k in one} != {k: other[k].keys() for k in other}:
         raise ValueError("The two results do not have the same metrics.")
     values, others = ([r[task][name] for task in one for name in one[task]] for r in (one, other))

@@ -1,11 +1,13 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Inference and training of this package against the network as commonly written and against what
-simple means give: norms folded, channels-last, torch.compile with frozen weights.
+"""Compare the speed of this package on a CPU with the network as commonly written, and with what a
+user reaches by simple means: fused norms, channels-last, torch.compile with frozen weights.
 
-Each cell of the table runs in processes of its own, its cases interleaved in each; a cell that is
-in the CSV file already is not run again, unless ``--again`` says so. For a GPU there is
-``tools/benchmark.py --preset gpu``.
+Each cell of the table runs in its own processes, and each process times the cases of its cell in
+turn. The script measures only the cells that are not in the CSV file, and with ``--again`` all.
+Training steps have their own page: ``--cells training --output
+benchmarks/training_step_on_cpu/cpu.csv``. Use
+``tools/benchmark.py --preset gpu`` for a GPU.
 """
 
 from __future__ import annotations
@@ -16,33 +18,45 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from vovnet_d2 import VoVNet, optimize_for_inference
-from vovnet_d2.analysis.saved_memory import saved_bytes
+from vovnet_d2.atomic import atomic_write
+from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
-from vovnet_d2.benchmark.protocol import describe_environment, ratios, time_interleaved, write_csv
-from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.benchmark.workload import detector_inputs, random_images
+from vovnet_d2.engine import load_config
+from vovnet_d2.engine.compilation import compile_backbone
 from vovnet_d2.engine.memory_format import prefers_channels_last
 from vovnet_d2.modeling.allocation import keep_freed_memory
-from vovnet_d2.modeling.folding import fold_norms
+from vovnet_d2.modeling.fpn import attach_fpn
+from vovnet_d2.modeling.fusion import fuse_norms
+from vovnet_d2.timing import describe_environment, ratios, time_interleaved, write_csv
 
 STAGES = ("stage2", "stage3", "stage4", "stage5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STREAM = ((480, 640), (512, 608), (448, 672), (576, 544), (416, 704), (640, 480))
-# Of a training step: bytes, and relative differences of all gradients together.
+# Each case to its SOLVER.COMPILE.MEMORY_BUDGET.
+COMPILED = {"compiled": 1.0, "compiled, memory budget 0.5": 0.5}
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml"
 ERRORS = ("gradient error to plain", "gradient error to float64", "gradient error in float64")
+# The saved bytes of a training step, and the relative differences of all its gradients together.
 FACTS = ("saved", *ERRORS)
-OF_A_CELL = ("date", "vovnet_d2")  # of the environment, as cells may be measured at different times
+# Cells may be measured on different days and commits, so each line has its own.
+OF_A_CELL = ("date", "vovnet_d2")
 
 Cases = Mapping[str, Callable[[], object]]
 
@@ -53,10 +67,10 @@ def backbone(variant: str) -> VoVNet:
 
 
 def compiled(model: VoVNet, dtype: torch.dtype) -> Callable[[Tensor], object]:
-    """The simple recipe: the plain network with folded norms, in channels-last, by torch.compile
-    with frozen weights, for each size anew."""
+    """Compile the plain network with fused norms, in channels-last and with frozen weights, for
+    each size anew."""
     folded = copy.deepcopy(model).requires_grad_(False)
-    fold_norms(folded)
+    fuse_norms(folded)
     recipe = plain(folded).to(dtype=dtype, memory_format=torch.channels_last)
     torch._dynamo.config.cache_size_limit = 64
     inductor.freezing = True  # as an option of torch.compile it freezes nothing
@@ -88,10 +102,10 @@ def inference(variant: str, sizes: tuple[tuple[int, int], ...], dtype: str) -> C
 
 
 def against_timm(size: tuple[int, int], dtype: str) -> Cases:
-    """Both folded and channels-last, at the same weights' shapes, without a classifier."""
+    """Return both networks with fused norms, in channels-last, without a classifier."""
     peer = timm.create_model("ese_vovnet39b", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     x = torch.randn(1, 3, *size)
-    fold_norms(peer)
+    fuse_norms(peer)
     peer = peer.to(DTYPES[dtype], memory_format=torch.channels_last).requires_grad_(False)
     ours = optimize_for_inference(backbone("V-39-eSE"), dtype=DTYPES[dtype])
 
@@ -102,42 +116,79 @@ def against_timm(size: tuple[int, int], dtype: str) -> Cases:
     return {"timm": run_timm, "ours": lambda: ours(x)}
 
 
-def training() -> tuple[Cases, dict[str, Any]]:
-    """Steps of V-39-eSE with FrozenBN, and what each saves and gives as gradients."""
-    torch.manual_seed(0)
-    ours = VoVNet("V-39-eSE", out_features=STAGES).train()
-    recomputing = copy.deepcopy(ours)
-    recomputing.checkpoint_blocks = True
-    networks = {"plain": plain(ours), "ours": ours, "ours, per-block checkpointing": recomputing}
-    x = torch.randn(2, 3, 256, 320)
-    order = torch.channels_last if prefers_channels_last("cpu") else torch.contiguous_format
-    images = {name: x.contiguous(memory_format=order) for name in networks} | {"plain": x}
-    for name in ("ours", "ours, per-block checkpointing"):
-        networks[name].to(memory_format=order)
+Inputs = Any  # images, or images with objects as Detectron2's data loader gives them
+Trained = tuple[nn.Module, Inputs]
 
-    exact = gradients(copy.deepcopy(networks["plain"]).double(), x.double())
-    reference = gradients(networks["plain"], x)
+
+def backbone_to_train(shape: tuple[int, ...], *, fpn: bool) -> Trained:
+    """Return V-39-eSE with FrozenBN, and random images."""
+    torch.manual_seed(0)
+    network = VoVNet("V-39-eSE", out_features=STAGES)
+    if fpn:
+        network = attach_fpn(network, in_features=STAGES, out_channels=256, top_block=None)
+    return network.train(), torch.randn(shape)
+
+
+def detector_to_train(size: tuple[int, int]) -> Trained:
+    """Return Mask R-CNN with V-39-eSE, and an image with eight objects."""
+    torch.manual_seed(0)
+    model = build_model(load_config(MASK_RCNN, ["MODEL.DEVICE", "cpu"])).train()
+    return model, detector_inputs(model, random_images(1, size, torch.device("cpu")))
+
+
+def training(make: Callable[[], Trained], *, with_compiled: bool) -> tuple[Cases, dict[str, Any]]:
+    """Return training steps of the plain network, of the trainer's, with activation checkpointing,
+    and compiled; and for each step the bytes that it saves and the errors of its gradients."""
+    model, inputs = make()
+    order = torch.channels_last if prefers_channels_last("cpu") else torch.contiguous_format
+    networks = {"plain": plain(model)}
+    for name in ("ours", "ours, per-block checkpointing", *(COMPILED if with_compiled else ())):
+        networks[name] = copy.deepcopy(model).to(memory_format=order)
+    for module in networks["ours, per-block checkpointing"].modules():
+        if isinstance(module, VoVNet):
+            module.checkpoint_blocks = True
+    given = dict.fromkeys(networks, inputs)
+    if isinstance(inputs, Tensor):
+        given |= {n: inputs.contiguous(memory_format=order) for n in networks if n != "plain"}
+    exact = reference = None
     facts = {}
     for name, network in networks.items():
-        found = gradients(network, images[name])
-        facts[name] = {
-            "saved": saved_bytes(network, images[name]),
-            "gradient error to plain": difference(found, reference),
-            "gradient error to float64": difference(found, exact),
-            "gradient error in float64": difference(
-                gradients(copy.deepcopy(network).double(), images[name].double()), exact
-            ),
-        }
-    return {n: lambda n=n: train_step(networks[n], images[n]) for n in networks}, facts
+        # The gradients of a detector cannot be compared: it chooses proposals by scores whose last
+        # bits differ. The float64 copy is not compiled.
+        if isinstance(inputs, Tensor):
+            twin = copy.deepcopy(network).double()
+            precise = gradients(twin, given[name].double())
+            exact = precise if exact is None else exact
+        if name in COMPILED:
+            compile_backbone(network, memory_budget=COMPILED[name], dynamic=False)
+        found = gradients(network, given[name])
+        with one_draw():
+            facts[name] = {"saved": saved_bytes(network, given[name])}
+        if exact is not None:
+            reference = found if reference is None else reference
+            errors = (found, reference), (found, exact), (precise, exact)
+            facts[name] |= {n: difference(*e) for n, e in zip(ERRORS, errors, strict=True)}
+    return {n: lambda n=n: train_step(networks[n], given[n]) for n in networks}, facts
 
 
-def train_step(network: nn.Module, x: Tensor) -> None:
+@contextmanager
+def one_draw() -> Iterator[None]:
+    """Let a detector draw the same samples each time, and give it a storage for its events."""
+    torch.manual_seed(0)
+    with EventStorage():
+        yield
+
+
+def train_step(network: nn.Module, inputs: Inputs) -> None:
     network.zero_grad()
-    sum(y.square().mean() for y in network(x).values()).backward()
+    with one_draw():
+        outputs = network(inputs)
+    # A detector returns losses, which are numbers. A backbone returns feature maps.
+    sum(y.square().mean() if y.dim() else y for y in outputs.values()).backward()
 
 
-def gradients(network: nn.Module, x: Tensor) -> Tensor:
-    train_step(network, x)
+def gradients(network: nn.Module, inputs: Inputs) -> Tensor:
+    train_step(network, inputs)
     return torch.cat([p.grad.double().flatten() for p in network.parameters()])
 
 
@@ -145,7 +196,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-# Name to the case that the others are compared with, and to what makes all of them.
+# The name of a cell to its reference case, and to the function that makes its cases.
 CELLS: dict[str, tuple[str, Callable[[], Any]]] = {}
 for _variant, _size in (
     ("V-39-eSE", (480, 640)),
@@ -167,12 +218,21 @@ for _dtype in DTYPES:
         "timm",
         lambda t=_dtype: (against_timm((480, 640), t), {}),
     )
-CELLS["training step, V-39-eSE, two images"] = ("plain", training)
+for _name, _make, _compiled in (
+    ("V-39-eSE, 2x256x320", partial(backbone_to_train, (2, 3, 256, 320), fpn=False), False),
+    ("V-39-eSE, 1x480x640", partial(backbone_to_train, (1, 3, 480, 640), fpn=False), False),
+    ("V-39-eSE with FPN, 2x256x320", partial(backbone_to_train, (2, 3, 256, 320), fpn=True), True),
+    ("Mask R-CNN with V-39-eSE, 1x480x640", partial(detector_to_train, (480, 640)), False),
+):
+    CELLS[f"training step, {_name}"] = (
+        "plain",
+        lambda m=_make, c=_compiled: training(m, with_compiled=c),
+    )
 
 
 def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
-    """One process's lines of a cell."""
-    environment = describe_environment("cpu")  # before somebody changes the checkout
+    """Measure a cell in this process, and return its lines."""
+    environment = describe_environment("cpu")  # now, because the checkout may change meanwhile
     reference, make = CELLS[cell]
     keep_freed_memory()  # for all cases, as it holds for the whole process
     cases, facts = make()
@@ -194,7 +254,7 @@ def measure(cell: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Over the processes, of each number of each line."""
+    """Return the median over the processes for each number of each line."""
     lines = []
     for same in zip(*runs, strict=True):
         line = {"cell": same[0]["cell"], "case": same[0]["case"]}
@@ -214,10 +274,10 @@ def medians(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def resume(path: Path, protocol: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The lines that are there.
+    """Return the lines of an earlier run.
 
     Raises:
-        SystemExit: they were measured otherwise.
+        SystemExit: the earlier run had another machine, other versions or another protocol.
     """
     if not path.exists():
         return []
@@ -248,16 +308,19 @@ def write_report(lines: Sequence[Mapping[str, Any]], protocol: Mapping[str, str]
     inference, training = [], []
     for cell, cases in cells.items():
         if CELLS[cell][0] == "plain":
-            training += [[name, *_of_step(line, cases["plain"])] for name, line in cases.items()]
+            name = cell.removeprefix("training step, ")
+            training += [[name, c, *_of_step(x, cases["plain"])] for c, x in cases.items()]
         else:
             ours, reference = cases["ours"], cases[CELLS[cell][0]]
             times = [ours["ms"], reference["ms"], reference["case"]]
             of_plain = f"{float(ours['/ plain']):.3f}" if ours["/ plain"] else "–"
             inference.append([cell, *times, _ratio(ours), of_plain, ours["processes"]])
-    parts = ["# Inference and training on a CPU", _CASES]
-    parts.append(tabulate(inference, _OF_INFERENCE, tablefmt="pipe", disable_numparse=True))
+    title = "# Inference on a CPU" if inference else "# A training step on a CPU"
+    parts = [title, _CASES]
+    if inference:
+        parts.append(tabulate(inference, _OF_INFERENCE, tablefmt="pipe", disable_numparse=True))
     if training:
-        parts += ["## A step of V-39-eSE: two images of 256×320, FrozenBN", _OF_GRADIENTS]
+        parts += ["## A training step, FrozenBN, float32", _OF_GRADIENTS]
         parts.append(tabulate(training, _OF_TRAINING, tablefmt="pipe", disable_numparse=True))
     protocol = {**protocol, "command": "python benchmarks/inference_and_training_on_cpu.py"}
     for name in OF_A_CELL:
@@ -268,7 +331,8 @@ def write_report(lines: Sequence[Mapping[str, Any]], protocol: Mapping[str, str]
 
 def _of_step(line: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
     saved = int(line["saved"]) / int(plain["saved"])
-    return [_ratio(line), f"{saved:.3f}", *(f"{float(line[error]):.1e}" for error in ERRORS)]
+    errors = (f"{float(line[e]):.1e}" if line[e] != "" else "–" for e in ERRORS)
+    return [line["ms"], _ratio(line), f"{saved:.3f}", *errors, line["processes"]]
 
 
 def _ratio(line: Mapping[str, Any]) -> str:
@@ -278,19 +342,26 @@ def _ratio(line: Mapping[str, Any]) -> str:
 
 _CASES = """- **plain**: the network as commonly written, in float32 and NCHW, with separate norms
   (`vovnet_d2/benchmark/plain.py`);
-- **recipe**: it with folded norms, in channels-last, by `torch.compile` with frozen weights, for
-  each size of image anew;
-- **timm**: timm's `ese_vovnet39b`, folded and channels-last, eager;
-- **ours**: `optimize_for_inference` with its defaults but the dtype, which compiles nothing; or a
-  training step as the package has it."""
+- **recipe**: the plain network with fused norms, in channels-last, compiled by `torch.compile` with
+  frozen weights for each image size;
+- **timm**: timm's `ese_vovnet39b` with fused norms, in channels-last, eager;
+- **ours**: `optimize_for_inference`, which compiles nothing, or a training step of this package."""
 _OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
 _OF_INFERENCE += ["ours / plain", "processes"]
-_OF_GRADIENTS = """Saved are the activations that the forward pass keeps for the backward pass; a
-step's peak memory also has weights, gradients and what an operator needs for itself. Gradients of
-all parameters together are off by so much, relative. In float64 they are the plain network's. In
-float32 they are about as far from those of float64 as the plain network's own, as a value near zero
-passes a ReLU in one and not in the other."""
-_OF_TRAINING = ["case", "time / plain", "saved / plain", *ERRORS]
+_OF_GRADIENTS = """**plain** is in NCHW. **ours** is a step of the trainer. **compiled** is this
+step with `SOLVER.COMPILE`; the first step, which compiles, is not timed. The loss of a backbone is
+the sum of the mean squares of its feature maps. The loss of a detector is the sum of its losses for
+one image with eight objects.
+
+**Saved** are the activations that the forward pass keeps for the backward pass. The peak memory of
+a step also has weights, gradients and temporary buffers. A **gradient error** is the relative
+difference of the gradients of all parameters together. In float64 the eager code has the gradients
+of the plain network. In float32 the gradients differ, because a value near zero may pass a ReLU in
+one and not in the other. The gradients of a detector are not compared, because it chooses its
+proposals by scores whose last bits differ.
+[what_was_tried.md](../training_step_on_cpu/what_was_tried.md) has the measurements that led to this
+code."""
+_OF_TRAINING = ["cell", "case", "ms", "time / plain", "saved / plain", *ERRORS, "processes"]
 
 
 def main() -> None:
@@ -320,7 +391,8 @@ def main() -> None:
         "memory": "freed memory is kept (glibc's mallopt) for all cases",
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = resume(args.output, protocol)
+    # A cell of an earlier script may no longer exist.
+    lines = [line for line in resume(args.output, protocol) if line["cell"] in CELLS]
     for cell in CELLS:
         is_there = any(line["cell"] == cell for line in lines)
         if args.cells not in cell or (is_there and not args.again):

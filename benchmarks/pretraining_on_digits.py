@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_once
 from tabulate import tabulate
 
-from vovnet_d2.benchmark.protocol import write_csv
-from vovnet_d2.checkpoint.atomic import atomic_write
-from vovnet_d2.engine.pictures import read_metrics
+from vovnet_d2.atomic import atomic_write
+from vovnet_d2.drawing.curves import read_metrics
+from vovnet_d2.timing import write_csv
 
 CLASSIFIER = "configs/Classification/V_19_slim_eSE_digits.yaml"
 DETECTOR = "configs/Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml"
@@ -72,7 +72,7 @@ def run_all(args: argparse.Namespace) -> list[Row]:
 
 
 def values(rows: list[Row], start: str, metric: str) -> dict[int, list[float]]:
-    """Iteration to one value for each seed."""
+    """Return for each iteration the values of all seeds."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if row["start"] == start:
@@ -97,7 +97,7 @@ def draw(rows: list[Row]) -> Figure:
         panel.set_xticks(x)
         panel.grid(alpha=0.3)
     panel.legend(loc="upper left")
-    figure.axes[0].set_ylabel("AP (%)")
+    figure.axes[0].set_ylabel("AP (%) →")
     figure.axes[0].set_ylim(bottom=0)
     return figure
 
@@ -115,8 +115,8 @@ def write_report(args: argparse.Namespace, rows: list[Row]) -> str:
     top1 = read_metrics(str(args.work / "classifier" / "metrics.json"))["classification/top1"]
     protocol = {
         "classifier": f"{CLASSIFIER}, top-1 {top1[-1][1]:.2f} % on the validation digits",
-        "detector": f"{DETECTOR}, {args.iterations} iterations, of which {args.iterations // 3} "
-        "warm-up; everything else as in the file, for both",
+        "detector": f"{DETECTOR}, {args.iterations} iterations including "
+        f"{args.iterations // 3} of warm-up; everything else as in the file, for both",
         "seeds": f"{', '.join(map(str, args.seeds))} of the detectors; the classifier is one",
         "numbers": "mean ± sample standard deviation over the seeds; gain: with the same seed",
     }

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments here share: training runs, each done once."""
+"""Run trainings that the experiments here share, each of them once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from vovnet_d2.benchmark.protocol import describe_environment
+from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.pictures import read_metrics
 from vovnet_d2.engine.pretrain import add_pretraining_config
+from vovnet_d2.timing import describe_environment
 
 __all__ = [
     "Run",
@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 
 
 def experiment_parser(script: str, doc: str | None, files: str) -> argparse.ArgumentParser:
-    """With the folders that each experiment has.
+    """Return a parser with the folders that each experiment has.
 
     Args:
         script: the experiment's file, after which its folder in benchmarks/ is named.
@@ -64,10 +64,11 @@ class Run(NamedTuple):
     config: str
     output_dir: Path
     options: Mapping[str, object]
+    arguments: Sequence[str] = ()  # of the tool, before the options
 
 
 def run_all_once(runs: Sequence[Run], jobs: int = 1) -> None:
-    """Train, ``jobs`` at a time, which share the cores, what is not finished already.
+    """Train what is not finished, ``jobs`` trainings at a time, which share the cores.
 
     Raises:
         subprocess.CalledProcessError: one failed; what it said stands above.
@@ -99,11 +100,11 @@ def run_once(run: Run, *, threads: int | None = None) -> None:
         print(f"{run.output_dir} is there already.", flush=True)
         return
     pairs = {**run.options, "OUTPUT_DIR": run.output_dir}
-    command = [f"tools/{run.tool}.py", "--config-file", run.config, "--resume"]
+    command = [f"tools/{run.tool}.py", "--config-file", run.config, "--resume", *run.arguments]
     command += [str(word) for pair in pairs.items() for word in pair]
     print(shlex.join(["python", *command]), flush=True)
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    # Threads that wait without spinning leave the cores to the data loader's processes.
+    # Waiting threads that do not spin leave the cores to the processes of the data loader.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -112,7 +113,11 @@ def run_once(run: Run, *, threads: int | None = None) -> None:
 
 
 def _require_same(run: Run) -> None:
-    """A folder may be left of an earlier call, or of an earlier state of the config."""
+    """Refuse a folder of an earlier call, or of an earlier state of the config, with other values.
+
+    Where the tool's arguments name data, most keys follow from the data, so the options of the run
+    are compared alone.
+    """
     add_config = add_pretraining_config if run.tool == "pretrain_net" else None
     options = [str(word) for pair in run.options.items() for word in pair]
     wanted = load_config(run.config, options, add_config=add_config)
@@ -120,7 +125,8 @@ def _require_same(run: Run) -> None:
     theirs = dict(_flatten(yaml.safe_load(text)))
     for key, value in _flatten(yaml.safe_load(wanted.dump())):
         found = theirs.get(key)
-        if found != value and key not in _WITHOUT_EFFECT:
+        compared = key in run.options if run.arguments else key not in _WITHOUT_EFFECT
+        if found != value and compared:
             raise ValueError(
                 f"{run.output_dir} holds a run with {key} {found}, not {value}: give another "
                 "folder for --work."
@@ -138,7 +144,7 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def read_run(
     folder: Path, labels: Mapping[str, Any], iterations: int, metrics: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """The evaluations of a run of so many iterations, a row each.
+    """Return a row for each evaluation of a finished run.
 
     Args:
         labels: the columns before its "iteration".
@@ -146,7 +152,7 @@ def read_run(
     """
     series = read_metrics(str(folder / "metrics.json"))
     curves = {name: dict(series[key]) for key, name in metrics.items()}
-    # The evaluation at the end is logged one later than those on the way.
+    # The last evaluation is logged one iteration later than the others.
     return [
         {
             **labels,
@@ -158,12 +164,12 @@ def read_run(
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
-    """ "mean ± sample standard deviation", of one value the value."""
+    """Return "mean ± sample standard deviation"; one value stands alone."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
 def describe(extra: Mapping[str, str], device: torch.device | str = "cpu") -> str:
-    """Hardware, versions, command and ``extra``, as lines of Markdown."""
+    """Return hardware, versions, command and ``extra`` as lines of Markdown."""
     environment = describe_environment(device) | extra
     return "\n".join(f"- {name}: {value}" for name, value in environment.items())

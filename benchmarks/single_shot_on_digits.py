@@ -22,9 +22,9 @@ from seeded_runs import Run, describe, experiment_parser, read_run, run_all_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
-from vovnet_d2.benchmark.protocol import write_csv
-from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.engine import load_config
+from vovnet_d2.timing import write_csv
 
 # Detector to its networks and their configs.
 RUNS = {
@@ -87,7 +87,7 @@ def draw(rows: list[Row]) -> Figure:
         panel.set_xlabel("iteration")
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right")
-    figure.axes[0].set_ylabel("AP50 (%)")
+    figure.axes[0].set_ylabel("AP50 (%) →")
     figure.axes[0].set_ylim(0, 100)
     return figure
 
@@ -106,7 +106,7 @@ def write_report(args: argparse.Namespace, rows: list[Row]) -> str:
     headers = ["detector", "network", "image", "iterations", "parameters (M)", "multiply-adds (G)"]
     headers += METRICS.values()
     protocol = {
-        "data": "200 images of digits_val, whose digits are not among those of training; box AP",
+        "data": "200 images of digits_val, whose digits are not in the training set; box AP",
         "recipe": "configs/Digits/Base-RefineDet.yaml and Base-DSOD.yaml, from scratch, with the "
         "stem of published weights. They differ in image size, heads and iterations, so that "
         "networks can be compared under a detector, and not the detectors",
@@ -126,7 +126,7 @@ def write_report(args: argparse.Namespace, rows: list[Row]) -> str:
 
 
 def describe_config(config: str) -> list[str]:
-    """Size of the image, iterations, and what the detector costs."""
+    """Say the image size, the iterations and the cost of the detector."""
     cfg = load_config(config, ["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
         model = build_model(cfg)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vovnet_d2.benchmark import ceilings, energy, study
+from vovnet_d2.benchmark import energy, study
 from vovnet_d2.benchmark.networks import Network
 from vovnet_d2.benchmark.study import Plan, Study
 
@@ -30,12 +30,6 @@ class Sleeper(nn.Module):
 
 def sleeper(name: str, seconds: float) -> Network:
     return Network(name, lambda: Sleeper(seconds))
-
-
-def make_ceilings_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 128)
-    monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(ceilings, "_CONVOLUTIONS", [(8, 16)])
 
 
 def measure_energy_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> float:

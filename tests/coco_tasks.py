@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What COCO has beside boxes and masks, added to the miniature: keypoints and stuff."""
+"""Keypoints and stuff, which COCO has beside boxes and masks, added to the miniature."""
 
 import json
 from pathlib import Path

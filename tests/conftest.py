@@ -2,19 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
 import os
+import random
 
 # Several tests run at a time (pytest-xdist), each in one thread, and so do the processes that they
 # start. A thread that waits leaves the processor to the others. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import pytest
 import setuptools  # noqa: F401 (fails if it is imported after something has looked for pip)
-import torch
-from detectron2.utils.env import seed_all_rng
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # here, as the process that deals out the tests needs none
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -22,10 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    """Exclude the objects that the imports have made from garbage collection.
+@pytest.fixture(scope="module", autouse=True)
+def only_new_objects_are_collected() -> None:
+    """Exclude the objects that exist before the tests of a file from garbage collection.
 
-    Otherwise torch's and Detectron2's many objects add a third of a second to each full collection.
+    Otherwise the many objects of imports and of earlier tests add up to a third of a second to each
+    full collection, of which a study makes several.
     """
     gc.collect()
     gc.freeze()
@@ -39,5 +43,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers in every test, whichever tests run before it."""
-    seed_all_rng(0)
+    """Give every test the same random numbers, whichever tests run before it.
+
+    Without a GPU torch.manual_seed would only note where it was called, which takes longer than
+    most of the tests.
+    """
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (which libraries use)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where a test runs: on a CPU, on a GPU where there is one, and without numbers."""
+"""The devices of tests: a CPU, a GPU if there is one, and the meta device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-_INITIALISATIONS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_")
+INITIALISATIONS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_")
 
 
 @contextmanager
@@ -20,6 +20,6 @@ def shapes_alone() -> Iterator[None]:
 
     Initialisation is left out: there is nothing to fill, and it would take half of the time.
     """
-    nothing = dict.fromkeys(_INITIALISATIONS, lambda tensor, *args, **options: tensor)
+    nothing = dict.fromkeys(INITIALISATIONS, lambda tensor, *args, **options: tensor)
     with mock.patch.multiple(nn.init, **nothing), torch.device("meta"):
         yield

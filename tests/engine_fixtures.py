@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from coco_tree import write_coco_tree
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.utils.logger import setup_logger
+from fault_runs import free_port
 
 
 @pytest.fixture
@@ -41,3 +43,12 @@ def fresh_logging() -> Iterator[None]:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors without training that find something, for the tests of export."""
 
+import export_model
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from reference import TABLE, random_state, thin
@@ -13,6 +14,7 @@ from vovnet_d2.engine import load_config
 NET = thin(TABLE["V-19-slim-eSE"])
 
 RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
+GFL = "COCO-Detection/gfl_V_19_slim_eSE_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 
@@ -26,6 +28,11 @@ OPTIONS = {
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
     "MODEL.ROI_HEADS.NUM_CLASSES": 5,
     "MODEL.RETINANET.NUM_CLASSES": 5,
+    "MODEL.FCOS.NUM_CLASSES": 5,
+    "MODEL.FCOS.NORM": "",  # group norm refuses feature maps of one pixel
+    # Many boxes that do not cover the picture.
+    "MODEL.FCOS.REG_MAX": 2,
+    "MODEL.FCOS.PRIOR_PROB": 0.2,
 }
 
 
@@ -35,8 +42,11 @@ def small_config(name: str, **options) -> CfgNode:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """With random weights whose scores are spread over (0, 1), unlike those of initialisation,
-    which are all but equal, so that rounding decides which boxes are kept."""
+    """Build a detector with random weights whose scores are spread over (0, 1).
+
+    The scores after initialisation are all but equal, so that rounding decides which boxes are
+    kept.
+    """
     model = build_model(cfg).eval()
     model.backbone.bottom_up.load_state_dict(random_state(NET), strict=False)
     for name, parameter in model.named_parameters():
@@ -56,3 +66,8 @@ def pictures() -> list[Tensor]:
         for image in load_sample_images().images
     )
     return [china[..., ::2, ::2], flower[..., 100:301:2, 200:451:2], china[..., 31:220, 67:300]]
+
+
+def run_export(words: list[str]) -> None:
+    """Run tools/export_model.py without the part that turns errors into sentences."""
+    export_model.run(export_model.argument_parser().parse_args(words))

@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], bool], *, timeout: float = 90, step: float = 0.002) -> bool:
-    """Whether it came true in time."""
+    """Return True if the condition came true in time."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:

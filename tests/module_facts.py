@@ -13,7 +13,7 @@ _SKIPPED = {"training", "vis_period", "input_format"}
 
 
 def differences(model: Any, other: Any) -> dict[str, Any]:
-    """Where the facts of two differ, by name, with what either has."""
+    """Return the facts that differ between two modules, by name, with both values."""
     ours, theirs = (dict(_flatten(facts(value))) for value in (model, other))
     return {
         name: (ours.get(name, "nothing"), theirs.get(name, "nothing"))

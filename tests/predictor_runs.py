@@ -9,7 +9,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
-from export_models import FASTER_RCNN, MASK_RCNN, RETINANET, build_detector, small_config
+from export_models import FASTER_RCNN, GFL, MASK_RCNN, RETINANET, build_detector, small_config
 
 PICTURES = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 
@@ -40,6 +40,7 @@ DETECTORS = {
     "Mask R-CNN": (MASK_RCNN, {}),
     "Faster R-CNN, RGB": (FASTER_RCNN, {"INPUT.FORMAT": "RGB"}),
     "RetinaNet": (RETINANET, {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.01}),
+    "GFL": (GFL, {}),
     "Keypoint R-CNN": (FASTER_RCNN, KEYPOINTS),
     "semantic FPN": (MASK_RCNN, SEMANTIC | STUFF),
     "panoptic FPN": (MASK_RCNN, PANOPTIC | STUFF),

@@ -75,14 +75,18 @@ KINDS = list({_kind(net): name for name, net in reversed(TABLE.items())}.values(
 
 
 def thin(net, divisor: int = 8):
-    """The same structure, a ``Net`` or a ``VoVNetSpec``, with widths so small that it is fast."""
+    """Return the same structure, a ``Net`` or a ``VoVNetSpec``, with widths so small that it is
+    fast.
+    """
     widths = ("stage_mid_channels", "stage_out_channels", "stem_channels")
     return replace(net, **{w: tuple(c // divisor for c in getattr(net, w)) for w in widths})
 
 
 def short(net):
-    """The same structure with two blocks in one stage alone and chains of one layer, for what takes
-    long for each layer, and does the same with every one."""
+    """Return the same structure with one stage of two blocks, and with chains of one layer.
+
+    It is for tests that take long for each layer and do the same with every one.
+    """
     return replace(net, blocks_per_stage=(1, 2, 1, 1), layers_per_block=1)
 
 
@@ -165,8 +169,10 @@ def parameter_count(net: Net, num_classes: int | None = None) -> int:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """In float64, and as in a trained network: norms away from the identity, maps neither vanishing
-    nor growing."""
+    """Return a random tensor in float64, like one of a trained network.
+
+    Norms are away from the identity, and feature maps neither vanish nor grow.
+    """
     if name.endswith("num_batches_tracked"):
         return torch.tensor(1000)
     args = {"generator": generator, "dtype": torch.float64}
@@ -194,7 +200,9 @@ def native_names(net: Net, **options) -> dict[str, str]:
 def features(
     net: Net, state: dict[str, Tensor], x: Tensor, *, stage5_dilation: int = 1
 ) -> dict[str, Tensor]:
-    """What a network with the tensors of ``state``, in published names, returns in inference."""
+    """Return the output, in inference, of a network with the tensors of ``state``, in published
+    names.
+    """
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
         weight, bias, mean, var = (

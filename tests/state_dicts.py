@@ -14,7 +14,7 @@ COMPLETE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "osmr")
 
 
 def random_state(net: reference.Net, **options) -> dict[str, torch.Tensor]:
-    """As in reference.py, in float32, which files of weights are in."""
+    """Return the state dict of reference.py in float32, the type of files of weights."""
     state = reference.random_state(net, **options)
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
@@ -22,7 +22,7 @@ def random_state(net: reference.Net, **options) -> dict[str, torch.Tensor]:
 def features(
     net: reference.Net, state: dict[str, torch.Tensor], x: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """As in reference.py, in float64, so that comparisons can be close."""
+    """Return the features of reference.py in float64, so that comparisons can be close."""
     return reference.features(net, {name: t.double() for name, t in state.items()}, x.double())
 
 

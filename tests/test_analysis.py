@@ -321,98 +321,6 @@ def test_peak_memory_by_hand() -> None:
     }
 
 
-# Receptive field ---------------------------------------------------------------------------------
-
-
-def influence(model: nn.Module, feature: str, side: int) -> tuple[int, int]:
-    """Height and width of the pixels that reach the central position of a map: those that turn it
-    into NaN when they are."""
-    extents = []
-    for axis in (2, 3):
-        images = torch.zeros(side, 3, side, side)
-        for position in range(side):
-            images[position].select(axis - 1, position).fill_(float("nan"))
-        with torch.no_grad():
-            output = model.eval()(images)[feature]
-        centre = output[:, 0, output.shape[2] // 2, output.shape[3] // 2]
-        reached = centre.isnan().nonzero().flatten()
-        extents.append(int(reached.max() - reached.min()) + 1)
-        assert reached.min() > 0
-        assert reached.max() < side - 1  # else the border cuts it
-    return extents[0], extents[1]
-
-
-@pytest.mark.parametrize("variant", sorted(SMALL_VARIANTS.keys() - {"eSE"}))
-@pytest.mark.parametrize("feature", ["stem", "stage3"])
-def test_receptive_field_is_what_has_influence(variant: str, feature: str) -> None:
-    side = 96
-    spec = replace(SMALL_VARIANTS[variant], blocks_per_stage=(1, 1, 1, 1))
-    model = VoVNet(spec, out_features=[feature])
-    fields = {p.part: p.receptive_field for p in analyze(model, (side, side)).parts}
-    assert fields[feature] == influence(model, feature, side)
-
-
-def test_dilation_and_rectangles() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(
-                nn.Conv2d(3, 2, (1, 5), padding=(0, 2)),
-                nn.AvgPool2d(2),
-                nn.ZeroPad2d((3, 0, 1, 0)),
-                nn.Conv2d(2, 2, 3, dilation=(2, 3)),
-            )
-
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"body": self.body(x)}
-
-    (part,) = analyze(Net(), (40, 40)).parts
-    assert part.receptive_field == influence(Net(), "body", 40) == (10, 18)
-
-
-def test_paths_of_different_padding() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Sequential(nn.ZeroPad2d((2, 0, 0, 0)), nn.Conv2d(3, 2, (1, 3)))
-            self.other = nn.Conv2d(3, 2, (1, 3), padding=(0, 1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.one(x) + self.other(x)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = Two()
-
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"body": self.body(x)}
-
-    (part,) = analyze(Net(), (20, 20)).parts
-    assert part.receptive_field == influence(Net(), "body", 20) == (1, 4)
-
-
-@pytest.mark.parametrize(("depth", "expected"), [(50, 483), (101, 1027), (152, 1507)])
-def test_receptive_field_of_resnets(depth: int, expected: int) -> None:
-    """As Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", give them
-    (the last stage)."""
-    with shapes_alone():
-        model = resnet(depth)
-    assert analyze(model, (64, 64)).parts[-1].receptive_field == (expected, expected)
-
-
-def test_a_gate_does_not_count_and_deformable_convolution_is_undefined() -> None:
-    def fields(**arguments: Any) -> list[tuple[int, int] | None]:
-        with shapes_alone():
-            model = VoVNet(out_features=STAGES, **arguments)
-        return [p.receptive_field for p in analyze(model, (64, 64)).parts]
-
-    plain = fields(spec=SMALL)
-    assert fields(spec=SMALL_VARIANTS["eSE"]) == plain
-    deformed = fields(spec=SMALL, stage_with_dcn=(False, False, True, False))
-    assert deformed == [*plain[:3], None, None]
-
-
 # Detectors ---------------------------------------------------------------------------------------
 
 ZOO_KINDS = {
@@ -508,7 +416,7 @@ def test_what_cannot_be_counted_is_said() -> None:
 
 
 def run_tool(*arguments: str) -> None:
-    analyze_model.main(analyze_model.argument_parser().parse_args(arguments))
+    analyze_model.run(analyze_model.argument_parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 
 import vovnet_d2
+from vovnet_d2 import timing
 from vovnet_d2.analysis import convolution_study
 from vovnet_d2.analysis.convolution_study import Case, make_cases, measure
-from vovnet_d2.benchmark import protocol
 
 
 def test_cases_take_turns() -> None:
     calls: list[str] = []
     cases = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = protocol.time_interleaved(cases, device="cpu", warmup=2, repeats=8, calls=2)
+    times = timing.time_interleaved(cases, device="cpu", warmup=2, repeats=8, calls=2)
     assert calls[:6] == [*"abcabc"]
     rounds = ["".join(calls[i : i + 6]) for i in range(6, len(calls), 6)]
     assert {"".join(sorted(r)) for r in rounds} == {"aabbcc"}
@@ -31,33 +31,48 @@ def test_cases_take_turns() -> None:
 
 
 def test_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that only the cases move."""
+    """The clock of this test moves only in the cases."""
     now = 0.0
 
     def work(seconds: float) -> None:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     cases = {"short": lambda: work(0.25), "long": lambda: work(1.0)}
-    times = protocol.time_interleaved(cases, device="cpu", warmup=1, repeats=2, calls=4)
+    times = timing.time_interleaved(cases, device="cpu", warmup=1, repeats=2, calls=4)
     assert times == {"short": [0.25, 0.25], "long": [1.0, 1.0]}
-    assert protocol.ratios(times["long"], times["short"]) == [4.0, 4.0]
+    assert timing.ratios(times["long"], times["short"]) == [4.0, 4.0]
 
 
 @pytest.mark.gpu
 def test_gpu_work_is_waited_for() -> None:
     x = torch.rand(8192, 8192, device="cuda")
     cases = {"one": lambda: x @ x, "four": lambda: [x @ x for _ in range(4)]}
-    times = protocol.time_interleaved(cases, device="cuda", warmup=2, repeats=5)
-    assert sorted(protocol.ratios(times["four"], times["one"]))[2] == pytest.approx(4, rel=0.25)
+    times = timing.time_interleaved(cases, device="cuda", warmup=2, repeats=5)
+    assert sorted(timing.ratios(times["four"], times["one"]))[2] == pytest.approx(4, rel=0.25)
 
 
 def test_environment_names_what_a_time_depends_on() -> None:
-    described = protocol.describe_environment("cpu")
+    described = timing.describe_environment("cpu")
     assert described["torch"] == torch.__version__
     assert described["threads"].startswith(f"{torch.get_num_threads()} of ")
     assert described.keys() >= {"date", "command", "device", "system"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["tools/demo.py", "--input", "a b.jpg"], "python tools/demo.py --input 'a b.jpg'"),
+        ([str(Path("tools/demo.py").absolute()), "-h"], "python tools/demo.py -h"),
+        (["/usr/local/bin/vovnet-demo", "-h"], "vovnet-demo -h"),
+    ],
+)
+def test_a_command_can_be_typed_again(
+    argv: list[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.sys, "argv", argv)
+    assert timing.command_line() == command
 
 
 def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,25 +81,25 @@ def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.Monkey
         command = ["git", "-C", str(tmp_path), *author, *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    file = tmp_path / "vovnet_d2" / "benchmark" / "protocol.py"
+    file = tmp_path / "vovnet_d2" / "timing.py"
     file.parent.mkdir(parents=True)
     file.write_text("1")
-    monkeypatch.setattr(protocol, "__file__", str(file))
-    assert protocol.describe_environment("cpu")["vovnet_d2"] == vovnet_d2.__version__
+    monkeypatch.setattr(timing, "__file__", str(file))
+    assert timing.describe_environment("cpu")["vovnet_d2"] == vovnet_d2.__version__
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
     git("tag", "-a", "v1", "-m", "v1")
     expected = f"{vovnet_d2.__version__} at {git('rev-parse', '--short', 'HEAD')}"
-    assert protocol.describe_environment("cpu")["vovnet_d2"] == expected
+    assert timing.describe_environment("cpu")["vovnet_d2"] == expected
     file.write_text("2")
-    assert protocol.describe_environment("cpu")["vovnet_d2"] == f"{expected}-dirty"
+    assert timing.describe_environment("cpu")["vovnet_d2"] == f"{expected}-dirty"
 
 
 def test_csv_has_the_protocol_above_the_table(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     rows = [{"a": 1, "b": "x, y"}, {"a": None, "b": "z"}]
-    protocol.write_csv(path, rows, {"device": "some, with a comma", "repeats": 3})
+    timing.write_csv(path, rows, {"device": "some, with a comma", "repeats": 3})
     lines = path.read_text().splitlines()
     assert lines[:2] == ["# device: some, with a comma", "# repeats: 3"]
     assert list(csv.DictReader(lines[2:])) == [{"a": "1", "b": "x, y"}, {"a": "", "b": "z"}]
@@ -136,7 +151,7 @@ def test_times_are_relative_to_the_first_at_equal_work(monkeypatch: pytest.Monke
 
 def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--channels", "128", "--size", "8", "--repeats", "2", "--output", str(tmp_path)]
-    measure_convolutions.main(measure_convolutions.argument_parser().parse_args(arguments))
+    measure_convolutions.run(measure_convolutions.argument_parser().parse_args(arguments))
     assert "dtype: float32" in capsys.readouterr().out
     lines = (tmp_path / "convolutions_cpu.csv").read_text().splitlines()
     header = {line.split(": ")[0].removeprefix("# ") for line in lines if line.startswith("#")}

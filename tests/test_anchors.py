@@ -36,16 +36,19 @@ RATIOS = [0.5, 1.0, 2.0]
 FPN = Anchors([[32], [64], [128], [256], [512]], [RATIOS] * 5, [4, 8, 16, 32, 64], 0.0)
 
 
-def draw_boxes(rng: np.random.Generator, number: int, scale: float = 60.0) -> TrainingBoxes:
+def draw_boxes(
+    rng: np.random.Generator, number: int, scale: float = 60.0, spread: float = 0.6
+) -> TrainingBoxes:
     """Boxes of sizes that are spread as those of photographs are, in images of many shapes."""
     sides = rng.integers(150, 400, (number, 2)).astype(float)
-    spans = np.clip(scale * np.exp(rng.normal(0, 0.6, (number, 2))), 2, sides - 1)
+    spans = np.clip(scale * np.exp(rng.normal(0, spread, (number, 2))), 2, sides - 1)
     low = rng.uniform(0, 1, (number, 2)) * (sides - spans)
-    return TrainingBoxes(np.concatenate([low, low + spans], axis=1), sides)
+    classes = (rng.random(number) < 0.2).astype(int)
+    return TrainingBoxes(np.concatenate([low, low + spans], axis=1), sides, classes)
 
 
 def search(anchors: Anchors, boxes: TrainingBoxes) -> float:
-    """The mean best IoU over every anchor of Detectron2's generator."""
+    """The mean best IoU over every anchor of Detectron2's generator, as the mean of classes."""
     generator = DefaultAnchorGenerator(
         sizes=anchors.sizes,
         aspect_ratios=anchors.ratios,
@@ -60,7 +63,10 @@ def search(anchors: Anchors, boxes: TrainingBoxes) -> float:
         ]
         every = Boxes.cat(generator(maps))
         best.append(pairwise_iou(Boxes(torch.tensor(corners[None])), every).max().item())
-    return float(np.mean(best))
+    by_class: dict[int, list[float]] = {}
+    for number, value in zip(boxes.classes.tolist(), best, strict=True):
+        by_class.setdefault(number, []).append(value)
+    return float(np.mean(list(map(np.mean, by_class.values()))))
 
 
 def test_the_iou_is_that_of_a_search_over_all_anchors() -> None:
@@ -82,7 +88,9 @@ def squares(*sides: float, ratio: float = 1.0, each: int = 4) -> TrainingBoxes:
     half = np.stack([size / np.sqrt(ratio), size * np.sqrt(ratio)], axis=1) / 2
     centres = np.full((len(size), 2), 512.0)
     return TrainingBoxes(
-        np.concatenate([centres - half, centres + half], axis=1), np.full((len(size), 2), 1024.0)
+        np.concatenate([centres - half, centres + half], axis=1),
+        np.full((len(size), 2), 1024.0),
+        np.zeros(len(size), int),
     )
 
 
@@ -114,6 +122,22 @@ def test_coarse_maps_keep_their_sizes_where_objects_are_small() -> None:
     assert fit.anchors.sizes[-1] == [512]
     assert fit.anchors.sizes[0][0] < 20
     assert fit.after > fit.before
+
+
+def test_rare_classes_count_as_much_as_a_frequent_one() -> None:
+    """Blood smears: hundreds of red cells for a few platelets and white cells."""
+    rng = np.random.default_rng(3)
+    numbers, scales = (20, 800, 20), (20, 50, 100)
+    parts = [draw_boxes(rng, *each, spread=0.1) for each in zip(numbers, scales, strict=True)]
+    joined = [np.concatenate(each) for each in zip(*(part[:2] for part in parts), strict=True)]
+    start = FPN._replace(sizes=[[12.0], [24.0], [40.0], [56.0], [80.0]])
+    fit, of_one_class = (
+        fit_anchors(start, TrainingBoxes(*joined, np.repeat(classes, numbers)))
+        for classes in ([0, 1, 2], [0, 0, 0])
+    )
+    for part in parts[::2]:
+        assert mean_best_iou(fit.anchors, part) > mean_best_iou(of_one_class.anchors, part) + 0.1
+        assert mean_best_iou(fit.anchors, part) > mean_best_iou(start, part)
 
 
 def test_a_fit_is_never_worse_and_never_changes_the_number() -> None:
@@ -156,7 +180,7 @@ def test_boxes_are_as_training_sees_them() -> None:
     def box(*corners: float, crowd: int = 0) -> dict[str, Any]:
         left, top, right, bottom = corners
         found = {"bbox": [left, top, right - left, bottom - top], "bbox_mode": BoxMode.XYWH_ABS}
-        return found | {"iscrowd": crowd}
+        return found | {"iscrowd": crowd, "category_id": int(left > 0)}
 
     records = [
         {
@@ -164,18 +188,44 @@ def test_boxes_are_as_training_sees_them() -> None:
             "width": 100,
             "annotations": [box(10, 20, 30, 50), box(0, 0, 9, 9, crowd=1)],
         },
-        {"height": 80, "width": 40, "annotations": [box(0, 0, 40, 0.4), box(-5, 70, 20, 90)]},
+        {
+            "height": 80,
+            "width": 40,
+            # The first is a pixel high, and the second less.
+            "annotations": [box(0, 0, 40, 0.4), box(0, 5, 40, 5.3), box(-5, 70, 20, 90)],
+        },
         {"height": 8, "width": 8, "annotations": []},
     ]
     resize = T.AugmentationList([T.ResizeShortestEdge(100, 1000)])
     boxes = collect_boxes(records, resize)
-    expected = {(20, 40, 60, 100, 200, 100), (0, 0, 100, 1, 100, 200), (0, 175, 50, 200, 100, 200)}
-    found = np.concatenate([boxes.corners, boxes.sides], axis=1)
+    expected = {
+        (20, 40, 60, 100, 200, 100, 1),
+        (0, 0, 100, 1, 100, 200, 0),
+        (0, 175, 50, 200, 100, 200, 0),
+    }
+    found = np.concatenate([boxes.corners, boxes.sides, boxes.classes[:, None]], axis=1)
     assert {tuple(row) for row in found.round(6).tolist()} == expected
     again = collect_boxes(records * 400, T.AugmentationList([T.RandomFlip()]))
     assert (
         again.corners == collect_boxes(records * 400, T.AugmentationList([T.RandomFlip()])).corners
     ).all()
+
+
+def test_boxes_of_many_images_are_of_images_from_all_over_a_set() -> None:
+    """Some hundred of 1200 images are drawn. The position of a box is the number of its image."""
+    records = [
+        {
+            "height": 50,
+            "width": 2000,
+            "annotations": [
+                {"bbox": [i, 0, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+            ],
+        }
+        for i in range(1200)
+    ]
+    lefts = collect_boxes(records, T.AugmentationList([])).corners[:, 0]
+    assert len(lefts) == len(set(lefts)) == 500
+    assert np.histogram(lefts, bins=4, range=(0, 1200))[0].min() > 90
 
 
 # Configs

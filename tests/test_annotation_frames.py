@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What all annotations of a set have in common: order, unit, size and turn of their pictures."""
+"""Properties that all annotations of a set share: order, unit, size and turn of their pictures."""
 
 import copy
 import json
@@ -14,6 +14,7 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
+from vovnet_d2.data.check.frames import _scale
 from vovnet_d2.data.check.names import NearNames
 from vovnet_d2.data.check.orientation import TurnedFile, turn_annotation
 from vovnet_d2.data.image_file import ORIENTATION, TURNS
@@ -98,7 +99,7 @@ def test_boxes_of_another_order_or_unit(tmp_path: Path, way: str, masks: bool) -
 
 
 def test_pictures_tell_what_sizes_do_not(tmp_path: Path) -> None:
-    """In square images corners fit with x or y first; the edges in the pictures are at one."""
+    """Corners fit square images with x or y first; the edges in the pictures decide."""
     good = make(tmp_path, square=True)
     content = copy.deepcopy(good)
     for annotation in content["annotations"]:
@@ -116,7 +117,9 @@ def test_pictures_tell_what_sizes_do_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_good_boxes_stay_as_they_are(tmp_path: Path, masks: bool) -> None:
-    """Also large ones, which as corners would fit, and some that reach out a little."""
+    """Large boxes, which would also fit as corners, stay too, and so do some that reach out a
+    little.
+    """
     content = make(tmp_path)
     for annotation in content["annotations"]:
         annotation["bbox"] = [20, 14, 50, 40]
@@ -173,6 +176,34 @@ def test_pictures_that_were_resized(tmp_path: Path, factor: float) -> None:
     assert check(tmp_path, fixed)[:2] == (0, set())
 
 
+def test_annotations_of_pictures_that_were_made_smaller_before_stay(tmp_path: Path) -> None:
+    content = make(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        with Image.open(path) as picture:
+            smaller = picture.resize((W // 2, H // 2))
+        smaller.save(path)
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [number / 2 for number in annotation["bbox"]]
+    corners = boxes_of(content)[:, :2] + boxes_of(content)[:, 2:]
+    assert corners[:, 0].max() > H // 2 + 1
+    _, problems, fixed = check(tmp_path, content)
+    assert problems == {"image_size"}
+    assert fixed is not None
+    assert np.array_equal(boxes_of(fixed), boxes_of(content))
+
+
+def test_all_that_is_annotated_is_resized() -> None:
+    polygon = [10, 20, 40, 20, 40, 60]
+    annotation = {"bbox": [10, 20, 30, 40], "area": 100, "segmentation": [polygon], "id": 7}
+    assert _scale(annotation | {"keypoints": [10, 20, 2]}, (2, 3)) == {
+        "bbox": [20, 60, 60, 120],
+        "area": 600,
+        "segmentation": [[20, 60, 80, 60, 80, 180]],
+        "keypoints": [20, 60, 2],
+        "id": 7,
+    }
+
+
 # Orientation
 
 
@@ -190,7 +221,7 @@ def turn(folder: Path, content: Content, orientation: int, *, annotations: bool)
         stored = image["width"], image["height"]
         if orientation >= 5:
             image["width"], image["height"] = stored[::-1]
-        file = TurnedFile("", orientation, stored, None, [])
+        file = TurnedFile(stored, orientation)
         for i, annotation in enumerate(truth["annotations"]):
             if annotation["image_id"] == image["id"]:
                 truth["annotations"][i] = turn_annotation(annotation, file)
@@ -234,7 +265,7 @@ def test_what_is_annotated_turns_with_the_pixels(orientation: int) -> None:
         "segmentation": {"size": list(SIZE), "counts": rle["counts"].decode()},
         "keypoints": [30, 7, 2, 0, 0, 0],
     }
-    file = TurnedFile("", orientation, SIZE[::-1], None, [])
+    file = TurnedFile(SIZE[::-1], orientation)
     expected = np.asarray(Image.fromarray(mask).transpose(TURNS[orientation]))
     found = turn_annotation(annotation, file)
     assert np.array_equal(mask_util.decode(found["segmentation"]), expected)

@@ -2,28 +2,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors whose dense part runs in OpenVINO or ONNX Runtime, against torch alone."""
 
+import copy
+import importlib.metadata
 import importlib.util
 import json
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
+import test_lazyconfig
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
+from detectron2.utils.env import seed_all_rng
 from engine_runs import MASK_RCNN as MINIATURE
 from engine_runs import launch, note_evaluated, read_log
 from export_models import FASTER_RCNN, MASK_RCNN, RETINANET, build_detector, small_config
 from predictor_runs import DETECTORS, PICTURES, assert_close, save
 from torch import nn
 
-from vovnet_d2 import Predictor
-from vovnet_d2.backends import BACKENDS, CACHE, cache_folder, check_backend, use, use_backend
+from vovnet_d2 import Predictor, timing
+from vovnet_d2.backends import (
+    BACKENDS,
+    CACHE,
+    cache,
+    cache_folder,
+    check_backend,
+    rank_backends,
+    use,
+    use_backend,
+)
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.data.image_file import read_image
+from vovnet_d2.engine import load_config, main_process
+from vovnet_d2.engine.precision import predict_in_float32
 from vovnet_d2.export import formats
 from vovnet_d2.export.dense import DensePart
+from vovnet_d2.export.report import _environment
+from vovnet_d2.timing import package_version
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -39,13 +61,18 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+# Seeded as the tests are, so that these networks are exported once for all of them.
+
+
 @pytest.fixture(scope="module")
 def mask_rcnn(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
+    seed_all_rng(0)
     return save(tmp_path_factory.mktemp("mask_rcnn"))
 
 
 @pytest.fixture(scope="module")
 def retinanet() -> nn.Module:
+    seed_all_rng(0)
     return build_detector(small_config(RETINANET))
 
 
@@ -85,7 +112,7 @@ def test_the_same_predictions_as_torch(detector: str, tmp_path: Path) -> None:
 def test_other_dense_heads(config: str) -> None:
     """Their outputs, as untrained ones find nothing that could be compared."""
     model = build_detector(small_config(config, MODEL__FCOS__NUM_CONVS=1))
-    images = torch.rand(1, 3, 256, 256)  # group norm refuses feature maps of one pixel
+    images = torch.rand(1, 3, 256, 256)
     with torch.no_grad():
         features = model.backbone(images)
         expected = model.head([features[name] for name in model.head_in_features])
@@ -102,7 +129,7 @@ def test_other_dense_heads(config: str) -> None:
 def test_a_head_is_not_given_other_feature_maps(mask_rcnn: CfgNode) -> None:
     model = Predictor(mask_rcnn, backend="onnxruntime").model
     features = list(model.backbone(torch.rand(1, 3, 64, 64)).values())
-    with pytest.raises(AssertionError, match="not the backbone's last"):
+    with pytest.raises(AssertionError, match="Feature maps are not the last ones"):
         model.proposal_generator.rpn_head([f.clone() for f in features])
 
 
@@ -131,8 +158,13 @@ def test_a_file_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(written) == 2
     assert Path(f"{path}.before").stat().st_size == 1000
     next(model.backbone.parameters()).data[0] += 1
-    assert export_dense_part(model)[0] != path
+    changed, _ = export_dense_part(model)
+    assert changed != path
     assert len(written) == 3
+    # Another version of torch or of the exporter makes a file of its own.
+    monkeypatch.setattr(cache, "version", lambda package: "99.0")
+    assert export_dense_part(model)[0] not in (path, changed)
+    assert len(written) == 4
 
 
 def test_a_key_is_of_the_content() -> None:
@@ -142,10 +174,15 @@ def test_a_key_is_of_the_content() -> None:
     same.load_state_dict(model.state_dict())
     key = model_key(model)
     assert model_key(same.train()) == key
+    predict_in_float32(same, load_config("", ["SOLVER.AMP.ENABLED", "True"]))
+    assert model_key(same) == key
     same.roi_heads.box_predictor.cls_score.bias.data += 1  # which torch computes
     assert model_key(same) == key
     same.proposal_generator.rpn_head.conv.bias.data += 1
     assert model_key(same) != key
+    strided = copy.deepcopy(model)
+    strided.backbone.fpn_output2.stride = (2, 2)
+    assert model_key(strided) != key
     for option in ({"MODEL.VOVNET.STEM": "pooled"}, {"MODEL.FPN.FUSE_TYPE": "avg"}):
         other = build_detector(small_config(MASK_RCNN, **option))
         other.load_state_dict(model.state_dict())
@@ -166,15 +203,21 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 # The fastest
 
 
-@pytest.mark.parametrize("fastest", ["torch", "openvino", "onnxruntime"])
+@pytest.fixture
+def nothing_measured() -> None:
+    """Files of the cache stay, but not the times of backends."""
+    for kept in cache_folder().glob("fastest-*.json"):
+        kept.unlink()
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize("fastest", ["torch", "onnxruntime"])
 def test_auto_takes_the_fastest(
     fastest: str,
     retinanet: nn.Module,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for kept in cache_folder().glob("fastest-*.json"):
-        kept.unlink()
     calls = []
 
     def measure(cases: dict, **kwargs: object) -> dict[str, list[float]]:
@@ -198,6 +241,7 @@ def test_auto_takes_the_fastest(
     for found in calls[0].values():  # all did the same work
         for a, b in zip(found, calls[0]["torch"], strict=True):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    assert calls[0]["torch"][0].shape[2:] == (8, 8)  # of 64 × 64 pixels, as 60 is rounded up
     (message,) = [m for m in caplog.messages if "auto" in m]
     assert message.startswith(f"The backend auto is {fastest}: torch")
     assert f"{fastest} 100 ms" in message
@@ -209,9 +253,54 @@ def test_auto_takes_the_fastest(
     assert bool(list(chosen.backbone.parameters())) == (fastest == "torch")
     (kept,) = cache_folder().glob("fastest-*.json")
     assert json.loads(kept.read_text())[fastest] == 0.1
-    kept.write_text("{}")
-    use_backend(retinanet, "auto")
-    assert len(calls) == 2
+
+
+def test_times_are_of_one_network_on_one_machine(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, measured = tmp_path / "dense.onnx", []
+
+    def measure(model: object, path: Path, device: object, names: list[str]) -> dict[str, float]:
+        measured.append(path.read_bytes())
+        return dict.fromkeys(names, 0.1)
+
+    def rank() -> None:
+        rank_backends(SimpleNamespace(device="cpu"))
+
+    monkeypatch.setattr(use, "_find_file", lambda *_: (file, ()))
+    monkeypatch.setattr(use, "_measure", measure)
+    file.write_bytes(b"one")
+    rank()
+    (kept,) = empty_cache.glob("fastest-*.json")
+    whole = kept.read_text()
+    for damaged in ("{}", '{"torch": 1.0}'):
+        kept.write_text(damaged)
+        rank()
+        assert kept.read_text() == whole
+    for content in (b"another", b"one", b"another"):
+        file.write_bytes(content)
+        rank()
+    assert measured == [b"one", b"one", b"one", b"another"]
+    monkeypatch.setattr(use, "_describe_machine", lambda *_: "another machine")
+    rank()
+    assert measured[4:] == [b"another"]
+
+
+def test_openvino_computes_in_float32_with_torchs_threads(
+    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    class Core(openvino.Core):
+        def compile_model(self, *args: object) -> openvino.CompiledModel:
+            compiled.append(super().compile_model(*args))
+            return compiled[0]
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    BACKENDS["openvino"].load(export_dense_part(retinanet)[0], CPU)
+    assert compiled[0].get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    assert compiled[0].get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_auto_without_any_package_is_torch(
@@ -223,11 +312,99 @@ def test_auto_without_any_package_is_torch(
     assert not empty_cache.exists()
 
 
+def fail(*_: object) -> None:
+    raise RuntimeError("the driver\nis too old")
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize("moment", ["asking", "loading", "running"])
+def test_auto_passes_over_a_broken_backend(
+    moment: str,
+    retinanet: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One warning names it. The outcome is not kept, as the backend may be mended."""
+    times = {"torch": 0.3, "openvino": 0.1, "onnxruntime": 0.2}
+    monkeypatch.setattr(use, "time_interleaved", lambda cases, **_: {n: [times[n]] for n in cases})
+    monkeypatch.setattr(use, "SIZE", (60, 64))
+    whole = BACKENDS["openvino"]
+    broken = {
+        "asking": replace(whole, why_not=fail),
+        "loading": replace(whole, load=fail),
+        "running": replace(whole, load=lambda *_: fail),
+    }
+    monkeypatch.setitem(BACKENDS, "openvino", broken[moment])
+    with caplog.at_level("WARNING", logger="vovnet_d2"):
+        chosen = use_backend(retinanet, "auto")
+    assert not list(chosen.backbone.parameters())
+    (message,) = caplog.messages
+    assert message.startswith("The backend openvino is installed and fails")
+    assert message.endswith("RuntimeError: the driver is too old")
+    assert rank_backends(retinanet) == ["onnxruntime", "torch"]
+    # The times of the other backends are kept if the broken one was not measured.
+    assert bool(list(cache_folder().glob("fastest-*.json"))) == (moment == "asking")
+    monkeypatch.setitem(BACKENDS, "openvino", whole)
+    assert rank_backends(retinanet) == ["openvino", "onnxruntime", "torch"]
+
+
+def test_the_next_name_is_taken_where_one_fails(
+    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fastest backend was measured earlier, and cannot be loaded now."""
+    monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], load=fail))
+    with caplog.at_level("WARNING", logger="vovnet_d2"):
+        chosen = use_backend(retinanet, ["openvino", "torch"])
+    assert list(chosen.backbone.parameters())
+    assert len(caplog.messages) == 1
+    with pytest.raises(RuntimeError, match="the driver"):
+        use_backend(retinanet, "openvino")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_processes_take_what_the_first_has_measured(
+    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    engine_run: Any = import_module("vovnet_d2.engine.run")
+    calls = []
+    found = ["onnxruntime", "torch"]
+    monkeypatch.setattr(engine_run, "rank_backends", lambda *_, **__: calls.append(1) or found)
+    monkeypatch.setattr(main_process.comm, "is_main_process", lambda: is_first)
+    given = []
+    monkeypatch.setattr(main_process.comm, "all_gather", lambda x: given.append(x) or [found, x])
+    assert engine_run._rank_together(retinanet, small_config(RETINANET)) == found
+    assert calls == [1] * is_first
+    assert given == [found if is_first else None]
+
+
+def test_the_version_of_a_module_of_another_package() -> None:
+    """onnxruntime-gpu has the module onnxruntime, and PyPI's name differs from the module's."""
+    assert package_version("yaml") == importlib.metadata.version("PyYAML")
+    assert package_version("torch") == importlib.metadata.version("torch")
+    assert package_version("nowhere") == "of unknown version"
+
+
+def test_the_report_of_an_export_with_onnxruntime_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report names modules, and the package of one has another name there."""
+
+    def find_version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.99" if name == "onnxruntime-gpu" else importlib.metadata.version(name)
+
+    monkeypatch.setattr(timing, "version", find_version)
+    packages = {"onnxruntime": ["onnxruntime-gpu"]}
+    monkeypatch.setattr(timing, "packages_distributions", lambda: packages)
+    found = _environment(torch.device("cpu"), ["onnx"])
+    assert found["onnxruntime"] == "1.99"
+    assert found["onnx"] == importlib.metadata.version("onnx")
+
+
 # TensorRT, which needs a GPU: ONNX Runtime is asked for it, and computes on the CPU in its place
 
 
 def test_tensorrt_is_asked_of_onnx_runtime(
-    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch
+    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
@@ -242,6 +419,7 @@ def test_tensorrt_is_asked_of_onnx_runtime(
     path, _ = export_dense_part(retinanet)
     images = torch.rand(1, 3, 128, 128)
     found = BACKENDS["tensorrt"].load(path, GPU)(images)
+    assert "ONNX Runtime computes on the CPU, not on cuda:1: onnxruntime-gpu" in caplog.text
     (name, options), *others = asked
     assert name == "TensorrtExecutionProvider"
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -258,7 +436,7 @@ def test_tensorrt_is_asked_of_onnx_runtime(
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """As if these packages were not installed."""
+    """Make these packages look as if they were not installed."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in packages else find_spec(name)
@@ -281,8 +459,8 @@ def test_a_missing_package(mask_rcnn: CfgNode, monkeypatch: pytest.MonkeyPatch) 
         ("openvino", GPU, False, "openvino cannot be used on cuda:1: it computes on CPUs."),
         ("onnxruntime", GPU, False, "installed has no CUDAExecutionProvider"),
         ("tensorrt", GPU, False, "installed has no TensorrtExecutionProvider"),
-        ("torch", CPU, True, "torch runs no INT8 file: choose from openvino, onnxruntime, auto."),
-        ("tensorrt", GPU, True, "tensorrt runs no INT8 file: choose from openvino, onnxruntime"),
+        ("torch", CPU, True, "torch cannot run an INT8 file: choose from openvino, onnxruntime, a"),
+        ("tensorrt", GPU, True, "tensorrt cannot run an INT8 file: choose from openvino, onnxrunt"),
     ],
 )
 def test_backends_that_cannot_be_used(
@@ -341,3 +519,20 @@ def test_evaluation(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         )
     with pytest.raises(ValueError, match="Unknown backend 'openvine'"):
         launch(MINIATURE, tmp_path / "wrong", "--eval-only", "TEST.BACKEND", "openvine")
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_lazy_config(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_lazyconfig.launch(tmp_path, "train.max_iter=1", "dataloader.test.dataset.names=null")
+    words = ["--eval-only", f"train.init_checkpoint={tmp_path / 'model_final.pth'}"]
+    seen = note_evaluated(monkeypatch)
+    results = [
+        test_lazyconfig.launch(tmp_path / name, *words, f"train.backend={name}")
+        for name in ("torch", "openvino")
+    ]
+    assert [bool(list(model.backbone.parameters())) for model in seen] == [True, False]
+    np.testing.assert_allclose(*(list(r["bbox"].values()) for r in results), atol=0.1)
+    with pytest.raises(ValueError, match="Unknown backend 'openvine'"):
+        test_lazyconfig.launch(tmp_path / "wrong", "--eval-only", "train.backend=openvine")

@@ -122,8 +122,11 @@ def test_optimized_for_inference(kind: str) -> None:
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_maps_are_timms_own(name: str) -> None:
-    """As from the whole network: its last map where it has one beside the classifier, and its
-    intermediate ones by timm's other way of getting them."""
+    """The maps equal those of the whole network.
+
+    The last map is compared if the network returns one beside the classifier; the others come by
+    timm's other way.
+    """
     model = TimmBackbone(name, out_features=["stage3", "stage4", "stage5"], arguments=TIMM[name])
     random_norms(model)
     peer = timm.create_model(name, features_only=True, **TIMM[name])
@@ -279,12 +282,12 @@ def test_freezing(name: str, freeze_at: int, frozen: set[str], free: set[str]) -
 # What a backbone refuses, and a part of what it says.
 TIMM_ERRORS = (
     ({"name": "resnet5O"}, "timm has no network 'resnet5O'. Close to it: resnet50"),
-    ({"out_features": ["stage6"]}, "no map stage6: choose from stage1, stage2, stage3, stage4"),
-    ({"out_features": []}, r"no map \(none asked for\)"),
+    ({"out_features": ["stage6"]}, "no feature map stage6: choose from stage1, stage2, stage3"),
+    ({"out_features": []}, r"no feature map \(none asked for\)"),
     ({"norm": "GN"}, "NORM is 'GN', .*choose BN, .*FrozenBN or SyncBN"),
     ({"arguments": {"with_wings": True}}, "cannot make .*'resnet10t' .*with_wings"),
-    ({"name": "gmlp_s16_224"}, "of one size only, .*dynamic_img_size|cannot make"),
-    ({"name": "swin_tiny_patch4_window7_224"}, "of one size only, .*dynamic_img_size"),
+    ({"name": "gmlp_s16_224"}, "of one size only: .*dynamic_img_size|cannot make"),
+    ({"name": "swin_tiny_patch4_window7_224"}, "of one size only: .*dynamic_img_size"),
     ({"name": "nfnet_f7", "pretrained": True}, "no trained weights of 'nfnet_f7'"),
     ({"name": "convnext_atto", "freeze_at": 1}, "FREEZE_AT is 1, .*strides 4, 8, 16, 32"),
     ({"name": "vit_small_patch14_dinov2"}, "stride 14.*powers of 2|one size only"),
@@ -293,10 +296,10 @@ TORCHVISION_ERRORS = (
     ({"name": "shufflenet"}, "no network 'shufflenet'. Close to it: shufflenet_v2"),
     ({"nodes": ["layer7"]}, "no node 'layer7'. Close to it: layer"),
     ({"nodes": []}, "NODES is empty: choose .*layer1"),
-    ({"nodes": ["fc"]}, r"Node fc gives \(1, 1000\), which is no map"),
-    ({"nodes": ["layer1.0", "layer1.1"]}, "layer1.1 has stride 4, as another one"),
+    ({"nodes": ["fc"]}, r"Node fc gives \(1, 1000\), which is no feature map"),
+    ({"nodes": ["layer1.0", "layer1.1"]}, "layer1.1 has stride 4, and so has another"),
     ({"norm": "GN"}, "NORM is 'GN'"),
-    ({"freeze_at": 2}, "FREEZE_AT is 2, .*the maps have strides 8"),
+    ({"freeze_at": 2}, "FREEZE_AT is 2, .*the feature maps have strides 8"),
 )
 
 

@@ -12,7 +12,6 @@ import torch
 from benchmark_runs import (
     Sleeper,
     SteadyMeter,
-    make_ceilings_small,
     make_plan,
     measure_energy_of_single_calls,
     run_study,
@@ -22,9 +21,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from vovnet_d2.benchmark import energy, study
-from vovnet_d2.benchmark.ceilings import Ceiling
 from vovnet_d2.benchmark.networks import Network, backbone, calibrate_norms, detector
-from vovnet_d2.benchmark.protocol import interleaved_rounds
 from vovnet_d2.benchmark.report import format_table, write_study
 from vovnet_d2.benchmark.study import Study
 from vovnet_d2.benchmark.treatments import TREATMENTS
@@ -33,24 +30,27 @@ from vovnet_d2.benchmark.workload import (
     random_images,
 )
 from vovnet_d2.engine.config import load_config
+from vovnet_d2.timing import interleaved_rounds
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_ceilings(monkeypatch):
-    make_ceilings_small(monkeypatch)
 
 
 def test_rows_of_known_sleepers(monkeypatch):
     monkeypatch.setattr(study, "find_meter", lambda device: SteadyMeter())
     seconds = measure_energy_of_single_calls(monkeypatch)
-    result = run_study(treatments=["plain", "fp16"], energy_seconds=seconds)
+
+    def rounds(calls, *, device, repeats):
+        for pace in (1, 2, 1)[:repeats]:  # the machine slows down for a while
+            yield {name: pace * (0.06 if name.startswith("slow") else 0.03) for name in calls}
+
+    monkeypatch.setattr(study, "interleaved_rounds", rounds)
+    networks = [sleeper("slow", 0), sleeper("fast", 0)]
+    result = run_study(networks=networks, treatments=["plain", "fp16"], energy_seconds=seconds)
     rows = {(row["network"], row["treatment"]): row for row in result.rows}
     slow, fast = rows["slow", "plain"], rows["fast", "plain"]
-    assert 60 <= slow["latency_ms"] < 90
+    assert slow["latency_ms"] == 60
     assert slow["fps"] == pytest.approx(2 / (slow["latency_ms"] / 1e3))
-    assert fast["time_of_network"] == pytest.approx(0.5, abs=0.15)
+    assert fast["time_of_network"] == 0.5
     assert fast["time_of_network_q1"] <= fast["time_of_network"] <= fast["time_of_network_q3"]
     assert fast["reference_network"] == "slow"
     assert slow["time_of_treatment"] == 1
@@ -70,35 +70,6 @@ def test_cases_are_compared_round_by_round():
     row = study._compare("network", "a", [3.0, 2.0, 8.0], times, "reference")
     quartiles = (row["time_of_network_q1"], row["time_of_network"], row["time_of_network_q3"])
     assert quartiles == (1.5, 2, 2.5)  # of 3, 1 and 2
-
-
-MULTIPLY_ADDS = 64 * 64 * 4 * 27  # of a sleeper, for one image
-BYTES = 4 * (2 * 64 * 64 * (3 + 4) + 4 * 27)  # of its maps and its weight in float32, for two
-
-
-@pytest.mark.parametrize(
-    ("rate", "bandwidth", "floor"),
-    [
-        (MULTIPLY_ADDS, BYTES, 2),  # work of one second and of two; bytes of one second
-        (MULTIPLY_ADDS * 8, BYTES / 3, 3),
-    ],
-)
-def test_shares_of_known_ceilings(monkeypatch, rate, bandwidth, floor):
-    def ceiling(work):
-        return lambda *args: Ceiling(lambda: None, work, "known")
-
-    def rounds(calls, *, device, repeats):
-        # Twice the pace, for ceilings that take half a second.
-        yield {name: 10.0 if name.startswith("slow") else 0.5 for name in calls}
-
-    monkeypatch.setattr(study, "matrix_ceiling", ceiling(rate / 2))
-    monkeypatch.setattr(study, "copy_ceiling", ceiling(bandwidth / 2))
-    monkeypatch.setattr(study, "interleaved_rounds", rounds)
-    row = run_study(networks=[sleeper("slow", 0)], treatments=["plain"]).rows[0]
-    assert row["matrix_ceiling_gflops_per_second"] == pytest.approx(rate / 1e9)
-    assert row["copy_gb_per_second"] == pytest.approx(bandwidth / 1e9)
-    assert row["share_of_matrix_ceiling"] == pytest.approx(2 * MULTIPLY_ADDS / rate / 10)
-    assert row["share_of_floor"] == pytest.approx(floor / 10)
 
 
 def test_median_and_p95(monkeypatch):
@@ -141,7 +112,9 @@ def test_what_cannot_run_is_a_row(error, reason):
 
 
 class Failing(Sleeper):
-    """In its fifth call: after one to warm up, two for its memory and one round."""
+    """A network that fails in its fifth call, after one to warm up, two for its memory and one
+    round.
+    """
 
     def __init__(self):
         super().__init__(0)
@@ -337,19 +310,11 @@ def test_references(monkeypatch):
     ("options", "message"),
     [
         ({"networks": [sleeper("a", 0), sleeper("a", 0)]}, "named twice"),
-        ({"treatments": ["best"]}, r"No treatment 'best': there are plain, .*compiled-fp16"),
-        ({"modes": ["sleep"]}, r"No mode 'sleep': there are inference, training"),
         ({"references": {"slow": "x"}}, r"No reference network 'x': there are slow, fast"),
         ({"accuracy": {"x": 1.0}}, r"No network with an accuracy 'x'"),
         ({"reference_treatment": "bf16"}, r"No reference treatment 'bf16': there are plain"),
-        ({"batches": [0]}, "Batches: 0 is not a whole number from 1 up"),
-        ({"sizes": [(64, 0)]}, "Sizes: 0 is not"),
-        ({"repeats": 0}, "Repeats: 0 is not"),
-        ({"warmup": -1}, "Warm-up: -1 is not"),
         ({"energy_seconds": -1.0}, "seconds for energy are -1: give 0.3 or more"),
         ({"energy_seconds": 0.01}, "seconds for energy are 0.01: .* or 0 for none"),
-        ({"treatments": ["plain", "plain"]}, "Treatments: plain, plain has one twice"),
-        ({"sizes": [(64, 64), (64, 64)]}, "Sizes: .* has one twice"),
     ],
 )
 def test_plans_that_make_no_sense(options, message):
@@ -376,7 +341,7 @@ TINY = [
         "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml",  # which trains in NCHW
-        "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml",
+        pytest.param("COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml", marks=pytest.mark.slow),
     ],
 )
 def test_detectors(config):
@@ -393,13 +358,6 @@ def test_detectors(config):
     inference, training = rows[0], rows[3]
     assert training["gflops"] > 2 * inference["gflops"]
     assert len({row["parameters_m"] for row in rows}) == 1
-    for row in rows:  # heads stay in float32
-        shares = row["share_of_matrix_ceiling"], row["share_of_floor"]
-        in_float32 = row["dtype"] == "float32"
-        assert [share is not None for share in shares] == [
-            in_float32,
-            in_float32 and row["mode"] == "inference",
-        ]
 
 
 @pytest.mark.parametrize(
@@ -485,5 +443,4 @@ def test_every_treatment_on_a_gpu():
     for row in result.rows:
         if row["error"]:
             continue
-        assert 0 < row["share_of_matrix_ceiling"] < 1
         assert row["peak_memory_mb"] > row["parameters_m"]

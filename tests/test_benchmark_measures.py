@@ -1,29 +1,24 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark measures with: timers, meters of energy and memory, ceilings."""
+"""The instruments of the benchmark: timers, meters of energy and memory."""
 
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from devices import shapes_alone
 from torch import nn
 
-from vovnet_d2 import VoVNet, optimize_for_inference
-from vovnet_d2.analysis import analyze
-from vovnet_d2.analysis.memory_access import LayerCost
-from vovnet_d2.benchmark import ceilings, energy
-from vovnet_d2.benchmark.ceilings import floor_seconds
-from vovnet_d2.benchmark.energy import NoEnergyMeter, NvmlCounter, NvmlPower, Rapl, find_meter
-from vovnet_d2.benchmark.memory import peak_memory
-from vovnet_d2.benchmark.protocol import interleaved_rounds, time_interleaved
+from vovnet_d2 import optimize_for_inference
+from vovnet_d2.benchmark import energy
+from vovnet_d2.benchmark.energy import NoEnergyMeter, NvmlCounter, Rapl, find_meter
+from vovnet_d2.benchmark.memory import _memory, _tensors_held, peak_memory
 from vovnet_d2.benchmark.treatments import TREATMENTS
-from vovnet_d2.benchmark.workload import count_multiply_adds, inference, training_step
-from vovnet_d2.modeling.onednn import PackedConv2d
+from vovnet_d2.benchmark.workload import detector_inputs, inference, training_step
+from vovnet_d2.timing import interleaved_rounds, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -40,6 +35,18 @@ def test_rounds_take_all_cases_and_times_are_per_call():
     assert len(calls) == 8
     assert all(0.02 <= times["long"] < 0.04 for times in rounds)
     assert all(times["short"] < 0.01 for times in rounds)
+
+
+def test_each_round_has_an_order_of_its_own():
+    """The orders are the same in every call."""
+    calls = []
+    cases = {name: partial(calls.append, name) for name in "abc"}
+    for _ in range(2):
+        assert len(list(interleaved_rounds(cases, device="cpu", repeats=12))) == 12
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert rounds[:12] == rounds[12:]
+    assert len(set(rounds)) > 3
 
 
 def test_an_interruption_leaves_the_rounds_before_it():
@@ -72,8 +79,8 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    def __init__(self, *, counter: bool = True, power: bool = True):
-        self.counter, self.power, self.begin = counter, power, time.perf_counter()
+    def __init__(self, *, counter: bool = True):
+        self.counter, self.begin = counter, time.perf_counter()
 
     def nvmlInit(self) -> None:
         pass
@@ -87,11 +94,6 @@ class FakeNvml:
             raise self.NVMLError("Not Supported")
         return round(200e3 * (time.perf_counter() - self.begin))
 
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        if not self.power:
-            raise self.NVMLError("No Permission")
-        return 200_000
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,24 +102,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("counter", "expected"), [(True, NvmlCounter), (False, NvmlPower)])
-def test_gpu_energy(gpu, monkeypatch, counter, expected):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(counter=counter))
-    threads = threading.active_count()
+def test_gpu_energy(gpu, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
     meter = find_meter(torch.device("cuda"))
-    assert isinstance(meter, expected)
+    assert isinstance(meter, NvmlCounter)
     begin = time.perf_counter()
     meter.start()
     time.sleep(0.25)
     joules = meter.stop()
     assert joules == pytest.approx(200 * (time.perf_counter() - begin), rel=0.05)
-    assert threading.active_count() == threads
 
 
 def test_gpu_without_energy_says_why(gpu, monkeypatch):
-    nvml = FakeNvml(counter=False, power=False)
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
-    with pytest.raises(NoEnergyMeter, match=r"counter.*Not Supported; .*power.*No Permission"):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(counter=False))
+    with pytest.raises(NoEnergyMeter, match="no energy of the GPU: Not Supported"):
         find_meter(torch.device("cuda"))
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     with pytest.raises(NoEnergyMeter, match="pip install nvidia-ml-py"):
@@ -193,69 +191,7 @@ def test_joules_per_call():
     assert meter.calls == 1
 
 
-# ------------------------------------------------------------------------- ceilings and memory
-
-
-def test_floor_by_hand():
-    # One layer is held up by its operations, the other by its bytes.
-    layers = [LayerCost(10, 20, 5, 8000), LayerCost(100, 200, 50, 10)]
-    seconds = floor_seconds(
-        layers,
-        batch=4,
-        element_size=2,
-        multiply_adds_per_second=1000,
-        bytes_per_second=100,
-    )
-    assert seconds == pytest.approx(4 * 8000 / 1000 + (4 * 300 + 50) * 2 / 100)
-
-
-def test_layers_add_up_to_the_total():
-    with shapes_alone():
-        complexity = analyze(VoVNet("V-19-slim-eSE"), (64, 64))
-    assert sum(c.multiply_adds for c in complexity.layers) == complexity.total.multiply_adds
-    assert sum(c.memory_access for c in complexity.layers) == complexity.total.memory_access
-
-
-def test_ceilings_do_the_work_that_they_claim(monkeypatch):
-    monkeypatch.setitem(ceilings._MATRIX_SIZE, "cpu", 64)
-    product = ceilings._product(CPU, torch.bfloat16)
-    convolution = ceilings._convolution(torch.bfloat16, 8, 16)
-    packed = convolution.call()
-    # Operators of torch's own, which can be counted.
-    monkeypatch.setattr(PackedConv2d, "_is_packable", lambda conv, maps: False)
-    torch.testing.assert_close(packed, convolution.call(), atol=0.01, rtol=0.01)
-    for ceiling in (product, convolution):
-        assert count_multiply_adds(ceiling.call) == ceiling.work
-        assert ceiling.call().dtype == torch.bfloat16
-    monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 1000)
-    ceiling = ceilings.copy_ceiling(CPU)
-    assert ceiling.call().nbytes * 2 == ceiling.work == 2000
-
-
-@pytest.mark.parametrize("fastest", range(1 + len(ceilings._CONVOLUTIONS)))
-def test_the_ceiling_is_the_fastest(monkeypatch, fastest):
-    def pretend(calls, **options):
-        names = list(calls)
-        return {name: [1e-3 if name == names[fastest] else 1e3] for name in names}
-
-    monkeypatch.setattr(ceilings, "time_interleaved", pretend)
-    found = ceilings.matrix_ceiling(CPU, torch.float32).description
-    expected = ["product of", *(f"of {c} channels on {s}x{s}" for c, s in ceilings._CONVOLUTIONS)]
-    assert expected[fastest] in found
-
-
-def test_the_ceilings_convolution_does_not_order_its_weight_at_each_call(monkeypatch):
-    ordered = []
-    pack = PackedConv2d._packed_weight
-    monkeypatch.setattr(
-        PackedConv2d, "_packed_weight", lambda *args: ordered.append(pack(*args)) or ordered[-1]
-    )
-    ceiling = ceilings._convolution(torch.float32, 8, 16)
-    for _ in range(2):
-        ceiling.call()
-    first, second = ordered
-    assert first is second
-    assert first.layout == torch._mkldnn
+# ------------------------------------------------------------------------- memory
 
 
 def test_peak_memory_of_known_tensors():
@@ -291,6 +227,15 @@ def test_peak_memory_of_a_training_step():
     assert peak_memory(call, CPU, before=0) == pytest.approx(3 * 4 * 1000**2, rel=0.01)
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 400), (400, 40)])
+def test_random_objects_lie_within_images_of_any_shape(height, width):
+    (record,) = detector_inputs(nn.Module(), torch.zeros(1, 3, height, width))
+    boxes = record["instances"].gt_boxes.tensor
+    for sides, length in ((boxes[:, 2], width), (boxes[:, 3], height)):
+        assert 0.3 * length < sides.max() <= length
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+
+
 def test_inference_is_without_autograd():
     conv, image = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
     assert conv(image).requires_grad
@@ -298,9 +243,11 @@ def test_inference_is_without_autograd():
 
 
 def test_peak_memory_of_packed_weights():
-    """The weight, its copies in the orders that oneDNN chose for two images, and two maps.
+    """A call holds the weight, the image, and the copies of the weight in the orders that oneDNN
+    chose for two images.
 
-    The CPU decides how many orders there are and how large a copy is.
+    The CPU decides how many orders there are, how large a copy is, and how much oneDNN takes for
+    the time of the call.
     """
     conv = optimize_for_inference(nn.Conv2d(256, 256, 3, padding=1, bias=False))
     images = [torch.randn(1, 256, side, side) for side in (8, 9)]
@@ -312,5 +259,8 @@ def test_peak_memory_of_packed_weights():
     copies = {id(copy): torch.ops.mkldnn._nbytes(copy) for copy in packed}
     assert 1 <= len(copies) <= 2
     assert all(size >= 4 * 256 * 256 * 9 for size in copies.values())
-    expected = 4 * (256 * 256 * 9 + 2 * 256 * 9 * 9) + sum(copies.values())
-    assert peak_memory(calls[1], CPU, before=0) == pytest.approx(expected, rel=0.01)
+    held = sum(dict(_memory(tensor) for tensor in _tensors_held(calls[1])).values())
+    feature_map = 4 * 256 * 9 * 9
+    expected = 4 * 256 * 256 * 9 + feature_map + sum(copies.values())
+    assert held == pytest.approx(expected, rel=0.01)
+    assert peak_memory(calls[1], CPU, before=0) >= held + feature_map

@@ -12,7 +12,7 @@ from torch import nn
 
 from vovnet_d2 import VoVNet
 from vovnet_d2.analysis import analyze
-from vovnet_d2.analysis.saved_memory import saved_bytes
+from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.benchmark.networks import BACKBONES, backbone, calibrate_norms
 from vovnet_d2.benchmark.treatments import TREATMENTS
 from vovnet_d2.benchmark.workload import (
@@ -20,6 +20,7 @@ from vovnet_d2.benchmark.workload import (
     random_images,
     training_step,
 )
+from vovnet_d2.timing import tf32_in_use
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def peer_parameters(name: str) -> int:
-    """Of the same network elsewhere, without its classifier."""
+    """Return the parameters of the same network elsewhere, without its classifier."""
     with shapes_alone():
         if name.startswith("DenseNet"):
             peer = timm.create_model(name.lower().replace("-", ""), num_classes=0)
@@ -116,6 +117,13 @@ def test_calibrated_norms_have_the_statistics_of_their_inputs():
     torch.testing.assert_close(conv.norm.running_var, var, rtol=1e-4, atol=0)
 
 
+def test_norms_of_channels_without_variance_stay():
+    model = backbone("V-19-slim-eSE").build()
+    model.stem.conv1.weight.data[3] = 0
+    calibrate_norms(model, torch.randn(2, 3, 64, 64))
+    assert model.stem.conv1.norm.running_var[3] == 1
+
+
 # ------------------------------------------------------------------------------------ treatments
 
 
@@ -127,6 +135,25 @@ def test_refusals(name):
     to_train_only = name == "checkpointed"
     refused = treatment.refusal(CPU, training=False) is not None
     assert refused == (on_gpus_only or to_train_only)
+
+
+def test_tf32_is_set_and_put_back_under_old_and_new_names():
+    """torch 2.9 refuses to read its old names where somebody has set a new one."""
+    before = tf32_in_use()
+    try:
+        if hasattr(torch.backends.cudnn, "conv"):
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = False, True
+        assert tf32_in_use() == (False, True)
+        for name, allowed in (("plain", False), ("plain-tf32", True)):
+            with TREATMENTS[name].precision(torch.device("cuda")):
+                assert tf32_in_use() == (allowed, allowed)
+                assert torch.backends.cudnn.allow_tf32 == allowed
+            assert tf32_in_use() == (False, True)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_less_is_kept_for_the_backward_pass():

@@ -4,6 +4,8 @@
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +13,25 @@ import pytest
 import torch
 from benchmark_runs import (
     SteadyMeter,
-    make_ceilings_small,
     measure_energy_of_single_calls,
     run_study,
     sleeper,
 )
 
+from vovnet_d2.atomic import FileNotWrittenError
 from vovnet_d2.benchmark import command as tool
 from vovnet_d2.benchmark import study
 from vovnet_d2.benchmark.plots import plot_cell
 from vovnet_d2.benchmark.published import PAPER_TABLES, format_paper_table
 from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
 from vovnet_d2.benchmark.study import Study
-from vovnet_d2.checkpoint.atomic import FileNotWrittenError
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import note_made
-
-
-@pytest.fixture(autouse=True)
-def small_ceilings(monkeypatch):
-    make_ceilings_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def measured() -> Study:
     with pytest.MonkeyPatch.context() as patch:
-        make_ceilings_small(patch)
         patch.setattr(study, "find_meter", lambda device: SteadyMeter())
         return run_study(
             networks=[sleeper("slow", 0.006), sleeper("fast", 0.003)],
@@ -135,8 +130,10 @@ def test_the_papers_columns_have_both_figures():
         ("table4", 0.003, 0.002),  # the paper's with norms counted
     ],
 )
-def test_the_papers_tables_are_measured(preset, work, weights, tmp_path, capsys):
-    """The paper's two columns that no machine changes."""
+def test_the_papers_tables_are_measured(preset, work, weights, tmp_path, capsys, monkeypatch):
+    """The paper's two columns that no machine changes. Each network runs once, at full width."""
+    monkeypatch.setattr(study, "calibrate_norms", lambda *_: None)
+    monkeypatch.setattr(study, "peak_memory", lambda *_, **__: 0)
     words = ["--preset", preset, "--warmup", "1", "--repeats", "1", "--output", str(tmp_path)]
     tool.run(tool.parse_arguments(words))
     records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
@@ -151,7 +148,8 @@ def test_the_papers_tables_are_measured(preset, work, weights, tmp_path, capsys)
 
 
 def row_of(**values: Any) -> dict[str, Any]:
-    defaults = {"network": "a", "treatment": "plain", "fps": 10.0, "gflops": 5.0}
+    defaults = {"network": "a", "kind": "backbone", "treatment": "plain"}
+    defaults |= {"fps": 10.0, "gflops": 5.0}
     return (
         defaults | {"gflops_per_second": 50.0, "accuracy": 40.0, "joules_per_image": 1.5} | values
     )
@@ -161,30 +159,38 @@ def test_four_plots():
     rows = [row_of(), row_of(network="b", fps=20.0, accuracy=None)]
     figure, left_out = plot_cell(rows, "title")
     axes = [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
-    efficiency, joules = "computation efficiency (GFLOP/s)", "energy per image (J)"
+    efficiency, joules = "computation efficiency (GFLOP/s) →", "← energy per image (J)"
     assert axes == [
-        ("images per second", "accuracy"),
-        (efficiency, "accuracy"),
-        (joules, "accuracy"),
+        ("images per second →", "accuracy →"),
+        (efficiency, "accuracy →"),
+        (joules, "accuracy →"),
         (efficiency, joules),
     ]
-    assert left_out == ["No accuracy was given (--accuracy) of b, which some plots lack."]
+    assert left_out == ["No accuracy was given (--accuracy) of b."]
     points = [tuple(c.get_offsets()[0]) for c in figure.axes[3].collections]
     assert points == [(50, 1.5), (50, 1.5)]
     assert len(figure.axes[0].collections) == 1  # b's accuracy is not known
+    assert [text.get_text() for text in figure.axes[3].texts] == ["a", "b"]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["a, plain", "b, plain"]
+    assert [text.get_text() for text in legend.get_texts()] == ["plain"]
+
+
+def test_backbones_and_detectors_have_plots_of_their_own():
+    rows = [row_of(), row_of(network="b", kind="detector", fps=0.5, accuracy=None)]
+    rows.append(row_of(network="c", fps=12.0))
+    figure, _ = plot_cell([row | {"joules_per_image": None} for row in rows], "title")
+    names = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert [axis.get_title() for axis in figure.axes] == ["backbones"] * 2 + ["detectors"] * 2
+    assert names == [["a", "c"], ["a", "c"], [], []]  # the accuracy of b is not known
 
 
 def test_plots_without_accuracy_and_energy():
     figure, left_out = plot_cell([row_of(accuracy=None, joules_per_image=None)], "title")
-    assert [axis.get_ylabel() for axis in figure.axes] == ["GFLOPs (multiply-adds)"]
-    assert len(left_out) == 4
-    assert left_out[0] == (
-        "images per second are plotted against GFLOPs (multiply-adds), as the accuracy of no "
-        "network was given (--accuracy)."
-    )
-    assert "energy could not be measured" in left_out[3]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["← GFLOPs (multiply-adds)"]
+    assert left_out == [
+        "Some plots are left out, as the accuracy of no network was given (--accuracy).",
+        "Some plots are left out, as energy could not be measured.",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ tool
@@ -196,6 +202,25 @@ def test_presets_are_plans():
         assert args.repeats == 7
         assert args.models == preset.get("models", [])
         assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
+
+
+def test_commands_of_the_gpu_report(monkeypatch):
+    """Each names networks that exist, all are for a GPU, and no two write to one folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    recipe = (Path(__file__).parents[1] / "Makefile").read_text().replace("\\\n", " ")
+    target = recipe.partition("\ngpu-report:")[2].partition("\n\n")[0]
+    commands = re.findall(r"tools/benchmark\.py (.*)", target)
+    assert len(commands) == 4
+    folders = set()
+    for command in commands:
+        args = tool.parse_arguments(shlex.split(command))
+        plan = tool.make_plan(args)
+        assert plan.device.type == "cuda"
+        assert plan.networks
+        folders.add(args.output)
+    assert len(folders) == 4
+    assert "-m pytest -m gpu" in target
 
 
 def test_the_preset_of_a_gpu_needs_one(monkeypatch, capsys):
@@ -236,7 +261,7 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
 
 
 def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
-    """What kills the tool in the second cell leaves the first."""
+    """A kill in the second cell leaves the first cell."""
     measure = Study._measure
     sizes = []
 
@@ -306,19 +331,20 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
     [
         ([], "Nothing to measure: give --models, --config-file or --preset"),
         (["--models", "V-40"], "No network 'V-40'. Did you mean"),
-        (["--models", "V-39", "--treatments", "best"], "No treatment 'best'"),
+        (["--models", "V-39", "--treatments", "best"], "invalid choice: 'best'"),
         (["--models", "V-39", "--reference", "a", "b"], "--reference names 2 networks for all"),
         (["--models", "V-39", "--reference", "V-57"], "No reference network 'V-57'"),
-        (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes numbers"),
-        (["--models", "V-39", "--accuracy", "V-39"], "'V-39' is neither NAME=AP nor a CSV file"),
-        (["--models", "V-39", "--accuracy", str(Path(__file__).parent)], "be read: Is a directory"),
+        (["--models", "V-39", "--accuracy", "V-39=good"], "--accuracy takes pairs as NAME=AP"),
+        (["--models", "V-39", "--accuracy", "V-39"], "--accuracy takes pairs as NAME=AP"),
         (["--config-file", "nothing.yaml"], "No config file 'nothing.yaml'"),
-        (["--models", "V-39", "--batches", "0"], "Batches: 0 is not a whole number"),
+        (["--models", "V-39", "--batches", "0"], "0 is not a whole number from 1 up"),
+        (["--models", "V-39", "--repeats", "-1"], "-1 is not a whole number from 1 up"),
+        (["--models", "V-39", "--sizes", "64x0"], "'64x0' is neither HEIGHTxWIDTH"),
         (
             ["--models", "V-39", "--output", str(REPOSITORY)],
             "README.md exists, and is not as this package wrote it",
         ),
-        (["--models", "V-39", "--options", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
+        (["--models", "V-39", "--opts", "MODEL.VOVNET.NORM", "GN"], "go with --config-file"),
         (["--models", "V-39", "--output", __file__], "cannot be a folder: File exists"),
         (["--models", "V-39", "--sizes", "own"], "V-39 has no size of its own"),
         *(
@@ -329,7 +355,7 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
         (["--models", "timm:ese_vovnet39b", "--norm", "GN"], "--norm is of VoVNet and ResNet"),
         (["--config-file", RETINANET, "--norm", "GN"], "--norm is of VoVNet and ResNet"),
         *(
-            (["--config-file", RETINANET, "--options", key, "X"], f"{key} 'X' is not registered")
+            (["--config-file", RETINANET, "--opts", key, "X"], f"{key} 'X' is not registered")
             for key in ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME")
         ),
         *(
@@ -348,18 +374,3 @@ def test_mistakes_are_told_in_a_sentence(words, message, capsys):
         assert error.count("\n") == 1
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error
-
-
-def test_accuracy_from_a_file(tmp_path):
-    file = tmp_path / "ap.csv"
-    file.write_text("network,accuracy\nV-39,33.5\n")
-    assert tool.read_accuracy([str(file), "b=1"]) == {"V-39": 33.5, "b": 1.0}
-    file.write_text("name,ap\nV-39,33.5\n")
-    with pytest.raises(ValueError, match="no CSV file with the columns network and accuracy"):
-        tool.read_accuracy([str(file)])
-    file.write_text("network,accuracy\nV-39\n")
-    with pytest.raises(ValueError, match=r"--accuracy takes numbers, .*ap.csv"):
-        tool.read_accuracy([str(file)])
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"nor a CSV file that can be read: 'utf-8' codec"):
-        tool.read_accuracy([str(file)])

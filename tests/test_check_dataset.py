@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from dataset_faults import (
     without,
 )
 from PIL import Image
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from vovnet_d2.data import build_digits
 from vovnet_d2.data.check import PROBLEMS
+from vovnet_d2.data.check.masks import is_box_mask
 
 pytest_plugins = ["dataset_faults", "engine_fixtures"]
 
@@ -58,8 +61,20 @@ def text_ids(data: DataSet) -> None:
         annotation["image_id"] = f"0{annotation['image_id']}"
 
 
+def category_ids(change: Callable[[int], Any]) -> Callable[[DataSet], None]:
+    def apply(data: DataSet) -> None:
+        for category in data.content["categories"]:
+            category["id"] = change(category["id"])
+        for annotation in data.content["annotations"]:
+            annotation["category_id"] = change(annotation["category_id"])
+
+    return apply
+
+
 # name: (what is done to the set, the note)
 NOTES = {
+    "category ids as text": (category_ids(lambda number: f"0{number}"), "category_ids_text"),
+    "ids of 60 bits": (category_ids(lambda number: 2**60 + number), "large_id"),
     "image ids as text": (text_ids, "image_ids_text"),
     "category ids with gaps": (adding("categories", id=9, name="fox"), "category_gaps"),
     "a category without annotations": (adding("categories", id=3, name="fox"), "unused_category"),
@@ -270,7 +285,7 @@ def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
 
 
 def test_a_network_of_masks_needs_masks(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where no object has one; a network of boxes needs none."""
+    """Masks are also needed if no object has one; a network of boxes needs none."""
     for annotation in data.content["annotations"]:
         annotation["segmentation"] = [[]]
     data.write()
@@ -381,3 +396,13 @@ def test_file_names_cannot_write_to_the_terminal(data: DataSet, capsys) -> None:
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert out.count("\nNo problems.") == 0
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_masks_that_say_no_more_than_their_boxes(filled: bool) -> None:
+    """RLE and polygons of a rectangle, and of the triangle that is half of it."""
+    corners = [[10, 5], [22, 5], [22, 15], *([[10, 15]] if filled else [])]
+    polygons = [[float(number) for corner in corners for number in corner]]
+    (encoded,) = mask_util.frPyObjects(polygons, 100, 120)
+    for mask in (polygons, encoded | {"counts": encoded["counts"].decode()}):
+        assert is_box_mask(mask, [10, 5, 12, 10]) == filled

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the check says of Detectron2 and pycocotools, seen in Detectron2 and pycocotools."""
+"""The claims of the check about Detectron2 and pycocotools, seen in both."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -38,8 +38,10 @@ def test_detectron2_stops_at_these(data: DataSet, name: str) -> None:
     finally:
         DatasetCatalog.remove("spoilt")
         MetadataCatalog.remove("spoilt")
-    errors = {p for p in FAULTS[name][1] if PROBLEMS[p].severity == Severity.ERROR}
-    assert errors
+    severities = {PROBLEMS[problem].severity for problem in FAULTS[name][1]}
+    # The tools here take other encodings, so that these are only warned of.
+    least = Severity.WARNING if FAULTS[name][1] == {"encoding"} else Severity.ERROR
+    assert least in severities
 
 
 @pytest.mark.parametrize("name", ["no area", "no iscrowd"])

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is done to a data set, its corrected copy is clean, and Detectron2 takes it."""
+"""The corrected copy of any damaged data set is clean, and Detectron2 takes it."""
 
 import contextlib
 import copy

@@ -63,7 +63,7 @@ def detector(pristine) -> nn.Module:
 
 @pytest.fixture
 def messages() -> list[str]:
-    """What is logged below our logger, whether it propagates or not."""
+    """Return the messages that are logged below our logger, even if it does not propagate them."""
     logged: list[str] = []
 
     class Handler(logging.Handler):
@@ -192,7 +192,7 @@ def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
 
 
 def test_a_bottleneck_and_deformable_layers(tmp_path):
-    """What no other layout has names for comes back from our own files."""
+    """Layers that no other layout has names for come back from our own files."""
     for net, args in (
         (thin(STRUCTURES["bottleneck"]), {}),
         (NET, {"stage_with_dcn": (False, True, True, True), "with_modulated_dcn": True}),
@@ -506,7 +506,7 @@ class Data:
 
 
 class Regressor(nn.Module):
-    """What Detectron2's trainer takes: a module that returns losses."""
+    """A module that returns losses, as Detectron2's trainer takes it."""
 
     def __init__(self):
         super().__init__()
@@ -612,7 +612,7 @@ def test_a_resume_that_fails_late_changes_nothing(tmp_path, key):
 
 
 def test_a_failure_in_the_middle_changes_nothing(tmp_path, monkeypatch):
-    """Whatever the checks before have overlooked."""
+    """This holds for any mistake that the checks before have overlooked."""
     torch.save(GOOD, tmp_path / "a.pth")
     model = vovnet()
     before, seen = snapshot(model), []

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_an_unknown_convention_is_no_warning():
 def test_rounding_is_no_difference():
     cfg = config(InputConvention("RGB", (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
     assert check_input_convention(cfg, RGB_IMAGENET) is None
+    # A fiftieth is one, of the deviation as of the mean.
+    mean, std = RGB_IMAGENET.pixel_mean, RGB_IMAGENET.pixel_std
+    for other in (
+        replace(RGB_IMAGENET, pixel_std=(std[0] * 1.02, *std[1:])),
+        replace(RGB_IMAGENET, pixel_mean=(mean[0] + 0.02 * std[0], *mean[1:])),
+    ):
+        assert check_input_convention(config(other), RGB_IMAGENET) is not None
 
 
 @pytest.mark.parametrize(
@@ -155,7 +163,7 @@ def test_what_the_layout_tells(tmp_path, layout, prefix, classes, expected):
     ],
 )
 def test_dd3ds_weights(tmp_path, monkeypatch, caplog, prefix, others, expected):
-    """By its heads; and its V-99-eSE alone looks like the published one."""
+    """The heads tell it; the V-99-eSE alone looks like the published one."""
     net = thin(TABLE["V-99-eSE"], 32)
     spec = VoVNetSpec(**vars(net))
     monkeypatch.setitem(VOVNET_SPECS, "V-99-eSE", spec)

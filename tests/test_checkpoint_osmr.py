@@ -63,7 +63,7 @@ def ours(peer: nn.Module) -> VoVNet:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", PEERS)
 def test_features_are_pytorchcvs(variant):
-    """In both precisions; and back, strictly, in the order of its own names."""
+    """This holds in both precisions, and back, strictly, in the order of its own names."""
     peer = thin_peer(variant)
     state = peer.state_dict()
     model = ours(peer)

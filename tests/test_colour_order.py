@@ -24,11 +24,9 @@ from torch import nn
 
 from vovnet_d2.data.check.files import inspect_files
 from vovnet_d2.data.mapper import build_mapper
-from vovnet_d2.demo.drawing import Artist
 from vovnet_d2.demo.inputs import Pictures
 from vovnet_d2.demo.outputs import PictureFiles, plan_pictures
-from vovnet_d2.demo.selection import Shown
-from vovnet_d2.demo.video_drawing import FrameArtist
+from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.engine import pictures
 from vovnet_d2.engine.data_pictures import (
     draw_annotations,
@@ -53,7 +51,7 @@ class Blind(nn.Module):
 
     def forward(self, inputs: list[dict]) -> list[dict]:
         nothing = Instances((64, 80), scores=torch.zeros(0), pred_classes=torch.zeros(0).long())
-        nothing.pred_masks = torch.zeros(0, 64, 80)
+        nothing.pred_boxes, nothing.pred_masks = Boxes(torch.zeros(0, 4)), torch.zeros(0, 64, 80)
         return [{"instances": nothing}] * len(inputs)
 
 
@@ -130,18 +128,17 @@ def training_sample(file: Path, format: str) -> np.ndarray:
 
 
 def tile_of_a_report(file: Path) -> np.ndarray:
-    truth = SimpleNamespace(cats={1: {"id": 1, "name": "a"}})
+    image = {"height": 64, "width": 80}
+    truth = SimpleNamespace(cats={1: {"id": 1, "name": "a"}}, imgs={1: image})
     tile = draw_tile(Detections(truth, [], {1: str(file)}), ImageMatches(1, [BOX], [], []))
-    return saved(io.BytesIO(base64.b64decode(tile.truth.uri.partition(",")[2])))
+    return saved(io.BytesIO(base64.b64decode(tile.truth.partition(",")[2])))
 
 
-def demo_picture(file: Path, moving: bool) -> np.ndarray:
+def demo_picture(file: Path) -> np.ndarray:
     source = Pictures([str(file)])
     (frame,) = source.frames(pytest.fail)
     found = Blind()([{}])[0]["instances"]
-    found.pred_boxes = Boxes(torch.zeros(0, 4))
-    artist = (FrameArtist if moving else Artist)(MetadataCatalog.get("red"))
-    drawn = artist.draw(frame.pixels, Shown(found, None, None))
+    drawn = Artist(MetadataCatalog.get("red")).draw(frame.pixels, Shown(found, None, None))
     targets = plan_pictures(str(file.parent / "demo"), source.pictures)
     with PictureFiles(targets) as sink:
         sink.write(frame, drawn)
@@ -154,8 +151,7 @@ PLACES: dict[str, Callable[[Path], np.ndarray]] = {
     "written picture": written_picture,
     "results beside the truth": results_beside_truth,
     "tile of a report": tile_of_a_report,
-    "demo's picture": lambda file: demo_picture(file, False),
-    "demo's frame": lambda file: demo_picture(file, True),
+    "demo's picture": demo_picture,
 }
 for order in ("BGR", "RGB"):
     PLACES |= {
@@ -179,21 +175,19 @@ def test_red_stays_red(file: Path, place: str) -> None:
 BLUE = (0, 114, 189)  # the first of Detectron2's colour map
 
 
-@pytest.mark.parametrize("artist", [Artist, FrameArtist])
-def test_categories_without_colours_have_detectron2s(artist: type) -> None:
-    """The first category of a label map, and in a video of boxes, is blue."""
+def test_categories_without_colours_have_detectron2s() -> None:
+    """The first category of a label map, and of boxes, is blue."""
     grey = np.full((64, 80, 3), 100, np.uint8)
     metadata = Metadata(stuff_classes=["a"], thing_classes=["a"])
-    drawn = artist(metadata).draw(grey, Shown(None, torch.zeros(64, 80).long(), None))
+    drawn = Artist(metadata).draw(grey, Shown(None, torch.zeros(64, 80).long(), None))
     change = drawn[..., ::-1].astype(int).mean(axis=(0, 1)) - 100
     direction = np.array(BLUE) - 100
     assert change @ direction > 0.95 * np.linalg.norm(change) * np.linalg.norm(direction)
-    if artist is FrameArtist:
-        box = Boxes(torch.tensor([[10.0, 10, 60, 50]]))
-        found = Instances((64, 80), pred_boxes=box, scores=torch.ones(1))
-        found.pred_classes = torch.zeros(1).long()
-        drawn = artist(metadata).draw(grey, Shown(found, None, None))
-        assert np.abs(drawn[50, 40, ::-1].astype(int) - BLUE).max() <= 1
+    box = Boxes(torch.tensor([[10.0, 10, 60, 50]]))
+    found = Instances((64, 80), pred_boxes=box, scores=torch.ones(1))
+    found.pred_classes = torch.zeros(1).long()
+    drawn = Artist(metadata).draw(grey, Shown(found, None, None))
+    assert np.abs(drawn[50, 40, ::-1].astype(int) - BLUE).max() <= 1
 
 
 def test_looks_are_compared_by_brightness_as_it_is_seen(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ FOLDERS = {
     "retinanet": "COCO-Detection",
 }
 # Those that two variants with weights have: folder, schedules, and Detectron2's own, with ResNet-50
-# for the variant. Its FCOS is no YAML file: see test_fcos.py.
+# for the variant. Its FCOS is not a YAML file: see test_fcos.py.
 OTHERS = {
     "cascade_mask_rcnn": (
         "COCO-InstanceSegmentation",
@@ -68,10 +68,15 @@ OTHERS = {
     "semantic": ("COCO-SemanticSegmentation", ("1x",), "Misc/semantic_R_50_FPN_{}.yaml"),
     "fcos": ("COCO-Detection", ("1x",), ""),
 }
+GFL_FILES = [
+    "COCO-Detection/gfl_V_19_slim_eSE_FPN_3x.yaml",
+    "COCO-Detection/gfl_V_39_eSE_FPN_1x.yaml",
+]
 COCO_NAME = re.compile(
     rf"(?P<folder>COCO-\w+|quick_schedules)/(?P<scratch>scratch_)?"
-    rf"(?P<kind>{'|'.join([*FOLDERS, *OTHERS])})_(?P<variant>{VARIANT})(_(?P<neck>FPN|FPNLite))?_"
-    rf"(?P<schedule>1x|3x|3x_gn|instant_test|training_acc_test)\.yaml"
+    rf"(?P<kind>{'|'.join([*FOLDERS, *OTHERS, 'gfl'])})_"
+    rf"(?P<variant>{VARIANT})(_(?P<neck>FPN|FPNLite))?_"
+    rf"(?P<adamw>adamw_)?(?P<schedule>1x|3x|3x_gn|instant_test|training_acc_test)\.yaml"
 )
 COCO_FILES = [name for name in MODEL_FILES if COCO_NAME.fullmatch(name)]
 THIN = replace(
@@ -85,8 +90,9 @@ HALF = replace(
     stage_mid_channels=(32, 40, 48, 56),
     stage_out_channels=(64, 128, 192, 256),
 )
+HALF_FILES = [f"Digits/{k}_V_19_slim_eSE_half_FPN.yaml" for k in ("mask_rcnn", "fcos", "gfl")]
 OTHER_WIDTHS = {
-    "Digits/mask_rcnn_V_19_slim_eSE_half_FPN.yaml": HALF,
+    **dict.fromkeys([*HALF_FILES, "Digits/mask_rcnn_V_19_slim_eSE_half_FPN_600.yaml"], HALF),
     **{
         f"Digits/ablation/mask_rcnn_V_39_thin_FPN{name}.yaml": spec
         for name, spec in {
@@ -159,8 +165,54 @@ def test_variants_with_weights_have_other_detectors() -> None:
         neck = "" if kind == "panoptic_fpn" else "_FPN"
         variants = ["V_39_eSE", "V_57_eSE", *(["V_39"] if kind == "semantic" else [])]
         expected = {f"{folder}/{kind}_{v}{neck}_{s}.yaml" for v in variants for s in schedules}
-        found = {name for name in COCO_FILES if COCO_NAME.fullmatch(name)["kind"] == kind}
-        assert found == expected
+        matches = [COCO_NAME.fullmatch(name) for name in COCO_FILES]
+        assert {m[0] for m in matches if m["kind"] == kind and not m["adamw"]} == expected
+
+
+def test_recipe_with_adamw() -> None:
+    """Variants that timm has weights for have it for four detectors, at the published rates."""
+    kinds = [*FOLDERS, "cascade_mask_rcnn"]
+    variants = [name for name, entry in VARIANTS.items() if timm_weights(entry)]
+    assert len(variants) == 3
+    expected = {f"{k}_{v}_FPN_adamw_{s}" for k in kinds for v in variants for s in ("1x", "3x")}
+    found = {Path(name).stem: name for name in COCO_FILES if COCO_NAME.fullmatch(name)["adamw"]}
+    assert found.keys() == expected
+    for stem, name in found.items():
+        solver, weights = shipped(name).SOLVER, shipped(name).MODEL.WEIGHTS
+        rate = 1e-4 if stem.startswith("retinanet") else 2e-4
+        assert ("AdamW", rate, 0.05) == (solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY)
+        assert weights in timm_weights(shipped(name).MODEL.VOVNET.CONV_BODY)
+        assert "not been measured on COCO" in (ROOT / name).read_text().splitlines()[0]
+
+
+def timm_weights(variant: str) -> list[str]:
+    return [n for n, e in ZOO.items() if e.variant == variant and n.startswith("timm://")]
+
+
+def test_gfl_differs_from_fcos_by_its_assignment_and_losses() -> None:
+    assert [name for name in COCO_FILES if "/gfl_" in name] == GFL_FILES
+    expected = {"MODEL.FCOS.ASSIGNMENT": "atss", "MODEL.FCOS.LOSSES": "gfl"}
+    for name in ("COCO-Detection/gfl_V_39_eSE_FPN_1x.yaml", HALF_FILES[2]):
+        ours, peers = flatten(shipped(name)), flatten(shipped(name.replace("/gfl", "/fcos")))
+        different = {key: value for key, value in ours.items() if value != peers[key]}
+        lower = {} if "Digits" in name else {"MODEL.FCOS.INFERENCE_TH_TEST": 0.05}
+        assert different == expected | lower
+    for name in ("Base-GFL-VoVNet-FPN.yaml", *GFL_FILES):
+        assert "Not measured on COCO" in (ROOT / name).read_text().splitlines()[0]
+
+
+def test_dense_heads_of_the_digits_train_as_the_mask_rcnn() -> None:
+    """Images, backbone, optimizer, schedule and evaluation are the same."""
+    mask_rcnn = flatten(shipped(HALF_FILES[0]))
+    for name in HALF_FILES[1:]:
+        different = {
+            key for key, value in flatten(shipped(name)).items() if value != mask_rcnn[key]
+        }
+        assert {key for key in different if not key.startswith("MODEL.FCOS.")} == {
+            "MODEL.META_ARCHITECTURE",
+            "MODEL.BACKBONE.NAME",
+            "MODEL.MASK_ON",
+        }
 
 
 def test_files_are_small_diffs_without_tags_and_addresses() -> None:
@@ -222,7 +274,7 @@ def test_coco_classes(name: str) -> None:
     if kind == "retinanet":
         assert things == {model.num_classes}
         assert model.head.cls_score.out_channels == 9 * model.num_classes  # 9 anchors per place
-    elif kind == "fcos":
+    elif kind in ("fcos", "gfl"):
         assert things == {model.num_classes} == {model.head.cls_score.out_channels}
     elif kind != "semantic":
         assert things == {model.roi_heads.num_classes}
@@ -259,7 +311,7 @@ def detectron2_peer(match: re.Match[str]) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("name", [n for n in COCO_FILES if "/fcos_" not in n])
+@pytest.mark.parametrize("name", [n for n in COCO_FILES if not re.search("/(fcos|gfl)_", n)])
 def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
     match = COCO_NAME.fullmatch(name)
     cfg = shipped(name)
@@ -274,6 +326,8 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
         assert ours["SOLVER.WARMUP_FACTOR"] <= peers["SOLVER.WARMUP_FACTOR"]
     # Without an evaluation on the way there is no best checkpoint.
     assert 0 < ours["TEST.EVAL_PERIOD"] <= ours["SOLVER.MAX_ITER"] or "_test" in match["schedule"]
+    if match["adamw"]:
+        expected |= {"SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY"}
     if match["neck"] == "FPNLite":
         expected |= {"MODEL.FPN.OUT_CHANNELS"}
         assert ours["MODEL.FPN.OUT_CHANNELS"] == 128
@@ -309,7 +363,7 @@ def test_starts_as_shipped(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lazy/COCO-*/*.py"))
+    "name", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lazy/*/*_V_*.py"))
 )
 def test_lazy_config_starts_as_shipped(name: str) -> None:
     config = load_lazy_config(str(ROOT / name), [])
@@ -533,7 +587,7 @@ SOLVER:
     ("variant", "base"), [*((v, "foreign") for v in VOVNET_SPECS), ("V-39-eSE", "ours")]
 )
 def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None:
-    """With its own base, and put beside ours, whose base has the same name."""
+    """The file works with its own base, and beside ours, whose base has the same name."""
     base_path = tmp_path / "Base-RCNN-VoVNet-FPN.yaml"
     base_path.write_text(FOREIGN_BASE)
     if base == "ours":

@@ -13,11 +13,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from state_dicts import COMPLETE_LAYOUTS
 from torch import Tensor, nn
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, convert_state_dict
-from vovnet_d2.analysis.connectivity import Connectivity, measure_connectivity
+from vovnet_d2.analysis.connectivity import Connectivity, _label, measure_connectivity
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier, CifarSpec
 
 NAN = float("nan")
@@ -94,7 +95,7 @@ def test_depthwise_by_hand() -> None:
 
 
 def test_depthwise_kernel_is_what_the_layer_computes() -> None:
-    """With the product as kernel, one full convolution gives what the pair gives."""
+    """One full convolution with the product as its kernel gives what the pair gives."""
     layer = VoVNet(replace(SMALL, depthwise=True), norm="").stage3[0].layers[1]
     x = torch.randn(1, 6, 5, 5)
     kernel = layer.pointwise.weight * layer.depthwise.weight.transpose(0, 1)
@@ -137,10 +138,6 @@ def test_timm_vovnet() -> None:
     np.testing.assert_allclose(column / column[0], aggregation / aggregation[0], rtol=1e-5)
 
 
-def torchvision_densenet() -> nn.Module:
-    return torchvision.models.DenseNet(4, (2, 3, 2), 8, bn_size=2, num_classes=5)
-
-
 def concatenated(maps: Tensor | list[Tensor]) -> Tensor:
     """Return what a convolution reads: one feature map, or the concatenation of several."""
     return torch.cat(maps, dim=1) if isinstance(maps, list) else maps
@@ -149,7 +146,7 @@ def concatenated(maps: Tensor | list[Tensor]) -> Tensor:
 def captured(
     model: nn.Module, sources: Mapping[str, nn.Module], readers: Mapping[str, nn.Module], size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the sources give and what the readers take in a forward pass."""
+    """Return what the sources give and what the readers take in a forward pass."""
     given, taken = {}, {}
     for name, module in sources.items():
         module.register_forward_hook(
@@ -207,23 +204,6 @@ def test_cifar_slices_are_of_their_sources(name: str, number: int) -> None:
     assert_reads_what_it_says(measure_connectivity(model.state_dict())[number - 1], given, taken)
 
 
-def test_densenet_slices_are_of_their_sources() -> None:
-    model = torchvision_densenet()
-    block = model.features.denseblock1
-    layers = {str(i): layer for i, layer in enumerate(block.children(), start=1)}
-    norms = {name: layer.norm1 for name, layer in layers.items()}
-    given, taken = captured(
-        model,
-        {"input": model.features.pool0, **layers},
-        {**norms, "transition1": model.features.transition1},
-        32,
-    )
-    found = measure_connectivity(model.state_dict())
-    assert [c.block for c in found] == ["denseblock1", "denseblock2", "denseblock3"]
-    assert found[2].readers[-1] == "classifier"
-    assert_reads_what_it_says(found[0], given, taken)
-
-
 @pytest.mark.parametrize("name", CIFAR_SPECS)
 def test_prefix_of_a_cifar_network(name: str) -> None:
     tensors = CifarClassifier(name, last_transition=True).state_dict()
@@ -231,14 +211,6 @@ def test_prefix_of_a_cifar_network(name: str) -> None:
     found = measure_connectivity(below)
     assert_same(found, measure_connectivity(tensors))
     assert [block.readers[-1] for block in found] == ["transition1", "transition2", "transition3"]
-
-
-def test_old_densenet_names() -> None:
-    tensors = torchvision_densenet().state_dict()
-    old = {
-        k.replace("conv1.", "conv.1.").replace("conv2.", "conv.2."): v for k, v in tensors.items()
-    }
-    assert_same(measure_connectivity(old), measure_connectivity(tensors))
 
 
 @pytest.mark.parametrize("name", ["V-27-slim", "V-19-dw-eSE"])
@@ -259,7 +231,7 @@ def test_another_network() -> None:
 
 def test_weights_that_are_all_zero() -> None:
     tensors = {name: torch.zeros_like(t) for name, t in VoVNet(SMALL).state_dict().items()}
-    with pytest.raises(ValueError, match=r"stage2.0: its weights are all zero, or not finite"):
+    with pytest.raises(ValueError, match=r"stage2.0: the weights are all zero, or not finite"):
         measure_connectivity(tensors)
 
 
@@ -267,7 +239,7 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = CifarClassifier("OSA-5x43")
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     arguments = [str(tmp_path / "model.pth"), "--output", str(tmp_path / "out")]
-    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(arguments))
+    plot_connectivity.run(plot_connectivity.argument_parser().parse_args(arguments))
     assert "block3" in capsys.readouterr().out
     content = json.loads((tmp_path / "out/connectivity.json").read_text())
     found = measure_connectivity(model.state_dict())
@@ -282,11 +254,18 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_tool_without_weights(tmp_path: Path) -> None:
     """Initialisation treats all sources of a layer alike."""
     arguments = ["OSA-5x43", "--output", str(tmp_path)]
-    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(arguments))
+    plot_connectivity.run(plot_connectivity.argument_parser().parse_args(arguments))
     content = json.loads((tmp_path / "connectivity.json").read_text())
     assert content["weights"] == "OSA-5x43, untrained"
     for block in content["blocks"]:
         last = np.array(block["strength"], float)[:, -1]
         assert last.std() < 0.05 * last.mean()
-    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(arguments))
+    plot_connectivity.run(plot_connectivity.argument_parser().parse_args(arguments))
     assert json.loads((tmp_path / "connectivity.json").read_text()) == content
+
+
+def test_labels_stand_apart() -> None:
+    """Each third of 35 names is shown, and the last in place of the one just before it."""
+    axis = Figure().subplots().xaxis
+    _label(axis, [str(number) for number in range(35)])
+    assert axis.get_ticklocs().tolist() == [*range(0, 32, 3), 34]

@@ -32,7 +32,7 @@ spec.loader.exec_module(tool)
 
 
 def convert(*arguments) -> None:
-    tool.main(tool.argument_parser().parse_args([str(argument) for argument in arguments]))
+    tool.run(tool.argument_parser().parse_args([str(argument) for argument in arguments]))
 
 
 def network(state: dict[str, torch.Tensor], **args) -> VoVNet:
@@ -42,7 +42,7 @@ def network(state: dict[str, torch.Tensor], **args) -> VoVNet:
 
 
 def normalise(image: torch.Tensor, convention: InputConvention) -> torch.Tensor:
-    """What a detector does with an RGB image of values from 0 to 255."""
+    """Normalise an RGB image of values from 0 to 255, as a detector does."""
     if convention.format == "BGR":
         image = image[:, [2, 1, 0]]
     mean, std = (
@@ -103,7 +103,7 @@ def test_a_folded_deviation_is_exact(size, norm):
 @pytest.mark.parametrize("norm", ["BN", ""])
 @pytest.mark.parametrize("size", [64, 65])
 def test_a_folded_mean_is_exact_but_at_the_padding(size, norm):
-    """Only the outermost row and column of the first convolution differ; there by their size."""
+    """The first convolution differs in its outermost row and column alone, by their size."""
     model = VoVNet(VoVNetSpec(**vars(NET)), norm=norm).eval()
     if norm:
         model.load_state_dict(STATE)

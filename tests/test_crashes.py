@@ -1,7 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What has crashed programs of this kind, each in a process of its own with Python's faulthandler:
-it ends well or in one sentence, and takes no more memory than good data do."""
+"""Input that has crashed programs of this kind, each in a process with Python's faulthandler.
+
+The process ends well or in one sentence, and takes no more memory than with good data.
+"""
 
 import os
 import resource
@@ -119,7 +121,7 @@ def require(ended: Ended, limit: Ended, status: int, sentence: str) -> None:
     "number", [NAN, INF, -1e12, 10**400], ids=["NaN", "infinity", "-1e12", "1e400"]
 )
 def test_a_number_of_a_polygon(tmp_path: Path, good: dict[str, Ended], number: float) -> None:
-    """In a dozen images of 128 x 96 a NaN once took 15 GB."""
+    """A NaN in a dozen images of 128 x 96 once took 15 GB."""
     data = Data(tmp_path / "data")
     in_polygons(number)(data)
     require(train_on(data, MASK_RCNN), good["mask"], 2, "tools/check_dataset.py lists all")

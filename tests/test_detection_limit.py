@@ -115,7 +115,7 @@ def test_the_limit_reaches_the_evaluation_and_its_headers(
 def test_the_faster_api_stays_the_faster_one(
     crowded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For another limit than 100 Detectron2 takes a class of its own, on pycocotools."""
+    """Detectron2 takes its own class, on pycocotools, for another limit than 100."""
     monkeypatch.setattr("pycocotools.cocoeval.COCOeval.evaluate", lambda self: 1 / 0)
     cfg = config(tmp_path, 130, api="faster-coco-eval")
     assert evaluate_all(cfg) == pytest.approx(100)
@@ -163,7 +163,7 @@ def test_what_is_beyond_is_said_before_the_run(
     crowded: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rehearse_evaluation(config(tmp_path, 100), Trainer)
-    assert f"Of data set crowded {SENTENCE}." in caplog.text
+    assert f"Data set crowded: {SENTENCE}." in caplog.text
     assert "Perfect predictions for 3 images of crowded score bbox AP 80." in caplog.text
     caplog.clear()
     rehearse_evaluation(config(tmp_path, 130), Trainer)
@@ -189,7 +189,7 @@ def test_what_is_beyond_is_in_the_results(crowded: str, tmp_path: Path) -> None:
     boxes = {"bbox": {"AP": LIMITED}}
     write_report(config(tmp_path, 100), nn.Identity(), boxes, args=args, seconds=1.0)
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content["notes"] == [f"Of crowded {SENTENCE}."]
-    assert f"Of crowded {SENTENCE}." in (tmp_path / "results.md").read_text()
+    assert content["notes"] == [f"crowded: {SENTENCE}."]
+    assert f"crowded: {SENTENCE}." in (tmp_path / "results.md").read_text()
     write_report(config(tmp_path, 130), nn.Identity(), boxes, args=args, seconds=1.0)
     assert "notes" not in json.loads((tmp_path / "results.json").read_text())

@@ -9,12 +9,13 @@ import pytest
 from coco_tasks import NUM_KEYPOINTS, add_tasks
 from coco_tree import write_coco_tree
 from detectron2.data.datasets.builtin import register_all_coco
-from engine_runs import TINY, launch, read_log
+from engine_runs import MASK_RCNN, TINY, launch, read_log
 
 pytest_plugins = ["engine_fixtures"]
 
 CASCADE = "COCO-InstanceSegmentation/cascade_mask_rcnn_V_39_eSE_FPN_1x.yaml"
 FCOS = "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml"
+GFL = "COCO-Detection/gfl_V_39_eSE_FPN_1x.yaml"
 KEYPOINT = "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml"
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml"
 SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_eSE_FPN_1x.yaml"
@@ -26,6 +27,7 @@ CASCADE_LOSSES = {f"loss_{name}_stage{i}" for name in ("cls", "box_reg") for i i
 DETECTORS = {
     CASCADE: (CASCADE_LOSSES | {"loss_rpn_cls", "loss_rpn_loc", "loss_mask"}, {"bbox", "segm"}),
     FCOS: ({"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}, {"bbox"}),
+    GFL: ({"loss_gfl_cls", "loss_gfl_loc", "loss_gfl_dfl"}, {"bbox"}),
     KEYPOINT: (RCNN_LOSSES | {"loss_keypoint"}, {"bbox", "keypoints"}),
     PANOPTIC: (RCNN_LOSSES | {"loss_mask", "loss_sem_seg"}, {"bbox", "segm", "sem_seg"}),
     SEMANTIC: (set(), {"sem_seg"}),
@@ -59,7 +61,7 @@ def read_losses(out: Path, iteration: int) -> dict[str, float]:
 
 
 def mark(config: str) -> object:
-    fast = config in (FCOS, KEYPOINT)
+    fast = config in (GFL, KEYPOINT)
     return pytest.param(config, marks=[] if fast else pytest.mark.slow, id=config.split("/")[1])
 
 
@@ -85,6 +87,19 @@ def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> N
         assert lengths == {3 * NUM_KEYPOINTS}
 
 
+@pytest.mark.slow
+def test_masks_of_people(tasks: Path, tmp_path: Path) -> None:
+    """COCO's files of keypoints have the polygons of people, too."""
+    splits = {"TRAIN": "train", "TEST": "val"}
+    data = {f"DATASETS.{key}": f"('keypoints_coco_2017_{split}',)" for key, split in splits.items()}
+    words = [word for pair in data.items() for word in pair]
+    results = launch(MASK_RCNN, tmp_path, *words, "MODEL.ROI_HEADS.NUM_CLASSES", "1")
+    assert results.keys() == {"bbox", "segm"}
+    assert read_losses(tmp_path, iteration=2).keys() >= RCNN_LOSSES | {"loss_mask"}
+    found = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
+    assert {(f["category_id"], "keypoints" in f) for f in found} == {(1, False)}
+
+
 def test_fcos_in_mixed_precision(tasks: Path, tmp_path: Path) -> None:
     launch(FCOS, tmp_path, "SOLVER.AMP.ENABLED", "True", "DATASETS.TEST", "()", options=OPTIONS)
     assert read_losses(tmp_path, iteration=2)["total_loss"] < 1000
@@ -95,6 +110,9 @@ def test_fcos_in_mixed_precision(tasks: Path, tmp_path: Path) -> None:
     [
         (FCOS, ["MODEL.FCOS.NUM_CLASSES", "3"], "set MODEL.FCOS.NUM_CLASSES 80"),
         (FCOS, ["MODEL.FCOS.TOP_LEVELS", "1"], "MODEL.FCOS.IN_FEATURES asks for p7, but"),
+        (FCOS, ["MODEL.FCOS.ASSIGNMENT", "a"], "ASSIGNMENT 'a' does not exist: choose from center"),
+        (FCOS, ["MODEL.FCOS.LOSSES", "GFL"], "LOSSES 'GFL' does not exist: choose from fcos, gfl"),
+        (GFL, ["MODEL.FCOS.REG_MAX", "0"], "MODEL.FCOS.REG_MAX is 0: give 1 or more"),
         (SEMANTIC, ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES 54"),
         (KEYPOINT, ["MODEL.CHANNELS_LAST", "True"], "needs MODEL.CHANNELS_LAST False"),
         (KEYPOINT, ["TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED False"),

@@ -128,7 +128,7 @@ def test_digits_and_photographs_are_split():
 
 @pytest.mark.parametrize(("split", "grey"), [("train", 60), ("val", 190)])
 def test_backgrounds_come_from_the_parts_of_the_photographs(monkeypatch, tmp_path, split, grey):
-    """With photographs black on the left and white on the right, no image shows both."""
+    """No image shows both halves of photographs, black left and white right."""
     photograph = np.zeros((427, 640, 3), dtype=np.uint8)
     photograph[:, round(0.675 * 640) :] = 255
     sources = digits.load_sources()._replace(photographs=[photograph, photograph])
@@ -140,7 +140,7 @@ def test_backgrounds_come_from_the_parts_of_the_photographs(monkeypatch, tmp_pat
 
 
 def test_images_show_scans_of_their_split_only(monkeypatch, root, tmp_path):
-    """With the other split's scans blank, which cannot be drawn, the images are the same."""
+    """The images stay the same if the scans of the other split are blank, which cannot be drawn."""
     make_image, splits = digits.make_image, digit_split()
 
     def make_image_without_the_others(sources, chosen, photo_part, rng, **layout):
@@ -428,18 +428,14 @@ def test_interrupted_rebuild_keeps_the_old(monkeypatch, tmp_path):
 
 def test_remains_of_a_killed_build_are_cleared(tmp_path):
     for part in ("new", "old"):
-        left = tmp_path / f".{FOLDER}.killed" / part / "train"
+        left = tmp_path / f".{FOLDER}.build-killed" / part / "train"
         left.mkdir(parents=True)
         (left / "000007.png").touch()
-    strange = tmp_path / f".{FOLDER}.other" / "new" / "train" / "mine.png"
-    strange.parent.mkdir(parents=True)
-    strange.write_text("mine")
+    backup = tmp_path / f".{FOLDER}.backup"
+    backup.mkdir()
     build_digits(tmp_path, num_train=1, num_val=1)
     assert [path.name for path in (tmp_path / FOLDER / "train").iterdir()] == ["000000.png"]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *(FOLDER, f"{FOLDER}.lock", f".{FOLDER}.other")
-    }
-    assert strange.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {FOLDER, f"{FOLDER}.lock", backup.name}
 
 
 @pytest.mark.parametrize("change", ["another", "added", "changed"])

@@ -7,19 +7,16 @@ an interpreter that sees nothing else.
 """
 
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import doctor
+import packaging
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_voc_instances
-from packaging.requirements import Requirement
-from packaging.version import Version
+from install_detectron2 import REQUIREMENTS
 
 DOCTOR = Path(doctor.__file__)
 
@@ -42,7 +39,6 @@ class Environment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "site-packages"
-        self.data = folder / "datasets"
         self.bin = folder / "bin"
         self.folder.mkdir()
         self.bin.mkdir()
@@ -54,8 +50,14 @@ class Environment:
         for name in doctor.TRAINING_MODULES:
             self.module(f"detectron2/{name}", "")
         self.module("vovnet_d2", "__version__ = '0.1.0'")
-        for name, (bounds, _) in doctor.requirements().items():
-            self.distribution(name, healthy_version(name + bounds))
+        (self.folder / "packaging").symlink_to(Path(packaging.__file__).parent)
+        self.distribution("iopath", "0.1.9")
+        self.distribution("omegaconf", "2.3.0")
+        self.distribution("torch", "2.15.0")
+        wanted = [r for r in REQUIREMENTS if r.startswith(("iopath", "omegaconf", "setuptools"))]
+        self.distribution("setuptools", "80.0")
+        self.distribution("detectron2", "0.6", wanted)
+        self.distribution("vovnet_d2", "0.1.0", ["torch>=2.6"])
         self.distribution("opencv-python-headless", "5.0.0")
 
     def module(self, name: str, source: str) -> None:
@@ -66,11 +68,12 @@ class Environment:
     def remove_module(self, name: str) -> None:
         shutil.rmtree(self.folder / name)
 
-    def distribution(self, name: str, version: str) -> None:
+    def distribution(self, name: str, version: str, requires: Sequence[str] = ()) -> None:
         self.remove_distribution(name)
         metadata = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires)]
+        (metadata / "METADATA").write_text("\n".join(lines) + "\n")
 
     def remove_distribution(self, name: str) -> None:
         for metadata in self.folder.glob(f"{name.replace('-', '_')}-*.dist-info"):
@@ -87,19 +90,11 @@ class Environment:
             env={
                 "PATH": str(self.bin),
                 "PYTHONPATH": str(self.folder),
-                "DETECTRON2_DATASETS": str(self.data),
             },
             capture_output=True,
             text=True,
             timeout=60,
         )
-
-
-def healthy_version(requirement: str) -> str:
-    """A version that packaging, the reference for such bounds, accepts."""
-    candidates = {"0", "80"} | {bound.version for bound in Requirement(requirement).specifier}
-    candidates |= {f"{bound.version}.1" for bound in Requirement(requirement).specifier}
-    return max(filter(Requirement(requirement).specifier.contains, candidates), key=Version)
 
 
 @pytest.fixture
@@ -214,6 +209,10 @@ def no_setuptools(environment: Environment) -> None:
     environment.remove_distribution("setuptools")
 
 
+def no_omegaconf(environment: Environment) -> None:
+    environment.remove_distribution("omegaconf")
+
+
 def new_iopath(environment: Environment) -> None:
     environment.distribution("iopath", "0.1.10")
 
@@ -260,20 +259,19 @@ def gpu_but_old_driver(environment: Environment) -> None:
     environment.program("nvidia-smi", "echo NVIDIA T4")
 
 
-def lvis_without_its_api(environment: Environment) -> None:
-    for path in doctor.DATA_SETS["LVIS v1"].paths:
-        (environment.data / path).parent.mkdir(parents=True, exist_ok=True)
-        (environment.data / path).touch()
-
-
 @pytest.mark.parametrize(
     ("change", "cause", "remedy"),
     [
         (setuptools_81, "pkg_resources", "install 'setuptools<81"),
         (no_setuptools, "pkg_resources", "install 'setuptools<81"),
-        (new_iopath, "iopath 0.1.10 is not >=0.1.7,<0.1.10", "install 'iopath>=0.1.7,<0.1.10'"),
-        (new_omegaconf, "omegaconf 2.4.0.dev3 is not", "install 'omegaconf>=2.1,<2.4'"),
-        (old_torch, "torch 2.5.1+cu121 is not >=2.6", "install 'torch>=2.6'"),
+        (
+            new_iopath,
+            "and 0.1.10 is installed",
+            "install 'iopath<0.1.10,>=0.1.7'",
+        ),
+        (new_omegaconf, "and 2.4.0.dev3 is installed", "install 'omegaconf<2.4,>=2.1'"),
+        (no_omegaconf, "and none is installed", "install 'omegaconf<2.4,>=2.1'"),
+        (old_torch, "and 2.5.1+cu121 is installed", "install 'torch>=2.6'"),
         (
             two_opencvs,
             "opencv-python-headless and opencv-python overwrite each other",
@@ -285,7 +283,6 @@ def lvis_without_its_api(environment: Environment) -> None:
         (compiled_for_another_torch, "undefined symbol", "--source git"),
         (gpu_but_cpu_torch, "NVIDIA T4 is there, but this torch is built", doctor.INSTALL_PAIR),
         (gpu_but_old_driver, "driver is too old for CUDA 13.2", "unset CUDA_VISIBLE_DEVICES"),
-        (lvis_without_its_api, "LVIS v1 is there; to evaluate", "install lvis"),
     ],
 )
 def test_what_is_worth_knowing(
@@ -318,73 +315,9 @@ def test_an_old_python_is_told_so(
     assert "needs 3.10 or newer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["0.1.10", "0.1.9", "0.1.5.post20221221", "2.10.0+cu130", "81"])
-@pytest.mark.parametrize(
-    "bounds", ["", ">=0.1.7,<0.1.10", ">=0.1.5,<0.1.6", ">=2.11", ">2.9", "<81", ">=81.0", "<=81.0"]
-)
-def test_bounds_mean_what_they_mean_to_pip(name: str, bounds: str) -> None:
-    assert doctor.satisfies(name, bounds) == Requirement(f"x{bounds}").specifier.contains(name)
-
-
-PATH_FIELDS = {
-    *("image_root", "json_file", "panoptic_root", "panoptic_json", "sem_seg_root"),
-    *("image_dir", "gt_dir"),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "registered"),
-    [
-        ("COCO 2017", ("coco_2017_train", "coco_2017_val")),
-        (
-            "COCO 2017 panoptic",
-            ("coco_2017_train_panoptic_separated", "coco_2017_val_panoptic_separated"),
-        ),
-        ("LVIS v1", ("lvis_v1_train", "lvis_v1_val")),
-        ("Cityscapes", ("cityscapes_fine_instance_seg_train", "cityscapes_fine_sem_seg_val")),
-    ],
-)
-def test_data_sets_lie_where_detectron2_looks(name: str, registered: tuple[str, ...]) -> None:
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    looked_at = set()
-    for entry in registered:
-        assert entry in DatasetCatalog
-        fields = MetadataCatalog.get(entry).as_dict()
-        paths = {Path(fields[key]).relative_to(root) for key in PATH_FIELDS & fields.keys()}
-        looked_at |= paths | {parent for path in paths for parent in path.parents}
-    assert {Path(path) for path in doctor.DATA_SETS[name].paths} <= looked_at
-
-
-@pytest.mark.parametrize("name", ["PASCAL VOC 2007", "PASCAL VOC 2012"])
-def test_voc_lies_where_detectron2_looks(name: str, tmp_path: Path) -> None:
-    annotations, image_sets, images = (tmp_path / path for path in doctor.DATA_SETS[name].paths)
-    annotations.mkdir(parents=True)
-    for image in ("1", "2"):
-        (annotations / f"{image}.xml").write_text(
-            "<annotation><size><width>4</width><height>3</height></size></annotation>"
-        )
-    (image_sets / "Main").mkdir(parents=True)
-    (image_sets / "Main" / "val.txt").write_text("1\n2\n")
-    registered = MetadataCatalog.get(f"voc_{name[-4:]}_val").dirname
-    records = load_voc_instances(str(tmp_path / Path(registered).name), "val", ())
-    files = [Path(record["file_name"]) for record in records]
-    assert files == [images / "1.jpg", images / "2.jpg"]
-
-
-def test_data_sets_are_told_apart(environment: Environment) -> None:
-    coco = doctor.DATA_SETS["COCO 2017"].paths
-    for path in doctor.DATA_SETS["PASCAL VOC 2007"].paths + coco[:2]:
-        (environment.data / path).mkdir(parents=True)
-    rows = [line.split("  ") for line in environment.diagnose().stdout.splitlines()]
-    state = {row[1]: row[-1].strip() for row in rows if len(row) > 2}
-    assert state["PASCAL VOC 2007"] == "there"
-    assert state["COCO 2017"] == f"not complete, lacks {', '.join(coco[2:])}"
-    assert state["PASCAL VOC 2012"] == "not there"
-    assert state["digits"] == "built on demand"
-
-
+@pytest.mark.slow
 def test_this_environment_can_train() -> None:
     result = subprocess.run([sys.executable, str(DOCTOR)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("torch", "torchvision", "detectron2", "fvcore", "numpy", "pycocotools", "timm"):
+    for name in ("torch", "torchvision", "detectron2"):
         assert importlib.metadata.version(name) in result.stdout

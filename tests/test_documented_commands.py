@@ -103,8 +103,9 @@ def is_for_custom_data(words: list[str]) -> bool:
 
 @pytest.mark.parametrize(("tool", "words"), COMMANDS, ids=lambda value: str(value)[-60:])
 def test_a_documented_training_learns_and_is_evaluated_and_saved(
-    tool: str, words: list[str]
+    tool: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)  # where the pages run their commands
     cfg, scheduler, written = schedule(tool, words)
     total, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
     rates = learning_rates(scheduler, range(0, total, max(1, total // 500)))

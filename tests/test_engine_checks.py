@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from vovnet_d2.engine.checks import (
     parse_device,
 )
 from vovnet_d2.engine.precision import autocast_dtype
+from vovnet_d2.engine.run import check_device
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -128,10 +130,10 @@ def break_images(content: dict) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (break_ids, "AssertionError in {}: .* not unique"),
-        (break_category, "KeyError in {}: Encountered category_id=1234"),
-        (break_images, "KeyError in {}: height"),
-        (None, "JSONDecodeError in {}: .*line 1 column"),
+        (break_ids, "AssertionError: .* not unique"),
+        (break_category, "KeyError: Encountered category_id=1234"),
+        (break_images, "KeyError: height"),
+        (None, "JSONDecodeError: .*line 1 column"),
     ],
 )
 def test_a_file_with_faults(
@@ -146,13 +148,13 @@ def test_a_file_with_faults(
     else:
         path.write_text(text[:100])
     register_coco_instances("mine", {}, str(path), str(coco / "coco" / "val2017"))
-    message = "Data set mine cannot be loaded: " + reason.format(path)
+    message = f"Data set mine cannot be loaded from {path}: {reason}"
     with pytest.raises(ValueError, match=message):
         check_data(config("DATASETS.TEST", "('mine',)"), training=False)
 
 
 def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
-    """Of which Detectron2's loader loses one, and gives its objects to the other."""
+    """Detectron2's loader loses one of the images, and gives its objects to the other."""
     content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
     (tmp_path / "mine.json").write_text(json.dumps(content))
     register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))
@@ -164,12 +166,12 @@ def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_detectron2s_loader_are_sentences(coco: Path, tmp_path: Path) -> None:
-    """Of kinds that are bugs elsewhere: a polygon that is in no list of polygons."""
+    """Such errors are bugs elsewhere, for example a polygon that is in no list of polygons."""
     content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
     content["annotations"][0]["segmentation"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     (tmp_path / "mine.json").write_text(json.dumps(content))
     register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))
-    sentence = r"Data set mine cannot be loaded: TypeError in .*mine\.json: .* tools/check_dataset"
+    sentence = r"mine cannot be loaded from .*mine\.json: TypeError: .* tools/check_dataset"
     for load in (
         partial(check_data, config("DATASETS.TEST", "('mine',)"), training=False),
         partial(load_records, "mine"),
@@ -186,7 +188,7 @@ def test_a_function_that_fails_without_a_word(catalogs: None) -> None:
         raise AssertionError
 
     DatasetCatalog.register("mine", load)
-    with pytest.raises(ValueError, match="mine cannot be loaded: AssertionError in the function"):
+    with pytest.raises(ValueError, match=r"mine cannot be loaded from the function .*: Assert"):
         check_data(config("DATASETS.TEST", "('mine',)"), training=False)
 
 
@@ -304,7 +306,7 @@ def test_evaluating_nothing() -> None:
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0: it must be a multiple .* is 1"),
         (
             ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float8"],
-            "'float8' is none of 'auto'",
+            "'float8': choose from 'auto'",
         ),
         (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
         (["TEST.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
@@ -319,9 +321,24 @@ def test_what_does_not_go_together(options: list[str], message: str) -> None:
         check_config(config(*options), training=True)
 
 
-def test_mixed_precision_is_float16_on_a_gpu_and_bfloat16_on_a_cpu() -> None:
-    assert autocast_dtype(config("MODEL.DEVICE", "cuda")) == torch.float16
+@pytest.mark.parametrize(("capability", "dtype"), [(7, "float16"), (8, "bfloat16")])
+def test_mixed_precision_is_bfloat16_but_on_a_gpu_without_it(
+    capability: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch calls it supported where a GPU older than Ampere can imitate it."""
+    facts = SimpleNamespace(major=capability, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert autocast_dtype(config("MODEL.DEVICE", "cuda")) == getattr(torch, dtype)
     assert autocast_dtype(config()) == torch.bfloat16
+    words = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.DTYPE", "bfloat16"]
+    if dtype == "float16":
+        with pytest.raises(ValueError, match=r"does not compute in bfloat16: set SOLVER.AMP.DTYPE"):
+            autocast_dtype(config(*words))
+    else:
+        assert autocast_dtype(config(*words)) == torch.bfloat16
 
 
 def test_the_processes_have_equal_shares_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,3 +408,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gpu", "meta", "mps", "cuda:2", "cuda:-1", ""):
         with pytest.raises(ArgumentTypeError, match=rf"'{name}' .* cpu, cuda, cuda:0, cuda:1$"):
             parse_device(name)
+
+
+def test_several_processes_do_not_share_the_cpu_of_a_machine_with_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_device(config("MODEL.DEVICE", "cpu"))
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="hide these with CUDA_VISIBLE_DEVICES=''"):
+        check_device(config("MODEL.DEVICE", "cpu"))

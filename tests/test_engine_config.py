@@ -5,10 +5,16 @@ from pathlib import Path
 import pytest
 
 import vovnet_d2
-from vovnet_d2.engine import argument_parser, load_config
+from vovnet_d2.engine import argument_parser, load_config, pretrain
 from vovnet_d2.engine.config import find_config
+from vovnet_d2.engine.lazy import lazy_argument_parser
 
 RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_3x.yaml"
+PARSERS = {
+    "train_net": argument_parser,
+    "pretrain_net": pretrain.argument_parser,
+    "lazyconfig_train_net": lazy_argument_parser,
+}
 
 
 def write(folder: Path, text: str) -> str:
@@ -73,6 +79,8 @@ def test_a_missing_file_names_close_ones() -> None:
     ("options", "message"),
     [
         (["SOLVER.BASE_LR"], "pairs of KEY and VALUE, but there are 1 words: SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR=1"], "Write SOLVER.BASE_LR 1 for a YAML file"),
+        (["SEED", "1", "SOLVER.STEPS=(1, 2)", "x"], r"Write SOLVER.STEPS \(1, 2\) for a YAML"),
         (["SOLVER.BASE_LRR", "1"], r"key: SOLVER.BASE_LRR\. Close to it: .*SOLVER.BASE_LR"),
         (["SOLVER.BASE_LR.X", "1"], r"key: SOLVER.BASE_LR.X\. Close"),
         (["SOLVER", "1"], "key: SOLVER"),
@@ -95,6 +103,20 @@ def test_every_argument_is_explained() -> None:
     assert not args.allow_partial
     assert not args.allow_unsafe_yaml
     assert args.opts == ["SOLVER.IMS_PER_BATCH", "2"]
+
+
+@pytest.mark.parametrize("tool", sorted(PARSERS))
+def test_the_help_names_the_tool_and_how_to_resume(tool: str) -> None:
+    """The sentence on --resume replaces Detectron2's, and its commands have one form."""
+    parser = PARSERS[tool]()
+    assert parser.parse_args(["--resume"]).resume
+    assert not parser.parse_args([]).resume
+    text = parser.format_help()
+    assert text.count("go on from the last checkpoint in OUTPUT_DIR") == 1
+    assert "resume_or_load" not in text
+    commands = [line.split()[1:3] for line in text.splitlines() if line.strip().startswith("$")]
+    assert len(commands) >= 2
+    assert all(command == ["python", f"tools/{tool}.py"] for command in commands)
 
 
 def test_a_misspelt_file_of_ones_own_is_looked_for_where_it_should_be(

@@ -97,7 +97,7 @@ def test_several_data_sets_have_a_folder_each(coco: Path, tmp_path: Path) -> Non
 
 
 def noisy_instances(record: dict) -> Instances:
-    """Those of the truth, displaced and partly mistaken, and inventions of another class."""
+    """Return the true instances, displaced and partly mistaken, and inventions of another class."""
     instances = perfect_instances(record)
     count = len(instances)
     boxes = instances.pred_boxes.tensor + torch.randn(count, 4) * 2
@@ -207,7 +207,9 @@ def test_coco_api_where_faster_coco_eval_is_missing(
     with pytest.raises(ValueError, match=r"needs that package: pip install faster-coco-eval"):
         check_evaluators(cfg)
     cfg.TEST.COCO_API = "fast"
-    with pytest.raises(ValueError, match=r"TEST.COCO_API 'fast' is none of 'auto', 'pycocotools'"):
+    with pytest.raises(
+        ValueError, match=r"TEST.COCO_API is 'fast': choose from 'auto', 'pycocotools'"
+    ):
         check_evaluators(cfg)
 
 
@@ -305,7 +307,7 @@ def test_panoptic_with_panopticapi(
 def evaluate_with_numpy(
     monkeypatch: pytest.MonkeyPatch, evaluator: DatasetEvaluator, base: type
 ) -> object:
-    """What ``np.float`` is while Detectron2's evaluator evaluates."""
+    """Return ``np.float`` as it is while Detectron2's evaluator evaluates."""
     monkeypatch.setattr(base, "evaluate", lambda self: vars(np).get("float"))
     return evaluator.evaluate()
 
@@ -493,6 +495,22 @@ def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
     assert files == ["mine_coco_format.json"]
 
 
+def test_annotations_that_change_within_a_run_are_converted_anew(
+    catalogs: None, tmp_path: Path
+) -> None:
+    """The metadata stay, and name the file of the earlier conversion."""
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+    record = {"file_name": f"{tmp_path}/a.png", "image_id": 1, "width": 80, "height": 64}
+    for left in (10, 40):
+        box = {"bbox": [left, 10, 30, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+        records = [record | {"annotations": [box]}]
+        DatasetCatalog.data.pop("mine", None)
+        DatasetCatalog.register("mine", lambda records=records: copy.deepcopy(records))
+        MetadataCatalog.get("mine").set(thing_classes=["box"], evaluator_type="coco")
+        found = evaluate_perfection(config(tmp_path, "mine"), "mine")
+        assert found["bbox"]["AP"] == pytest.approx(100)
+
+
 # The rehearsal
 
 
@@ -505,7 +523,9 @@ def test_the_rehearsal_finds_what_would_end_an_evaluation(coco: Path, tmp_path: 
     MetadataCatalog.get("no_area").evaluator_type = "coco"
     cfg = config(tmp_path, "no_area")
     cfg.TEST.COCO_API = "pycocotools"  # the other one computes areas
-    with pytest.raises(ValueError, match=r"no_area cannot be evaluated: with perfect .*'area'"):
+    with pytest.raises(
+        ValueError, match=r"no_area cannot be evaluated: with perfect .*KeyError: area"
+    ):
         rehearse_evaluation(cfg, Trainer)
     assert not (tmp_path / "out" / "inference").exists()
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from detectron2.utils import comm
 
 from vovnet_d2.engine import argument_parser, launch
 from vovnet_d2.modeling.specs import get_spec
+from vovnet_d2.tiles import cut_tiles
+from vovnet_d2.waits import longest_wait
 
 TOOLS = Path(__file__).parents[1] / "tools"
 ARGS = argument_parser().parse_args([])
@@ -42,22 +45,10 @@ def test_bugs_keep_their_tracebacks() -> None:
         launch.launch_or_exit(has_a_bug, ARGS)
 
 
-def test_an_error_run_into_is_no_sentence_though_the_frame_is_ours() -> None:
-    """A KeyError from a line of the package that does not raise it on purpose."""
-    source = "def look_up():\n    return {}['missing']\n"
-    namespace = {"__name__": "vovnet_d2.engine.example"}
-    exec(compile(source, "example.py", "exec"), namespace)
-    with pytest.raises(KeyError) as caught:
-        namespace["look_up"]()  # type: ignore[operator]
-    assert not launch._is_sentence_of_ours(caught.value)
-
-
-def test_a_sentence_is_known_without_the_source() -> None:
-    namespace = {"__name__": "vovnet_d2.engine.example"}
-    exec(compile("def check():\n    raise KeyError('No.') from None\n", "x.py", "exec"), namespace)
-    with pytest.raises(KeyError) as caught:
-        namespace["check"]()  # type: ignore[operator]
-    assert launch._is_sentence_of_ours(caught.value)
+def test_an_error_that_nobody_meant_keeps_its_traceback() -> None:
+    """The error is a ValueError from a line of the package that does not raise it on purpose."""
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        launch.launch_or_exit(lambda args: cut_tiles(8, 8, (4,), 0.5), ARGS)
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +60,17 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
+
+
+def test_every_tool_hides_what_other_packages_say_of_their_own_code() -> None:
+    def say(_: None) -> None:
+        warnings.warn("torch.meshgrid: in an upcoming release, it will be", stacklevel=1)
+        warnings.warn("the data are odd", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        launch.run_or_exit(say, None)
+    assert [str(warning.message) for warning in caught] == ["the data are odd"]
 
 
 @pytest.mark.slow
@@ -106,6 +108,32 @@ def test_torchrun_tells_a_mistake_in_a_sentence() -> None:
     assert finished.returncode != 0
     assert "[rank 0] error: No config file 'no_such.yaml'" in finished.stderr
     assert "vovnet_d2/engine/run.py" not in finished.stderr
+
+
+def test_torchrun_gives_each_process_its_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    chosen, joined = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **_: joined.append(words))
+    monkeypatch.setattr(comm, "create_local_process_group", joined.append)
+    monkeypatch.setattr(comm, "synchronize", lambda: None)
+    launch._join_torchrun()
+    assert chosen == [1]
+    assert joined == [("nccl",), 2]
+
+
+def test_the_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VOVNET_D2_TIMEOUT", raising=False)
+    assert longest_wait() == timedelta(minutes=30)
+    monkeypatch.setenv("VOVNET_D2_TIMEOUT", "90")
+    assert longest_wait() == timedelta(minutes=1.5)
+    for value in ("0", "-1", "1.5", "soon"):
+        monkeypatch.setenv("VOVNET_D2_TIMEOUT", value)
+        with pytest.raises(ValueError, match=f"VOVNET_D2_TIMEOUT is '{value}': set it to a numb"):
+            longest_wait()
 
 
 def test_the_timeout_holds_for_objects_beside_nccl_too(monkeypatch: pytest.MonkeyPatch) -> None:

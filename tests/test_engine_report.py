@@ -11,10 +11,13 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from engine_runs import FASTER_RCNN, RETINANET, tiny_config
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from vovnet_d2.engine.pictures import draw_curves, draw_predictions, read_metrics
+from vovnet_d2.drawing import curves
+from vovnet_d2.drawing.curves import draw_curves, read_metrics
+from vovnet_d2.engine.pictures import draw_predictions
 from vovnet_d2.engine.report import format_results, write_report
 
 pytest_plugins = ["engine_fixtures"]
@@ -102,6 +105,15 @@ def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(str(path)) == {"total_loss": [(0, 1.0), (2, 1.0)]}
 
 
+def test_the_marker_of_a_single_evaluation_is_whole() -> None:
+    """It is at the top of the panel, whose lower end is 0 and not near the value."""
+    panel = Figure().subplots()
+    curves._draw_panel(panel, {"bbox/AP": [(599, 59.0)]}, "AP →")
+    low, high = panel.get_ylim()
+    assert low == 0
+    assert high > 1.03 * 59
+
+
 def test_curves_are_drawn_where_there_are_losses(tmp_path: Path) -> None:
     assert draw_curves(str(tmp_path)) is None
     write_metrics(tmp_path, [{"iteration": 9, "bbox/AP": 5.0}])
@@ -148,8 +160,8 @@ def test_predictions_are_drawn_beside_the_truth(catalogs: None, tmp_path: Path) 
     assert not np.array_equal(pictures[0.5], pictures[0.49])
     different = pictures[0.9] != pictures[0.1]
     columns = np.flatnonzero(different.any(axis=0)) / different.shape[1]
-    # The first of four panels is the truth, the second shows predictions.
-    assert 0.25 < columns.min() < columns.max() < 0.5
+    # On the left is the truth, on the right are the predictions.
+    assert 0.5 < columns.min() < columns.max() < 1
     assert (
         draw_predictions(tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()"), model) is None
     )
@@ -195,4 +207,4 @@ def test_a_picture_that_fails_loses_no_results(
     assert "predictions.png" not in report
     warning = next(record for record in caplog.records if record.levelname == "WARNING")
     assert "missing in the report" in warning.message
-    assert warning.exc_info[0] is FileNotFoundError
+    assert issubclass(warning.exc_info[0], FileNotFoundError)

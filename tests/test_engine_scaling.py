@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
@@ -59,10 +60,17 @@ def test_the_schedule_follows_the_iterations_given(written: CfgNode) -> None:
     assert (scaled.TEST.EVAL_PERIOD, scaled.SOLVER.CHECKPOINT_PERIOD) == (9, 500)
 
 
-def test_the_number_of_processes_sets_the_batch(written: CfgNode) -> None:
+def test_the_number_of_processes_sets_the_batch(
+    written: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scaled = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
     assert scaled.SOLVER.IMS_PER_BATCH == 2
     assert {key: scaled.SOLVER[key] for key in FOR_2} == FOR_2
+    # 16 / 6 is rounded, and a batch has an image at least.
+    for reference, processes, batch in ((6, 1, 3), (64, 1, 1), (1, 1, 16), (8, 2, 4)):
+        monkeypatch.setattr(comm, "get_world_size", lambda processes=processes: processes)
+        asked = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", str(reference)])
+        assert batch == asked.SOLVER.IMS_PER_BATCH
     # Detectron2 scales by this number too, and must find nothing left to do.
     assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 1
 

@@ -22,14 +22,16 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, launch, read_log, tiny_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vovnet_d2.atomic import FileNotWrittenError
 from vovnet_d2.checkpoint import VoVNetCheckpointer
-from vovnet_d2.checkpoint.atomic import FileNotWrittenError
+from vovnet_d2.data.stream import seed_all, step_seed
+from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.engine import Trainer, detection, load_config, nonfinite
 from vovnet_d2.engine import trainer as trainer_module
 from vovnet_d2.engine.memory_format import to_memory_format
-from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
-from vovnet_d2.engine.pictures import read_metrics
+from vovnet_d2.engine.nonfinite import AgreedSteps, KeptStatistics, NonFiniteLossError
 from vovnet_d2.engine.trainer import MixedPrecisionTrainer
 
 pytest_plugins = ["engine_fixtures"]
@@ -81,7 +83,7 @@ def launch_and_interrupt(
 # Precision
 
 
-@pytest.mark.parametrize("config", [MASK_RCNN, FASTER_RCNN, RETINANET])
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_bfloat16_agrees_with_float32(coco: Path, tmp_path: Path, config: str) -> None:
     losses, results = [], []
     for enabled in ("False", "True"):
@@ -139,7 +141,7 @@ def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str
 
 
 def test_channels_last_by_itself_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By device, CPU and what the model can take, unless the config says it."""
+    """The device, the CPU and the model decide, unless the config says it."""
     cases = {
         ("cuda", "AVX2", False): True,
         ("cpu", "AVX512", False): True,
@@ -162,7 +164,7 @@ def test_channels_last_by_itself_where_it_is_faster(monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And before the backward pass, which is not begun where a loss is not finite."""
+    """They wait before the backward pass, which does not begin if a loss is not finite."""
     waits: list[int] = []
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
@@ -170,11 +172,17 @@ def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.Monkey
     model = nn.Sequential(layer, nn.Flatten(0))
     inputs = [torch.ones(1, 1), torch.full((1, 1), math.inf)]
     trainer = AgreedSteps(model, inputs, optimizer)
-    monkeypatch.setattr(trainer, "_write_metrics", lambda losses, seconds: None)
+    monkeypatch.setattr(trainer, "_write_shared", lambda *_: None)
     monkeypatch.setattr(nonfinite.comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(nonfinite.comm, "all_gather", lambda value: [value, value])
     monkeypatch.setattr(nonfinite.comm, "_get_global_gloo_group", lambda: None)
-    monkeypatch.setattr(nonfinite.dist, "all_reduce", lambda tensor, *_, **__: waits.append(1))
+
+    def exchange(rows: list[torch.Tensor], row: torch.Tensor, **_: Any) -> None:
+        waits.append(1)
+        for place in rows:
+            place.copy_(row)
+
+    monkeypatch.setattr(nonfinite.dist, "all_gather", exchange)
     trainer.run_step()
     assert waits == [1]
     assert layer.weight.item() == 0.75
@@ -185,8 +193,84 @@ def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.Monkey
     assert layer.weight.grad is None
 
 
+class Losses(nn.Module):
+    def __init__(self, *values: float):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.values = values
+
+    def forward(self, _: Any) -> dict[str, torch.Tensor]:
+        return {f"loss_{i}": self.scale * value for i, value in enumerate(self.values)}
+
+
+def make_steps(*values: float) -> AgreedSteps:
+    model = Losses(*values)
+    return AgreedSteps(model, [None] * 2, torch.optim.SGD(model.parameters(), lr=0.0))
+
+
+def test_the_log_has_the_means_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has losses greater by 2 and waited 3 seconds for its data."""
+    trainer = make_steps(1.0, 4.0)
+    monkeypatch.setattr(nonfinite.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(nonfinite.comm, "_get_global_gloo_group", lambda: None)
+
+    def exchange(rows: list[torch.Tensor], row: torch.Tensor, **_: Any) -> None:
+        rows[0].copy_(row)
+        rows[1].copy_(row)
+        rows[1][1] = 3.0
+        rows[1][3:5] = torch.tensor([3.0, 6.0])
+
+    monkeypatch.setattr(nonfinite.dist, "all_gather", exchange)
+    with EventStorage() as storage:
+        trainer.run_step()
+        logged = {name: value for name, (value, _) in storage.latest().items()}
+    assert logged.pop("rank_data_time") < 3
+    assert logged == {"data_time": 3.0, "total_loss": 7.0, "loss_0": 2.0, "loss_1": 5.0}
+
+
+aten = torch.ops.aten
+
+
+class _ReadValues(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (aten._local_scalar_dense.default, aten.stack.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_are_read_at_once() -> None:
+    """A GPU is waited for at each reading of a value."""
+    trainer = make_steps(1.0, 2.0, 3.0, 4.0)
+    with EventStorage(), _ReadValues() as mode:
+        trainer.run_step()
+    assert mode.count == 1
+
+
+@pytest.mark.parametrize("copy_all", [nonfinite._foreach_copy, nonfinite._copy_one_by_one])
+def test_statistics_of_norms_are_brought_back(
+    monkeypatch: pytest.MonkeyPatch, copy_all: Any
+) -> None:
+    """The norms' buffers may be other tensors in between, as the hook PreciseBN leaves them."""
+    monkeypatch.setattr(nonfinite, "_foreach_copy", copy_all)
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+    statistics = KeptStatistics(model)
+    for _ in range(2):
+        model[0](torch.randn(2, 2, 4, 4))
+        model[1](torch.randn(2, 3, 4, 4))
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        statistics.keep()
+        model[0](torch.full((2, 2, 4, 4), math.nan))
+        model[1].running_mean = torch.full((3,), math.inf)
+        statistics.restore()
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+
+
 def test_one_loss_without_a_name() -> None:
-    """As SimpleTrainer, against which the step is compared."""
+    """The step is compared with SimpleTrainer's."""
     data = [torch.tensor([[1.0, 2.0]])] * 2
     weights = []
     for mixed in (False, True):
@@ -281,13 +365,18 @@ def test_scaling_to_the_processes_is_done_once() -> None:
 # Seeds, interruption, resume
 
 
-def test_a_seed_fixes_the_training(coco: Path, tmp_path: Path, every_iteration: None) -> None:
-    for name in ("a", "b"):
-        launch(FASTER_RCNN, tmp_path / name, "DATASETS.TEST", "()")
-    launch(FASTER_RCNN, tmp_path / "c", "DATASETS.TEST", "()", "SEED", "2")
-    losses = [read_losses(tmp_path / name) for name in "abc"]
+def test_another_seed_is_another_training(
+    coco: Path, tmp_path: Path, every_iteration: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed is one training: test_faults.py compares such trainings to the bit."""
+    seeds: list[int] = []
+    monkeypatch.setattr(trainer_module, "seed_all", lambda n: [seeds.append(n), seed_all(n)])
+    for seed in ("1", "2"):
+        launch(FASTER_RCNN, tmp_path / seed, "DATASETS.TEST", "()", "SEED", seed)
+    assert seeds == [step_seed(seed, i, rank=0) for seed in (1, 2) for i in range(3)]
+    losses = [read_losses(tmp_path / seed) for seed in ("1", "2")]
     assert list(losses[0]) == [0, 1, 2]
-    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] != losses[1]
 
 
 def test_resume_goes_on_where_the_checkpoint_is(

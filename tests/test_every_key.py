@@ -3,7 +3,7 @@
 """Every key that this package adds is read: with another value, something else is built."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from test_single_shot_models import tiny_config
 from torch import nn
 
+from vovnet_d2.data.digit_images import load_sources
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.classifier import ClassifierTrainer
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
@@ -199,7 +200,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("node", PEERS)
 def test_networks_to_compare_with(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the adapters are given; what they do with it, see test_baselines.py."""
+    """This tests what the adapters are given; test_baselines.py tests what they do with it."""
 
     class Given(nn.Module):
         def __init__(self, *arguments: Any, **named: Any):
@@ -291,7 +292,9 @@ def classification(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def test_classification() -> None:
+def test_classification(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The digits are the same for all values, and reading them takes longer than all else.
+    monkeypatch.setattr("vovnet_d2.data.classification.load_sources", cache(load_sources))
     cfg = classification_config()
     assert keys_of(cfg.PRETRAIN, "PRETRAIN") - {*PRETRAIN} == {"PRETRAIN.DATA"}
     # A smoothing that mixup does is another than the loss's.
@@ -326,15 +329,26 @@ TRAIN = {
     "channels_last": False,
     "amp.enabled": True,
     "amp.dtype": "bfloat16",
+    "compile.enabled": True,
+    "compile.memory_budget": 0.5,
     "clip_gradients.enabled": True,
     "clip_gradients.clip_type": "value",
     "clip_gradients.clip_value": 7.0,
     "clip_gradients.norm_type": 1.0,
+    "accumulate": 7,
+    "ema": 0.5,
     "max_skipped_steps": 7,
     "checkpointer.period": 7,
     "checkpointer.max_to_keep": 7,
     "eval_period": 7,
     "patience": 7,
+    "backend": "openvino",
+    "int8": "dense.int8.onnx",
+    "distillation.teacher": "teacher.yaml",
+    "distillation.weights": "teacher.pth",
+    "distillation.loss_weight": 7.0,
+    "distillation.in_features": ["p3"],
+    "loggers": ["wandb"],
 }
 
 

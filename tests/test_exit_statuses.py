@@ -13,8 +13,8 @@ import pytest
 pytest_plugins = ["engine_fixtures"]
 
 TOOLS = Path(__file__).parents[1] / "tools"
-# These need neither PyTorch nor this package, or only start others.
-APART = {"doctor", "install_detectron2", "make_docs_figures"}
+# These need neither PyTorch nor this package.
+APART = {"doctor", "install_detectron2"}
 
 # A mistake in what is asked for, by tool, and a part of the sentence about it.
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -69,6 +69,26 @@ def test_a_mistake_is_a_sentence_and_status_2(
     assert "error: " in error
     assert sentence in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("tool", sorted(MISTAKES))
+def test_config_options_come_last(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tools that read a config take its options as opts: as the last words, or by --opts."""
+    parsers = []
+
+    def parse_args(self: argparse.ArgumentParser, *words: Any) -> NoReturn:
+        parsers.append(self)
+        sys.exit()
+
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py"])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(SystemExit):
+        run(tool, monkeypatch)
+    actions = parsers[0]._actions
+    reads_config = any(action.dest == "config_file" for action in actions)
+    taken = [action for action in actions if action.dest in ("opts", "options")]
+    assert [action.dest for action in taken] == ["opts"] * reads_config
+    assert all(action.nargs in ("*", argparse.REMAINDER) for action in taken)
 
 
 @pytest.mark.parametrize("tool", sorted(MISTAKES))

@@ -33,6 +33,7 @@ from vovnet_d2.export.formats import MIN_SIZE, _sizes_of_any_parity
 from vovnet_d2.export.masks import paste_masks
 from vovnet_d2.modeling.vovnet import OSABlock
 
+slow = pytest.mark.slow
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((103.5, 116.3, 123.7), (57.4, 57.1, 58.4)))
 
@@ -43,12 +44,13 @@ OF_RESIDUAL = {"Add"}
 OF_FPN = {"Add", "Resize"}
 # torch 2.6 computes in the file some sizes that later versions know, and names axes by numbers.
 OLD_EXPORTER = MIN_SIZE > 32
-OF_SIZES = {"Constant", "Reshape", "Cast"} if OLD_EXPORTER else set()
+OF_SIZES = {"Constant", "Reshape"} if OLD_EXPORTER else set()
+OF_SOME_SIZES = {"Cast"} if OLD_EXPORTER else set()  # some versions of onnxscript remove it
 OF_ANY_SIZE = OF_SIZES | ({"Expand", "Shape", "CastLike"} if OLD_EXPORTER else set())
 
 
-def backbone_target(net, **args) -> BackboneTarget:
-    model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
+def backbone_target(net, stages=STAGES, **args) -> BackboneTarget:
+    model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=stages).eval()
     model.load_state_dict(random_state(net), strict=False)
     return BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, **args)
 
@@ -92,10 +94,10 @@ def largest_difference(
 
 
 def assert_plain(path, allowed: set[str]) -> None:
-    """Only operators of the standard set, and no pooling in ceil mode."""
+    """Assert that there are only operators of the standard set, and no pooling in ceil mode."""
     model = onnx.load(path)
     assert [opset.domain for opset in model.opset_import] == [""]
-    assert {node.op_type for node in model.graph.node} == allowed
+    assert {node.op_type for node in model.graph.node} - OF_SOME_SIZES == allowed
     assert not model.functions
     for node in model.graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -114,7 +116,7 @@ def operators_of(net) -> set[str]:
 
 @pytest.fixture(
     scope="module",
-    params=["depthwise, pooled stem", pytest.param("bottleneck", marks=pytest.mark.slow)],
+    params=["depthwise, pooled stem", pytest.param("bottleneck", marks=slow)],
 )
 def exported(request, tmp_path_factory):
     """A thin net, its target and its ONNX file."""
@@ -137,7 +139,7 @@ def test_onnx_at_any_size(exported):
 def test_onnx_operators(exported):
     net, _, path, file = exported
     assert_plain(path, operators_of(net) | OF_ANY_SIZE)
-    assert file.operators.keys() == (operators_of(net) | OF_ANY_SIZE) - {"Constant"}
+    assert file.operators.keys() - OF_SOME_SIZES == (operators_of(net) | OF_ANY_SIZE) - {"Constant"}
     nodes = [node for node in onnx.load(path).graph.node if node.op_type != "Constant"]
     assert file.operators.total() == len(nodes)
     assert file.opset == onnx.load(path).opset_import[0].version
@@ -184,10 +186,12 @@ def test_without_preprocessing(tmp_path):
 
 @pytest.mark.parametrize(
     "format",
-    ["torchscript", "torch_export", pytest.param("aotinductor", marks=pytest.mark.slow)],
+    ["torchscript", *(pytest.param(f, marks=slow) for f in ("torch_export", "aotinductor"))],
 )
 def test_other_formats(format, tmp_path):
-    target = backbone_target(short(thin(STRUCTURES["eSE in all"], 16)))
+    # To compile C++ takes long for each stage, and up to stage3 there is one of everything.
+    stages = STAGES[:3] if format == "aotinductor" else STAGES
+    target = backbone_target(short(thin(STRUCTURES["eSE in all"], 16)), stages)
     path = tmp_path / f"backbone{FORMATS[format].suffix}"
     file = export(target, format, path)
     assert file.operators.total() > 0
@@ -202,7 +206,7 @@ def test_formats_are_all_tested():
     assert {"onnx", "torchscript", "torch_export", "aotinductor"} == set(FORMATS)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize(
     "net",
     [*(pytest.param(thin(TABLE[v]), id=v) for v in KINDS), pytest.param(TABLE["V-39-eSE"], id="")],
@@ -217,7 +221,7 @@ def test_each_kind_of_variant(net, tmp_path):
         assert largest_difference(target, run_onnx(file.path, images), images) <= 1e-4
 
 
-@pytest.mark.slow
+@slow
 def test_deformable_convolutions(tmp_path):
     spec = VoVNetSpec(**vars(thin(STRUCTURES["full"])))
     model = VoVNet(spec, stage_with_dcn=(False, False, True, True), with_modulated_dcn=True).eval()
@@ -234,7 +238,8 @@ def test_deformable_convolutions(tmp_path):
 # With FPN
 
 
-@pytest.mark.parametrize("config", [pytest.param(MASK_RCNN, marks=pytest.mark.slow), RETINANET])
+@slow  # test_backends.py has files of both of these detectors, with FPN and head
+@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_fpn(config, tmp_path):
     """P6 by pooling and P6, P7 by convolutions; sides are multiples of 32, batch is anything."""
     target = select_target(build_detector(small_config(config)), "fpn")
@@ -318,6 +323,8 @@ def test_differences_of_maps():
     assert not difference["p2"].agrees
     assert difference["p3"].agrees
     assert not compare({"p2": torch.zeros(2), "p3": torch.zeros(0)}, expected)["p2"].agrees
+    twice = compare({name: 2 * x for name, x in expected.items()}, expected)
+    assert twice["p2"].relative == 1  # of what is expected, not of what was found
 
 
 def test_pasted_masks():
@@ -353,7 +360,7 @@ def test_missing_packages(monkeypatch, tmp_path):
 
 FIXED = [
     (short(thin(STRUCTURES["eSE in all"])), (2, 64, 96)),
-    pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=pytest.mark.slow),  # PETR's
+    pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=slow),  # PETR's
 ]
 
 
@@ -387,9 +394,9 @@ def test_onnx_of_one_shape(net, shape, tmp_path):
 
 def test_shapes_that_cannot_be():
     model = build_detector(small_config(RETINANET))
-    with pytest.raises(ValueError, match=r"80x64 is not .* multiples of 32"):
+    with pytest.raises(ValueError, match=r"does not take an image of 80x64: .* multiples of 32"):
         select_target(model, "fpn", shape=(1, 80, 64))
-    with pytest.raises(ValueError, match=r"16x64 is not .* from 32 up"):
+    with pytest.raises(ValueError, match=r"an image of 16x64: .* width from 32 up\.$"):
         select_target(model, "backbone", shape=(1, 16, 64))
     with pytest.raises(ValueError, match="export its part fpn"):
         select_target(model, "detector", shape=(1, 64, 64))

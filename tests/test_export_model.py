@@ -15,7 +15,7 @@ import pytest
 import sklearn.datasets
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from export_models import MASK_RCNN, OPTIONS, RETINANET, build_detector, small_config
+from export_models import MASK_RCNN, OPTIONS, RETINANET, build_detector, run_export, small_config
 
 from vovnet_d2.export import load, parity
 from vovnet_d2.export import report as report_module
@@ -29,15 +29,16 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 def options(**more) -> list[str]:
-    """To be the last of a command line."""
+    """Return the options that come last on a command line."""
     pairs = OPTIONS | {"INPUT.MIN_SIZE_TEST": 120} | more
+    pairs.pop("MODEL.DEVICE", None)  # which --device names
     return ["--opts", *(str(word) for pair in pairs.items() for word in pair)]
 
 
 def export(*args: str, config: str = MASK_RCNN, **more) -> dict:
     """Run the tool, by default with random weights, and return its report."""
     partial = [] if "MODEL.WEIGHTS" in more else ["--allow-partial"]
-    export_model.main(["--config-file", config, *args, *partial, *options(**more)])
+    run_export(["--config-file", config, *args, *partial, *options(**more)])
     (report,) = Path("exported").glob("*.json")
     return json.loads(report.read_text())
 
@@ -114,9 +115,7 @@ def test_weights_that_the_part_has_suffice(tmp_path):
         export("--part", "fpn", *arguments, config=RETINANET, **weights)
     report = export("--part", "backbone", *arguments, config=RETINANET, **weights)
     assert report["weights"] == weights["MODEL.WEIGHTS"]
-    export_model.main(
-        ["--config-file", RETINANET, "--allow-partial", *arguments, *options(**weights)]
-    )
+    run_export(["--config-file", RETINANET, "--allow-partial", *arguments, *options(**weights)])
     assert Path("exported/detector.ts").is_file()
 
 
@@ -139,6 +138,12 @@ def test_disagreement_is_told(monkeypatch):
     with pytest.raises(SystemExit, match=r"Not the same as eager: backbone.ts\."):
         export("--part", "backbone", "--format", "torchscript", "--sizes", "64x64")
     assert "| NO" in Path("exported/backbone.md").read_text()
+
+
+def test_there_is_one_way_to_name_the_device():
+    for config, option in ((MASK_RCNN, ["MODEL.DEVICE", "cpu"]), ("lazy", ["train.device=cpu"])):
+        with pytest.raises(ValueError, match="among the config options: use --device instead"):
+            run_export(["--config-file", config, "--opts", *option])
 
 
 @pytest.mark.parametrize(

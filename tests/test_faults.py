@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,11 @@ from test_pretrain import launch as launch_classifier
 from test_pretrain import write_images
 from torch import nn
 
+from vovnet_d2.atomic import FileNotWrittenError, atomic_write, remove_leftovers
 from vovnet_d2.checkpoint import VoVNetCheckpointer
-from vovnet_d2.checkpoint.atomic import FileNotWrittenError, atomic_write, remove_leftovers
 from vovnet_d2.checkpoint.writing import Metadata, save_weights
 from vovnet_d2.engine import Trainer, argument_parser
+from vovnet_d2.engine.hooks import Checkpointing, EvalHook
 from vovnet_d2.engine.interruption import INTERRUPTED, Interrupted, StopRequest
 from vovnet_d2.engine.launch import launch_or_exit
 from vovnet_d2.made import LIST_NAME
@@ -104,7 +106,7 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_is_written_where_folders_cannot_be_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems."""
+    """Some network file systems cannot flush folders."""
     flush = os.fsync
 
     def refuse_folders(descriptor: int) -> None:
@@ -196,7 +198,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (FASTER_RCNN, []),
         (RETINANET, ["DATALOADER.NUM_WORKERS", "2"]),
         (
             MASK_RCNN,
@@ -207,7 +208,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
             ],
         ),
     ],
-    ids=["faster", "retinanet", "mask"],
+    ids=["retinanet", "mask"],
 )
 def test_a_signal_makes_a_checkpoint_that_goes_on_to_the_bit(
     coco: Path, tmp_path: Path, after: Any, config: str, options: list[str]
@@ -280,7 +281,7 @@ def test_the_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_classifiers_and_precise_norms(tmp_path: Path, after: Any) -> None:
-    """With augmentation of images, in workers or not, and of batches."""
+    """Images are augmented, in workers or not, and batches too."""
     data = write_images(tmp_path / "images")
     options = ["SOLVER.MAX_ITER", "8", "TEST.EVAL_PERIOD", "4", "PRETRAIN.RE_PROB", "0.5"]
     options += ["PRETRAIN.MIXUP", "0.4", "PRETRAIN.AUTO_AUGMENT", "rand-m5", "MODEL.VOVNET.NORM"]
@@ -290,6 +291,29 @@ def test_classifiers_and_precise_norms(tmp_path: Path, after: Any) -> None:
     launch_classifier(data, tmp_path / "a", "--resume", *options)
     launch_classifier(data, tmp_path / "b", *options, "DATALOADER.NUM_WORKERS", "2")
     compare_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_evaluation_at_the_end_is_not_made_up_for(tmp_path: Path) -> None:
+    """A finished training that is resumed evaluates at its end, as every training does."""
+    calls: list[int] = []
+    hook = EvalHook(2, lambda: calls.append(hook.trainer.start_iter), "bbox/AP", str(tmp_path))
+    for done in (2, 4):
+        storage = SimpleNamespace(iter=done)
+        hook.trainer = SimpleNamespace(start_iter=done, max_iter=4, storage=storage)
+        hook.before_train()
+    assert calls == [2]
+
+
+def test_an_interrupted_last_evaluation_leaves_the_final_checkpoint_alone() -> None:
+    saved = []
+    keep = SimpleNamespace(save=lambda name, **_: saved.append(name), get_checkpoint_file=str)
+    hook = Checkpointing(keep, period=0)
+    hook.trainer = SimpleNamespace(start_iter=0, iter=3, max_iter=4, gather_rank_states=list)
+    hook.before_train()
+    hook.after_step()
+    with pytest.raises(Interrupted):
+        hook.end_evaluation("SIGINT")
+    assert saved == ["model_final"]
 
 
 def test_an_evaluation_is_made_up_for_once(tmp_path: Path, after: Any) -> None:
@@ -378,8 +402,11 @@ def test_another_batch_goes_on_after_the_images_seen(coco: Path, tmp_path: Path)
 
 @pytest.fixture
 def broken_loss(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """In the third and fourth steps a loss is not finite, and in the fifth Detectron2 raises an
-    error of its own; returns the images of all steps."""
+    """Break the loss of the third and fourth steps, and raise an error of Detectron2's in the
+    fifth.
+
+    Returns the images of all steps.
+    """
     images: list[list[str]] = []
     forward = GeneralizedRCNN.forward
 
@@ -433,7 +460,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
 def test_norms_are_as_before_a_skipped_step(
     coco: Path, tmp_path: Path, broken_loss: list[list[str]], after: Any
 ) -> None:
-    """Those too that have got other buffers on the way, as by PreciseBN."""
+    """This holds also for norms whose buffers were replaced, as by PreciseBN."""
 
     def exchange(trainer: Trainer) -> None:
         for norm in get_bn_modules(trainer.model):

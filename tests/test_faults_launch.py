@@ -132,7 +132,7 @@ def is_child(pid: int, parent: int) -> bool:
 
 @pytest.mark.slow
 def test_processes_agree_on_each_step() -> None:
-    """What is wrong in one of them keeps all from changing the parameters."""
+    """A fault in one process keeps all processes from changing the parameters."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fault_runs"])
     results, port = context.Queue(), free_port()

@@ -3,6 +3,7 @@
 """The stream of training samples: Detectron2's, entered at any place."""
 
 import itertools
+import logging
 import multiprocessing
 import os
 import random
@@ -13,26 +14,34 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList, MapDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from engine_runs import MASK_RCNN, tiny_config
+from engine_runs import FASTER_RCNN, MASK_RCNN, tiny_config
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from vovnet_d2.data import stream
 from vovnet_d2.data.stream import (
     Place,
     TrainingStream,
     build_detection_stream,
-    dismiss_workers,
-    stay_until_dismissed,
 )
+from vovnet_d2.data.workers import attend_to_workers, dismiss_workers, stay_until_dismissed
+from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine.classifier import ClassifierTrainer
 from vovnet_d2.engine.interruption import exit_on_signal, handle_signals
-from vovnet_d2.engine.lazy import build_train_stream
+from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.engine.lazy import LazyTrainer, build_train_stream
+from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
+from vovnet_d2.engine.pretrain import add_pretraining_config
+from vovnet_d2.engine.run import _is_surprise
 from vovnet_d2.signals import ending_signals
 
 pytest_plugins = ["engine_fixtures"]
@@ -139,6 +148,30 @@ def test_another_division_uses_no_sample_twice(rank_of: Callable[[int, int], Non
     assert sorted(used) == list(itertools.chain(*indices))
 
 
+@pytest.mark.parametrize("trainer", ["yaml", "lazy", "classifier"])
+def test_batches_are_pinned_if_the_network_is_on_a_gpu(
+    trainer: str, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with a GPU may train on its CPU."""
+    made: list[dict[str, Any]] = []
+    kind: type[Trainer] = Trainer
+    cfg = tiny_config(FASTER_RCNN, tmp_path)
+    if trainer == "classifier":
+        file = "Classification/V_19_slim_eSE_digits.yaml"
+        kind, cfg = ClassifierTrainer, load_config(file, add_config=add_pretraining_config)
+    elif trainer == "lazy":
+        config = load_lazy_config("lazy/COCO-Detection/retinanet_V_39_eSE_FPN_1x.py")
+        kind, cfg = LazyTrainer.of(config), to_cfg(config)
+    monkeypatch.setattr(
+        stream, "DataLoader", lambda *_, **options: made.append(options) or MagicMock()
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cpu", "cuda:1"):
+        cfg.MODEL.DEVICE = device
+        iter(kind.build_train_loader(cfg))
+    assert [options["pin_memory"] for options in made] == [True, False, True]
+
+
 def test_items_that_cannot_be_used_are_replaced() -> None:
     def mapper(record: dict[str, Any]) -> dict[str, Any] | None:
         return None if int(record["file_name"][:-4]) % 2 else augment(record)
@@ -220,6 +253,36 @@ def test_yaml_and_lazy_trainings_of_one_seed_have_one_order(
     assert order(yaml, 4) == order(lazy, 4) != order(yaml, 3)
 
 
+@pytest.mark.parametrize("loader", ["training", "evaluation"])
+def test_a_worker_that_does_not_answer_ends_the_run(
+    loader: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The processes of a job wait for each other, so one that waits for ever holds up all."""
+    monkeypatch.setenv("VOVNET_D2_TIMEOUT", "1")
+    images = DatasetFromList([0])
+    batches: Any = TrainingStream(
+        images, lambda: itertools.repeat(0), 1, mapper=_sleep, num_workers=1
+    )
+    if loader == "evaluation":
+        batches = attend_to_workers(DataLoader(MapDataset(images, _sleep), num_workers=1))
+    iterator = iter(batches)
+    with pytest.raises(SystemExit) as ended:
+        run_or_exit(lambda _: next(iterator), None)
+    # The worker ends by itself. Torch would raise an error in a later test if it was killed.
+    iterator._shutdown_workers()
+    assert ended.value.code == 1
+    error = ended.value.__context__
+    facts = {"exc_info": (type(error), error, None)}
+    assert not _is_surprise(logging.makeLogRecord(facts))  # and so has no traceback in the log
+    told = capfd.readouterr().err
+    assert told.startswith("error: DataLoader timed out after 1.0 seconds: a process that loads")
+
+
+def _sleep(item: int) -> int:
+    time.sleep(2)
+    return item
+
+
 def _stay(ready: Any) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     stay_until_dismissed(0)
@@ -294,7 +357,7 @@ def test_an_ignored_hang_up_ends_nothing() -> None:
 
 
 def test_square_images_go_with_the_high_ones() -> None:
-    """As in Detectron2's loader, whose groups are wider than high, and the others."""
+    """Detectron2's loader has these groups: wider than high, and the others."""
     sizes = [(64, 64), (64, 65), (65, 64)]  # width, height
     records = DatasetFromList([{"width": w, "height": h} for w, h in sizes])
     stream = TrainingStream(records, lambda: iter(range(3)), 1, group_by_shape=True)

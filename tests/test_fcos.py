@@ -3,6 +3,7 @@
 """FCOS from a config, against Detectron2's FCOS put together by hand and by its own config."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -88,9 +89,24 @@ ARGUMENTS = {
 }
 
 
+def test_defaults_are_those_of_detectron2() -> None:
+    theirs = inspect.signature(fcos.FCOS.__init__).parameters
+    node = load_config().MODEL.FCOS
+    for key, name in {
+        "POS_RADIUS": "center_sampling_radius",
+        "LOSS_ALPHA": "focal_loss_alpha",
+        "LOSS_GAMMA": "focal_loss_gamma",
+        "INFERENCE_TH_TEST": "test_score_thresh",
+        "PRE_NMS_TOPK_TEST": "test_topk_candidates",
+        "NMS_TH": "test_nms_thresh",
+    }.items():
+        assert node[key] == theirs[name].default, key
+
+
 def test_every_key_changes_its_default() -> None:
     defaults = load_config().MODEL.FCOS
     others = {"TOP_LEVELS", "IN_FEATURES", "NORM", "PRIOR_PROB"}  # tested below
+    others |= {"ASSIGNMENT", "LOSSES", "REG_MAX"}  # see test_gfl.py
     assert KEYS.keys() | others == defaults.keys()
     assert all(defaults[key] != value for key, value in KEYS.items())
 
@@ -158,7 +174,10 @@ def test_shipped_config_equals_detectron2s_but_for_the_backbone() -> None:
         )
         peer = fcos.FCOS(backbone=build_backbone(cfg), head=head, **arguments)
     different = {name.split("[")[0] for name in differences(model, peer)}
-    assert different <= {"pixel_mean", "pixel_std"}  # which are the weights'
+    assert different <= {
+        *("pixel_mean", "pixel_std"),  # which are those of the weights
+        *("assignment", "learns_distributions"),  # which Detectron2 does not have
+    }
     train = theirs.dataloader.train
     assert {
         "rate": cfg.SOLVER.BASE_LR,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vovnet_d2 import VoVNet, VoVNetSpec, optimize_for_inference
 from vovnet_d2.benchmark.plain import plain
-from vovnet_d2.modeling.folding import fold_norms
+from vovnet_d2.modeling.fusion import fuse_norms
 from vovnet_d2.modeling.vovnet import OSABlock
 
 NET = replace(thin(STRUCTURES["eSE in all"]), blocks_per_stage=(1, 1, 2, 1))
@@ -47,7 +47,7 @@ def last(model: nn.Module) -> nn.Module:
 
 def folded() -> nn.Module:
     model = build().eval().requires_grad_(False)
-    fold_norms(model)
+    fuse_norms(model)
     return model
 
 
@@ -120,7 +120,12 @@ def sharded(model, x):
 
 def compiled(model, x):
     torch._dynamo.reset()
-    return step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    return {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+
+
+def called(model, x):
+    return {name: y.detach() for name, y in model(x).items()}
 
 
 def exported(model, x):
@@ -152,7 +157,7 @@ WATCHED = ("", "stem.conv1.norm", "stem.conv1.activation", "stage4.1.aggregation
 
 
 def hooks(model, x):
-    """What forward hooks keep is left as it is, with gradients and without."""
+    """The features that forward hooks keep are not overwritten, with gradients and without."""
     kept: Found = {}
     for name in WATCHED:
         module = model.get_submodule(name) if name in dict(model.named_modules()) else None
@@ -356,10 +361,10 @@ FEATURES = {
 }
 
 
-# What is compared with a plain step, as Detectron2's FrozenBatchNorm2d can be neither traced nor
-# scripted.
-REFERENCES = {"traced_by_fx": step, "scripted": step}
-# What takes seconds for each network.
+# These features are compared with a plain step or call. Detectron2's FrozenBatchNorm2d can be
+# neither traced nor scripted, and compiling or exporting the plain network, too, takes seconds.
+REFERENCES = {"traced_by_fx": step, "scripted": step, "compiled": step, "exported": called}
+# These features take seconds for each network.
 SLOW = ("compiled", "exported", "scripted")
 OF_INFERENCE = (
     "inference_mode",

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From COCO's format to another one and back: nothing is lost that the other format can hold."""
+"""Conversions from COCO's format and back lose nothing that the other format can hold."""
 
 import json
 import shutil
@@ -11,12 +11,13 @@ from typing import Any
 
 import pycocotools.mask as mask_util
 import pytest
+from format_writers import WRITERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from vovnet_d2.data.formats import FORMATS, Notes, read_annotations
-from vovnet_d2.engine.launch import _is_sentence_of_ours
+from vovnet_d2.errors import UserError
 
 FILES = {
     "a.png": (31, 47),
@@ -103,7 +104,7 @@ def there_and_back(
     notes = Notes()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
-        FORMATS[key].write(out, {"all": content}, notes)
+        WRITERS[key](out, {"all": content}, notes)
         found = read_annotations(out / PATHS[key], images)
     assert found.notes == []
     return found.content, notes.lines()
@@ -128,7 +129,7 @@ def rows(content: dict[str, Any]) -> list[Row]:
 
 
 def held(key: str, row: Row) -> Iterator[Row]:
-    """What a format can hold of an object."""
+    """Return the part of an object that a format can hold."""
     file, name, box, polygons, crowd = row
     if key == "coco" or key == "labelme":
         yield row
@@ -293,7 +294,7 @@ def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> Non
     }
     for key in ("voc", "labelme", "yolo"):
         with pytest.raises(ValueError, match="leads to no file in the folder of images"):
-            FORMATS[key].write(tmp_path / "out" / "deep", {"all": content}, Notes())
+            WRITERS[key](tmp_path / "out" / "deep", {"all": content}, Notes())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -306,7 +307,7 @@ def test_two_images_of_one_stem(tmp_path: Path) -> None:
     }
     for key in ("voc", "labelme", "yolo", "csv"):
         with pytest.raises(ValueError, match="Two images are called 'a' but for their suffixes"):
-            FORMATS[key].write(tmp_path, {"all": content}, Notes())
+            WRITERS[key](tmp_path, {"all": content}, Notes())
 
 
 # Damaged files
@@ -350,7 +351,7 @@ def test_what_a_damaged_file_lacks_is_told_in_a_sentence(file: str, images: Path
             try:
                 found = read_annotations(given, Path(folder))
             except (FileNotFoundError, ValueError) as error:
-                assert _is_sentence_of_ours(error)  # noqa: PT017
+                assert isinstance(error, UserError)  # noqa: PT017
                 assert "\n" not in error.args[0]  # noqa: PT017
                 return
         for annotation in found.content["annotations"]:

@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from vovnet_d2.data.formats import FORMATS, Annotations, read_annotations, recognise
+from vovnet_d2.data.formats.labelled import LabelledImage, LabelledObject, to_coco
 
 SIZE = (80, 50)
 # What people have beside their files: nothing of it is part of a data set.
@@ -36,7 +37,7 @@ Found = dict[str, list[tuple[Any, ...]]]
 
 
 def objects(found: Annotations) -> Found:
-    """By file: class, box, polygons and crowd of each object."""
+    """Return class, box, polygons and crowd of each object, by file."""
     names = {c["id"]: c["name"] for c in found.content["categories"]}
     files = {i["id"]: i["file_name"] for i in found.content["images"]}
     by_file: Found = {file: [] for file in files.values()}
@@ -179,7 +180,7 @@ def test_voc_notes(tmp_path: Path) -> None:
     [
         ("", "a.xml: the file is empty. For an image without objects"),
         ("<annotations/>", "a.xml: its root is 'annotations', and VOC's is 'annotation'"),
-        ("<annotation><object>", r"a.xml: this is no XML \(no element found: line 1"),
+        ("<annotation><object>", r"a.xml: this is not XML \(no element found: line 1"),
         (voc(voc_object("dog", 1, 2, "x", 9)), "has 'x' for 'bndbox/xmax' in its 'object'"),
         (voc(voc_object("dog", 1, 2, "nan", 9)), "has 'nan' for 'bndbox/xmax'"),
         (voc("<object><name>dog</name></object>"), "lacks 'bndbox/xmin' in its 'object'"),
@@ -209,7 +210,7 @@ def test_voc_in_another_encoding(tmp_path: Path) -> None:
     write(tmp_path / "a.xml", head + text, "latin-1")
     assert objects(read_annotations(tmp_path, tmp_path))["a.jpg"][0][0] == "Bär"
     write(tmp_path / "a.xml", text, "latin-1")
-    with pytest.raises(ValueError, match=r"a.xml: this is no XML \(not well-formed"):
+    with pytest.raises(ValueError, match=r"a.xml: this is not XML \(not well-formed"):
         read_annotations(tmp_path, tmp_path)
 
 
@@ -299,6 +300,15 @@ def test_yolo_folders_without_a_description(tmp_path: Path) -> None:
         read_annotations(labels, images)
 
 
+def test_the_last_folder_named_images_has_labels_beside_it(tmp_path: Path) -> None:
+    root = tmp_path / "images" / "mine"
+    image(root / "images" / "train" / "a.jpg")
+    write(root / "labels" / "train" / "a.txt", "0 .5 .5 .5 .5")
+    write(root / "data.yaml", "names: [dog]\ntrain: images/train\n")
+    found = read_annotations(root / "data.yaml", None, "train")
+    assert [len(each) for each in objects(found).values()] == [1]
+
+
 def test_yolo_beside_the_images(tmp_path: Path) -> None:
     image(tmp_path / "a.jpg")
     write(tmp_path / "a.txt", "0 .5 .5 -.5 .5")
@@ -325,7 +335,7 @@ def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
         ("dog .5 .5 .5 .5", "line 2 has 'dog' where a number is needed"),
         ("0 .5 .5 .5", "line 2, has 4 numbers: a box has 5"),
         ("0 .5 .5", "line 2, has 3 numbers: a box has 5"),
-        ("0 .5 .5 .5 .5 .9", r"has 6 numbers: .*\(a score at the end is to be taken away\)"),
+        ("0 .5 .5 .5 .5 .9", r"has 6 numbers: .*\(take away a score at the end\)"),
         ("0 .1 .1 .2 .2 .3 .3 .4", "line 2, has 8 numbers"),
         ("0 40 25 40 25", "line 2, has 40: the numbers after the class are fractions"),
         ("0 0,5 .5 .5 .5", "'0,5' where a number is needed: write a point for the comma"),
@@ -338,6 +348,14 @@ def test_yolo_lines_that_are_refused(tmp_path: Path, line: str, message: str) ->
         read_annotations(file, None, "train")
     assert str(tmp_path / "train" / "labels" / "a b.txt") in caught.value.args[0]
     assert "\n" not in caught.value.args[0]
+
+
+def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = yolo(tmp_path, "0 .5 .5 .5 .5")
+    (tmp_path / "train" / "labels" / "a b.txt").write_bytes(b"0 .5 .5 .5 .5\n0 .5 \xe9 .5 .5\n")
+    message = r"a b.txt, line 2, is not in UTF-8 \(byte 0xe9\): save the file as UTF-8"
+    with pytest.raises(ValueError, match=message):
+        read_annotations(file, None, "train")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +384,7 @@ def test_yolo_parts_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"which is not in the folder of images .*other"):
         read_annotations(file, tmp_path / "other", "train")
     write(file, "names: [a\n")
-    with pytest.raises(ValueError, match=r"data.yaml is no YAML: ") as caught:
+    with pytest.raises(ValueError, match=r"data.yaml is not YAML: ") as caught:
         read_annotations(file, None)
     assert "\n" not in caught.value.args[0]
 
@@ -451,7 +469,7 @@ def test_labelme_notes(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "a.json is empty: take it away"),
-        (labelme()[:-9], r"a.json, line 1, is no JSON \("),
+        (labelme()[:-9], r"a.json, line 1, is not JSON \("),
         ('{"version": "5", "shapes": 7}', 'a.json has no list of "shapes"'),
         ('["shapes"]', 'a.json has no list of "shapes"'),
         (labelme(shape("", *TRIANGLE)), r"shapes\[0\] has no label"),
@@ -513,10 +531,13 @@ def test_open_images(tmp_path: Path) -> None:
         (f"{HEADER}\na,,dog,1,0.1", "line 2, column XMax, has nothing where a number"),
         (f"{HEADER}\na,,,1,0.1,0.2,0.1,0.2,0,0", "line 2, has no LabelName"),
         (f"{HEADER}\na,,dog,1,10,20,10,20,0,0", "line 2, has 10, 20, 10, 20 for a box: these are"),
-        (f"{HEADER}\nz,,dog,1,0.1,0.2,0.1,0.2,0,0", "line 2, is of image 'z', of which there is"),
+        (
+            f"{HEADER}\nz,,dog,1,0.1,0.2,0.1,0.2,0,0\nz,,dog,1,0.1,0.2,0.1,0.2,0,0",
+            "line 2, is of image 'z', which is missing or ambiguous",
+        ),
         (
             f'{HEADER}\n"a,,dog,1,0.1,0.2,0.1,0.2,0,0',
-            "boxes.csv, line 1, is no CSV: unexpected end",
+            "boxes.csv, line 1, is not CSV: unexpected end",
         ),
     ],
 )
@@ -527,6 +548,129 @@ def test_csv_files_that_are_refused(tmp_path: Path, text: str, message: str) -> 
         read_annotations(file, tmp_path / "images")
     assert str(file) in caught.value.args[0]
     assert "\n" not in caught.value.args[0]
+
+
+# Cases that are awkward in all formats
+
+
+def one_object(key: str, root: Path, box: tuple[Any, ...] | None, name: str = "a.jpg") -> Path:
+    """Write annotations of one image, with a dog or without an object; give the path to read.
+
+    Args:
+        box: left, top, right, bottom as the format counts them.
+        name: what the annotations call the image sub/a.jpg.
+    """
+    image(root / "images" / "sub" / "a.jpg")
+    found: dict[str, Callable[[], Path]] = {
+        "voc": lambda: write(
+            root / "Annotations" / "sub" / "a.xml",
+            voc(*([voc_object("dog", *box)] if box else []), filename=name),
+        ).parents[1],
+        "labelme": lambda: (
+            write(
+                root / "json" / "a.json",
+                labelme(
+                    *([shape("dog", box[:2], box[2:], kind="rectangle")] if box else []), path=name
+                ),
+            ).parent
+        ),
+        "csv": lambda: write(
+            root / "boxes.csv",
+            f"{HEADER}\n{name},,dog,1,{box[0]},{box[2]},{box[1]},{box[3]},0,0" if box else HEADER,
+        ),
+        "yolo": lambda: write(
+            write(root / "classes.txt", "dog").parent / "labels" / "sub" / "a.txt",
+            "0 {} {} {} {}".format(*box) if box else "",
+        ).parents[1],
+        "coco": lambda: write(
+            root / "a.json",
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": name, "width": 80, "height": 50}],
+                    "categories": [{"id": 1, "name": "dog"}],
+                    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box}]
+                    if box
+                    else [],
+                }
+            ),
+        ),
+    }
+    return found[key]()
+
+
+# The same box, which begins 8 pixels left of the image of 80x50 and 5 above it.
+OUTSIDE = {
+    "voc": (-7, -4, 16, 10),
+    "labelme": (-8, -5, 16, 10),
+    "csv": (-0.1, -0.1, 0.2, 0.2),
+    "yolo": (0.05, 0.05, 0.3, 0.3),
+}
+
+
+@pytest.mark.parametrize("key", list(OUTSIDE))
+def test_corners_below_zero_are_kept(key: str, tmp_path: Path) -> None:
+    """The check of a data set names such boxes, and training clips them."""
+    path = one_object(key, tmp_path, OUTSIDE[key], "sub/a.jpg")
+    ((_, box, _, _),) = objects(read_annotations(path, tmp_path / "images"))["sub/a.jpg"]
+    assert box == [-8, -5, 24, 15]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("key", list(OUTSIDE))
+def test_files_as_editors_on_windows_write_them(key: str, encoding: str, tmp_path: Path) -> None:
+    path = one_object(key, tmp_path, OUTSIDE[key], "sub/a.jpg")
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and file.suffix != ".jpg":
+            file.write_text(file.read_text().replace("\n", "\r\n"), encoding, newline="")
+    ((name, box, _, _),) = objects(read_annotations(path, tmp_path / "images"))["sub/a.jpg"]
+    assert (name, box) == ("dog", [-8, -5, 24, 15])
+
+
+@pytest.mark.parametrize("name", [r"sub\a.jpg", r".\sub\a.jpg", r"D:\my data\sub\a.jpg"])
+@pytest.mark.parametrize("key", ["voc", "labelme", "csv"])
+def test_paths_of_windows_lead_to_the_image(key: str, name: str, tmp_path: Path) -> None:
+    path = one_object(key, tmp_path, OUTSIDE[key], name)
+    assert list(objects(read_annotations(path, tmp_path / "images"))) == ["sub/a.jpg"]
+
+
+@pytest.mark.parametrize("key", ["voc", "labelme", "yolo"])
+def test_an_image_without_objects_stays(key: str, tmp_path: Path) -> None:
+    path = one_object(key, tmp_path, None, "sub/a.jpg")
+    assert objects(read_annotations(path, tmp_path / "images")) == {"sub/a.jpg": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "message"),
+    [
+        ("voc", "ImageSets/Main/train.txt", r"train.txt lists no image\.$"),
+        ("yolo", "data.yaml", "data.yaml does not describe a data set: write names, and"),
+        ("yolo", "classes.txt", "classes.txt has no name for class 0: add it"),
+        ("coco", "a.json", r"a.json is not in COCO's format: .* it may be truncated"),
+    ],
+)
+def test_an_empty_file_is_named(key: str, file: str, message: str, tmp_path: Path) -> None:
+    path = one_object(key, tmp_path, OUTSIDE.get(key), "sub/a.jpg")
+    empty = write(tmp_path / file, "")
+    given = path if file == "classes.txt" else empty
+    with pytest.raises(ValueError, match=message):
+        read_annotations(given, tmp_path / "images")
+
+
+# Ids
+
+
+def test_ids_count_from_1_in_the_order_of_the_names() -> None:
+    """pycocotools takes an annotation 0 for none."""
+    box = [0.0, 0.0, 1.0, 1.0]
+    images = [
+        LabelledImage("b.jpg", (4, 4), [LabelledObject(name, box) for name in ("dog", "cat")]),
+        LabelledImage("a.jpg", (4, 4), [LabelledObject("dog", box)]),
+    ]
+    content = to_coco(images)
+    assert [(i["id"], i["file_name"]) for i in content["images"]] == [(1, "a.jpg"), (2, "b.jpg")]
+    assert [(c["id"], c["name"]) for c in content["categories"]] == [(1, "cat"), (2, "dog")]
+    found = [(a["id"], a["image_id"], a["category_id"]) for a in content["annotations"]]
+    assert found == [(1, 1, 2), (2, 2, 2), (3, 2, 1)]
 
 
 # Recognition

@@ -10,6 +10,8 @@ import check_dataset
 import pytest
 from test_formats import image, voc, voc_object, write
 
+from vovnet_d2.data.formats import FORMATS
+from vovnet_d2.engine import argument_parser
 from vovnet_d2.engine.data_pictures_command import main as visualize
 
 pytest_plugins = ["engine_fixtures"]
@@ -28,6 +30,12 @@ def folder(tmp_path: Path) -> Path:
     write(root / "ImageSets" / "Main" / "train.txt", "a\nb\ngone\n")
     write(root / "ImageSets" / "Main" / "val.txt", "c\n")
     return root
+
+
+def test_the_help_of_each_tool_lists_the_formats() -> None:
+    for parser in (check_dataset.argument_parser(), argument_parser()):
+        lines = parser.format_help().splitlines()
+        assert {f"  {known.title}: {known.example}" for known in FORMATS.values()} <= set(lines)
 
 
 def test_the_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

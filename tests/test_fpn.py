@@ -76,7 +76,9 @@ def test_fpn_over_vovnet(num_levels, in_feature):
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize("norm", ["", "GN"])
 def test_fpn_is_detectron2s(norm, fuse_type):
-    """The same weights in the FPN and the top block that Detectron2 gives ResNet."""
+    """The FPN and the top block that Detectron2 gives ResNet compute the same with the same
+    weights.
+    """
     args = {"out_channels": 32, "norm": norm, "fuse_type": fuse_type}
     bottom_up = backbone()
     ours = attach_fpn(
@@ -111,14 +113,14 @@ def test_wrong_source_of_top_levels(in_feature):
         ({"out_features": STAGES[:3]}, STAGES, "asks for stage5, but the backbone returns st"),
         ({}, ["res4", "res5"], "asks for res4, res5, but the backbone returns stage2, stage3,"),
         ({}, [], "asks for nothing, but the backbone returns stage2, stage3, stage4, stage5:"),
-        ({}, ["stage5", "stage4"], "stage5, stage4, of strides [32, 16]: FPN needs maps of do"),
-        ({}, ["stage3", "stage5"], "stage3, stage5, of strides [8, 32]: FPN needs maps of dou"),
-        ({"stage5_dilation": 2}, STAGES, "of strides [4, 8, 16, 16]: FPN needs maps of doubli"),
+        ({}, ["stage5", "stage4"], "stage5, stage4, with strides [32, 16]: FPN needs feature maps"),
+        ({}, ["stage3", "stage5"], "stage3, stage5, with strides [8, 32]: FPN needs feature maps"),
+        ({"stage5_dilation": 2}, STAGES, "with strides [4, 8, 16, 16]: FPN needs feature maps"),
         ({}, STAGES[:3], "from 'p5', but the FPN over stage2, stage3, stage4 has p2, p3, p4:"),
         (
             {"out_features": ["stem", "stage2"]},
             ["stem", "stage2"],
-            "of strides [4, 4]: FPN needs maps of doubling stride",
+            "with strides [4, 4]: FPN needs feature maps whose strides double",
         ),
     ],
 )

@@ -34,7 +34,7 @@ _watched: list["Watch"] = []
 
 
 class Watch:
-    """What was done outside the folder for output while it was armed."""
+    """A record of what was done outside the folder for output while it was armed."""
 
     def __init__(self, output: Path):
         self.output = str(output)
@@ -83,7 +83,7 @@ def sandbox(tmp_path: Path, fresh_logging: None, monkeypatch) -> Path:
 
 
 class watching:
-    """What is done inside is seen, and must stay within the folder for output."""
+    """Watch what is done inside this context, which must stay within the folder for output."""
 
     def __init__(self, sandbox: Path):
         self.sandbox = sandbox
@@ -175,7 +175,7 @@ def test_malformed_options(sandbox: Path, capsys) -> None:
 def convert(sandbox: Path, path: Path) -> None:
     words = [str(path), str(sandbox / "output" / "converted.pth"), "--allow-pickle"]
     with watching(sandbox), pytest.raises((ValueError, FileNotFoundError)) as caught:
-        convert_weights.main(convert_weights.argument_parser().parse_args(words))
+        convert_weights.run(convert_weights.argument_parser().parse_args(words))
     message = str(caught.value)
     assert message.endswith((".", ")."))
     assert "\n" not in message

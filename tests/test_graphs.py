@@ -46,7 +46,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     ],
 )
 def test_graphs_equal_a_second_derivation(structure, maker):
-    """In inference and in training, in which a frozen norm computes the same."""
+    """This holds in inference and in training, in which a frozen norm computes the same."""
     net = short(thin(STRUCTURES[structure]))
     state = random_state(net, num_classes=7)
     model = build(structure).eval()
@@ -99,7 +99,9 @@ def test_graphs_of_what_is_optimized_with_an_fpn_on_top(maker):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.ao, which warns of its own parts
-@pytest.mark.parametrize("structure", ["eSE in all", "depthwise"])
+@pytest.mark.parametrize(
+    "structure", ["eSE in all", pytest.param("depthwise", marks=pytest.mark.slow)]
+)
 def test_fx_quantization(structure):
     """After calibration, and after training that is aware of it."""
     fx = pytest.importorskip("torch.ao.quantization.quantize_fx")

@@ -117,7 +117,7 @@ LABEL_FILES = {
 
 @pytest.mark.parametrize("kind", LABEL_FILES)
 def test_labels_are_the_numbers_in_the_file(tmp_path: Path, kind: str) -> None:
-    """For training and evaluation alike; Detectron2's mapper takes a palette's luminance."""
+    """Training and evaluation read the same; Detectron2's mapper takes a palette's luminance."""
     path = tmp_path / "a.png"
     LABEL_FILES[kind].save(path)
     assert np.array_equal(read_labels(path), LABELS)
@@ -132,13 +132,24 @@ def test_labels_are_the_numbers_in_the_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_labels_beyond_8_bits(tmp_path: Path) -> None:
-    labels = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) * 273
-    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.png")
+    numbers = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE)
     Image.fromarray(scene()).save(tmp_path / "b.png")
     record = {"file_name": str(tmp_path / "b.png"), "sem_seg_file_name": str(tmp_path / "a.png")}
-    augmentations = [T.RandomFlip(1.0), T.ResizeShortestEdge(24)]
-    found = Mapper(True, augmentations=augmentations, image_format="BGR")(record)["sem_seg"]
-    assert np.array_equal(found, np.repeat(np.repeat(labels[:, ::-1], 2, axis=0), 2, axis=1))
+    mapper = Mapper(
+        True, augmentations=[T.RandomFlip(1.0), T.ResizeShortestEdge(24)], image_format="BGR"
+    )
+    for labels in (numbers * 273, 254 + numbers % 3):  # to the largest, and just beyond
+        Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.png")
+        expected = np.repeat(np.repeat(labels[:, ::-1], 2, axis=0), 2, axis=1)
+        assert np.array_equal(mapper(record)["sem_seg"], expected)
+
+
+def test_floating_point_labels_are_whole_numbers(tmp_path: Path) -> None:
+    Image.fromarray(LABELS.astype(np.float32)).save(tmp_path / "a.tif")
+    assert np.array_equal(read_labels(tmp_path / "a.tif"), LABELS)
+    Image.fromarray(LABELS.astype(np.float32) / 2).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match=r"b\.tif .* not whole numbers \(Pillow's mode F\)"):
+        read_labels(tmp_path / "b.tif")
 
 
 def test_colours_are_no_labels(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package does, beside other packages and without Detectron2."""
+"""The import of the package, beside other packages and without Detectron2."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ PUBLIC = {"VOVNET_SPECS", "VoVNet", "VoVNetSpec", "add_vovnet_config", "get_conf
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess:
-    """In a Python of its own that finds the modules of ``folder`` first, then the package."""
+    """Run code in another Python, which finds the modules of ``folder`` first, then the package."""
     path = os.pathsep.join([str(folder), str(PACKAGE.parent)])
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -39,8 +39,8 @@ def test_without_detectron2(tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == (
         "ModuleNotFoundError: vovnet_d2 needs Detectron2, which is not on PyPI: run "
-        "`python tools/install_detectron2.py` from vovnet_d2's repository, with the Python that "
-        "you use."
+        "`vovnet-install-detectron2`, or `python tools/install_detectron2.py` in vovnet_d2's "
+        "repository."
     )
 
 
@@ -133,7 +133,9 @@ def test_modeling_knows_nothing_of_its_users(file):
 
 @pytest.mark.parametrize("file", MODELING, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_a_config_is_read_in_the_builders_alone(file):
-    """And in what Detectron2's ``configurable`` calls, for classes that it finds by their name."""
+    """Detectron2's ``configurable`` also calls readers of a config, in classes that it finds by
+    name.
+    """
     readers = {
         node.name
         for node in ast.walk(ast.parse(file.read_text()))

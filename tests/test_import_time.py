@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package costs beside importing Detectron2's modeling."""
+"""The time to import the package, beside that of Detectron2's modeling."""
 
 import subprocess
 import sys

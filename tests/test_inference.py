@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # of float32, relative to the largest value of a map
 
 
 def build(net=NET, norm="FrozenBN") -> VoVNet:
-    """In training mode, with norms as in a trained network."""
+    """Build a network in training mode, with norms as in a trained network."""
     model = VoVNet(VoVNetSpec(**vars(net)), norm=norm, out_features=STAGES)
     model.load_state_dict(random_state(net), strict=False)
     return model
@@ -37,7 +37,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def rms_error(maps: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of each map, relative to its largest value."""
+    """Return the error of each feature map, relative to its largest value."""
     return torch.stack(
         [(maps[k] - x).square().mean().sqrt() / x.abs().max() for k, x in exact.items()]
     )
@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_is():
 
 
 def test_the_process_is_left_as_it_is(monkeypatch):
-    """What the C library keeps of freed memory is for a program to say."""
+    """A program decides about the freed memory that the C library keeps."""
 
     def fail(*args):
         raise AssertionError(args)
@@ -202,8 +202,10 @@ def small_detector(name: str) -> CfgNode:
 
 
 def build_detector(name: str) -> nn.Module:
-    """With norms as in a trained network, and scores apart: the layers before RetinaNet's, which
-    start near zero, are drawn, too."""
+    """Build a detector with norms as in a trained network, and with scores apart.
+
+    The layers before RetinaNet's, which start near zero, are drawn too.
+    """
     model = build_model(small_detector(name)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():

@@ -26,7 +26,7 @@ Good = dict[bool, tuple[Path, dict[str, Outcome]]]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
-    """What the tools make of the good data, without and with masks."""
+    """Return the output of the tools for the good data, without and with masks."""
     found: Good = {}
     catalogs = [(catalog, catalog.data) for catalog in (DatasetCatalog, MetadataCatalog)]
     for masks in (False, True):

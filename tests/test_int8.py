@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import export_model
 import numpy as np
 import onnx
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.env import seed_all_rng
 from engine_runs import MASK_RCNN as MINIATURE
 from engine_runs import TINY, launch
-from export_models import MASK_RCNN, build_detector, pictures, small_config
+from export_models import MASK_RCNN, build_detector, pictures, run_export, small_config
 from onnx import numpy_helper
 from predictor_runs import PICTURES, save
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from vovnet_d2.backends import BACKENDS, use_backend
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.backends.quantized import check_quantized, mark_quantized
 from vovnet_d2.engine.quantization import _agreement, find_images, quantize_detector
+from vovnet_d2.export import int8
 from vovnet_d2.export.dense import DensePart
 from vovnet_d2.export.int8 import KEEP_FLOAT, Quantizer
 from vovnet_d2.modeling.inference import optimize_for_inference
@@ -36,6 +37,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
+    """The network that tests of backends have too, so that it is exported once for all of them."""
+    seed_all_rng(0)
     return build_detector(small_config(MASK_RCNN))
 
 
@@ -174,6 +177,27 @@ def test_sensitivity_of_layers(model: nn.Module, quantizer: Quantizer) -> None:
     assert all(1e-3 < error < 0.2 for error in errors.values())
 
 
+def test_the_error_of_a_layer_is_that_of_its_worst_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, near = ([torch.ones(4), torch.full((4,), value)] for value in (2.0, 3.0))
+    outputs = iter([exact, near])
+    monkeypatch.setattr(int8, "_run", lambda *_: next(outputs))
+    bare = object.__new__(Quantizer)
+    bare.__dict__.update(layers={"a": []}, _model=None, quantize=lambda _: None)
+    assert bare.sensitivity([]) == {"a": pytest.approx(0.5)}
+
+
+def test_a_group_is_a_whole_name() -> None:
+    for layer, group, inside in (
+        ("backbone.bottom_up.stage5.0.aggregation", "stage5", True),
+        ("backbone.fpn_output2", "backbone.fpn_output2", True),
+        ("backbone.fpn_output23", "backbone.fpn_output2", False),
+        ("backbone.fpn_output23", "fpn_outputs", True),
+        ("head.conv", "head", True),
+        ("header.conv", "head", False),
+    ):
+        assert int8._is_in(layer, group) == inside
+
+
 # Files
 
 
@@ -247,13 +271,14 @@ def test_agreement() -> None:
 # The tool
 
 
+@pytest.mark.slow
 def test_the_tool(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     launch(MINIATURE, tmp_path, "SOLVER.MAX_ITER", "1")
     arguments = ["--config-file", str(tmp_path / "config.yaml"), "--int8"]
     options = ["--opts", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
     calibration = ["--calibration", "coco_2017_train", "--calibration-images", "4"]
-    export_model.main([*arguments, *calibration, *options])
+    run_export([*arguments, *calibration, *options])
     report = json.loads(Path("exported/dense.int8.json").read_text())
     assert report["images"] == 4
     assert report["data set"] == "coco_2017_val"
@@ -273,7 +298,7 @@ def test_the_tool(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert report["results"]["INT8"]["bbox AP"] == pytest.approx(found["bbox"]["AP"], abs=1e-6)
     # The same file by the same command.
     content = Path("exported/dense.int8.onnx").read_bytes()
-    export_model.main([*arguments, *calibration, *options, "DATASETS.TEST", "()"])
+    run_export([*arguments, *calibration, *options, "DATASETS.TEST", "()"])
     assert Path("exported/dense.int8.onnx").read_bytes() == content
     assert "results" not in json.loads(Path("exported/dense.int8.json").read_text())
 
@@ -311,7 +336,7 @@ def test_mistakes_of_the_tool(
         (["--keep-float", "stem"], ValueError, "go with --int8: add it"),
     ):
         with pytest.raises(error, match=message):
-            export_model.main([*start, *arguments, *options])
+            run_export([*start, *arguments, *options])
     with pytest.raises(ValueError, match=r"no stage9 in the network .*: choose from stem, "):
         quantizer.select(["stage9"])
     with pytest.raises(ValueError, match="nothing is left to quantize"):

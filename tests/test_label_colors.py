@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.visualizer import Visualizer
 from engine_runs import FASTER_RCNN
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from vovnet_d2.demo.drawing import Artist
-from vovnet_d2.demo.selection import Shown
+from vovnet_d2.drawing import artist
+from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.data_pictures import draw_annotations
 from vovnet_d2.engine.pictures import draw_predictions
@@ -39,13 +38,14 @@ class Oracle(nn.Module):
 def colors(monkeypatch: pytest.MonkeyPatch) -> Colors:
     """The colours that each class has been drawn in."""
     found: Colors = defaultdict(set)
-    original = Visualizer.draw_binary_mask
+    original = artist._draw_regions
 
-    def record(self: Visualizer, mask: np.ndarray, color=None, *, text: str, **words: object):
-        found[text].add(None if color is None else tuple(color))
-        return original(self, mask, color, text=text, **words)
+    def record(canvas: np.ndarray, regions: list, font_size: int) -> None:
+        for _, color, text in regions:
+            found[text].add(tuple(color.tolist()))
+        original(canvas, regions, font_size)
 
-    monkeypatch.setattr(Visualizer, "draw_binary_mask", record)
+    monkeypatch.setattr(artist, "_draw_regions", record)
     return found
 
 
@@ -67,7 +67,6 @@ def beach(catalogs: None, tmp_path: Path) -> str:
 def check_colors(colors: Colors) -> None:
     assert sorted(colors) == sorted(CLASSES)
     assert all(len(found) == 1 for found in colors.values())
-    assert None not in set.union(*colors.values())
     assert len(set.union(*colors.values())) == len(CLASSES)
 
 
@@ -95,14 +94,14 @@ def test_truth_and_predictions(
 ) -> None:
     draw_panels(SEMANTIC, tmp_path)
     check_colors(colors)
-    assert titles == ["ground truth", "predictions"] * 2  # label maps have no scores
+    assert titles == ["ground truth · predictions"] * 2  # label maps have no scores
 
 
 def test_the_titles_of_detections_say_the_score(
     beach: str, tmp_path: Path, titles: list[str]
 ) -> None:
     draw_panels(FASTER_RCNN, tmp_path)
-    assert titles == ["ground truth", "predictions (score ≥ 50%)"] * 2
+    assert titles == ["ground truth · predictions (score ≥ 50%)"] * 2
 
 
 def test_annotations(beach: str, colors: Colors) -> None:
@@ -111,7 +110,7 @@ def test_annotations(beach: str, colors: Colors) -> None:
 
 
 def test_the_demo(beach: str, colors: Colors) -> None:
-    artist = Artist(MetadataCatalog.get(beach))
+    drawer = Artist(MetadataCatalog.get(beach))
     for _ in range(2):
-        artist.draw(np.zeros((64, 80, 3), np.uint8), Shown(None, torch.from_numpy(LABELS), None))
+        drawer.draw(np.zeros((64, 80, 3), np.uint8), Shown(None, torch.from_numpy(LABELS), None))
     check_colors(colors)

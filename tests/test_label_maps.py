@@ -58,9 +58,9 @@ BAD = {
     "colours": (COLOURS, r"0\.png is no map of labels: its pixels are colours \("),
     "0 and 255": (labels_of(0, 255), r"no values but 0 and 255.* one class to learn"),
     "grey values": (labels_of(0, 127, 254), r"0\.png is the first .* probably grey values"),
-    "from 1": (labels_of(1, 2, 3), "no class, 3 .*counted from 1: subtract 1"),
+    "from 1": (labels_of(1, 2, 3), "not classes: 3 .*counted from 1: subtract 1"),
     "background": (labels_of(0, 1, 2, 3), "If 0 is the background, the network has a class too"),
-    "too many": (labels_of(0, 1, 2, 7, 300), "values that are no class, 7, 300"),
+    "too many": (labels_of(0, 1, 2, 7, 300), "values that are not classes: 7, 300"),
     "nothing": (labels_of(255), "no pixel of a class"),
     "size": (np.zeros((5, 5)), r"0\.png has 5 x 5 pixels, and its picture .*0\.jpg 20 x 12"),
 }
@@ -96,4 +96,4 @@ def test_the_tool_takes_registered_maps(
     DatasetCatalog.clear()
     register(tmp_path, [labels_of(0, 3)])
     assert check_dataset.main(["maps"]) == 1
-    assert "label maps have values that are no class, 3" in capsys.readouterr().out
+    assert "label maps have values that are not classes: 3" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from timm.models.vovnet import model_cfgs as timm_configs
 from torch import nn
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec
-from vovnet_d2.layouts import LAYOUTS, match_keys, rename_keys
+from vovnet_d2.layouts import match_keys, rename_keys
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 PUBLISHED = {name: thin(net) for name, net in STRUCTURES.items() if not net.bottleneck}
@@ -53,8 +53,11 @@ PINNED = Path(__file__).with_name("data") / "parameter_names.json"
 
 
 def parameter_names() -> dict:
-    """For one network of each kind, the modules of its stem, stage2 and classifier with their
-    tensors; for each variant, a digest of all names and shapes."""
+    """Return the parameter names.
+
+    For one network of each kind these are the modules of its stem, stage2 and classifier with their
+    tensors. For each variant it is a digest of all names and shapes.
+    """
     small = replace(
         VOVNET_SPECS["V-19-slim-eSE"], blocks_per_stage=(2, 1, 1, 1), layers_per_block=2
     )
@@ -162,12 +165,6 @@ def test_timm_names(name):
 def test_other_names_are_left_alone(key):
     assert rename_keys([key]) == {}
     assert match_keys([key]) == {}
-
-
-def test_unknown_layout():
-    with pytest.raises(ValueError, match="layout 'keras': choose from native, detectron2, timm"):
-        rename_keys([], to="keras")
-    assert all(rename_keys([], to=layout) == {} for layout in LAYOUTS)
 
 
 # Loading

@@ -22,8 +22,7 @@ from vovnet_d2.data.check.conventions import COCO, Sample, find_conventions
 from vovnet_d2.data.check.files import inspect_files
 from vovnet_d2.data.check.orientation import compare_readings
 from vovnet_d2.data.records import check_records, find_absurd
-from vovnet_d2.demo.selection import Shown
-from vovnet_d2.demo.video_drawing import FrameArtist
+from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.engine import rehearsal
 from vovnet_d2.export.masks import paste_masks
 from vovnet_d2.modeling.single_shot.detections import select_detections
@@ -45,7 +44,8 @@ def found(folder: Path, *annotations: dict[str, Any], side: int = SIDE, **image:
         "categories": [{"id": 1, "name": "a"}],
         "annotations": [{"id": i} | usual | a for i, a in enumerate(annotations, start=1)],
     }
-    Image.fromarray(np.resize(NOISE, (side, side, 3))).save(folder / "a.png")
+    height, width = image.get("height", side), image.get("width", side)
+    Image.fromarray(np.resize(NOISE, (height, width, 3))).save(folder / "a.png")
     (folder / "a.json").write_text(json.dumps(content))
     source = Source("a", folder / "a.json", folder)
     ((checked,), _) = check_data_sets([source], resize=(SIDE, 2 * SIDE))
@@ -87,6 +87,13 @@ def test_annotations(
     assert found(tmp_path, beyond)[problem] == 1
 
 
+def test_the_shorter_side_of_a_tall_picture_is_its_width(tmp_path: Path) -> None:
+    """Training makes 50 × 150 pixels 4/3 as large, by the longer side."""
+    for side, tiny in ((3.1, False), (2.9, True)):
+        counts = found(tmp_path, {"bbox": [10, 10, side, 40]}, width=50, height=150)
+        assert ("tiny_box" in counts) == tiny
+
+
 def test_a_cause_is_sought_where_half_of_the_annotations_have_one_problem(tmp_path: Path) -> None:
     wrong, right = {"category_id": 2}, {}
     for number, systematic in ((9, False), (10, True), (11, True)):
@@ -110,7 +117,7 @@ def test_12_bits_of_16_are_dark(tmp_path: Path, largest: int, dark: bool) -> Non
     pixels[0, 0] = largest
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (file,) = inspect_files([str(tmp_path / "a.png")], "").values()
-    assert (file.deep, file.dark) == (True, dark)
+    assert (file.bits, file.dark) == (16, dark)
 
 
 @pytest.mark.parametrize(("deviation", "flat"), [(3, True), (5, False)])
@@ -170,7 +177,7 @@ def test_an_rle_has_the_pixels_of_its_image(runs: list[int], fits: bool) -> None
 
 @pytest.mark.parametrize(("off", "warned"), [(0.5, False), (0.65, True)])
 def test_a_mean_may_be_off_by_a_percent_of_the_deviation(off: float, warned: bool) -> None:
-    """Of about 57, also where the weights have absorbed it."""
+    """The deviation is about 57, also if the weights have absorbed it."""
     cfg = get_cfg()
     cfg.MODEL.PIXEL_MEAN = [BGR_255.pixel_mean[0] + off, *BGR_255.pixel_mean[1:]]
     assert (check_input_convention(cfg, BGR_255) is not None) == warned
@@ -194,10 +201,10 @@ def test_keypoints_are_drawn_above_a_score_of_a_twentieth() -> None:
     for score, drawn in ((0.05, False), (0.06, True)):
         instances.pred_keypoints = torch.tensor([[[50.0, 60.0, score]]])
         canvas = np.full((SIDE, SIDE, 3), 100, np.uint8)
-        picture = FrameArtist(Metadata(thing_classes=["a"])).draw(
-            canvas, Shown(instances, None, None)
-        )
-        assert (picture[60, 50].tolist() == [0, 0, 255]) == drawn
+        artist = Artist(Metadata(thing_classes=["a"]))
+        for scale in (1, 2):  # of the picture, and not of the score
+            picture = artist.draw(canvas, Shown(instances, None, None), scale=scale)
+            assert (picture[60 * scale, 50 * scale].tolist() == [0, 0, 255]) == drawn
 
 
 def test_a_mask_is_where_its_probability_is_at_least_a_half() -> None:
@@ -227,7 +234,7 @@ def test_perfect_predictions_score_99(
 
 
 def test_a_score_at_the_threshold_is_no_detection() -> None:
-    """As anchors of no score, where the threshold is 0."""
+    """Anchors without a score are no detections if the threshold is 0."""
     boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 29, 29], [40, 40, 49, 49]])
     scores = torch.tensor([[0.5], [0.25], [0.0]])
     for threshold, number in ((0.5, 0), (0.25, 1), (0.0, 2)):

@@ -213,7 +213,7 @@ def test_weights_made_in_inference_mode():
 
 
 def test_weights_changed_in_inference_mode():
-    """Whose tensors do not tell of their changes."""
+    """Tensors of inference mode do not tell of their changes."""
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         made_there = optimize_for_inference(build())

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import Boxes, BoxMode, Instances
 from engine_runs import MASK_RCNN, RETINANET, TINY, data_flags, quick, read_log
+from format_writers import WRITERS
 from pycocotools.coco import COCO
 
 from vovnet_d2 import Predictor
@@ -25,10 +26,11 @@ from vovnet_d2.data.formats import FORMATS, Notes
 from vovnet_d2.data.own import OwnDataSet, register_own_data
 from vovnet_d2.data.own_files import read_contents
 from vovnet_d2.demo import main as demo
-from vovnet_d2.engine import argument_parser, load_config, own_data, run
+from vovnet_d2.engine import argument_parser, load_config, main_process, own_data, run
 from vovnet_d2.engine.checks import check_data, check_data_sets
 from vovnet_d2.engine.detection import register_data
 from vovnet_d2.engine.evaluation import build_evaluator
+from vovnet_d2.errors import UserValueError
 from vovnet_d2.report import write_page
 
 pytest_plugins = ["engine_fixtures"]
@@ -153,7 +155,7 @@ def test_train_then_evaluate_and_predict_without_the_flags(
 
 
 def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> None:
-    """Where no category is missing in the list, the records are those of load_coco_json."""
+    """The records are those of load_coco_json if no category is missing in the list."""
     setup(FASTER_RCNN, flags(digits, *BOTH))
     json_file, images = str(digits / "train.json"), str(digits / "vovnet_d2_digits" / "train")
     assert DatasetCatalog.get("own_train") == load_coco_json(json_file, images, "plain")
@@ -208,11 +210,11 @@ def test_one_process_reads_a_file_for_all(
     )
     told: list[Any] = [contents]
     monkeypatch.setattr(own_data, "read_contents", lambda *_, **__: pytest.fail("read twice"))
-    monkeypatch.setattr(own_data.comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(own_data.comm, "all_gather", lambda value: [told[0], value])
+    monkeypatch.setattr(main_process.comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(main_process.comm, "all_gather", lambda value: [told[0], value])
     assert setup(FASTER_RCNN, flags(digits, "train")).MODEL.ROI_HEADS.NUM_CLASSES == 10
-    told[0] = ValueError("What the main process says.")
-    with pytest.raises(ValueError, match="What the main process says"):
+    told[0] = UserValueError("What the main process says.")
+    with pytest.raises(UserValueError, match="What the main process says"):
         setup(FASTER_RCNN, flags(digits, "train"))
 
 
@@ -235,7 +237,7 @@ def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path
 
 
 def test_ids_of_another_numbering(catalogs: None, digits: Path, tmp_path: Path) -> None:
-    """The same names in the same order, counted from 0 in the file to evaluate on."""
+    """The file to evaluate on has the same names in the same order, counted from 0."""
     content = json.loads((digits / "train.json").read_text())
     numbers = {IDS[name]: number for number, name in enumerate(NAMES)}
     for category in content["categories"]:
@@ -360,7 +362,7 @@ def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> No
     setup(FASTER_RCNN, flags(digits, "train"))
     assert MetadataCatalog.get("own_train").thing_classes == NAMES
     DatasetCatalog.register("theirs", list)
-    with pytest.raises(ValueError, match="'theirs', which is that of another data set"):
+    with pytest.raises(ValueError, match="'theirs', and another data set has this name"):
         register_own_data([entry | {"name": "theirs"}])
     for wrong in (7, {"name": "a"}, entry | {"category_ids": []}):
         with pytest.raises(ValueError, match=r"DATASETS\.OWN has"):
@@ -387,7 +389,12 @@ def test_missing_words(catalogs: None, digits: Path, words: list[str], message: 
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (FASTER_RCNN, ["DATASETS.TRAIN", "('a',)"], "DATASETS.TRAIN follows from --train/val-an"),
+        (
+            FASTER_RCNN,
+            ["DATASETS.TRAIN", "('a',)"],
+            "DATASETS.TRAIN follows from the files of --train-annotations and --val-annotations: "
+            "remove it from the command",
+        ),
         (RETINANET, ["MODEL.RETINANET.NUM_CLASSES", "3"], "MODEL.RETINANET.NUM_CLASSES follows"),
         ("COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml", [], "PanopticFPN learns from"),
         ("COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml", [], "SemanticSegmentor learns"),
@@ -410,22 +417,37 @@ def _set(section: str, key: str, value: Any) -> Callable[[dict], None]:
 
 
 SPOILT: dict[str, tuple[Callable[[dict], Any], str]] = {
-    "no list": (lambda c: c.pop("images"), r'missing or no lists \("images" is missing\)'),
-    "no object": (lambda c: c["images"].append(7), r"entries that are no objects \(images\[14\]"),
+    "no list": (lambda c: c.pop("images"), r'missing or not lists \("images" is missing\)'),
+    "no object": (lambda c: c["images"].append(7), r"entries that are not objects \(images\[14\]"),
     "empty": (lambda c: c["annotations"].clear(), "has no annotations"),
-    "no width": (lambda c: c["images"][0].pop("width"), r"images\[0\] has no width"),
-    "text for id": (_set("annotations", "category_id", "4"), r"\[0\] is of category '4', which is"),
-    "no id": (_set("annotations", "category_id", 4.5), r"annotations\[0\] has category_id 4\.5"),
-    "ids of two kinds": (_set("images", "id", "one"), "images have numbers and text for ids"),
-    "text for a number": (_set("annotations", "image_id", "2"), "write numbers or text in both"),
-    "id twice": (_set("images", "id", 2), "two of its images have the id 2"),
+    "no width": (lambda c: c["images"][0].pop("width"), r"\(image 1: None x 96\)"),
+    "text for id": (
+        _set("annotations", "category_id", "4"),
+        r"categories that are not listed|ids that are text where .*category_id is '4'",
+    ),
+    "no id": (
+        _set("annotations", "category_id", 4.5),
+        r"not listed \(annotation \d+ of \S+: 4\.5\)",
+    ),
+    "ids of two kinds": (_set("images", "id", "one"), r"or not all text \(image 'one'\)"),
+    "text for a number": (
+        _set("annotations", "image_id", "2"),
+        "ids that are text where the ids are numbers",
+    ),
+    "id twice": (_set("images", "id", 2), "different images that share an id"),
     "empty masks": (
         lambda c: [a.update(segmentation=[[]]) for a in c["annotations"] if not a["iscrowd"]],
         r"objects without a mask.*MODEL.MASK_ON False",
     ),
-    "three numbers": (_set("annotations", "bbox", [1, 2, 3]), r"\[0\] has bbox \[1, 2, 3\]"),
-    "category": (_set("annotations", "category_id", 7), r"\[0\] is of category 7, which is not"),
-    "one name": (_set("categories", "name", "3"), "two categories with the id .* or the name '3'"),
+    "three numbers": (
+        _set("annotations", "bbox", [1, 2, 3]),
+        r"not four numbers \(annotation \d+ of \S+: \[1, 2, 3\]\)",
+    ),
+    "category": (_set("annotations", "category_id", 7), r"not listed \(annotation \d+ of \S+: 7\)"),
+    "one name": (
+        _set("categories", "name", "3"),
+        r"categories that share a name \(category \d+: '3' and 1 more\)",
+    ),
     "encoded mask": (_set("annotations", "iscrowd", 0), r"1 masks that are not polygons but RLE"),
     "no segmentation": (
         lambda c: [a.pop("segmentation") for a in c["annotations"] if not a["iscrowd"]],
@@ -464,15 +486,36 @@ def test_a_file_that_is_something_else(
         setup(FASTER_RCNN, words)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_are_not_plain_utf_8(
+    catalogs: None, digits: Path, tmp_path: Path, encoding: str
+) -> None:
+    """pycocotools, which evaluates, stops at them. So the run has copies that it can read."""
+    for split in BOTH:
+        (tmp_path / f"{split}.json").write_text((digits / f"{split}.json").read_text(), encoding)
+    words = [w.replace(f"{digits}/{s}.json", f"{tmp_path}/{s}.json")
+             for s in BOTH for w in flags(digits, s)]  # fmt: skip
+    cfg = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
+    for entry, split in zip(cfg.DATASETS.OWN, BOTH, strict=True):
+        assert Path(entry["json"]).parent == tmp_path / "out"
+        assert COCO(entry["json"]).dataset == json.loads((digits / f"{split}.json").read_text())
+    found = [labels_of(f"own_{split}") for split in BOTH]
+    setup(FASTER_RCNN, flags(digits, *BOTH))
+    assert found == [labels_of(f"own_{split}") for split in BOTH]
+
+
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
 def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: str) -> None:
     content = json.loads((digits / "train.json").read_text())
+    number = content["annotations"][3]["id"]
     del content["annotations"][3][key]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
     images = str(digits / "vovnet_d2_digits" / "train")
     read_contents(str(path), images, evaluated=False)
-    with pytest.raises(ValueError, match=rf"annotations\[3\] has no {key}\. .*check_dataset"):
+    with pytest.raises(
+        ValueError, match=rf"{key}.* missing .*\(annotation {number} of \S+: None\)\. "
+    ):
         read_contents(str(path), images, evaluated=True)
 
 
@@ -515,7 +558,9 @@ def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_
     content = json.loads(copy.read_text())
     content["annotations"][0]["category_id"] = 77
     copy.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="annotation of category 77, which is none of the 10"):
+    with pytest.raises(
+        ValueError, match="annotation of category 77, and the network has only these 10"
+    ):
         DatasetCatalog.get("own_train")
     copy.write_text("[]")
     with pytest.raises(ValueError, match=r"train\.json is not in COCO's format \("):
@@ -544,7 +589,7 @@ def converted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             image["file_name"] = f"{part}-{image['file_name']}"
             shutil.copy(source, root / "images" / image["file_name"])
     for key in ("voc", "yolo", "labelme", "csv"):
-        FORMATS[key].write(root / key, parts, Notes())
+        WRITERS[key](root / key, parts, Notes())
     return root
 
 
@@ -621,7 +666,7 @@ def test_train_from_voc_and_evaluate_later(
 def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
     catalogs: None, converted: Path, tmp_path: Path
 ) -> None:
-    """Which the config of that run names, wherever it has been moved."""
+    """The config of the earlier run names them, wherever the run has been moved."""
     root = tmp_path / "mine"
     shutil.copytree(converted / "csv", root)
     words = ["--train-annotations", str(root / "train.csv")]

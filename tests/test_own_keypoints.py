@@ -75,9 +75,9 @@ def test_a_side_without_a_counterpart() -> None:
         ("none", ()),
         ("a:b", (("a", "b"),)),
         (" a : b , c:d", (("a", "b"), ("c", "d"))),
-        ("a", "has 'a', which is no pair"),
-        ("a:b:c", "has 'a:b:c', which is no pair"),
-        ("a:b,c:aa", r"names 'aa', which is no keypoint of the data\. Close to it: 'a'\."),
+        ("a", "has 'a', which is not a pair"),
+        ("a:b:c", "has 'a:b:c', which is not a pair"),
+        ("a:b,c:aa", r"names 'aa', which is not a keypoint of the data\. Close to it: 'a'\."),
         ("a:b,b:c", "names 'b' twice"),
         ("a:a", "names 'a' twice"),
     ],
@@ -205,7 +205,7 @@ SPOILT: dict[str, tuple[Callable[[dict], object], str]] = {
         "categories 'snail' and 'dog' have different keypoints",
     ),
     "names twice": (set_names("a", "b", "a", "c"), "'dog' has the keypoint 'a' twice"),
-    "numbers for names": (set_names(1, 2, 3, 4), "keypoints of category 'dog' are no names"),
+    "numbers for names": (set_names(1, 2, 3, 4), "keypoints of category 'dog' are not names"),
     "too few numbers": (
         lambda c: c["annotations"][1].update(keypoints=[1, 2, 2]),
         r"annotations\[1\] has 3 numbers for its keypoints, which are 4 x 3",
@@ -220,6 +220,10 @@ SPOILT: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "none labelled": (
         lambda c: [a.pop("keypoints", None) for a in c["annotations"]],
+        "no object has a keypoint that is labelled",
+    ),
+    "labelled nowhere": (
+        lambda c: [a.update(keypoints=[9, 9, 0] * 4) for a in c["annotations"][1::2]],
         "no object has a keypoint that is labelled",
     ),
     "one side": (set_names("nose", "left_ear", "ear", "tail"), "'left_ear' has no counterpart"),
@@ -277,8 +281,8 @@ def test_other_keypoints_to_evaluate_on(dogs: Path) -> None:
             "NUM_KEYPOINTS follows",
         ),
         (CONFIG, ["val"], [], "goes with annotations to train on"),
-        (CONFIG, ["train"], [], "'lefd_ear', which is no keypoint .* Close to it: 'left_ear'"),
-        ("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", ["train"], [], "for configs with"),
+        (CONFIG, ["train"], [], "'lefd_ear', which is not a keypoint .* Close to it: 'left_ear'"),
+        ("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", ["train"], [], "needs a config with"),
     ],
 )
 def test_flips_that_say_nothing(

@@ -1,7 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import ast
+import importlib
 import importlib.metadata
+import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +26,9 @@ else:  # which pytest needs there
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+PAGE = ROOT / "docs" / "install.md"
+TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
 
 CONSTRAINTS = {
     canonicalize_name(constraint.name): constraint
@@ -48,7 +54,7 @@ REQUIREMENTS = [
 
 PYTHON_FILES = [
     file.relative_to(ROOT)
-    for folder in ("vovnet_d2", "configs", "tools", "tests")
+    for folder in ("vovnet_d2", "configs", "tools", "tests", "benchmarks")
     for file in sorted((ROOT / folder).rglob("*.py"))
 ]
 
@@ -65,8 +71,40 @@ def test_constraints_fit_the_requirements() -> None:
         assert requirement.specifier.contains(pin.version), requirement
 
 
-def test_the_doctor_reads_the_same_requirements() -> None:
-    assert doctor.project_requirements() == (PROJECT["dependencies"], EXTRAS)
+def test_each_tool_is_a_command() -> None:
+    """setup.py puts tools/ into the wheel as vovnet_d2_tools."""
+    assert PROJECT["scripts"] == {
+        f"vovnet-{tool.replace('_', '-')}": f"vovnet_d2_tools.{tool}:main" for tool in TOOLS
+    }
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_command_takes_its_arguments_from_the_command_line(tool: str) -> None:
+    main = importlib.import_module(tool).main
+    assert inspect.signature(main).bind().arguments == {}
+
+
+def test_commands_are_documented() -> None:
+    rows = re.findall(r"^\| `(\w+)\.py` \| `([\w-]+)` \| ", PAGE.read_text(), flags=re.MULTILINE)
+    assert {command: f"vovnet_d2_tools.{tool}:main" for tool, command in rows} == PROJECT["scripts"]
+
+
+@pytest.mark.slow
+def test_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    install = ["install", "--quiet", "--no-deps", f"--target={tmp_path}", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    for command in ("vovnet-train-net", "vovnet-install-detectron2"):
+        finished = subprocess.run(
+            [tmp_path / "bin" / command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        assert finished.stdout.startswith(f"usage: {command} "), finished.stderr
+
+
+def test_the_doctor_asks_for_the_same_python() -> None:
     assert PROJECT["requires-python"] == ">={}.{}".format(*doctor.MIN_PYTHON)
 
 
@@ -94,7 +132,9 @@ def test_all_that_is_imported_is_declared() -> None:
 
 
 def distributions_of_modules() -> dict[str, set[str]]:
-    """What importlib.metadata.packages_distributions gives; Python 3.10's misses most wheels."""
+    """Return the result of importlib.metadata.packages_distributions; Python 3.10's misses most
+    wheels.
+    """
     found: dict[str, set[str]] = defaultdict(set)
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"])
@@ -118,7 +158,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy, since building leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
-    for package in ("vovnet_d2", "configs"):
+    for package in ("vovnet_d2", "configs", "tools"):
         shutil.copytree(
             ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -143,6 +183,7 @@ def test_wheel_holds_package_configs_and_licence(wheel: Path) -> None:
         for suffix in ("*.yaml", "*.py")
         for file in (ROOT / "configs").rglob(suffix)
     }
+    expected |= {Path("vovnet_d2_tools", f"{tool}.py") for tool in TOOLS}
     with zipfile.ZipFile(wheel) as archive:
         names = set(map(Path, archive.namelist()))
     metadata = {name for name in names if name.parts[0].endswith(".dist-info")}

@@ -157,6 +157,15 @@ def test_dtype_and_compile_reach_the_network(
     assert {p.dtype for p in predictor.model.backbone.parameters()} == {torch.bfloat16}
 
 
+def test_predictions_are_put_where_they_are_asked_for(
+    mask_rcnn: CfgNode, images: list[np.ndarray]
+) -> None:
+    found = Predictor(mask_rcnn, output_device="meta")(images[0])["instances"]
+    assert len(found) > 0
+    for name in ("scores", "pred_boxes", "pred_masks"):
+        assert found.get(name).device.type == "meta", name
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
     torch.backends.cudnn.allow_tf32 = False
@@ -253,11 +262,11 @@ def test_bad_arguments(
         (np.zeros((0, 4, 3), np.uint8), ValueError, r"shape \(0, 4, 3\)"),
         (torch.zeros(3, 4, 4), ValueError, r"not Tensor of torch.float32 .*: give tensor\.permute"),
         ([torch.zeros(3, 4, 4)], ValueError, r"a file, not Tensor of torch.float32"),
-        (None, ValueError, r"a file, not NoneType, which cv2\.imread returns"),
-        ([None], ValueError, r"a file, not NoneType, which cv2\.imread returns"),
+        (None, ValueError, r"a file, not NoneType\. cv2\.imread returns None"),
+        ([None], ValueError, r"a file, not NoneType\. cv2\.imread returns None"),
         (3, ValueError, "a file, not int"),
         ({"image": "x.jpg"}, ValueError, "a file, not dict"),
-        (Image.new("I;16", (4, 4)), ValueError, "mode I;16, more than 8 bits per pixel"),
+        (Image.new("I;16", (4, 4)), ValueError, "mode I;16, with more than 8 bits per pixel"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -210,7 +210,9 @@ def test_eval_only(trained: tuple[Path, Any], images: Path, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("fresh_logging")
 def test_fine_tuning_takes_the_backbone(trained: tuple[Path, Any], tmp_path: Path) -> None:
-    """From the colours' three classes to ten; a rate of almost zero leaves what was loaded."""
+    """A network of the colours' three classes gets ten; a rate of almost zero leaves what was
+    loaded.
+    """
     weights = trained[0] / "model_final.pth"
     launch(
         "digits", tmp_path, "MODEL.WEIGHTS", str(weights), "SOLVER.MAX_ITER", "1",
@@ -394,7 +396,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_images_are_resized_smoothly() -> None:
-    """As Pillow does it: bicubically, and in training bilinearly by turns."""
+    """Pillow resizes so: bicubically, and in training bilinearly by turns."""
     options = ["PRETRAIN.IMAGE_SIZE", "24", "PRETRAIN.CROP_PCT", "0.8", "PRETRAIN.HFLIP", "0.0"]
     options += ["PRETRAIN.SCALE", "(1.0, 1.0)", "PRETRAIN.RATIO", "(1.0, 1.0)"]
     options += ["PRETRAIN.COLOR_JITTER", "0.0", "PRETRAIN.AUTO_AUGMENT", ""]
@@ -560,6 +562,7 @@ def test_wrong_data(make: Any, error: type[Exception], words: str, tmp_path: Pat
         (["INPUT.FORMAT", "L"], "BGR or RGB"),
         (["MODEL.VOVNET.NORM", "FrozenBN"], "MODEL.VOVNET.NORM BN"),
         (["PRETRAIN.SIZE", "64"], "PRETRAIN.IMAGE_SIZE"),
+        (["SOLVER.OPTIMIZER", "AdamW"], "PRETRAIN.OPTIMIZER names"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -12,18 +12,19 @@ from vovnet_d2.engine import progress
 
 @pytest.fixture
 def trainer():
-    """Stand in for a trainer of 100 steps that goes on from step 20 and tests on 30 images."""
-    DatasetCatalog.register("thirty_images", lambda: [{}] * 30)
+    """Stand in for a trainer of 100 steps that goes on from step 20 and tests on 300 images."""
+    DatasetCatalog.register("three_hundred_images", lambda: [{}] * 300)
     yield SimpleNamespace(
         cfg=SimpleNamespace(
-            DATASETS=SimpleNamespace(TEST=("thirty_images",)),
+            DATASETS=SimpleNamespace(TEST=("three_hundred_images",)),
+            MODEL=SimpleNamespace(DEVICE="cpu"),
             SOLVER=SimpleNamespace(IMS_PER_BATCH=4),
         ),
         start_iter=20,
         max_iter=100,
         storage=SimpleNamespace(latest=lambda: {"total_loss": (1.25, 0)}),
     )
-    DatasetCatalog.remove("thirty_images")
+    DatasetCatalog.remove("three_hundred_images")
 
 
 def run(trainer, seconds_of_step, monkeypatch) -> None:
@@ -40,13 +41,13 @@ def run(trainer, seconds_of_step, monkeypatch) -> None:
 
 
 def test_the_estimate_leaves_the_first_steps_out(trainer, monkeypatch, capsys):
-    """Steps 22 to 25 take 3 s each. 74 steps are left, and the images cost 30 / 4 / 2 more."""
+    """Steps 22 to 25 take 3 s each. 74 steps are left, and the images cost 300 / 4 / 2 more."""
     run(trainer, lambda step: 50.0 if step < 22 else 3.0, monkeypatch)
     first, *others = capsys.readouterr().out.splitlines()
-    minutes = (74 + 3.75) * 3.0 / 60
+    minutes = (74 + 37.5) * 3.0 / 60
     assert first == (
-        f"This takes about {minutes:.0f} minutes on this machine: 74 more steps of 3.00 s, then an "
-        "evaluation on 30 images."
+        f"This takes about {minutes:.0f} minutes on this machine (cpu): 74 more steps of 3.00 s, "
+        "then an evaluation on 300 images."
     )
     assert others == []
 

@@ -146,7 +146,7 @@ def test_other_keypoints_of_the_same_category(root: Path) -> None:
 def test_a_cut_file(root: Path) -> None:
     path = root / ANNOTATIONS / "instances_train2017.json"
     path.write_text(path.read_text()[:300])
-    with pytest.raises(ValueError, match=f"coco_2017_train cannot be loaded: {path} is no JSON"):
+    with pytest.raises(ValueError, match=f"coco_2017_train cannot be loaded: {path} is not JSON"):
         check("coco_2017_train", FASTER_RCNN)
 
 
@@ -208,7 +208,7 @@ def test_check_dataset_says_it(root: Path, capsys: pytest.CaptureFixture) -> Non
     path.write_text(json.dumps(content))
     assert check_dataset.main(["coco_2017_train"]) == 1
     out = capsys.readouterr().out
-    assert "files that are not the data set of that name" in out
+    assert "annotation files of other data than the name says" in out
     assert "has 3 categories ('person', 'stop sign', 'toothbrush'), and the name stands" in out
 
 
@@ -225,7 +225,7 @@ CELLS = {
 def test_a_folder_of_ones_own_under_the_name_of_voc(
     catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str
 ) -> None:
-    """With the number of its own classes, too, the classes come first: to set 20 does not help."""
+    """The classes are told first, also if their number is set: to set 20 does not help."""
     folder = write_tree(tmp_path / "VOC2007", CELLS, "trainval")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all_pascal_voc(str(tmp_path))
@@ -271,10 +271,13 @@ def add_objects(*labels: str) -> Callable[[Path], object]:
     ("change", "message"),
     [
         (add_objects("car", "persongroup", "sky"), ""),
-        (add_objects("car", "scratch"), "polygons.json has an object of class 'scratch', none of"),
+        (
+            add_objects("car", "scratch"),
+            "object of class 'scratch', which Cityscapes does not have",
+        ),
         (
             lambda root: (root / "leftImg8bit/train/aachen/x.jpg").touch(),
-            r"aachen/x.jpg is no file of Cityscapes', whose pictures end in leftImg8bit.png: if",
+            r"aachen/x.jpg is not a picture of Cityscapes, whose names end in leftImg8bit.png: if",
         ),
         (
             lambda root: (root / "leftImg8bit/train/aachen/b_leftImg8bit.png").touch(),
@@ -284,7 +287,7 @@ def add_objects(*labels: str) -> Callable[[Path], object]:
             lambda root: (root / "gtFine/train/aachen/aachen_000_gtFine_polygons.json").write_text(
                 '{"shapes": []}'
             ),
-            "aachen_000_gtFine_polygons.json is no annotation of Cityscapes'",
+            "aachen_000_gtFine_polygons.json is not an annotation file of Cityscapes",
         ),
         (lambda root: shutil.rmtree(root / "leftImg8bit/train/aachen"), "has no pictures in"),
     ],

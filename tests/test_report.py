@@ -29,8 +29,8 @@ from vovnet_d2.report import average_precision, register_files, write_page
 from vovnet_d2.report import page as page_module
 from vovnet_d2.report.average_precision import AveragePrecision, evaluate
 from vovnet_d2.report.detections import Detections, read_detections
-from vovnet_d2.report.figures import draw_training
-from vovnet_d2.report.images import draw_tile
+from vovnet_d2.report.figures import _thin, draw_training, sparkline
+from vovnet_d2.report.images import draw_tile, judge
 from vovnet_d2.report.matching import ImageMatches, confusion_matrix, match_images, rank_images
 from vovnet_d2.report.run_folder import read_run
 
@@ -91,7 +91,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     return path, predictions
 
 
-@pytest.fixture(params=["bbox", "segm", "keypoints"])
+@pytest.fixture(scope="module", params=["bbox", "segm", "keypoints"])
 def found(shapes: tuple[Path, list[dict]], request: pytest.FixtureRequest) -> AveragePrecision:
     path, predictions = shapes
     return evaluate(Detections(COCO(path), predictions, {}), request.param)
@@ -116,18 +116,10 @@ def summarize(shapes: tuple[Path, list[dict]], task: str, category: int | None) 
 def test_metrics_are_those_of_pycocotools(
     shapes: tuple[Path, list[dict]], found: AveragePrecision, category: int | None
 ) -> None:
-    metrics = found.metrics(category)
-    assert list(metrics.values()) == pytest.approx(
-        summarize(shapes, found.task, category), nan_ok=True, abs=1e-9
-    )
+    """So are the areas below the curves."""
+    metrics, theirs = found.metrics(category), summarize(shapes, found.task, category)
+    assert list(metrics.values()) == pytest.approx(theirs, nan_ok=True, abs=1e-9)
     assert 0 < metrics["AP"] < metrics["AP50"] < 100
-
-
-@pytest.mark.parametrize("category", [None, *CLASSES])
-def test_the_area_below_a_curve_is_its_metric(
-    shapes: tuple[Path, list[dict]], found: AveragePrecision, category: int | None
-) -> None:
-    theirs = summarize(shapes, found.task, category)
     curves = found.curves(category)
     assert [curves[name].shape for name in ("AP", "AP50", "AP75")] == [found.recalls.shape] * 3
     areas = [100 * curves[name].mean() for name in ("AP", "AP50", "AP75")]
@@ -180,6 +172,13 @@ def test_a_class_without_objects(shapes: tuple[Path, list[dict]]) -> None:
     found = evaluate(Detections(truth, predictions, {}), "bbox")
     assert all(map(math.isnan, found.metrics(9).values()))
     assert found.metrics()["AP"] == pytest.approx(summarize(shapes, "bbox", None)[0])
+
+
+def test_classes_are_in_the_order_of_their_ids() -> None:
+    truth = COCO()
+    truth.cats = {7: {"name": "c"}, 2: {"name": "a"}, 5: {"name": "b"}}
+    found = Detections(truth, [], {}).class_names
+    assert list(found.items()) == [(2, "a"), (5, "b"), (7, "c")]
 
 
 # Matching
@@ -235,6 +234,12 @@ def matrix_of(truths: list[dict], predictions: list[dict], min_score: float = 0.
             [item(1, 0, width=100, iscrowd=1)],
             [item(1, 20, score=0.9), item(1, 40, score=0.9), item(2, 60, score=0.9)],
             "// 010",
+        ),
+        # A detection that a crowd takes is not counted, and the next detection keeps its match.
+        (
+            [item(1, 0, width=100, iscrowd=1), item(2, 150)],
+            [item(1, 20, score=0.9), item(2, 150, score=0.8)],
+            "/ 010 /",
         ),
         # An object in a crowd is matched first.
         ([item(1, 0, width=100, iscrowd=1), item(1, 20)], [item(1, 20, score=0.9)], "100 //"),
@@ -342,24 +347,35 @@ def test_marks_on_a_tile(tmp_path: Path) -> None:
     """Everything at half the size, as a tile is 560 pixels wide."""
     Image.new("RGB", (1120, 400), (100, 100, 100)).save(tmp_path / "a.png")
     common = {
-        "bbox": [100, 80, 80, 80],
+        "bbox": [100, 160, 80, 80],
         "image_id": 1,
-        "segmentation": [[100.0, 80, 180, 80, 180, 160, 100, 160]],
+        "segmentation": [[100.0, 160, 180, 160, 180, 240, 100, 240]],
     }
-    found = common | {"category_id": 2, "score": 0.8, "keypoints": [120, 90, 2, 160, 90, 0]}
+    thing, found = common | {"category_id": 1}, common | {"category_id": 2, "score": 0.8}
     truth = COCO()
     truth.imgs = {1: {"id": 1, "height": 400, "width": 1120}}
     truth.cats = {1: {"id": 1, "name": "cat"}, 2: {"id": 2, "name": "dog"}}
     detections = Detections(truth, [], {1: str(tmp_path / "a.png")})
-    tile = draw_tile(detections, ImageMatches(1, [common | {"category_id": 1}], [found], [(0, 0)]))
-    for picture, label in ((tile.truth, "cat: taken for dog"), (tile.predicted, "dog 80%: is cat")):
-        (mark,) = picture.marks
-        assert (mark.kind, mark.label, mark.box) == ("confused", label, (50, 40, 40, 40))
-        pixels = np.array(Image.open(BytesIO(b64decode(picture.uri.partition(",")[2]))))
+    tile = draw_tile(detections, ImageMatches(1, [thing], [found], [(0, 0)]))
+    for uri in (tile.truth, tile.predicted):
+        pixels = np.array(Image.open(BytesIO(b64decode(uri.partition(",")[2]))))
         assert pixels.shape == (200, 560, 3)
-        assert np.abs(pixels[60, 70] - (0.6 * 100 + 0.4 * np.array([240, 228, 66]))).max() < 6
+        assert np.abs(pixels[115, 70] - (50 + np.array([240, 228, 66]) / 2)).max() < 6
         assert np.abs(pixels[100, 300] - 100.0).max() < 6
-    assert mark.points == [(60, 45)]
+    truth.imgs[1]["width"] = 1000  # the image was replaced
+    tile = draw_tile(detections, ImageMatches(1, [thing], [found], [(0, 0)]))
+    pixels = np.array(Image.open(BytesIO(b64decode(tile.truth.partition(",")[2]))))
+    assert np.abs(pixels[112, 70] - 100.0).max() < 6
+
+
+def test_what_a_match_is_said_to_be() -> None:
+    names = {1: "cat", 2: "dog"}
+    cat, dog = {"category_id": 1}, {"category_id": 2, "score": 0.8}
+    assert judge(cat, dog, names) == ("confused", "cat: taken for dog")
+    assert judge(dog, cat, names) == ("confused", "dog 80%: is cat")
+    assert judge(cat, cat | {"score": 0.8}, names) == ("correct", "cat")
+    assert judge(cat, None, names) == ("alone", "cat: missed")
+    assert judge(dog, None, names) == ("alone", "dog 80%: nothing there")
 
 
 # The page
@@ -452,25 +468,35 @@ PREDICTIONS = "inference/coco_instances_results.json"
         ),
         (lambda run: DatasetCatalog.remove(DATASET), "is not known here", "Best images"),
         (drop("../truth.json"), "cannot be read here", "Precision over recall"),
-        (drop("metrics.json"), "There are no curves in metrics.json", None),
-        (write("metrics.json", '{"iteration": 1, "total_lo'), "There are no curves", None),
-        (drop("results.json"), "There is no results.json, which a run writes", None),
-        (write("results.json", '{"run": {'), "results.json cannot be read", None),
         (drop("config.yaml"), "There is no config.yaml", DATASET),
-        (write("config.yaml", "a: [1"), "config.yaml is no plain YAML", DATASET),
-        (write("config.yaml", "A: !!python/tuple [1]"), "config.yaml is no plain YAML", DATASET),
+        (write("config.yaml", "a: [1"), "config.yaml is not a plain YAML", DATASET),
+        (write("config.yaml", "A: !!python/tuple [1]"), "config.yaml is not a plain YAML", DATASET),
         (evaluated_on(), "names no data set in DATASETS.TEST", DATASET),
-        (lambda run: None, "", None),
     ],
 )
 def test_what_is_missing_is_said(
-    run: Path, change: Callable[[Path], None], sentence: str, gone: str | None
+    run: Path, change: Callable[[Path], None], sentence: str, gone: str
 ) -> None:
     change(run)
     reader = read_page(run)
     assert sentence in reader.text
     assert gone not in reader.sections
     assert [title for title in ("Results", "Run", "Config") if title not in reader.sections] == []
+
+
+def test_what_a_run_has_not_recorded_is_said(run: Path) -> None:
+    for change, sentence in (
+        (drop("metrics.json"), "There are no curves in metrics.json"),
+        (write("metrics.json", '{"iteration": 1, "total_lo'), "There are no curves"),
+        (drop("results.json"), "There is no results.json, which a run writes"),
+        (write("results.json", '{"run": {'), "results.json cannot be read"),
+    ):
+        (run / PREDICTIONS).unlink(missing_ok=True)  # which takes long to evaluate
+        change(run)
+        reader = read_page(run)
+        assert sentence in reader.text
+        titles = ("Results", "Run", "Config")
+        assert [title for title in titles if title not in reader.sections] == []
 
 
 def test_a_run_under_way(run: Path) -> None:
@@ -516,6 +542,19 @@ def test_several_data_sets_and_augmentation(run: Path) -> None:
     assert "There is no inference/gone/coco_instances_results.json" in reader.text
 
 
+def test_the_average_of_the_weights_has_a_section_of_its_own(run: Path) -> None:
+    results = {"bbox": {"AP-cat": 50.0}, "bbox_EMA": {"AP-cat": 70.0}}
+    write("results.json", json.dumps({"run": {}, "results": {DATASET: results}}))(run)
+    DatasetCatalog.remove(DATASET)
+    table = "By class, as results.json has it"
+    assert read_page(run).sections[table].split() == ["Boxes:", "AP", "cat", "50.0"]
+    (run / "inference_EMA").mkdir()
+    (run / "inference_EMA" / "coco_instances_results.json").write_text("[]")
+    reader = read_page(run)
+    assert f"{DATASET}, with the average of the weights" in reader.sections
+    assert "70.0" in reader.text
+
+
 def test_an_image_that_is_gone(run: Path) -> None:
     (run.parent / "images" / "0.png").unlink()
     (run.parent / "images" / "1.png").write_text("no picture")
@@ -540,11 +579,20 @@ def test_files_in_place_of_a_data_set(run: Path) -> None:
         register_files(run, run.parent / "truth.json", images)
 
 
+def test_numbers_and_small_curves_on_the_page() -> None:
+    values = (0, 12.34, math.nan, None, -1)
+    assert [page_module._format(value) for value in values] == ["0.0", "12.3", "–", "–", "–"]
+    assert sparkline(np.array([0.0, 1.0]), np.array([1.0, 0.25])) == "0,0 100,75"
+
+
 def test_long_curves_are_drawn_by_medians() -> None:
     series = {"total_loss": [(i, 1.0 if i % 50 else 1000.0) for i in range(20_000)]}
     svg = draw_training(series)["Losses"]
     assert len(svg) < 40_000
     assert ">1000<" not in svg  # peaks do not set the scale
+    # Each of the 400 points stands for 50 iterations, of which one is a peak.
+    thinned = _thin(np.array(series["total_loss"]))
+    assert thinned.tolist() == [[50 * i + 24.5, 1.0] for i in range(400)]
     assert draw_training({"lr": [(1, math.nan)], "time": [(1, 1.0)]}) == {}
 
 
@@ -562,7 +610,7 @@ def test_a_page_that_fails_leaves_the_old_one(run: Path, monkeypatch: pytest.Mon
 
 
 def call(*words: object) -> None:
-    run_or_exit(report.main, report.argument_parser().parse_args(list(map(str, words))))
+    run_or_exit(report.run, report.argument_parser().parse_args(list(map(str, words))))
 
 
 def test_the_tool(run: Path, capsys: pytest.CaptureFixture[str], fresh_logging: None) -> None:
@@ -576,7 +624,7 @@ def test_the_tool(run: Path, capsys: pytest.CaptureFixture[str], fresh_logging: 
     ("words", "message"),
     [
         (["gone"], "There is no folder gone."),
-        (["images"], "images is no folder of a run, which would hold one of config.yaml"),
+        (["images"], "images is not the folder of a run, which holds one of config.yaml"),
         (["run", "--score-threshold", "50"], "The score threshold is 50.0: it goes from 0 to 1."),
         (["run", "--output", "gone/page.html"], "There is no folder gone to write page.html to."),
         (["run", "--images", "images"], "--annotations and --images go together"),

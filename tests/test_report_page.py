@@ -60,7 +60,7 @@ def open_page(browser: Chrome, page: Path, width: int, scheme: str = "light") ->
 
 
 def take_screenshot(browser: Chrome, path: Path) -> Path:
-    """Of the whole page, not only of what is in the window."""
+    """Take a picture of the whole page, not only of the window."""
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     path.write_bytes(base64.b64decode(shot["data"]))
     return path
@@ -103,7 +103,7 @@ def test_everything_is_seen(browser: Chrome, page: Path, tmp_path: Path, width: 
     assert [title for title in SECTIONS if title not in shown] == []
     # Every picture and every plot is drawn, in a size to look at.
     sizes = browser.execute_script(
-        "return [...document.querySelectorAll('img, .plot svg, .picture svg')]"
+        "return [...document.querySelectorAll('img, .plot svg')]"
         ".map(e => [e.getBoundingClientRect().width, e.naturalWidth ?? 1])"
     )
     assert len(sizes) > 8

@@ -40,8 +40,9 @@ BY_HAND: list[tuple[str, int, int, str | None, tuple[Any, ...]]] = [
     # As many images as COCO has, and more: no fewer epochs than COCO's.
     (ONE_X, 117266, 16, None, (87950, (58633, 78178), 1000, 0.02, 5000, 7330)),
     (ONE_X, 1000000, 16, None, (750000, (500000, 666667), 1000, 0.02, 5000, 62500)),
-    # 63 iterations would be 100 epochs.
+    # 63 and 994 iterations would be 100 epochs.
     (ONE_X, 10, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
+    (ONE_X, 159, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
     # The last batch is filled up.
     (ONE_X, 7, 2, "1/2", (2, (1, 2), 0, 0.0025, 1, 2)),
     (ONE_X, 205, 2, "3", (308, (205, 274), 77, 0.0025, 31, 103)),
@@ -107,12 +108,19 @@ def test_several_processes_share_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("iterations", "warned"), [(100, True), (103, False), (30750, False), (30751, True)]
+    ("images", "iterations", "warned"),
+    [
+        (205, 100, True),
+        (205, 103, False),
+        (200, 100, False),  # one epoch
+        (205, 30750, False),
+        (205, 30751, True),
+    ],
 )
 def test_an_unusual_number_of_epochs_is_warned_of(
-    caplog: pytest.LogCaptureFixture, iterations: int, warned: bool
+    caplog: pytest.LogCaptureFixture, images: int, iterations: int, warned: bool
 ) -> None:
-    fit(ONE_X, 205, 2, None, "SOLVER.MAX_ITER", str(iterations))
+    fit(ONE_X, images, 2, None, "SOLVER.MAX_ITER", str(iterations))
     assert (
         f"The number of iterations, {iterations} (set on the command line), makes" in caplog.text
     ) == warned
@@ -174,7 +182,7 @@ def test_epochs_on_the_command_line_and_a_resumption_with_more_data(
     digits: Path,
     tmp_path: Path,
 ) -> None:
-    """Of the 14 images 12 have objects that are no crowds: half an epoch is 3 batches of 2."""
+    """12 of the 14 images have objects that are no crowds: half an epoch is 3 batches of 2."""
     free = without(TINY, "SOLVER.MAX_ITER", "SOLVER.BASE_LR", "TEST.EVAL_PERIOD")
     out = tmp_path / "out"
     launch_own(digits, out, "--epochs", "0.5", options=free)

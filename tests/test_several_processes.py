@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes do what one does with the whole batch, and the Slurm script starts them."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import free_port
+from engine_runs import FASTER_RCNN, TINY
+from fault_runs import free_port, load
 from mean_loss_training import TRAINERS, parse, train
+from test_averaging import EMA, check_average
+from test_distillation import write_teacher
 
 from vovnet_d2.data import build_digits
 
@@ -67,14 +71,17 @@ def tolerance(alone: dict[str, torch.Tensor], name: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("launcher", "parts"), [*((launcher, 1) for launcher in LAUNCHERS), ("torchrun", 2)]
+)
 def test_two_processes_are_one(
-    files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, launcher: str
+    files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, launcher: str, parts: int
 ) -> None:
     """But for the order in which gradients are summed, whose rounding is smaller in float64 by as
-    much as its numbers are finer."""
+    much as its numbers are finer. Likewise if each computes its batch in parts."""
     before, after = LAUNCHERS[launcher]
-    command = [sys.executable, *before, str(SCRIPT), *after, *files, "OUTPUT_DIR", str(tmp_path)]
+    options = ["SOLVER.ACCUMULATE", str(parts), "OUTPUT_DIR", str(tmp_path)]
+    command = [sys.executable, *before, str(SCRIPT), *after, *files, *options]
     done = subprocess.run(
         command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=500
     )
@@ -92,10 +99,54 @@ def test_two_processes_are_one(
 def test_half_the_batch_is_something_else(
     files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, fresh_logging: None
 ) -> None:
-    """What processes would do that did not share their gradients."""
+    """Processes that did not share their gradients would do this."""
     train(parse(*files, "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(tmp_path)))
     difference = distance(read_parameters(tmp_path)["float64"], alone["float64"])
     assert difference > 100 * tolerance(alone, "float32")
+
+
+def run_two(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS["torchrun"][0], *command],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_parts_with_synchronised_norms(
+    files: list[str], tmp_path: Path, fresh_logging: None
+) -> None:
+    """Both processes compute a part, whose statistics they share, before the next part. So a part
+    is that of one process with the whole batch."""
+    options = ["SOLVER.ACCUMULATE", "2", "MODEL.VOVNET.NORM", "naiveSyncBN", "OUTPUT_DIR"]
+    train(parse(*files, *options, str(tmp_path / "one")))
+    run_two([str(SCRIPT), *files, *options, str(tmp_path / "two")])
+    found, expected = (
+        load(tmp_path / folder / "float64" / "model_final.pth")["model"]
+        for folder in ("two", "one")
+    )
+    for name, tensor in expected.items():
+        # Detectron2's norm counts no batches, and its running variance is the biased one.
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.slow
+def test_an_average_and_a_teacher(files: list[str], tmp_path: Path) -> None:
+    """The average is that of the checkpoints, and the loss of the teacher is logged."""
+    teacher = write_teacher(tmp_path / "t", FASTER_RCNN)
+    options = [*TINY, *EMA, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    script = str(ROOT / "tools" / "train_net.py")
+    config = ["--config-file", FASTER_RCNN, "--teacher", *teacher]
+    run_two([script, *config, *files, *options])
+    check_average(tmp_path / "out", 5)
+    rows = map(json.loads, (tmp_path / "out" / "metrics.json").read_text().splitlines())
+    assert [0 < row["loss_distillation"] < 100 for row in rows] == [True]
+    assert "World size: 2" in (tmp_path / "out" / "log.txt").read_text()
 
 
 # Slurm

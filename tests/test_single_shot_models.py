@@ -24,6 +24,7 @@ from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.solver import build_optimizer
 from vovnet_d2.modeling.single_shot.extras import BackboneWithExtras, DSODExtra, SSDExtra
+from vovnet_d2.modeling.single_shot.heads import TransferConnection
 from vovnet_d2.modeling.single_shot.layers import L2Norm, Predictor, ResidualBlock
 
 # Cost ---------------------------------------------------------------------------------------------
@@ -75,7 +76,13 @@ COUNTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if "DenseNet_" in n and "COCO" in n else [])
+        for n in COUNTED
+    ],
+)
 def test_cost(name: str) -> None:
     counted = count(name)
     for quantity, expected in COUNTED[name].items():
@@ -91,7 +98,7 @@ def test_cost(name: str) -> None:
     ],
 )
 def test_cost_of_the_small_peers(name: str, multiply_adds: float, parameters: float) -> None:
-    """As published, to two per cent: not all of their details are."""
+    """The published costs are met to two per cent: not all details are published."""
     counted = count(name)
     assert counted["multiply_adds"] == pytest.approx(multiply_adds, rel=0.02)
     assert counted["learned"] == pytest.approx(parameters, rel=0.02)
@@ -116,6 +123,27 @@ def test_map_sizes_of_the_paper() -> None:
 # Parts --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_top", [False, True])
+def test_a_transfer_connection_is_that_of_the_paper(is_top: bool) -> None:
+    """Two convolutions, the sum with the coarser level and ReLU, and another convolution; without
+    a coarser level, ReLU alone."""
+    block = TransferConnection(4, 6, is_top=is_top, norm="BN").eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    x, coarser = torch.randn(2, 4, 8, 6), torch.randn(2, 6, 4, 3)
+
+    def convolve(conv: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        return conv.norm(nn.functional.conv2d(y, conv.weight, padding=1))
+
+    y = convolve(block.conv2, convolve(block.conv1, x).relu())
+    if not is_top:
+        up = nn.functional.conv_transpose2d(coarser, block.upsample.weight, stride=2)
+        y = y + block.upsample.norm(up)
+    torch.testing.assert_close(
+        block(x, None if is_top else coarser), convolve(block.conv3, y.relu()).relu()
+    )
+
+
 def test_down_block_pools_in_ceil_mode() -> None:
     block = DSODExtra(6, 8, norm="BN").eval()
     x = torch.randn(2, 6, 9, 7) - 2  # below zero, too
@@ -138,7 +166,7 @@ def test_ssd_extra_without_padding() -> None:
 
 
 def test_values_of_ssd() -> None:
-    """Those that no config sets are torchvision's, as both take them from SSD."""
+    """The values that no config sets are torchvision's, as both take them from SSD."""
     words = inspect.signature(SSD).parameters
     node = load_config().MODEL.SINGLE_SHOT
     assert words["score_thresh"].default == node.SCORE_THRESH_TEST
@@ -393,7 +421,7 @@ def test_optimized_for_inference(kind: str) -> None:
     ("options", "message"),
     [
         ({"MODEL__SINGLE_SHOT__IN_FEATURES": ["stage3", "res4"]}, "asks for res4"),
-        ({"MODEL__SINGLE_SHOT__IN_FEATURES": ["stage3", "stage5"]}, "doubling stride"),
+        ({"MODEL__SINGLE_SHOT__IN_FEATURES": ["stage3", "stage5"]}, "whose strides double"),
     ],
 )
 def test_refinedet_errors(options: dict[str, Any], message: str) -> None:
@@ -407,7 +435,7 @@ def test_refinedet_errors(options: dict[str, Any], message: str) -> None:
         ({"MODEL__SINGLE_SHOT__IN_FEATURES": []}, "asks for nothing"),
         ({"MODEL__SINGLE_SHOT__EXTRA_TYPE": "fpn"}, "'fpn': choose from dsod, ssd"),
         ({"MODEL__SINGLE_SHOT__EXTRA_STRIDES": [2]}, "one for each"),
-        ({"MODEL__SINGLE_SHOT__ANCHOR_STEPS": [8, 16]}, "2 steps for 6 maps"),
+        ({"MODEL__SINGLE_SHOT__ANCHOR_STEPS": [8, 16]}, "2 steps for 6 feature maps"),
     ],
 )
 def test_ssd_errors(options: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ over single numbers."""
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from detectron2.modeling import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vovnet_d2.engine import load_config
+from vovnet_d2.modeling.single_shot import matching
 from vovnet_d2.modeling.single_shot.anchors import SSDAnchorGenerator
 from vovnet_d2.modeling.single_shot.detections import select_detections
 from vovnet_d2.modeling.single_shot.losses import mine_hard_negatives, single_shot_losses
@@ -176,18 +179,45 @@ def test_matching(objects: int, anchors: int, grid: float, thresholds: tuple[flo
         truth, own = random_boxes(objects, grid=grid), random_boxes(anchors, grid=grid)
         # From the same numbers, as rounding must not decide between equal overlaps.
         iou = [[slow_iou(t, a) for a in own.tolist()] for t in truth.tolist()]
-        found = match_anchors(
-            torch.tensor(iou, dtype=torch.float64).reshape(objects, anchors), *thresholds
-        )
+        overlaps = torch.tensor(iou, dtype=torch.float64).reshape(1, objects, anchors)
+        found = match_anchors(overlaps, *thresholds)[0]
         assert found.tolist() == slow_match(truth.tolist(), own.tolist(), *thresholds)
 
 
 def test_object_without_good_anchor_still_gets_one() -> None:
     iou = torch.tensor([[0.9, 0.8, 0.0], [0.2, 0.7, 0.1]])
-    assert match_anchors(iou, 0.5, 0.5).tolist() == [0, 1, BACKGROUND]
+    assert match_anchors(iou[None], 0.5, 0.5).tolist() == [[0, 1, BACKGROUND]]
     # The first object takes what the second wanted more than anything else.
     iou = torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.1, 0.0]])
-    assert match_anchors(iou, 0.5, 0.5).tolist() == [0, 1, BACKGROUND]
+    assert match_anchors(iou[None], 0.5, 0.5).tolist() == [[0, 1, BACKGROUND]]
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_do_not_grow_with_objects_and_images() -> None:
+    """Each is a kernel to launch on a GPU."""
+    counts = []
+    for images, objects in ((1, 2), (8, 50)):
+        iou = torch.full((images, objects, 60), 0.01).triu().tril()
+        with _Operators() as operators:
+            matched = match_anchors(iou, 0.5, 0.5)
+        assert (matched >= 0).sum() == images * objects
+        counts.append(operators.count)
+    assert counts[0] == counts[1]
+
+
+def test_anchors_at_the_thresholds() -> None:
+    """Anchors are background below the lower threshold, and have objects from the upper one on."""
+    iou = torch.tensor([[[0.875, 0.25, 0.5]]])
+    assert match_anchors(iou, 0.25, 0.5).tolist() == [[0, IGNORED, 0]]
 
 
 def test_object_without_area_is_matched_by_nothing() -> None:
@@ -196,6 +226,35 @@ def test_object_without_area_is_matched_by_nothing() -> None:
     targets = assign_targets(anchors, [instances(truth, [1, 2])], (0.5, 0.5))
     assert not targets.positive.any()
     assert targets.negative.all()
+
+
+@pytest.mark.parametrize("of_each_image", [False, True])
+def test_many_overlaps_are_computed_in_chunks(
+    of_each_image: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is bounded, and an image has the targets that it has alone."""
+    numbers = (4, 0, 9, 2, 0, 0, 1)
+    anchors = random_boxes(60)
+    if of_each_image:
+        anchors = torch.stack([random_boxes(60) for _ in numbers])
+    images = [instances(random_boxes(n).float(), list(range(n))) for n in numbers]
+    whole = assign_targets(anchors, images, (0.3, 0.6))
+    sizes = []
+    match = matching.match_anchors
+    monkeypatch.setattr(
+        matching,
+        "match_anchors",
+        lambda iou, *limits: sizes.append(iou.shape) or match(iou, *limits),
+    )
+    monkeypatch.setattr(matching, "_MAX_OVERLAPS", 2 * 9 * 60)
+    found = assign_targets(anchors, images, (0.3, 0.6))
+    assert sizes == [(2, 4, 60), (2, 9, 60), (2, 0, 60), (1, 1, 60)]
+    for name, expected in whole._asdict().items():
+        torch.testing.assert_close(getattr(found, name), expected, rtol=0, atol=0, msg=name)
+    monkeypatch.setattr(matching, "_MAX_OVERLAPS", 1)
+    found = assign_targets(anchors, images, (0.3, 0.6))
+    assert [size[0] for size in sizes[4:]] == [1] * 7
+    assert all(map(torch.equal, found, whole))
 
 
 @pytest.mark.parametrize("of_each_image", [False, True])

@@ -15,14 +15,11 @@ from PIL import Image
 
 from vovnet_d2.data.mapper import Mapper, SSDMapper, build_augmentations, build_mapper
 from vovnet_d2.data.ssd_augmentation import (
+    _CHANGES,
     Distort,
     Expand,
     RandomInterpolationResize,
     SamplerCrop,
-    scale_contrast,
-    scale_saturation,
-    shift_brightness,
-    shift_hue,
     ssd_augmentations,
 )
 from vovnet_d2.engine import load_config
@@ -37,43 +34,64 @@ def picture(height: int = 60, width: int = 90) -> np.ndarray:
 # Colours ------------------------------------------------------------------------------------------
 
 
-def test_brightness_and_contrast() -> None:
-    image = picture()
-    for shift in (-32.0, 31.4):
-        expected = [min(255, max(0, round(v + shift))) for v in image.ravel().tolist()]
-        assert shift_brightness(image, shift).ravel().tolist() == expected
-    expected = [min(255, round(v * 1.5)) for v in image.ravel().tolist()]
-    assert scale_contrast(image, 1.5).ravel().tolist() == expected
+def changed(order: str, index: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels before and after one change, RGB, from 0 to 1."""
+    image, change = picture(8, 12), _CHANGES[index][0]
+    result = Distort(order)._change([(change, factor)], image)
+    assert result.dtype == np.uint8
+    rgb = (x if order == "RGB" else x[..., ::-1] for x in (image, result))
+    before, after = (x.reshape(-1, 3) / 255 for x in rgb)
+    return before, after
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-@pytest.mark.parametrize(("factor", "degrees"), [(1.5, 0), (0.5, 0), (1, 36), (1, -36)])
-def test_saturation_and_hue(order: str, factor: float, degrees: float) -> None:
-    """Against Python's colorsys, but for rounding to whole values of hue and saturation."""
-    image = picture(8, 12)
-    changed = scale_saturation(image, factor, order) if degrees == 0 else None
-    changed = shift_hue(image, degrees, order) if changed is None else changed
-    assert changed.dtype == np.uint8
-    rgb, result = (x if order == "RGB" else x[..., ::-1] for x in (image, changed))
-    for before, after in zip(rgb.reshape(-1, 3), result.reshape(-1, 3), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*(before / 255))
-        expected = colorsys.hsv_to_rgb((h + degrees / 360) % 1, min(1, s * factor), v)
-        # Of 256 hues, the one before and the change are rounded; six of them are one sector.
-        assert np.abs(np.array(expected) * 255 - after).max() <= 10
+def test_brightness_and_contrast(order: str) -> None:
+    before, after = changed(order, 0, 1.125)
+    assert np.abs((before * 1.125).clip(0, 1) - after).max() < 0.01
+    before, after = changed(order, 1, 0.5)
+    mean = (before @ (0.2989, 0.587, 0.114)).mean()
+    assert np.abs(0.5 * before + 0.5 * mean - after).max() < 0.01
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_saturation_and_hue(order: str) -> None:
+    """Hue is compared with Python's colorsys."""
+    before, after = changed(order, 2, 0.5)
+    grey = before @ (0.2989, 0.587, 0.114)
+    assert np.abs(0.5 * before + 0.5 * grey[:, None] - after).max() < 0.01
+    for shift in (-0.1, 0.1):
+        before, after = changed(order, 3, shift)
+        for one, other in zip(before, after, strict=True):
+            h, s, v = colorsys.rgb_to_hsv(*one)
+            assert np.abs(colorsys.hsv_to_rgb((h + shift) % 1, s, v) - other).max() < 0.02
+
+
+# SSD's: hue by 18 of the 180 that OpenCV gives the circle.
+RANGES = {
+    "adjust_brightness": (0.875, 1.125),
+    "adjust_contrast": (0.5, 1.5),
+    "adjust_saturation": (0.5, 1.5),
+    "adjust_hue": (-18 / 180, 18 / 180),
+}
 
 
 def test_distortion_draws_each_change_half_of_the_time() -> None:
     image, counts, orders = picture(), [], set()
+    factors: dict[str, list[float]] = {name: [] for name in RANGES}
     for _ in range(400):
-        transform = Distort("BGR").get_transform(image)
-        names = [t.op.func.__name__ for t in transform.transforms]
-        counts.append([name in names for name in (
-            "shift_brightness", "scale_contrast", "scale_saturation", "shift_hue"
-        )])  # fmt: skip
-        if len(names) == 4:
-            orders.add(tuple(names))
+        (changes,) = Distort("BGR").get_transform(image).op.args
+        used = [change.__name__ for change, _ in changes]
+        counts.append([name in used for name in RANGES])
+        for change, factor in changes:
+            factors[change.__name__].append(factor)
+        if len(used) == 4:
+            orders.add(tuple(used))
     assert np.allclose(np.mean(counts, axis=0), 0.5, atol=0.1)
-    assert {names.index("scale_contrast") for names in orders} == {1, 3}
+    assert {used.index("adjust_contrast") for used in orders} == {1, 3}
+    for name, (low, high) in RANGES.items():  # some 200 factors of each
+        near = 0.1 * (high - low)
+        assert low <= min(factors[name]) < low + near
+        assert high - near < max(factors[name]) <= high
 
 
 def test_other_channels_are_refused() -> None:
@@ -96,7 +114,7 @@ def test_half_of_the_images_are_expanded() -> None:
 
 def test_expansion() -> None:
     image, mean = picture(), (104.0, 117.0, 123.0)
-    ratios = []
+    ratios, places = [], []
     for _ in range(200):
         transform = Expand(mean).get_transform(image)
         result = transform.apply_image(image)
@@ -110,13 +128,18 @@ def test_expansion() -> None:
         assert (mask == ~outside).all()
         assert result.shape[0] / 60 == pytest.approx(result.shape[1] / 90, abs=1 / 60)
         ratios.append(result.shape[1] / 90)
+        room = np.subtract(result.shape[1::-1], (90, 60))
+        places.append(np.array([left, top]) / np.maximum(room, 1))
+    # Anywhere on the canvas, along its width as along its height.
+    assert np.mean(places, axis=0) == pytest.approx([0.5, 0.5], abs=0.08)
+    assert np.max(places, axis=0) == pytest.approx([1, 1], abs=0.05)
     assert min(ratios) >= 1
     assert max(ratios) <= 4
     assert np.mean(ratios) == pytest.approx(2.5, abs=0.2)
 
 
 def best_iou(crop: T.CropTransform, boxes: np.ndarray) -> float:
-    """By counting pixels."""
+    """Return the best IoU, found by counting pixels."""
     found = []
     for left, top, right, bottom in boxes.astype(int):
         grid = np.zeros((60, 90), dtype=int)

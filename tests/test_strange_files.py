@@ -8,19 +8,18 @@ from pathlib import Path
 
 import check_dataset
 import convert_weights
-import export_model
 import measure_convolutions
 import plot_connectivity
 import pytest
 import torch
 from engine_runs import FASTER_RCNN, launch, read_log
-from export_models import MASK_RCNN, OPTIONS
+from export_models import MASK_RCNN, OPTIONS, run_export
 from report_runs import CLASSES, DATASET, write_run
 
 from vovnet_d2 import VoVNet, VoVNetCheckpointer
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.benchmark.command import make_folder
 from vovnet_d2.benchmark.report import FILES
-from vovnet_d2.checkpoint.atomic import atomic_write
 from vovnet_d2.demo.outputs import refuse_overwriting
 from vovnet_d2.engine import data_pictures_command
 from vovnet_d2.engine.output_folder import choose_folder, keep_earlier_run
@@ -46,19 +45,20 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 def write_connectivity(folder: Path) -> None:
     words = ["OSA-5x43", "--output", str(folder)]
-    plot_connectivity.main(plot_connectivity.argument_parser().parse_args(words))
+    plot_connectivity.run(plot_connectivity.argument_parser().parse_args(words))
 
 
 def write_convolutions(folder: Path) -> None:
     words = ["--channels", "128", "--size", "4", "--warmup", "1", "--repeats", "2"]
     parser = measure_convolutions.argument_parser()
-    measure_convolutions.main(parser.parse_args([*words, "--output", str(folder)]))
+    measure_convolutions.run(parser.parse_args([*words, "--output", str(folder)]))
 
 
 def write_export(folder: Path) -> None:
     words = ["--config-file", MASK_RCNN, "--part", "backbone", "--format", "torchscript"]
     words += ["--allow-partial", "--sizes", "64x64", "--output", str(folder), "--opts"]
-    export_model.main([*words, *(str(word) for pair in OPTIONS.items() for word in pair)])
+    options = {key: value for key, value in OPTIONS.items() if key != "MODEL.DEVICE"}
+    run_export([*words, *(str(word) for pair in options.items() for word in pair)])
 
 
 def write_report_page(folder: Path) -> None:
@@ -76,7 +76,7 @@ def write_data_report(folder: Path) -> None:
 def write_weights(folder: Path) -> None:
     torch.save(VoVNet("V-19-slim-dw-eSE", norm="BN").state_dict(), folder.parent / "in.pth")
     words = [str(folder.parent / "in.pth"), str(folder / "out.pth")]
-    convert_weights.main(convert_weights.argument_parser().parse_args(words))
+    convert_weights.run(convert_weights.argument_parser().parse_args(words))
 
 
 def write_pictures(folder: Path) -> None:

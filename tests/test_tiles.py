@@ -3,6 +3,7 @@
 """Detection on tiles: a stand-in detector that sees bright rectangles, on images that are known."""
 
 import itertools
+import re
 from pathlib import Path
 
 import cv2
@@ -109,6 +110,12 @@ def test_sides_are_cut(side: int, tile: int, overlap: float, expected: list) -> 
     assert {(t.left, t.right) for t in tiles} == {(0, 10)}
 
 
+def test_the_default_overlap_is_the_documented_one() -> None:
+    documentation = Predictor.__init__.__doc__ or ""
+    (documented,) = re.findall(r"``TEST.TILE_OVERLAP``, which is ([\d.]+)\.", documentation)
+    assert float(documented) == load_config().TEST.TILE_OVERLAP
+
+
 def test_tiles_cover_an_image() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -170,6 +177,56 @@ def resized(image: torch.Tensor, resize: T.AugmentationList) -> torch.Tensor:
     pixels = T.AugInput(image.permute(1, 2, 0).numpy())
     resize(pixels)
     return torch.from_numpy(pixels.image.transpose(2, 0, 1).copy())
+
+
+class Given(nn.Module):
+    """Returns given detections, (x0, y0, x1, y1, score, category) each, call after call."""
+
+    def __init__(self, *outputs: list[tuple[float, ...]]):
+        super().__init__()
+        self.outputs = iter(outputs)
+        self.sizes: list[tuple[int, int]] = []
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        (one,) = inputs
+        self.sizes.append((one["height"], one["width"]))
+        values = torch.tensor(next(self.outputs)).reshape(-1, 6)
+        instances = Instances(self.sizes[-1], pred_boxes=Boxes(values[:, :4]))
+        instances.scores, instances.pred_classes = values[:, 4], values[:, 5].long()
+        return [{"instances": instances}]
+
+
+def merge(size: tuple[int, int], tiles: tuple[int, int], model: Given) -> set[tuple[float, ...]]:
+    """Return the boxes that are left, with their categories."""
+    tiled = TiledDetector(model.eval(), tiles, 0.1, resize=AS_IT_IS, batch_size=1)
+    found = tiled([{"image": torch.zeros(3, *size, dtype=torch.uint8)}])[0]["instances"]
+    boxes = [tuple(round(x, 2) for x in box) for box in found.pred_boxes.tensor.tolist()]
+    return {(*box, label) for box, label in zip(boxes, found.pred_classes.tolist(), strict=True)}
+
+
+def test_what_touches_a_border_inside_the_image_is_left_out() -> None:
+    """Tiles begin at 0 and 80, and at 0 and 180; their border is 1 pixel high and 2 wide."""
+    first = [(0, 0, 8, 8), (10, 10, 50, 98.9), (100, 10, 197.9, 50)]
+    last = [(2.1, 20, 40, 40), (80, 1.1, 120, 30), (150, 80, 200, 100)]
+    cut_first = [(60, 10, 90, 99), (100, 60, 198, 90)]
+    cut_last = [(1.9, 50, 40, 70), (130, 0.9, 145, 30)]
+    outputs = [[(*box, 0.9, 0) for box in boxes] for boxes in (first + cut_first, last + cut_last)]
+    model = Given(outputs[0], [], [], outputs[1], [])
+    expected = {(*box, 0) for box in first}
+    expected |= {(x0 + 180, y0 + 80, x1 + 180, y1 + 80, 0) for x0, y0, x1, y1 in last}
+    assert merge((180, 380), (100, 200), model) == expected
+    assert model.sizes == [(100, 200)] * 4 + [(180, 380)]
+
+
+def test_one_of_two_boxes_is_left_of_one_category_from_an_overlap_of_a_half_on() -> None:
+    """Boxes of 100 pixels that are 33 and 34 apart overlap by 67 / 133 and 66 / 134. Two tiles are
+    the fewest that the whole image is looked at beside."""
+    apart = [(0, 0, 0.9), (33, 0, 0.8), (-34, 0, 0.7), (0, 1, 0.6)]
+    boxes = [(100 + x, 20, 200 + x, 60, score, label) for x, label, score in apart]
+    model = Given([], [], boxes)
+    left = {(x0, y0, x1, y1, label) for x0, y0, x1, y1, _, label in boxes}
+    assert merge((100, 380), (100, 200), model) == left - {(133, 20, 233, 60, 0)}
+    assert model.sizes[-1] == (100, 380)
 
 
 def test_nothing_found() -> None:
@@ -236,16 +293,20 @@ def test_networks_whose_outputs_are_not_merged(tmp_path: Path) -> None:
 
 
 def test_sizes_of_a_test_hold_for_tiles(tmp_path: Path) -> None:
-    predictor = Predictor(save(tmp_path), tiles=(200, 300))
-    seen: list[tuple[int, ...]] = []
-    predictor.model.model.register_forward_pre_hook(
-        lambda module, args: seen.extend(tuple(one["image"].shape[1:]) for one in args[0])
-    )
-    predictor(PICTURES[0])
     short, long = SMALL["INPUT.MIN_SIZE_TEST"], SMALL["INPUT.MAX_SIZE_TEST"]
-    assert set(seen) == {(85, long)}  # 200 × 300 and 427 × 640, the longer side to its limit
     assert short > 85
-    assert len(seen) == 3 * 3 + 1
+    cfg = save(tmp_path)
+    for options, number in (({"batch_size": 6}, 3 * 3), ({"overlap": 0.5}, 4 * 4)):
+        predictor = Predictor(cfg, tiles=(200, 300), **options)
+        seen: list[list[tuple[int, ...]]] = []
+        predictor.model.model.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append([tuple(x["image"].shape) for x in args[0]])
+        )
+        predictor(PICTURES[0])
+        # 200 × 300 and 427 × 640, the longer side to its limit
+        assert {shape for batch in seen for shape in batch} == {(3, 85, long)}
+        assert sum(map(len, seen)) == number + 1
+        assert len(seen[0]) == options.get("batch_size", 8)
 
 
 def test_the_demo_passes_its_arguments_on(

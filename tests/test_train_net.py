@@ -65,9 +65,21 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
         Image.open(out / name).verify()
 
 
-@pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
-def test_thin_networks(coco: Path, tmp_path: Path, config: str) -> None:
-    train_resume_evaluate(config, tmp_path, TINY)
+def test_a_thin_network(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_resume_evaluate(MASK_RCNN, tmp_path, TINY)
+    start = "Starting training from iteration 0"
+    shown, started, _ = capsys.readouterr().out.partition(start)
+    assert started
+    assert len(shown.splitlines()) <= 40
+    # The log file has these texts whole, and the terminal shows their first line.
+    written = read_log(tmp_path).partition(start)[0]
+    for title, content in (
+        ("Running with full config", "BIAS_LR_FACTOR"),
+        ("Model", "ConvNormAct("),
+    ):
+        assert re.search(rf"{title}: \(\d+ lines in {tmp_path}/log.txt\)\n", shown)
+        assert content not in shown
+        assert content in written
 
 
 def test_the_fast_network_is_evaluated(
@@ -103,15 +115,6 @@ def test_no_predictions(coco: Path, tmp_path: Path) -> None:
     assert sentence in (tmp_path / "results.md").read_text()
     assert sentence in read_log(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["results"]["coco_2017_val"]
-
-
-def test_a_missing_gpu_is_warned_of(
-    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()", "MODEL.DEVICE", "cuda")
-    assert "torch finds no GPU: MODEL.DEVICE is set to cpu" in read_log(tmp_path)
-    assert "DEVICE: cpu" in (tmp_path / "config.yaml").read_text()
 
 
 def test_auto_scaling(coco: Path, tmp_path: Path) -> None:
@@ -200,6 +203,7 @@ def test_a_full_gpu_is_one_sentence(
     monkeypatch.setattr(Trainer, "run_step", run_out)
     options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"]
     saving = ["SOLVER.AMP.ENABLED True", "MODEL.VOVNET.CHECKPOINT_BLOCKS True"]
+    saving += ["SOLVER.COMPILE.ENABLED True SOLVER.COMPILE.MEMORY_BUDGET 0.5"]
     for used in (False, True):
         with pytest.raises(SystemExit) as caught:
             call(*options, *(" ".join(saving).split() if used else []))
@@ -208,7 +212,7 @@ def test_a_full_gpu_is_one_sentence(
         sentence = error.splitlines()[-1]
         assert sentence.startswith("error: CUDA out of memory. These need less memory: ")
         assert "SOLVER.IMS_PER_BATCH below 2, with --auto-scale-lr" in sentence
-        assert [word in sentence for word in saving] == [not used] * 2
+        assert [word in sentence for word in saving] == [not used] * 3
         assert "Traceback" not in error + read_log(tmp_path)
 
 
@@ -256,12 +260,14 @@ def test_more_gpus_than_there_are(
     assert "--num-gpus is 8, but torch finds 1" in capsys.readouterr().err
 
 
-def run_tool(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_tool(root: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+    environment |= variables
     command = [sys.executable, str(TOOL), "--config-file", FASTER_RCNN, *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
     options = ["DATALOADER.NUM_WORKERS", str((os.cpu_count() or 1) + 1)]
     done = run_tool(coco_root, *TINY, *options, "OUTPUT_DIR", str(tmp_path))
@@ -273,21 +279,31 @@ def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
         line for line in lines if re.search(r"UserWarning|FutureWarning|is_fx_trac", line)
     ] == []
     report = (tmp_path / "results.md").read_text()
-    assert f"python {TOOL} --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
+    assert f"tools/train_net.py --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
 
 
 def test_progress_in_the_place_of_the_log(coco_root: Path, tmp_path: Path) -> None:
     words = ["--progress", *TINY, "SOLVER.MAX_ITER", "8", "OUTPUT_DIR", str(tmp_path)]
-    done = run_tool(coco_root, *words)
+    words += ["MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", str((os.cpu_count() or 1) + 1)]
+    done = run_tool(coco_root, *words, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     first, *others = [line for line in lines if not line.startswith("WARNING")]
     assert first.startswith("This takes about ")
+    assert "on this machine (cpu): " in first
+    assert "torch finds no GPU" not in done.stdout
     assert "Training:" in done.stderr
     assert "| coco_2017_val | bbox" in done.stdout
     own = [line for line in others if line.startswith("[")]
     assert [line for line in own if "vovnet_d2.engine.report" not in line] == []
+    assert not re.search(r"UserWarning|FutureWarning|is_fx_trac", done.stdout + done.stderr)
+    report = (tmp_path / "results.md").read_text()
+    command = f"tools/train_net.py --config-file {FASTER_RCNN} --progress MODEL.VOVNET.NORM BN"
+    assert command in report
     log = read_log(tmp_path)
+    assert len([line for line in log.splitlines() if "Using training sampler" in line]) == 1
+    assert "torch finds no GPU: MODEL.DEVICE is set to cpu" in log
+    assert "DEVICE: cpu" in (tmp_path / "config.yaml").read_text()
     assert "Starting training from iteration 0" in log
     assert "| coco_2017_val | bbox" in log
 

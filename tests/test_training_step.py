@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What training computes and what it keeps, against the network as commonly written."""
+"""The results of a training step and the tensors that it keeps, against a plain network."""
 
 import copy
 import importlib.util
@@ -14,7 +14,7 @@ from reference import KINDS, STRUCTURES, TABLE, random_state, thin
 from torch import nn
 
 from vovnet_d2 import VoVNet, VoVNetSpec
-from vovnet_d2.analysis.saved_memory import saved_bytes
+from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.modeling import tracing, training_step
 from vovnet_d2.modeling.convolution import ConvNormAct
@@ -82,7 +82,7 @@ def test_gradients_of_a_convolution_of_several_maps(widths, bias, memory_format)
 )
 @pytest.mark.parametrize("size", [(7, 9), (1, 1)], ids=str)
 def test_convolutions_of_several_maps(args, size):
-    """Of any geometry, with a bias under a frozen norm, too, and of maps of one pixel."""
+    """This holds for any geometry, a bias under a frozen norm, and feature maps of one pixel."""
     ours = ConvNormAct(6, 4, norm=FrozenBatchNorm2d(4), activation=nn.ReLU(), **args)
     ours.norm.running_mean.normal_()
     peer = plain(ours)
@@ -106,7 +106,7 @@ def test_gradients_that_are_not_asked_for():
 
 
 def constants_computed(model, x, monkeypatch) -> int:
-    """How many norms compute their constants in a step."""
+    """Return the number of norms that compute their constants in a step."""
     calls = []
     compute = training_step._compute_constants
     with monkeypatch.context() as patch:
@@ -125,6 +125,8 @@ def test_constants_of_frozen_norms_are_computed_once(monkeypatch):
     assert constants_computed(model, x, monkeypatch) == 0
     norms[3].running_var.mul_(4)
     assert constants_computed(model, x, monkeypatch) == 1
+    norms[3].eps *= 2
+    assert constants_computed(model, x, monkeypatch) == 1
     assert constants_computed(copy.deepcopy(model), x, monkeypatch) == len(norms)
     model.float().double()
     assert constants_computed(model, x, monkeypatch) == len(norms)
@@ -140,7 +142,9 @@ def test_constants_of_frozen_norms_are_computed_once(monkeypatch):
 
 
 def test_fp32_is_as_exact_as_separate_norms():
-    """Of one layer: further on, a value near zero may pass a ReLU in one and not in the other."""
+    """One layer is compared: further on, a value near zero may pass a ReLU in one and not in the
+    other.
+    """
     for pixels in (32, 4):
         model = build(NET).stage4[0].layers[1]
         peer = plain(model)
@@ -236,7 +240,7 @@ def test_hooks_see_what_they_see_in_the_plain_network():
         torch.testing.assert_close(found, expected)
 
 
-def test_recomputation_counts_each_batch_once():
+def test_activation_checkpointing_counts_each_batch_once():
     model = build(norm="BN", checkpoint_blocks=True)
     peer = plain(model)
     peer.checkpoint_blocks = False
@@ -282,7 +286,7 @@ def test_autocast_remembers_no_weight_without_its_gradient():
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "recompute"), [("FrozenBN", False), ("BN", True)])
 def test_compiled(norm, recompute):
-    """In float64, where a compiled network's constants are float32 still."""
+    """The constants of a compiled network are float32 also in float64."""
     model = build(norm=norm, checkpoint_blocks=recompute).double()
     peer = plain(model)
     peer.checkpoint_blocks = False
@@ -297,7 +301,7 @@ def test_compiled(norm, recompute):
 
 
 def test_saved_bytes():
-    """Of known pieces: each storage once, parameters not at all."""
+    """Known pieces: each storage counts once, and parameters do not count."""
     conv = nn.Conv2d(3, 4, 1)
     x = torch.randn(2, 3, 5, 7)
     assert saved_bytes(conv, x) == 4 * x.numel()
@@ -321,7 +325,7 @@ def with_fpn(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_saved_activations_with_an_fpn(dtype):
-    """Which keeps the maps, too; weights in bfloat16 are kept beside them."""
+    """The FPN keeps the feature maps too; weights in bfloat16 are kept beside them."""
     model = with_fpn(build(thin(TABLE["V-39-eSE"]))).train()
     x = torch.randn(2, 3, 256, 320)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):

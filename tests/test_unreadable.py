@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.utils.serialize import PicklableWrapper
 from engine_runs import FASTER_RCNN, TINY, launch, read_log, tiny_config
@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vovnet_d2.data import unreadable
+from vovnet_d2.data.mapper import Mapper
 from vovnet_d2.data.unreadable import ReadableOnly, UnreadableImageError, image_roots
 from vovnet_d2.engine import Trainer, main
 
@@ -47,7 +48,7 @@ def cut(path: Path) -> None:
 
 
 def resave(path: Path, edit: Callable[[bytes], bytes] = lambda data: data) -> None:
-    """As a PNG under the old name, which Pillow does not care for."""
+    """Save an image as a PNG under the old name, which Pillow does not care for."""
     Image.open(path).save(path, "PNG")
     path.write_bytes(edit(path.read_bytes()))
 
@@ -88,7 +89,7 @@ def test_an_unreadable_image_is_an_error_or_left_out(
     cfg = tiny_config(FASTER_RCNN, tmp_path)
     record = {"file_name": str(damaged), "height": 64, "width": 80, "annotations": []}
     good = record | {"file_name": str(images(damaged.parents[1])[1])}
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = Mapper(cfg, is_train=True)
     with pytest.raises(UnreadableImageError, match=reason) as caught:
         ReadableOnly(mapper)(record)
     assert caught.value.sentence.startswith(f"{damaged} cannot be used: ")
@@ -99,11 +100,15 @@ def test_an_unreadable_image_is_an_error_or_left_out(
     assert lenient(good)["image"].shape[0] == 3
 
 
-def test_too_many(coco_copy: Path, tmp_path: Path) -> None:
-    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+def test_too_many(coco_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mapper = Mapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
     lenient = ReadableOnly(mapper, max_skipped=2)
     records = [{"file_name": f"nowhere/{i}.jpg", "height": 64, "width": 80} for i in range(3)]
     assert [lenient(r) for r in records[:2]] == [None, None]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for number, message in enumerate(warnings, start=1):
+        assert f"number {number} of the 2 that" in message
+    assert len(warnings) == 2
     with pytest.raises(UnreadableImageError, match=r"2\.jpg .*, and 2 were left out before it"):
         lenient(records[2])
     assert lenient(records[0]) is None
@@ -142,10 +147,11 @@ def train(out: Path, workers: str, *words: str) -> dict[str, torch.Tensor]:
     return torch.load(out / "model_final.pth")["model"]
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_forked_share_what_was_left_out(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where Detectron2's loaders pickle the mapper by cloudpickle."""
+    """This holds also if Detectron2's loaders pickle the mapper by cloudpickle."""
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr(unreadable, "multiprocessing", context)
     mapper = ReadableOnly(open_image, max_skipped=1)
@@ -172,7 +178,7 @@ def test_a_mapper_that_leaves_nothing_out_can_be_pickled_at_any_time() -> None:
 def test_what_takes_its_place_is_repeatable(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same parameters without workers, with two, and by a run that was resumed."""
+    """The parameters are the same without workers, with two, and in a run that was resumed."""
     plain, parallel, resumed = (tmp_path / name for name in ("plain", "parallel", "resumed"))
     expected = train(plain, "0")
     assert f"{damaged} cannot be used" in read_log(plain)
@@ -216,7 +222,7 @@ def test_links_may_lead_anywhere(coco_copy: Path, tmp_path: Path) -> None:
     pool = (coco_copy / "train2017").rename(tmp_path / "pool")
     (coco_copy / "train2017").symlink_to(pool)
     (pool / "more").symlink_to(coco_copy / "val2017")
-    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    mapper = Mapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
     guarded = ReadableOnly(mapper, roots=image_roots(["coco_2017_train"]))
     record = {"height": 64, "width": 80}
     below = path.parent / "more" / images(coco_copy, "val2017")[0].name
@@ -233,7 +239,7 @@ def test_names_cannot_leave_a_folder(
     name = images(coco_copy)[0].name
     shutil.copy(f"train2017/{name}", "secret.jpg")
     Path("train2017/link").symlink_to(coco_copy / "val2017")
-    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    mapper = Mapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
     record = {"height": 64, "width": 80}
     for root in ("train2017", "val2017/../train2017"):
         guarded = ReadableOnly(mapper, roots=[root])
@@ -250,7 +256,7 @@ def test_damaged_semantic_labels_are_named(coco_copy: Path, tmp_path: Path) -> N
     Image.effect_noise((80, 64), 9).save(labels)
     record = {"file_name": str(images(coco_copy)[0]), "height": 64, "width": 80}
     record["sem_seg_file_name"] = str(labels)
-    mapper = DatasetMapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
+    mapper = Mapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
     assert "sem_seg" in ReadableOnly(mapper)(record)
     data = bytearray(labels.read_bytes())
     data[len(data) // 2] ^= 255  # which Detectron2 reads as other labels, or none

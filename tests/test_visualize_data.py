@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 from engine_runs import FASTER_RCNN, MASK_RCNN, TINY, tiny_config
 from PIL import Image
 
+from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.engine import Trainer, data_pictures
 from vovnet_d2.engine.data_pictures_command import main
 
@@ -26,16 +27,16 @@ SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml"
 
 
 @pytest.fixture
-def overlays(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What Detectron2 was asked to draw, picture by picture."""
-    calls: list[dict] = []
-    original = data_pictures.Visualizer.overlay_instances
+def overlays(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    """Return what the artist was asked to draw, picture by picture."""
+    calls: list[Shown] = []
+    original = Artist.draw
 
-    def record(self: object, **words: object) -> object:
-        calls.append(words)
-        return original(self, **words)
+    def record(self: Artist, pixels: np.ndarray, shown: Shown, **words: float) -> np.ndarray:
+        calls.append(shown)
+        return original(self, pixels, shown, **words)
 
-    monkeypatch.setattr(data_pictures.Visualizer, "overlay_instances", record)
+    monkeypatch.setattr(Artist, "draw", record)
     return calls
 
 
@@ -56,26 +57,24 @@ def write_results(path: Path, *, shift: float = 0.0, **changes: object) -> list[
     return results
 
 
-def test_annotations(coco: Path, tmp_path: Path, overlays: list[dict]) -> None:
+def test_annotations(coco: Path, tmp_path: Path, overlays: list[Shown]) -> None:
     """A file for each image, among them one without annotations and one with a crowd."""
     draw("annotations", tmp_path / "out", "--dataset", "coco_2017_train")
     records = DatasetCatalog.get("coco_2017_train")
     names = [f"{i:03d}_{Path(r['file_name']).stem}.png" for i, r in enumerate(records, 1)]
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == names
-    annotated = [record for record in records if record["annotations"]]
-    assert len(annotated) == len(records) - 1
-    assert len(overlays) == len(annotated)
-    for record, words in zip(annotated, overlays, strict=True):
+    assert sum(not record["annotations"] for record in records) == 1
+    for record, shown in zip(records, overlays, strict=True):
         crowds = [annotation["iscrowd"] for annotation in record["annotations"]]
-        assert [label.endswith("|crowd") for label in words["labels"]] == crowds
-        assert len(words["masks"]) == len(crowds)
+        assert [text.endswith("|crowd") for text in shown.instances.texts] == crowds
+        assert [mask is not None for mask in shown.instances.pred_masks] == [True] * len(crowds)
     picture = np.asarray(Image.open(tmp_path / "out" / names[1]).resize((80, 64)))
     plain = np.asarray(Image.open(records[1]["file_name"]))
     assert np.abs(picture.astype(float) - plain).mean() < 8  # nothing is drawn
 
 
 def test_training_samples_are_those_of_the_trainer(
-    coco: Path, tmp_path: Path, overlays: list[dict]
+    coco: Path, tmp_path: Path, overlays: list[Shown]
 ) -> None:
     cfg = tiny_config(MASK_RCNN, tmp_path, "INPUT.MIN_SIZE_TRAIN", "(48, 64)")
     drawn = list(data_pictures.draw_training_samples(cfg, number=5))
@@ -83,10 +82,11 @@ def test_training_samples_are_those_of_the_trainer(
     samples = [sample for _ in range(3) for sample in next(stream)][:5]
     assert [name for name, _ in drawn] == [sample["file_name"] for sample in samples]
     assert {sample["image"].shape[1] for sample in samples} == {48, 64}
-    for (_, pixels), sample, words in zip(drawn, samples, overlays, strict=True):
+    for (_, pixels), sample, shown in zip(drawn, samples, overlays, strict=True):
         instances = sample["instances"]
-        torch.testing.assert_close(words["boxes"].tensor, instances.gt_boxes.tensor)
-        assert len(words["masks"]) == len(words["labels"]) == len(instances)
+        torch.testing.assert_close(shown.instances.pred_boxes.tensor, instances.gt_boxes.tensor)
+        assert shown.instances.pred_classes.tolist() == instances.gt_classes.tolist()
+        assert len(shown.instances.pred_masks) == len(instances)
         rgb = convert_image_to_rgb(sample["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
         small = Image.fromarray(pixels).resize(rgb.shape[1::-1], Image.Resampling.BOX)
         difference = np.abs(np.asarray(small, dtype=float) - rgb)
@@ -98,7 +98,7 @@ def test_training_samples_are_those_of_the_trainer(
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_results(coco: Path, tmp_path: Path, overlays: list[dict], masks: bool) -> None:
+def test_results(coco: Path, tmp_path: Path, overlays: list[Shown], masks: bool) -> None:
     results = write_results(tmp_path / "results.json", shift=5)
     if masks:
         for result in results:
@@ -110,24 +110,24 @@ def test_results(coco: Path, tmp_path: Path, overlays: list[dict], masks: bool) 
     assert Image.open(tmp_path / "sheet.png").size[0] > 400
     truths, found = overlays[::2], overlays[1::2]  # side by side
     records = [r for r in DatasetCatalog.get("coco_2017_val") if r["annotations"]]
-    assert len(truths) == len(found) == len(records)
-    for record, shown in zip(records, found, strict=True):
+    assert len(truths) == len(records)
+    for record, (instances, *_) in zip(records, found, strict=True):
         kept = [r for r in results if r["image_id"] == record["image_id"] and r["score"] >= 0.5]
         boxes = [BoxMode.convert(r["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for r in kept]
-        assert shown["boxes"].tensor.tolist() == pytest.approx(np.array(boxes))
-        assert shown["labels"] == ["person 90%", "stop sign 90%"][: len(kept)]
-        assert (shown["masks"] is not None) == masks
+        assert instances.pred_boxes.tensor.tolist() == pytest.approx(np.array(boxes))
+        assert instances.texts == ["person 90%", "stop sign 90%"][: len(kept)]
+        assert [mask is not None for mask in instances.pred_masks] == [masks] * len(kept)
 
 
 def test_a_result_at_the_threshold_is_drawn(
-    coco: Path, tmp_path: Path, overlays: list[dict]
+    coco: Path, tmp_path: Path, overlays: list[Shown]
 ) -> None:
     write_results(tmp_path / "results.json", score=0.75)
     for min_score, drawn in ((0.75, True), (0.7501, False)):
         overlays.clear()
         file = tmp_path / "results.json"
         list(data_pictures.draw_results("coco_2017_val", file, number=3, min_score=min_score))
-        assert {len(words["boxes"]) > 0 for words in overlays[1::2]} == {drawn}
+        assert {len(shown.instances) > 0 for shown in overlays[1::2]} == {drawn}
 
 
 def test_unreadable_images_are_named_and_skipped(
@@ -183,7 +183,7 @@ def test_label_maps_are_drawn_as_training_reads_them(
     catalogs: None,
     fresh_logging: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    overlays: list[Shown],
     save: Callable[[np.ndarray], Image.Image],
 ) -> None:
     labels = np.zeros((64, 80), int)
@@ -198,30 +198,24 @@ def test_label_maps_are_drawn_as_training_reads_them(
     MetadataCatalog.get("maps").set(
         stuff_classes=[f"class {n}" for n in range(300)], evaluator_type="sem_seg", ignore_label=255
     )
-    drawn: list[tuple[str, int]] = []
-
-    def draw_mask(self: object, mask: np.ndarray, *, text: str, **_: object) -> None:
-        drawn.append((text, int(mask.sum())))
-
-    monkeypatch.setattr(data_pictures.Visualizer, "draw_binary_mask", draw_mask)
     options = ["DATASETS.TRAIN", "('maps',)", "DATASETS.TEST", "()", "INPUT.RANDOM_FLIP", "none"]
     options += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "300", "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "255"]
     words = ["--config-file", SEMANTIC, "--number", "2", "--opts", *TINY, "MODEL.DEVICE", "cpu"]
     first = 256 if save is of_16_bits else 0
-    expected = [(f"class {first}", 44 * 80), (f"class {first + 1}", 20 * 80)]
+    expected = np.where(labels == 1, first + 1, first).tolist()
     wrongs = [wrong | {"width": 9, "height": 9}]
     draw("annotations", tmp_path / "drawn", *words, *options)  # the other one is skipped
-    assert drawn == expected
-    drawn.clear()
+    assert [shown.labels.tolist() for shown in overlays] == [expected]
+    overlays.clear()
     wrongs = []
     draw("training", tmp_path / "drawn", *words, *options)
-    assert drawn == 2 * expected
+    assert [shown.labels.tolist() for shown in overlays] == 2 * [expected]
 
 
 def test_thin_pictures_are_enlarged_a_little(
     catalogs: None, fresh_logging: None, tmp_path: Path
 ) -> None:
-    """And not to a short side that many can see, which takes gigabytes."""
+    """The short side does not become one that many can see, which takes gigabytes."""
     for size in ((3000, 2), (1, 1), (80, 60), (2, 300)):
         file = tmp_path / f"{size[0]}.png"
         Image.new("RGB", size).save(file)
@@ -243,15 +237,15 @@ def test_thin_pictures_are_enlarged_a_little(
 
 
 def test_objects_with_absurd_numbers_are_not_drawn(
-    coco: Path, tmp_path: Path, overlays: list[dict], capsys: pytest.CaptureFixture[str]
+    coco: Path, tmp_path: Path, overlays: list[Shown], capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
     content["annotations"][0]["segmentation"][0][2] = float("nan")
     (tmp_path / "a.json").write_text(json.dumps(content))
     own = ["--train-json", tmp_path / "a.json", "--train-images", coco / "coco/train2017"]
     draw("annotations", tmp_path / "out", "--number", "1", *own)
-    (words,) = overlays
-    assert len(words["labels"]) == len(words["masks"]) == 2
+    (shown,) = overlays
+    assert len(shown.instances) == 2
     told = capsys.readouterr()
     assert "jpg has a polygon with a number that is not finite" in told.out + told.err
 
@@ -303,7 +297,7 @@ def test_mistakes_are_a_sentence(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "results.json is no JSON"),
+        ("{", "results.json is not JSON"),
         ('{"a": 1}', "not in COCO's results format"),
         ("[{}]", "not in COCO's results format"),
         ({"image_id": 5}, "image_id 5, which coco_2017_val does not have"),

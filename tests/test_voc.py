@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty number": (edit(">40<", "><"), "has '' for 'bndbox/xmax'"),
     "difficult": (edit(">0</difficult>", ">2</difficult>"), "has '2' for 'difficult'"),
     "no size": (edit("<size>", "<sizes>"), r"000001\.xml: mismatched tag"),
-    "fraction": (edit("<width>80<", "<width>80.0<"), "'size' has no whole numbers"),
+    "fraction": (edit("<width>80<", "<width>80.0<"), "'size' must be whole numbers"),
     "other size": (edit("<width>80<", "<width>81<"), "81 x 60 and 80 x 60"),
     "order": (edit(">40<", ">0<"), r"object 0 has the box .* not above its minima"),
     "no box": (edit("bndbox", "polygon"), "lacks 'bndbox/xmin' in its 'object'"),
@@ -287,7 +287,7 @@ def test_a_test_set_of_difficult_objects_has_no_mean(register: Callable[..., Non
 
 
 def test_detectron2s_evaluation_fails_on_fractions(register: Callable[..., None]) -> None:
-    """Why there is one of our own: to be dropped when this no longer holds."""
+    """This is the reason for our own evaluation, which can be dropped when this no longer holds."""
     register({"000001": [("dog", 0, (1.5, 1, 40, 30))]})
     path = Path(MetadataCatalog.get("voc_2007_test").dirname) / "Annotations" / "000001.xml"
     extra = "<pose>Left</pose><truncated>0</truncated><difficult>"

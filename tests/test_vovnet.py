@@ -41,8 +41,10 @@ each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
 def build(spec, **args) -> VoVNet:
-    """With all its maps, in inference; in float64, so that comparisons can be close. ``spec`` is a
-    spec or a net of reference.py."""
+    """Build a network with all its feature maps, for inference, in float64 for close comparisons.
+
+    ``spec`` is a spec or a net of reference.py.
+    """
     if not isinstance(spec, VoVNetSpec):
         spec = VoVNetSpec(**vars(spec))
     return VoVNet(spec, **{"out_features": STAGES, **args}).eval().double()
@@ -358,6 +360,12 @@ def test_every_subset_of_features():
         assert tuple(model.output_shape()) == out_features
 
 
+def test_the_logits_of_a_new_classifier_are_small():
+    linear = build(V19, num_classes=1000, out_features=None).linear
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not linear.bias.any()
+
+
 def test_default_feature_is_the_last():
     x = images(2, 3, 64, 64)
     assert list(build(V19, out_features=None)(x)) == ["stage5"]
@@ -634,7 +642,7 @@ def test_integers_are_no_input(optimize):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_input_of_another_precision(training):
-    """Is refused by torch, as by the plain network, and not computed in that precision."""
+    """torch refuses it, as with the plain network, and does not compute in that precision."""
     model = VoVNet(V19).train(training)
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(RuntimeError, match=r"(?i)(half|double).*float"):
@@ -656,7 +664,7 @@ def test_a_tensor_under_two_names(strict):
     model.load_state_dict(published)
     both = {**model.state_dict(), "stem.stem_1/conv.weight": published["stem.stem_1/conv.weight"]}
     before = copy.deepcopy(model.state_dict())
-    message = r"stem.conv1.weight is there twice, also as stem.stem_1/conv.weight: remove one"
+    message = r"has stem.conv1.weight twice, also as stem.stem_1/conv.weight: remove one"
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(both, strict=strict)
     assert torch.equal(model.state_dict()["stem.conv1.weight"], before["stem.conv1.weight"])
@@ -717,7 +725,7 @@ def test_empty_batch_with_deformable_convolutions():
 
 
 def pooling_in(program: torch.export.ExportedProgram) -> list[bool]:
-    """For each max-pooling of the graph, whether it is in ceil mode."""
+    """Return, for each max-pooling of the graph, True if it is in ceil mode."""
     modes = []
     for node in program.graph.nodes:
         if node.op == "call_function" and "max_pool2d" in str(node.target):
@@ -737,7 +745,12 @@ def test_ceil_mode_would_be_seen():
 
 
 each_graph = pytest.mark.parametrize(
-    "structure", ["eSE in all", "depthwise, pooled stem", "bottleneck, pooled stem"]
+    "structure",
+    [
+        "depthwise, pooled stem",
+        pytest.param("eSE in all", marks=pytest.mark.slow),
+        pytest.param("bottleneck, pooled stem", marks=pytest.mark.slow),
+    ],
 )
 
 

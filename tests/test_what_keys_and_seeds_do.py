@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config keys, seeds, limits and selections that would be missed only by their effect."""
 
+import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,13 @@ from detectron2.engine import DefaultTrainer, hooks
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from engine_runs import FASTER_RCNN, tiny_config
 from PIL import Image
 from torch import nn
 
 from vovnet_d2.data import record_files
-from vovnet_d2.data.check import frames
+from vovnet_d2.data.check import frames, leakage
 from vovnet_d2.data.check.conventions import COCO, Convention, Sample
 from vovnet_d2.data.check.files import ImageFile
 from vovnet_d2.data.check.label_maps import LabelCounts
@@ -30,6 +33,7 @@ from vovnet_d2.data.check.problems import Findings
 from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.data.stream import Place, sample_seed, step_seed
 from vovnet_d2.demo.selection import Selection
+from vovnet_d2.drawing.artist import Artist
 from vovnet_d2.engine import (
     Trainer,
     classifier,
@@ -62,7 +66,7 @@ def bare_trainer(**attributes: Any) -> Trainer:
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_test_amp(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In evaluations and in the picture of predictions, whatever SOLVER.AMP says."""
+    """The key counts in evaluations and in the picture of predictions, whatever SOLVER.AMP says."""
     seen: list[bool] = []
     monkeypatch.setattr(
         DefaultTrainer,
@@ -80,7 +84,8 @@ def test_test_amp(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     record = {"file_name": str(tmp_path / "a.png"), "height": 64, "width": 64, "annotations": []}
-    pictures._draw_pair(cfg, Probe(), record, MetadataCatalog.get("amp"))
+    mapper = build_mapper(cfg, is_train=False)
+    pictures._draw_pair(cfg, Probe(), record, Artist(MetadataCatalog.get("amp")), mapper)
     assert seen == [enabled, enabled]
 
 
@@ -94,12 +99,14 @@ def test_input_crop(tmp_path: Path, kind: str, size: str, fixed: str) -> None:
     record["annotations"] = []
     options = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size]
     cfg = tiny_config(FASTER_RCNN, tmp_path, "INPUT.FIXED_SIZE", fixed, *options)
+    before = copy.deepcopy(record)
     shares = [
         float(np.ptp(build_mapper(cfg, is_train=training)(record)["image"].numpy())) / 252
         for training in (True, False)
     ]
     assert shares[0] == pytest.approx(0.5, abs=0.03)
     assert shares[1] > 0.97
+    assert record == before
 
 
 @pytest.mark.parametrize("key", ["MIXUP", "CUTMIX"])
@@ -138,7 +145,9 @@ def test_the_seed_of_a_step_is_that_of_seed_iteration_and_rank(
     cases = [(7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0)]
     for seed, iteration, rank in cases:
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        bare_trainer(_place=Place(seed, 0, 0, 2, 2), iter=iteration, _norms=[]).run_step()
+        place, statistics = Place(seed, 0, 0, 2, 2), nonfinite.KeptStatistics(nn.Identity())
+        parts = {"_place": place, "_statistics": statistics, "cfg": None}
+        bare_trainer(**parts, iter=iteration).run_step()
     assert seeds == [step_seed(*case) for case in cases]
 
 
@@ -150,7 +159,7 @@ def test_precise_bn_has_the_batches_of_the_training_s_seed(
     for seed in (3, 4):
         hook = object.__new__(PreciseBN)
         hook._data_loader = SimpleNamespace(place=Place(0, 0, 0, 2, 1))
-        hook.trainer = SimpleNamespace(seed=seed)
+        hook.trainer = SimpleNamespace(seed=seed, cfg=load_config("Digits/Base-Mask-RCNN-FPN.yaml"))
         hook.update_stats()
         assert hook._data_loader.place.seed == seed
 
@@ -159,8 +168,8 @@ def test_precise_bn_has_the_batches_of_the_training_s_seed(
 
 
 def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process has norms of its own, and all evaluate those of the first."""
-    model = nn.BatchNorm2d(3)
+    """Each process has norms of its own, and all evaluate those of the first; averaged, too."""
+    model, averaged = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     model.running_mean.fill_(5.0)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
 
@@ -170,9 +179,15 @@ def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(trainer.dist, "broadcast", broadcast)
     inner = SimpleNamespace(model=model)
-    made = bare_trainer(_trainer=inner, _request=StopRequest(), gather_rank_states=lambda: None)
-    found = made._interruptible(lambda: [buffer.clone() for buffer in model.buffers()])()
-    assert len(found) == 3
+    made = bare_trainer(
+        cfg=load_config("Digits/Base-Mask-RCNN-FPN.yaml"),
+        _trainer=inner,
+        _request=StopRequest(),
+        _average=SimpleNamespace(model=averaged),
+        gather_rank_states=lambda: None,
+    )
+    found = made._interruptible(lambda: [*model.buffers(), *averaged.buffers()])()
+    assert len(found) == 6
     assert all((buffer == 1).all() for buffer in found)
 
 
@@ -180,30 +195,30 @@ def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch
 def test_a_loss_of_another_process_that_is_not_finite_counts(
     others: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes give the largest of their flags, so one is enough."""
-    other = torch.tensor(others != others, dtype=torch.uint8)
+    """The flag of one process is enough."""
 
-    def all_reduce(flag: torch.Tensor, operation: Any, group: Any) -> None:
-        reductions = {nonfinite.dist.ReduceOp.MAX: max, nonfinite.dist.ReduceOp.MIN: min}
-        flag.copy_(reductions[operation](flag, other))
+    def all_gather(rows: list[torch.Tensor], own: torch.Tensor, group: Any) -> None:
+        rows[0].copy_(own)
+        rows[1].copy_(own)
+        rows[1][0] = others != others
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(comm, "_get_global_gloo_group", lambda: None)
     monkeypatch.setattr(comm, "all_gather", lambda own: [own, ({"loss": others}, "", None)])
-    monkeypatch.setattr(nonfinite.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(nonfinite.dist, "all_gather", all_gather)
     layer = nn.Linear(1, 1)
     made = nonfinite.AgreedSteps(layer, [], torch.optim.SGD(layer.parameters(), lr=1.0))
     if others == others:
-        made._agree({"loss": 1.0}, "")
+        made._agree({"loss": 1.0}, 0.0, "")
         return
     with pytest.raises(nonfinite.NonFiniteLossError, match="loss is nan"):
-        made._agree({"loss": 1.0}, "")
+        made._agree({"loss": 1.0}, 0.0, "")
 
 
 def test_each_process_goes_on_with_its_own_loss_normalizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And with the mean, where there were more or fewer processes."""
+    """A process takes the mean if there were more or fewer processes."""
     detector = object.__new__(DenseDetector)
     nn.Module.__init__(detector)
     model = nn.ModuleDict({"a": detector})
@@ -292,6 +307,18 @@ def test_the_best_of_another_metric_is_not_gone_on_from(
     assert hook.best_metric == best
 
 
+def test_an_evaluation_without_the_metric_is_no_best(tmp_path: Path) -> None:
+    """Nothing compares with NaN, so that a later evaluation would never be better."""
+    hook = BestCheckpointer(1, nn.Linear(1, 1), str(tmp_path), "bbox/AP")
+    for iteration, value in enumerate((math.nan, 20.0)):
+        with EventStorage(iteration) as storage:
+            storage.put_scalar("bbox/AP", value)
+            hook.trainer = SimpleNamespace(start_iter=0, iter=iteration, storage=storage)
+            hook._check_what_is_new()
+        assert (tmp_path / "model_best.pth").exists() == math.isfinite(value)
+    assert (hook.best_metric, hook.best_iter) == (20.0, 1)
+
+
 # Limits and selections
 
 
@@ -306,8 +333,9 @@ def test_a_score_at_the_threshold_is_shown() -> None:
     shown = Selection(metadata, min_score=0.5)({"instances": detections([0.49, 0.5, 0.51])})
     assert shown.instances.scores.tolist() == pytest.approx([0.5, 0.51])
     segments = [{"isthing": False, "category_id": 0, "score": s, "id": 1} for s in (0.49, 0.5)]
+    segments.append({"isthing": False, "category_id": 0, "id": 2})  # Detectron2's stuff has none
     shown = Selection(metadata, min_score=0.5)({"panoptic_seg": (torch.zeros(1), segments)})
-    assert [segment["score"] for segment in shown.panoptic[1]] == [0.5]
+    assert [segment.get("score") for segment in shown.panoptic[1]] == [0.5, None]
 
 
 @pytest.mark.parametrize(("start", "made_up"), [(4, False), (6, False), (8, True)])
@@ -342,16 +370,18 @@ def twenty(catalogs: None, tmp_path: Path) -> Iterator[CfgNode]:
 
 
 def test_pictures_are_of_images_from_all_over_a_set(
-    twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
+    twenty: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     drawn = []
 
-    def note(cfg: CfgNode, model: nn.Module, record: dict, metadata: Any) -> tuple:
+    def note(cfg: CfgNode, model: nn.Module, record: dict, *_: Any) -> np.ndarray:
         drawn.append(int(Path(record["file_name"]).stem))
-        return np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+        return np.zeros((4, 8, 3), np.uint8)
 
     monkeypatch.setattr(pictures, "_draw_pair", note)
-    pictures.draw_predictions(twenty, nn.Identity())
+    with caplog.at_level("INFO"):
+        pictures.draw_predictions(twenty, nn.Identity())
+    assert caplog.text.count("Augmentations used in inference") == 1
     annotated = [int(Path(d.name).stem) for d in draw_annotations("twenty", number=4)]
     for numbers in (drawn, annotated):
         assert len(set(numbers)) == len(numbers) > 2
@@ -363,7 +393,7 @@ def test_pictures_are_of_images_with_objects(
     twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    pair = (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8))
+    pair = np.zeros((4, 8, 3), np.uint8)
     monkeypatch.setattr(
         pictures, "_draw_pair", lambda *words: drawn.append(words[2]["file_name"]) or pair
     )
@@ -379,7 +409,7 @@ def test_pictures_are_of_images_with_objects(
 
 
 def are_spread(numbers: list[int], total: int) -> bool:
-    """Whether all quarters of a set have as many, but for one."""
+    """Return True if all quarters of a set have the same number, or one more."""
     counts = np.histogram(numbers, bins=4, range=(0, total))[0]
     return len(set(numbers)) == len(numbers) >= 4 and np.ptp(counts) <= 1
 
@@ -406,8 +436,13 @@ def test_the_rehearsal_is_on_images_from_all_over_a_set(
 
 def test_headers_are_read_all_over_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+
+    def refuse(file: str) -> None:
+        seen.append(int(file))
+        raise ValueError(file)
+
     monkeypatch.setattr(record_files, "_is_there", lambda record: True)
-    monkeypatch.setattr(record_files, "read_header", lambda file: seen.append(int(file)) or 1 / 0)
+    monkeypatch.setattr(record_files, "read_header", refuse)
     monkeypatch.setattr(record_files, "_MAX_HEADERS", 60)
     records = [{"file_name": str(number)} for number in range(1000)]
     record_files.check_files(records, "set", most_unusable=1000)
@@ -425,12 +460,24 @@ def test_readings_are_compared_with_pictures_from_all_over_a_set(
         return 1
 
     monkeypatch.setattr(frames, "compare_readings", note)
-    file = ImageFile(size=(64, 64), stored_size=(64, 64))
+    file = ImageFile(stored_size=(64, 64))
     pairs = [({}, frames.Frame(f"{n}.png", str(n), file, (64, 64))) for n in range(1000)]
     samples = {n: Sample([1, 2, 3, 4], (64, 64), None, None) for n in range(1000)}
     corners = Convention("x1, y1, x2, y2", "pixels")
     assert frames._tell_apart([COCO, corners], samples, pairs) == [corners]
     assert are_spread(seen, 1000)
+
+
+def test_pictures_are_compared_with_others_of_their_set_from_all_over_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        leakage, "near_pairs", lambda sample, files: seen.extend(map(int, sample)) or []
+    )
+    assert not leakage._look_alike({str(number): None for number in range(2000)})
+    assert are_spread(seen, 2000)
+    assert len(seen) == 500
 
 
 @pytest.mark.parametrize(("bits", "near"), [(0, True), (16, True), (17, False), (128, False)])

@@ -21,8 +21,8 @@ from reference import thin
 from safetensors.torch import save_file
 from state_dicts import snapshot
 
-from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, convert_state_dict
-from vovnet_d2.checkpoint import zoo, zoo_page
+from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetCheckpointer, convert_state_dict, zoo_page
+from vovnet_d2.checkpoint import zoo
 from vovnet_d2.checkpoint.download import MIRROR
 from vovnet_d2.checkpoint.zoo import ZOO, get_entry
 
@@ -111,7 +111,7 @@ def test_an_unknown_name_lists_those_there_are():
 
 
 def test_the_page_is_the_zoos():
-    """Otherwise: python -m vovnet_d2.checkpoint.zoo_page > MODEL_ZOO.md"""
+    """Run ``python -m vovnet_d2.zoo_page > MODEL_ZOO.md`` if this fails."""
     assert (ROOT / "MODEL_ZOO.md").read_text() == zoo_page.render() + "\n"
 
 
@@ -185,7 +185,7 @@ def test_cached_weights_load_offline(cache, state, model, revision, caplog):
     assert len(warnings) == (revision is None)
     for warning in warnings:
         assert f"Revision {ZOO[SMALLEST].revision} of timm/ese_vovnet19b_dw" in warning
-        assert f"taken is revision {40 * '1'}" in warning
+        assert f"revision {40 * '1'} in the cache is used" in warning
 
 
 def test_the_pinned_revision_goes_before_the_newest(cache, state, model):
@@ -262,7 +262,7 @@ def test_without_huggingface_hub(monkeypatch, model):
 
 @pytest.mark.slow
 def test_offline_mode_by_the_environment(tmp_path, state):
-    """As a user does it, in a process of its own."""
+    """This is how a user does it, in another process."""
     fill_cache(tmp_path, SMALLEST, state, ZOO[SMALLEST].revision)
     program = (
         "from vovnet_d2.checkpoint.sources import read_weights;"

@@ -250,7 +250,7 @@ def write_report(data: Data, setting: Setting) -> Any:
     if not (folder / "inference").is_dir():  # refused
         return None
     (page := folder / "report.html").unlink(missing_ok=True)
-    run_or_exit(report.main, report.argument_parser().parse_args([str(folder)]))
+    run_or_exit(report.run, report.argument_parser().parse_args([str(folder)]))
     assert page.stat().st_size > 10_000
     return None
 
@@ -260,13 +260,18 @@ def export(data: Data, setting: Setting) -> Any:
     words = ["--config-file", str(setting.trained / "config.yaml"), "--part", "backbone"]
     words += ["--format", "torchscript", "--output", str(setting.folder / "exported"), "--images"]
     words += [str(p) for p in sorted(data.images.rglob("*")) if p.is_file()][:2]
-    return run_or_exit(export_model.main, [*words, "--opts", "MODEL.WEIGHTS", setting.weights])
+    return run_or_exit(
+        export_model.run,
+        export_model.argument_parser().parse_args(
+            [*words, "--opts", "MODEL.WEIGHTS", setting.weights]
+        ),
+    )
 
 
 def convert(data: Data, setting: Setting) -> Any:
     out = setting.folder / "converted.pth"
     words = [setting.weights, str(out), "--to", "native"]
-    run_or_exit(convert_weights.main, convert_weights.argument_parser().parse_args(words))
+    run_or_exit(convert_weights.run, convert_weights.argument_parser().parse_args(words))
     return digest(out)
 
 

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a network costs, stage by stage: parameters, multiply-adds, activations, memory access and
-its lower bound, arithmetic intensity, receptive field, peak memory. It needs neither weights nor a
-GPU, nor memory for the network.
+"""Analyze a network stage by stage: parameters, multiply-adds, activations, memory access and its
+lower bound, arithmetic intensity, peak memory. It needs neither weights nor a GPU.
 
     python tools/analyze_model.py --backbone V-99-eSE --image-size 800 1344
     python tools/analyze_model.py --backbone DenseNet-40 --image-size 32 32
@@ -13,6 +12,7 @@ GPU, nor memory for the network.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,13 @@ from torch import nn
 from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.report import format_table, write_report
-from vovnet_d2.benchmark.protocol import describe_environment
 from vovnet_d2.data.classification import class_names
 from vovnet_d2.engine.checks import check_network
 from vovnet_d2.engine.config import load_config, resolve_config
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.errors import UserValueError
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
+from vovnet_d2.timing import describe_environment
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="by default 800 1344, or the square that a config says",
+        help="default: 800 1344, or the INPUT.FIXED_SIZE of a config",
     )
     parser.add_argument("--output", type=Path, help="folder for complexity.csv, .json and .png")
     parser.add_argument(
@@ -61,9 +62,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.opts and args.backbone:
-        raise ValueError(f"Config options, {args.opts[0]} here, go with --config-file.")
+        raise UserValueError(f"Config options, {args.opts[0]} here, go with --config-file.")
     with torch.device("meta"):
         if args.backbone:
             model, channels, size = build_backbone(args.backbone), 3, (800, 1344)
@@ -83,12 +84,12 @@ def main(args: argparse.Namespace) -> None:
 def build_backbone(name: str) -> nn.Module:
     if name in CIFAR_SPECS:
         return CifarClassifier(name)
-    # As under an FPN, whose maps have to be kept.
+    # An FPN keeps all these feature maps.
     return VoVNet(name, out_features=["stage2", "stage3", "stage4", "stage5"])
 
 
 def build_from_config(args: argparse.Namespace) -> tuple[nn.Module, int, tuple[int, int]]:
-    """The network, its number of input channels, and the size of image that it is for."""
+    """Return the network, its number of input channels, and the size of its images."""
     path, trusted = resolve_config(args.config_file)
     trusted = trusted or args.allow_unsafe_yaml
     try:
@@ -119,5 +120,9 @@ def build_classifier(
     return build_network(cfg), 3, (side, side)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    run_or_exit(run, argument_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    run_or_exit(main, argument_parser().parse_args())
+    main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Speed, memory, energy and computation efficiency of networks side by side; ``--help`` lists the
+"""Compare the speed, memory, energy and computation efficiency of networks; ``--help`` lists the
 arguments."""
 
 from vovnet_d2.benchmark.command import main

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read data sets as training would, registered ones or those of annotation files of any format,
-and list what is wrong with them.
+"""Read data sets as a training does, and list what is wrong with them. The data sets are registered
+ones, or annotation files of any known format.
 
     python tools/check_dataset.py digits_train digits_val
-    python tools/check_dataset.py --train-annotations train.json --train-images images/ \
+    python tools/check_dataset.py --train-annotations train.json --train-images images/ \\
         --fix fixed.json
     python tools/check_dataset.py --train-annotations data.yaml --val-annotations data.yaml
 
-Exit status: 0 if there is no problem (notes are none); 1 if there is one, or if a file could not be
-written; 2 for a mistake in what was asked for. --fix does not change the first two: they tell of
-the files as they were.
+Exit status: 0 if there is no problem (notes are no problems); 1 if there is a problem, or if a file
+could not be written; 2 for a mistake in the arguments. The first two describe the original files,
+also with --fix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
@@ -35,10 +35,11 @@ from vovnet_d2.data.check import (
     require_free,
     write_fixed,
 )
-from vovnet_d2.data.formats import read_annotations, recognise
+from vovnet_d2.data.formats import describe_formats, read_annotations, recognise
 from vovnet_d2.data.voc import check_voc_set, is_voc_set, register_voc
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.engine.own_data import add_annotation_arguments, find_annotations
+from vovnet_d2.errors import UserFileNotFoundError, UserValueError
 from vovnet_d2.made import refuse_foreign
 
 
@@ -49,8 +50,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names", nargs="*", help="data sets that are registered, the training set first"
     )
+    files = parser.add_argument_group("annotation files", describe_formats("\n"))
     for split in ("train", "val"):
-        add_annotation_arguments(parser, split)
+        add_annotation_arguments(files, split)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
     parser.add_argument(
         "--fix",
@@ -63,14 +65,23 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--masks",
         action="store_true",
-        help="the sets are for a network that learns masks: objects without one are problems, and "
-        "--fix drops them. Without, objects are kept for their boxes",
+        help="check for a network that learns masks: objects without one are problems, and --fix "
+        "drops them. By default they are kept for their boxes",
     )
     parser.add_argument(
-        "--min-size", type=int, default=800, help="INPUT.MIN_SIZE_TRAIN (default %(default)s)"
+        "--min-size",
+        type=int,
+        default=800,
+        metavar="PIXELS",
+        help="shorter side of the images in the training (INPUT.MIN_SIZE_TRAIN, default "
+        "%(default)s): the report notes boxes that are tiny at this size",
     )
     parser.add_argument(
-        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN (default %(default)s)"
+        "--max-size",
+        type=int,
+        default=1333,
+        metavar="PIXELS",
+        help="limit of their longer side (INPUT.MAX_SIZE_TRAIN, default %(default)s)",
     )
     return parser
 
@@ -85,17 +96,19 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     in_coco = [name for name in args.names if not (is_label_set(name) or is_voc_set(name))]
     sources += [find_registered(name) for name in in_coco]
     if not sources and not args.names:
-        raise ValueError(
+        raise UserValueError(
             "Nothing to check: give --train-annotations and --train-images, or a name."
         )
     if args.fix and len(args.fix) != len(sources):
-        raise ValueError(f"--fix takes a file for each data set: {len(sources)}, in their order.")
+        raise UserValueError(
+            f"--fix takes a file for each data set: {len(sources)}, in their order."
+        )
     return sources
 
 
 def find_source(split: str, path: Path, images: Path | None) -> Source:
-    """Return annotations as they are to be checked: those of other formats converted, with a line
-    for each thing that was changed."""
+    """Return the annotations to check. Other formats than COCO's are converted, and a line is
+    printed for each kind of change."""
     if images and recognise(path) == "coco":
         return Source(split, path, images)
     found = read_annotations(path, images, split)
@@ -110,7 +123,9 @@ def check_outputs(args: argparse.Namespace) -> None:
     for path in args.fix or []:
         require_free(path)
     if args.json and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {args.json.parent} to write {args.json} to.")
+        raise UserFileNotFoundError(
+            f"There is no folder {args.json.parent} to write {args.json} to."
+        )
     refuse_foreign([args.json] if args.json else [])
 
 

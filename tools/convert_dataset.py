@@ -1,15 +1,13 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convert annotations of any format to COCO's, or to another one, and split them.
+"""Convert annotations of any format to COCO's, and split them.
 
     python tools/convert_dataset.py Annotations/ converted/ --images JPEGImages/
     python tools/convert_dataset.py data.yaml converted/ --part train
     python tools/convert_dataset.py all.json converted/ --images images/ --split 0.8 0.2
-    python tools/convert_dataset.py train.json converted/ --images images/ --to yolo
 
-The images stay where they are; training with YOLO itself wants them, or a link to their folder, in
-"images" beside the data.yaml that is written. What a format cannot hold is listed.
+The images stay where they are. What a format cannot hold is listed.
 
 Exit status: 0 if all is written; 1 if a file could not be written; 2 for a mistake in what was
 asked for, or in the annotations.
@@ -24,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vovnet_d2.data.formats import (
-    FORMATS,
-    Notes,
     describe_formats,
     read_annotations,
     split_content,
+    write_coco,
 )
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.errors import UserValueError
 
 PARTS = ("train", "val", "test")
 
@@ -48,53 +46,44 @@ def argument_parser() -> argparse.ArgumentParser:
         help="the part of a data.yaml or of VOC's ImageSets (default: all)",
     )
     parser.add_argument(
-        "--to", choices=sorted(FORMATS), default="coco", help="format to write (default: coco)"
-    )
-    parser.add_argument(
         "--split",
         type=float,
         nargs="+",
         metavar="SHARE",
-        help="split into train and val, or train, val and test, of these shares, which add up to "
-        "1. Classes are balanced, and images that look alike stay on one side",
+        help="split into train and val, or train, val and test, by shares that add up to 1. "
+        "Classes are balanced, and images that look alike stay on one side",
     )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="of the split: one seed, one result (default: 1)"
-    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the split (default: 1)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} exists and is not empty: choose another folder.")
+        raise UserValueError(f"{args.output} exists and is not empty: choose another folder.")
     shares = find_shares(args.split)
     found = read_annotations(args.annotations, args.images, args.part)
     print(f"{args.annotations}: {found.describe()}")
-    print_notes("read", found.notes)
+    for note in found.notes:
+        print(f"warning: {note}", file=sys.stderr)
     parts = {args.part or "all": found.content}
     if shares:
         parts = split_content(found.content, found.images, shares, seed=args.seed)
-    notes = Notes()
-    FORMATS[args.to].write(args.output, parts, notes)
-    print_notes("written", notes.lines())
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        write_coco(part, args.output / f"{name}.json")
     counts = ", ".join(f"{name} with {len(part['images'])} images" for name, part in parts.items())
-    print(f"Wrote {FORMATS[args.to].title} to {args.output}: {counts}. Images: {found.images}.")
+    print(f"Wrote COCO JSON to {args.output}: {counts}. Images: {found.images}.")
 
 
 def find_shares(given: list[float] | None) -> dict[str, float]:
     if given is None:
         return {}
     if len(given) not in (2, 3) or min(given) <= 0 or not math.isclose(sum(given), 1):
-        raise ValueError(
+        raise UserValueError(
             f"--split is {' '.join(map(str, given))}: give two or three shares above 0 that add up "
             "to 1, such as 0.8 0.2."
         )
     return dict(zip(PARTS, given, strict=False))
-
-
-def print_notes(when: str, lines: list[str]) -> None:
-    for line in lines:
-        print(f"warning: {when}: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,6 +15,7 @@ detector's file is left out, since such files load as they are.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from vovnet_d2.checkpoint.conversion import (
@@ -29,13 +30,14 @@ from vovnet_d2.checkpoint.recognition import Description, describe_state_dict
 from vovnet_d2.checkpoint.sources import read_weights
 from vovnet_d2.checkpoint.writing import save_weights
 from vovnet_d2.checkpoint.zoo import metadata_of_layout
-from vovnet_d2.checkpoint.zoo_page import table_of_weights
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.errors import UserValueError
 from vovnet_d2.layouts import LAYOUTS
+from vovnet_d2.zoo_page import table_of_weights
 
 
 class _PrintTable(argparse.Action):
-    """Print the zoo and exit, as --help does, whatever else is or is not given."""
+    """Print the zoo and exit, as --help does, with any other arguments."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
         print(table_of_weights(), end="")
@@ -50,7 +52,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", help="file to write: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=LAYOUTS, default="native", help="names of the tensors")
     parser.add_argument(
-        "--prefix", help="take the VoVNet below this prefix (needed where a file has several)"
+        "--prefix", help="take the VoVNet below this prefix, if the file has several"
     )
     parser.add_argument(
         "--output-prefix",
@@ -61,15 +63,23 @@ def argument_parser() -> argparse.ArgumentParser:
         "--output-key",
         choices=("model", "state_dict"),
         default="model",
-        help="what the tensors stand under in the output: Detectron2 reads model, OpenMMLab's "
-        "projects read state_dict; a .safetensors file has none",
+        help="key of the tensors in the output: Detectron2 reads model, OpenMMLab's projects read "
+        "state_dict; a .safetensors file has none",
     )
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
-        "--to-bgr", dest="order", action="store_const", const="BGR", help="for BGR input; exact"
+        "--to-bgr",
+        dest="order",
+        action="store_const",
+        const="BGR",
+        help="reorder the channels for BGR input; exact",
     )
     order.add_argument(
-        "--to-rgb", dest="order", action="store_const", const="RGB", help="for RGB input; exact"
+        "--to-rgb",
+        dest="order",
+        action="store_const",
+        const="RGB",
+        help="reorder the channels for RGB input; exact",
     )
     parser.add_argument(
         "--fold-normalization",
@@ -83,7 +93,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "input convention", "for files that do not tell what they expect"
     )
     given.add_argument("--input-format", choices=("BGR", "RGB"))
-    given.add_argument("--pixel-mean", nargs="+", type=float, help="of values from 0 to 255")
+    given.add_argument(
+        "--pixel-mean", nargs="+", type=float, help="mean of each channel, for values from 0 to 255"
+    )
     given.add_argument("--pixel-std", nargs="+", type=float)
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read a .pkl of Detectron2's model zoo"
@@ -93,14 +105,16 @@ def argument_parser() -> argparse.ArgumentParser:
         "--list",
         action=_PrintTable,
         nargs=0,
-        help="print the weights that can be had by name, with licences, and exit",
+        help="print the weights that have names, with their licences, and exit",
     )
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if Path(args.output).exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists already: choose another name or add --overwrite.")
+        raise UserValueError(
+            f"{args.output} exists already: choose another name or add --overwrite."
+        )
     checkpoint, known = read_weights(args.input, allow_pickle=args.allow_pickle)
     found = describe_state_dict(checkpoint["model"], args.prefix)
     print(f"{args.input} holds {found}.")
@@ -111,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(checkpoint['model']) - len(tensors)} other tensors are left out.")
     if args.order or args.fold_normalization:
         if convention is None:
-            raise ValueError(
+            raise UserValueError(
                 f"{args.input} does not tell what input it expects: add --input-format, "
                 "--pixel-mean and --pixel-std."
             )
@@ -136,7 +150,7 @@ def _convention(args: argparse.Namespace, known: Metadata) -> InputConvention | 
     if not any(given):
         return known.input
     if not all(given):
-        raise ValueError(
+        raise UserValueError(
             "--input-format, --pixel-mean and --pixel-std go together: give all three."
         )
     return InputConvention(args.input_format, tuple(args.pixel_mean), tuple(args.pixel_std))
@@ -151,5 +165,9 @@ def _report(args: argparse.Namespace, found: Description, metadata: Metadata) ->
         print(f"Note: {caveat}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    run_or_exit(run, argument_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    run_or_exit(main, argument_parser().parse_args())
+    main()

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Export a detector, or its backbone with or without FPN, and hold each file against eager.
+"""Export a detector, or its backbone with or without FPN, and compare each file with eager PyTorch.
 
     python tools/export_model.py --config-file output/config.yaml --part detector \\
         --format onnx torchscript --images *.jpg --opts MODEL.WEIGHTS output/model_final.pth
-    python tools/export_model.py --config-file output/config.yaml --int8 --calibration my_train \\
+    python tools/export_model.py --config-file output/config.yaml --int8 --calibration own_train \\
         --opts MODEL.WEIGHTS output/model_final.pth
 
 The second command quantizes the dense part (backbone, FPN and dense head) to INT8, for Predictor,
 the demo and TEST.INT8, and measures the AP of DATASETS.TEST in float32 and in INT8.
 
-Beside the files stands a report of the same name: differences, operators, times. The exit status
-is 1 if a file does not agree with the model, and 2 for a mistake in what was asked for.
+A report of the same name is written next to the files. It lists differences, operators and times.
+The exit status is 1 if a file does not agree with the model, and 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from vovnet_d2 import VoVNetCheckpointer
 from vovnet_d2.backends import check_backend
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
-from vovnet_d2.engine.any_config import as_cfg, build_network, load_any_config
+from vovnet_d2.engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
 from vovnet_d2.engine.checks import check_all_loaded, parse_device
+from vovnet_d2.engine.config import add_options_argument
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.engine.quantization import find_images, quantize_detector
 from vovnet_d2.engine.quantization import to_markdown as to_markdown_int8
+from vovnet_d2.errors import UserFileNotFoundError, UserValueError
 from vovnet_d2.export import (
     FORMATS,
     PARTS,
@@ -61,39 +63,48 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
+        "--config-file",
+        required=True,
+        help="a YAML file, a LazyConfig, or the name of a config of this package",
     )
     parser.add_argument(
         "--part",
         choices=PARTS,
-        help="default: detector. dense: backbone, FPN and the head that reads every location",
+        help="part to export (default: detector). dense: backbone, FPN and dense head",
     )
     parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx"
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["onnx"],
+        help="formats to write (default: onnx)",
     )
     parser.add_argument(
         "--without",
         nargs="+",
         choices=("preprocessing", "postprocessing"),
         default=[],
-        help="what the graph is not to do. preprocessing: normalisation and, in a detector, "
-        "padding. postprocessing, of a detector: scaling to a height and width that are two more "
+        help="leave these out of the graph. preprocessing: normalisation and, in a detector, "
+        "padding. postprocessing of a detector: scaling to a height and width, which are two more "
         "inputs, and pasting of masks",
     )
     parser.add_argument(
         "--fixed-shape",
         metavar="NxHxW",
-        help="the only number of images and size that a backbone's graph is to take, 6x320x800 for "
-        "example; any otherwise",
+        help="number and size of the images that a backbone's graph takes, such as 6x320x800 "
+        "(default: any)",
     )
     parser.add_argument("--output", default="exported", help="folder (default: exported)")
     parser.add_argument(
-        "--device", type=parse_device, default="cpu", help="to export and check on (default: cpu)"
+        "--device",
+        type=parse_device,
+        default="cpu",
+        help="device to export and check on (default: cpu)",
     )
     parser.add_argument(
         "--allow-partial",
         action="store_true",
-        help="export what the weights leave at random values too, all of it if there are none",
+        help="also export layers that the weights leave at random values",
     )
     _add_quantization(parser.add_argument_group("quantization"))
     compared = parser.add_mutually_exclusive_group()
@@ -101,47 +112,41 @@ def argument_parser() -> argparse.ArgumentParser:
         "--images",
         nargs="+",
         metavar="FILE",
-        help="pictures to compare on, resized as in a test. A detector finds nothing in the random "
-        "images that are taken otherwise",
+        help="images for the comparison, resized as in a test (default: random images, in which a "
+        "detector finds nothing)",
     )
     compared.add_argument(
         "--sizes",
         nargs="+",
         default=SIZES,
         metavar="HxW",
-        help=f"of random images to compare on (default: {' '.join(SIZES)})",
+        help=f"sizes of random images to compare on (default: {' '.join(SIZES)})",
     )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config options such as MODEL.WEIGHTS; last of all",
-    )
+    add_options_argument(parser)
     return parser
 
 
 def _add_quantization(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--int8", action="store_true", help="write dense.int8.onnx, quantized, instead"
+        "--int8", action="store_true", help="write the quantized dense.int8.onnx instead"
     )
     group.add_argument(
         "--calibration",
         metavar="DATASET",
-        help="the data set, of training images, that the ranges of values are measured on",
+        help="data set of training images on which the ranges of values are measured",
     )
     group.add_argument(
         "--calibration-images",
         type=int,
         default=300,
         metavar="N",
-        help="how many of its images are drawn, by a fixed seed (default: 300)",
+        help="number of its images that are drawn by a fixed seed (default: 300)",
     )
     group.add_argument(
         "--keep-float",
         nargs="*",
         metavar="NAME",
-        help="stages, groups of layers or layers that stay in float32; without a name, none "
+        help="stages, groups of layers, or layers that stay in float32. Without a name: none "
         f"(default: {' '.join(KEEP_FLOAT)})",
     )
     group.add_argument(
@@ -151,26 +156,26 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = argument_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     if args.int8:
         _quantize(args)
         return
     if args.calibration or args.keep_float is not None or args.sensitivity:
-        raise ValueError("--calibration, --keep-float and --sensitivity go with --int8: add it.")
+        raise UserValueError(
+            "--calibration, --keep-float and --sensitivity go with --int8: add it."
+        )
     args.part = args.part or "detector"
     kind = DetectorTarget if args.part == "detector" else BackboneTarget
     for format in args.format:
         check_format(format, kind)
     if kind is BackboneTarget and "postprocessing" in args.without:
-        raise ValueError(f"The part {args.part} has no post-processing to leave out.")
-    # Or a difference could be eager's rounding to TF32.
+        raise UserValueError(f"The part {args.part} has no post-processing to leave out.")
+    # Otherwise a difference could be eager's rounding to TF32.
     torch.backends.cudnn.allow_tf32 = False
     shape = _read_shape(args.fixed_shape) if args.fixed_shape else None
     if shape and args.images:
-        raise ValueError("--fixed-shape is compared on random images: leave out --images.")
-    config = load_any_config(args.config_file, ["MODEL.DEVICE", str(args.device), *args.opts])
-    cfg = as_cfg(config)
+        raise UserValueError("--fixed-shape is compared on random images: leave out --images.")
+    config, cfg = _load_config(args, str(args.device))
     images = _read_images(cfg, args.images) if args.images else None
     model = build_network(config, cfg).eval()
     _load_weights(model, cfg.MODEL.WEIGHTS, args.part, allow_partial=args.allow_partial)
@@ -207,14 +212,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _quantize(args: argparse.Namespace) -> None:
     if not args.calibration:
-        raise ValueError("--int8 needs images: name a data set by --calibration, digits_train say.")
+        raise UserValueError(
+            "--int8 needs images: name a data set by --calibration, such as own_train."
+        )
     if args.part not in (None, "dense") or args.format != ["onnx"] or args.without:
-        raise ValueError("--int8 writes the part dense as onnx: leave out --part and --format.")
+        raise UserValueError("--int8 writes the part dense as onnx: leave out --part and --format.")
     if args.calibration_images < 1:
-        raise ValueError(f"--calibration-images {args.calibration_images} is less than 1.")
+        raise UserValueError(f"--calibration-images {args.calibration_images} is less than 1.")
     check_backend("onnxruntime", torch.device("cpu"))
-    config = load_any_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
-    cfg = as_cfg(config)
+    config, cfg = _load_config(args, "cpu")
     records = find_images(cfg, args.calibration, args.calibration_images, SEED)
     model = build_network(config, cfg).eval()
     _load_weights(model, cfg.MODEL.WEIGHTS, "dense", allow_partial=args.allow_partial)
@@ -235,10 +241,20 @@ def _quantize(args: argparse.Namespace) -> None:
     print(f"File and report: {Path(args.output) / 'dense.int8'}.*")
 
 
+def _load_config(args: argparse.Namespace, device: str) -> tuple[AnyConfig, CfgNode]:
+    for key in ("MODEL.DEVICE", "train.device"):
+        if key in {word.partition("=")[0] for word in args.opts}:
+            raise UserValueError(f"{key} is among the config options: use --device instead.")
+    config = load_any_config(args.config_file, args.opts)
+    cfg = as_cfg(config)
+    cfg.MODEL.DEVICE = device
+    return config, cfg
+
+
 def _read_shape(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"([1-9]\d*)x(\d+)x(\d+)", text)
     if match is None:
-        raise ValueError(
+        raise UserValueError(
             f"--fixed-shape {text!r} is not of the form NxHxW, such as 6x320x800: a number of "
             "images, their height and their width."
         )
@@ -248,8 +264,8 @@ def _read_shape(text: str) -> tuple[int, int, int]:
 def _load_weights(model: nn.Module, weights: str, part: str, *, allow_partial: bool) -> None:
     """Load weights into a model, and refuse those that leave some of an exported part random."""
     if not weights and not allow_partial:
-        raise ValueError(
-            "There are no weights to export: set MODEL.WEIGHTS to a file (of a training, "
+        raise UserValueError(
+            "There are no weights to export: set MODEL.WEIGHTS to a file (a training writes "
             "OUTPUT_DIR/model_final.pth). To export random values all the same, add "
             "--allow-partial."
         )
@@ -265,30 +281,30 @@ def _bottom_up_prefix(model: nn.Module) -> str:
 
 
 def _found(check: dict[str, Any]) -> bool:
-    """Whether there was something to compare."""
+    """Return whether there was something to compare."""
     return check["differences"].get("detections", {"expected": 1})["expected"] > 0
 
 
 def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
-    """Each (1, C, H, W), of the size that a test gives it."""
+    """Return each image as (1, C, H, W), in the size of a test."""
     (resize,) = build_augmentations(cfg, is_train=False)
     images = []
     for file in files:
         try:
             image = read_image(file, cfg.INPUT.FORMAT)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"There is no file {file}.") from error
+            raise UserFileNotFoundError(f"There is no file {file}.") from error
         image = resize.get_transform(image).apply_image(image).astype("float32")
         images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
     return images
 
 
 def _require_size(images: Sequence[torch.Tensor], part: str) -> None:
-    """A detector pads what it is given; a backbone alone pools a thin line to nothing."""
+    """Refuse images that are too small for a backbone alone. A detector pads such images."""
     for image in images:
         height, width = image.shape[2:]
         if part != "detector" and min(height, width) < LEAST_SIDE:
-            raise ValueError(
+            raise UserValueError(
                 f"An image of {height}x{width} pixels, as a test resizes it, is too thin for the "
                 f"part {part}, which takes {LEAST_SIDE} a side and more: give others with --images "
                 "or --sizes."
@@ -296,16 +312,20 @@ def _require_size(images: Sequence[torch.Tensor], part: str) -> None:
 
 
 def _random_images(sizes: Sequence[str], model: nn.Module, *, batched: bool) -> list[torch.Tensor]:
-    """The first alone, then two, three, ... at once where the target takes several."""
+    """Return one image, then two at once, then three, ... where the target takes several."""
     images = []
     for number, size in enumerate(sizes, start=1):
         match = re.fullmatch(r"(\d+)x(\d+)", size)
         if match is None:
-            raise ValueError(f"Size {size!r} is not of the form HxW, such as {SIZES[0]}.")
+            raise UserValueError(f"Size {size!r} is not of the form HxW, such as {SIZES[0]}.")
         shape = (number if batched else 1, len(model.pixel_mean), *map(int, match.groups()))
         images.append(torch.rand(shape, device=model.pixel_mean.device) * 255)
     return images
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    run_or_exit(run, argument_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    run_or_exit(main, sys.argv[1:])
+    main()

@@ -19,6 +19,7 @@ The script needs nothing but the standard library and pip.
 import argparse
 import base64
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -72,7 +73,7 @@ PROVENANCE = (
 
 
 class InstallError(Exception):
-    """What went wrong and the way out, in one sentence."""
+    """A failure: its message says in one sentence what went wrong and the way out."""
 
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(f"{reason}: {way_out}.")
@@ -143,7 +144,9 @@ def say(sentence: str) -> None:
 
 
 def find_detectron2() -> str | None:
-    """The folder of the installed package; a mere folder of that name (no ``__init__``) is none."""
+    """Return the folder of the installed package. A mere folder of that name (no ``__init__``) does
+    not count.
+    """
     spec = importlib.util.find_spec("detectron2")
     return str(Path(spec.origin).parent) if spec and spec.origin else None
 
@@ -275,7 +278,7 @@ def from_pypi(wheel_dir: Path | None, find_links: str | None) -> str:
 
 
 def download_labgym(folder: Path) -> Path:
-    """Downloads the wheel that carries Detectron2's files and verifies its checksum."""
+    """Download the wheel that carries Detectron2's files, and verify its checksum."""
     run_pip(
         "download",
         "--no-deps",
@@ -300,7 +303,8 @@ def download_labgym(folder: Path) -> Path:
 
 
 def build_wheel(labgym: Path, folder: Path) -> Path:
-    """Writes Detectron2's files out of LabGym's wheel as a wheel of their own; same bytes always.
+    """Write Detectron2's files out of LabGym's wheel as a wheel of their own, with the same bytes
+    each time.
 
     Returns:
         the path of the wheel, ``folder / WHEEL_NAME``; the folder is made if need be
@@ -313,8 +317,7 @@ def build_wheel(labgym: Path, folder: Path) -> Path:
             for name in sorted(archive.namelist())
             if name.startswith(LABGYM_FOLDER) and not name.endswith("/")
         }
-    license_file = Path(__file__).resolve().parents[1] / "LICENSE"
-    files[f"{DIST_INFO}/licenses/LICENSE"] = license_file.read_bytes()
+    files[f"{DIST_INFO}/licenses/LICENSE"] = find_licence().read_bytes()
     files[f"{DIST_INFO}/METADATA"] = metadata().encode()
     files[f"{DIST_INFO}/WHEEL"] = (
         b"Wheel-Version: 1.0\n"
@@ -330,6 +333,15 @@ def build_wheel(labgym: Path, folder: Path) -> Path:
         for name, content in files.items():
             archive.writestr(zip_entry(name), content)
     return wheel
+
+
+def find_licence() -> Path:
+    """Return the file of the Apache licence. This package has the same licence."""
+    folder = Path(__file__).resolve().parent
+    if folder.name == "tools":
+        return folder.parent / "LICENSE"
+    files = importlib.metadata.files("vovnet_d2") or []  # in an installed wheel
+    return next(Path(file.locate()) for file in files if file.name == "LICENSE")
 
 
 def metadata() -> str:
@@ -351,7 +363,7 @@ def metadata() -> str:
 
 
 def record(files: dict[str, bytes]) -> str:
-    """The wheel's table of contents: name, hash and size of each file, none for itself."""
+    """Return the wheel's table of contents: name, hash and size of each file but itself."""
     lines = []
     for name, content in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
@@ -360,7 +372,8 @@ def record(files: dict[str, bytes]) -> str:
 
 
 def zip_entry(name: str) -> zipfile.ZipInfo:
-    """An entry that holds nothing of this machine or moment: fixed date, mode and system."""
+    """Return an entry with a fixed date, mode and system, so that the archive does not depend on
+    the machine or the time."""
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     entry.external_attr = 0o644 << 16
     entry.create_system = 3
@@ -368,7 +381,7 @@ def zip_entry(name: str) -> zipfile.ZipInfo:
 
 
 def run_pip(*args: str, failure: InstallError) -> None:
-    """Runs pip quietly; its own complaints go to the terminal before ``failure`` is raised."""
+    """Run pip quietly. Its own complaints go to the terminal before ``failure`` is raised."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", args[0], "--quiet"]
     if subprocess.run([*command, *args[1:]], stdin=subprocess.DEVNULL).returncode != 0:
         raise failure

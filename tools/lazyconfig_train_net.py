@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train and evaluate a detector from a LazyConfig; ``--help`` lists the arguments.
 
-    python tools/lazyconfig_train_net.py --num-gpus 8 \
-        --config-file lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py \
+    python tools/lazyconfig_train_net.py --num-gpus 8 \\
+        --config-file lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py \\
         train.output_dir=output/mask_rcnn optimizer.lr=0.01
 """
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How strongly each layer uses the features of those before it, from the weights of a network with
-one-shot aggregation or dense blocks: a figure like Figure 2 of the VoVNet paper, and its numbers.
+"""Plot how strongly each layer uses the features of those before it, from the weights of a network
+with one-shot aggregation or dense blocks: a figure like Figure 2 of the VoVNet paper, and its
+numbers.
 
     python tools/plot_connectivity.py output/DenseNet-40/model_final.pth --output output/DenseNet-40
     python tools/plot_connectivity.py timm://ese_vovnet39b.ra_in1k --output output/vovnet39
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,12 +26,12 @@ from tabulate import tabulate
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectivity
-from vovnet_d2.benchmark.protocol import describe_environment, write_csv
-from vovnet_d2.checkpoint.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write
 from vovnet_d2.checkpoint.sources import read_weights
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
+from vovnet_d2.timing import describe_environment, write_csv
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -51,7 +53,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     csv, json_path, png = paths = [
         args.output / f"connectivity.{kind}" for kind in ("csv", "json", "png")
     ]
@@ -89,5 +91,9 @@ def read_state_dict(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     return checkpoint["model"]
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    run_or_exit(run, argument_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    run_or_exit(main, argument_parser().parse_args())
+    main()

@@ -5,7 +5,7 @@
 ImageNet's layout, on CIFAR-10, or on the embedded digits; ``--help`` lists the arguments.
 
     python tools/pretrain_net.py --config-file configs/Classification/V_19_slim_eSE_digits.yaml
-    python tools/pretrain_net.py --config-file configs/Classification/Base-Classification.yaml \
+    python tools/pretrain_net.py --config-file configs/Classification/Base-Classification.yaml \\
         --num-gpus 8 PRETRAIN.DATA /data/imagenet MODEL.VOVNET.CONV_BODY V-39-eSE
 """
 

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page about a run of train_net.py, finished or not: results, curves, AP by class and
-size, precision over recall, confusion matrix, best and worst images, config and environment. The
-page needs no other file and no network.
+"""Write an HTML page about a run of train_net.py, finished or not: results, curves, AP by class and
+size, confusion matrix, best and worst images, config and environment. The page needs no other file.
 
     python tools/report.py output
     python tools/report.py output --annotations mine/val.json --images mine/images
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 # torch reads this when it is imported: threads that wait leave the processor to other programs.
@@ -36,19 +36,19 @@ def argument_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="of the predictions in the confusion matrix and on the images (default: 0.5)",
+        help="least score in the confusion matrix and on the images (default: 0.5)",
     )
     parser.add_argument(
         "--annotations",
         type=Path,
         metavar="FILE",
-        help="of the one data set of the run's DATASETS.TEST, in COCO's format",
+        help="annotations of the run's DATASETS.TEST in COCO's format, if it is not registered",
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="its images")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of that data set")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     # Here, so that a missing package is told as other errors are.
     from vovnet_d2.report import register_files, write_page
 
@@ -58,5 +58,9 @@ def main(args: argparse.Namespace) -> None:
     print(write_page(args.folder, args.output, score_threshold=args.score_threshold))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    run_or_exit(run, argument_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    run_or_exit(main, argument_parser().parse_args())
+    main()

@@ -11,12 +11,12 @@ except ModuleNotFoundError as error:
     if error.name != "detectron2":  # Detectron2 is there; something that it needs is not
         raise
     raise ModuleNotFoundError(
-        "vovnet_d2 needs Detectron2, which is not on PyPI: run `python tools/install_detectron2.py`"
-        " from vovnet_d2's repository, with the Python that you use."
+        "vovnet_d2 needs Detectron2, which is not on PyPI: run `vovnet-install-detectron2`, or "
+        "`python tools/install_detectron2.py` in vovnet_d2's repository."
     ) from error
 
 with warnings.catch_warnings():
-    # torch 2.15 warns twice of how Detectron2 is written, which no user of it can mend.
+    # torch 2.15 warns twice of how Detectron2 is written, which no user of it can fix.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     import detectron2.modeling  # noqa: F401
 

@@ -1,10 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The names that VoVNet's parameters go by, and the maps between them.
+"""Map the names of VoVNet's parameters from one layout to another.
 
 Four layouts name the same tensors:
 
-- ``native``: this package's own.
+- ``native``: the names of this package.
 - ``detectron2``: the published Detectron2 weights (VoVNetV2, CenterMask2, DD3D, PETR, ...), and,
   with ``classifier``, the published v1 classification weights.
 - ``timm``: pytorch-image-models, also with ``stem_0`` and ``stages_0`` for ``stem.0`` and
@@ -12,8 +12,8 @@ Four layouts name the same tensors:
 - ``osmr``: pytorchcv (osmr/imgclsmob), which has V-27-slim, V-39 and V-57, so no names for eSE and
   depthwise convolutions.
 
-Nothing is imported from the package: the model, when it loads a state dict, and the checkpoint
-tools, when they convert one, both read this table.
+This module imports nothing from the package. Both the model, when it loads a state dict, and the
+checkpoint tools, when they convert one, read this table.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _OTHERS = [
     ("linear", "classifier", "head.fc", "output"),
 ]
 
-# Of a pattern, what timm also writes with "_".
+# The beginning of a pattern that timm also writes with "_".
 _TIMM_BEGINNING = re.compile(r"^(stages|stem)\\\.(?=\d|\()")
 
 _FIELD = re.compile(r"\{(\w)([+-]\d+)?\}")
@@ -76,15 +76,15 @@ _TENSOR = r"\.(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracke
 
 
 class KeyMatch(NamedTuple):
-    """A key that names a tensor of VoVNet, and that tensor's name in each of :data:`LAYOUTS` that
-    has one for it."""
+    """A key that names a tensor of VoVNet, with the names of this tensor in all :data:`LAYOUTS`
+    that have it."""
 
     layout: str
     names: dict[str, str]
 
 
 class _Template:
-    """A module name with numbered places; reads the numbers from a key, or writes them into one."""
+    """A module name with numbers in it, which can be read from a key or written into one."""
 
     def __init__(self, text: str):
         self.text = text
@@ -132,10 +132,10 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
     """Recognise the keys of a state dict, without prefix, that name VoVNet's tensors.
 
     Args:
-        keys: all keys of the state dict: whether convolutions are depthwise is seen from the whole.
+        keys: all keys of the state dict. Only all of them show whether convolutions are depthwise.
 
     Returns:
-        for each key that is recognised, what it is. Other keys are left out.
+        the match of each key that is recognised. Other keys are left out.
     """
     keys = list(keys)
     names = {part.strip(".") for part in _DEPTHWISE_PARTS[0] if part}
@@ -153,17 +153,12 @@ def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
     """
     Args:
         keys: all keys of a state dict, without prefix, in any of :data:`LAYOUTS`.
-        to: the layout wanted.
+        to: the layout wanted, one of :data:`LAYOUTS`.
 
     Returns:
         old name to new name, for the keys that change. Keys that ``to`` has no name for are left
         out.
-
-    Raises:
-        ValueError: ``to`` is no layout.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"Unknown layout {to!r}: choose from {', '.join(LAYOUTS)}.")
     return {
         key: match.names[to]
         for key, match in match_keys(keys).items()

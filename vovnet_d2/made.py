@@ -1,10 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which files this package made: it overwrites and removes no others.
+"""List the files that this package made. The package overwrites and removes no other files.
 
-Each folder that something is written to gets a hidden list with the name of every file that was
-written there, and what the file looked like. A file that is not in the list, or that somebody has
-changed since, is somebody else's.
+Each folder that the package writes to gets a hidden list with the name and a fingerprint of every
+file that was written there. A file that is not in the list, or that somebody has changed since,
+belongs to somebody else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from .errors import UserValueError
 
 __all__ = [
     "LIST_NAME",
@@ -29,14 +31,14 @@ __all__ = [
 
 LIST_NAME = ".vovnet_d2_made.jsonl"
 
-_RUN = (".", "run")  # the entry of a folder that a run writes to
-_EDGE = 1 << 20  # bytes at either end of a file that its fingerprint covers
+_RUN = (".", "run")  # the entry for a folder that a run writes to
+_EDGE = 1 << 20  # the fingerprint of a file covers these bytes at each end
 
 
 def note_made(path: str | os.PathLike[str], *, content: str | os.PathLike[str] = "") -> None:
     """Note that this package has just written a file.
 
-    A list that cannot be written is no error: the file then counts as somebody else's.
+    A list that cannot be written is no error. The file then counts as somebody else's.
 
     Args:
         content: a file that is about to be renamed to ``path``; by default ``path`` itself.
@@ -47,7 +49,7 @@ def note_made(path: str | os.PathLike[str], *, content: str | os.PathLike[str] =
 
 
 def is_made_here(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file, and this package wrote it as it is now."""
+    """Return whether a file exists and is unchanged since this package wrote it."""
     path = Path(path)
     try:
         return _fingerprint(path) in _read_list(path.parent).get(path.name, ())
@@ -56,19 +58,19 @@ def is_made_here(path: str | os.PathLike[str]) -> bool:
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is there that this package did not make. A folder is none: the system refuses
-    to put a file in the place of a folder."""
+    """Return whether a file exists that this package did not make. A folder is not such a file,
+    because the system never replaces a folder by a file."""
     return os.path.lexists(path) and not os.path.isdir(path) and not is_made_here(path)
 
 
 def note_run(folder: str | os.PathLike[str]) -> None:
-    """Note that a run of this package writes to a folder, with Detectron2's files among its own."""
+    """Note that a run of this package writes to a folder. Detectron2's files then count as ours."""
     with suppress(OSError):
         _append(Path(folder), *_RUN)
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether :func:`note_run` has noted this folder."""
+    """Return whether :func:`note_run` has noted this folder."""
     name, value = _RUN
     try:
         return value in _read_list(Path(folder)).get(name, ())
@@ -84,14 +86,14 @@ def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:
     """
     for path in map(Path, paths):
         if is_foreign(path):
-            raise ValueError(
+            raise UserValueError(
                 f"{path} exists, and is not as this package wrote it: it would be overwritten. "
                 "Move it away, or choose another output."
             )
 
 
 def put_aside(path: str | os.PathLike[str]) -> str:
-    """Rename a file to a name that is free: its own with ``.before``, and a number if need be.
+    """Rename a file to a free name: its own name with ``.before``, and a number if necessary.
 
     Returns:
         the new name.
@@ -105,16 +107,16 @@ def put_aside(path: str | os.PathLike[str]) -> str:
 
 
 def _append(folder: Path, name: str, made: str) -> None:
-    # One line at once, so that several processes may write to one list.
+    # One write per line lets several processes write to the same list.
     with open(folder / LIST_NAME, "a", encoding="utf-8") as file:
         file.write(json.dumps({"name": name, "made": made}) + "\n")
 
 
 def _read_list(folder: Path) -> dict[str, list[str]]:
-    """Read, by name, all that the files of a folder have looked like."""
+    """Return all fingerprints that are listed for each file of a folder."""
     made: dict[str, list[str]] = {}
     for line in (folder / LIST_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # a line that was cut by a kill
+        with suppress(ValueError, KeyError, TypeError):  # incomplete after a kill
             entry = json.loads(line)
             made.setdefault(entry["name"], []).append(entry["made"])
     return made

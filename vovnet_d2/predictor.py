@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From images to predictions, in batches."""
+"""Predictions of a trained detector for images, in batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from detectron2.data import transforms as T
 from PIL import Image, ImageOps
 
 from .backends import TORCH, use_backend
-from .checkpoint import VoVNetCheckpointer, check_input_convention
 from .data.image_file import read_image
 from .data.mapper import build_augmentations
-from .engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
+from .engine.any_config import AnyConfig, as_cfg, load_any_config, load_network
 from .engine.categories import find_metadata
-from .engine.checks import check_all_loaded, check_network, check_run, choose_device
+from .engine.checks import check_network, check_run, choose_device
+from .errors import UserValueError
 from .modeling.inference import optimize_for_inference
 from .tiles import TiledDetector
 
@@ -35,10 +35,10 @@ Prediction = dict[str, Any]
 
 
 class Predictor:
-    """Detectron2's :class:`DefaultPredictor`, for several images at once and made fast.
+    """A faster :class:`DefaultPredictor` of Detectron2 for several images at once.
 
-    It takes whatever detector Detectron2 builds from a config. The predictions for an image are
-    the same in any company: only images that are padded to the same size run together.
+    It takes any detector that Detectron2 builds from a config. The predictions for an image do not
+    depend on the other images: only images that are padded to the same size run together.
 
     ::
 
@@ -49,8 +49,8 @@ class Predictor:
     Attributes:
         cfg: the config, with the weights and the device that were chosen.
         model: the network, made ready for inference by the backend.
-        metadata: names and colours of the categories; names are numbers where neither the
-            config's data sets nor the weights tell them.
+        metadata: names and colours of the categories. Names are numbers if neither the data sets of
+            the config nor the weights have them.
     """
 
     def __init__(
@@ -72,31 +72,31 @@ class Predictor:
     ):
         """
         Args:
-            config: a config with this package's keys, a YAML file, or its name among this
-                package's; or a LazyConfig, loaded or as a file. Images are brought to the format
-                and size that it evaluates at.
-            weights: what ``MODEL.WEIGHTS`` takes, and by default the config's.
-            device: to compute on, by default the config's; cpu where there is no GPU.
-            output_device: where the predictions are put.
-            dtype: see :func:`optimize_for_inference`; as is ``compile``. Both are torch's alone.
-            backend: what runs the backbone, FPN and dense head, by default the config's
-                ``TEST.BACKEND``, which is torch; see :func:`.backends.use_backend`, as for
-                ``int8``, by default the config's ``TEST.INT8``.
-            tiles: height and width of tiles to detect on beside the whole image, by default the
-                config's ``TEST.TILES``, which are none; see :class:`.tiles.TiledDetector`.
-            overlap: of the tiles, by default the config's ``TEST.TILE_OVERLAP``, which is 0.2.
-            batch_size: the most images to run at once.
-            allow_partial: see :class:`VoVNetCheckpointer`; as is ``allow_pickle``.
+            config: a config with the keys of this package, a YAML file, the name of a config of
+                this package, or a LazyConfig, loaded or as a file. Images get the format and the
+                size of its evaluation.
+            weights: a value for ``MODEL.WEIGHTS``; by default the value of the config.
+            device: the device to compute on; by default ``MODEL.DEVICE``, or cpu without a GPU.
+            output_device: the device of the predictions.
+            dtype, compile: see :func:`optimize_for_inference`. Only the backend torch takes them.
+            backend: the program that runs backbone, FPN and dense head; by default
+                ``TEST.BACKEND``. See :func:`.backends.use_backend`.
+            int8: a quantized file for the backend; by default ``TEST.INT8``.
+            tiles: height and width of tiles to detect on, in addition to the whole image; by
+                default ``TEST.TILES``. See :class:`.tiles.TiledDetector`.
+            overlap: the overlap of the tiles; by default ``TEST.TILE_OVERLAP``, which is 0.2.
+            batch_size: the largest number of images to run at once.
+            allow_partial, allow_pickle: see :class:`VoVNetCheckpointer`.
 
         Raises:
             FileNotFoundError: there is no such config or weights.
             KeyError: the config has a key that does not exist.
             ModuleNotFoundError: the backend needs a package that is not installed.
-            ValueError: the config cannot be run, the weights do not fit or are not those of a
-                whole model, an argument is out of range, or the backend cannot be used here.
+            ValueError: the config cannot be run, the weights do not fit or lack a part of the
+                model, an argument is out of range, or the backend cannot be used here.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+            raise UserValueError(f"batch_size must be at least 1, not {batch_size}.")
         if isinstance(config, str | os.PathLike):
             config = load_any_config(os.fspath(config))
         cfg = as_cfg(config)
@@ -108,7 +108,7 @@ class Predictor:
         cfg.TEST.TILE_OVERLAP = cfg.TEST.TILE_OVERLAP if overlap is None else overlap
         choose_device(cfg)
         if cfg.TEST.BACKEND != TORCH and (compile or dtype != torch.float32):
-            raise ValueError(
+            raise UserValueError(
                 f"dtype and compile are torch's: leave them out with backend {cfg.TEST.BACKEND}."
             )
         if isinstance(config, CfgNode):
@@ -117,7 +117,7 @@ class Predictor:
         self.cfg = cfg
         self.batch_size = batch_size
         self.output_device = torch.device(output_device)
-        model, names = _load_model(
+        model, names = load_network(
             config, cfg, allow_partial=allow_partial, allow_pickle=allow_pickle
         )
         if cfg.TEST.BACKEND == TORCH:
@@ -145,23 +145,23 @@ class Predictor:
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
         """
         Args:
-            images: one, or several of any sizes. An image is an array (H, W, 3), uint8, BGR, as
-                OpenCV reads it; grey, (H, W) or (H, W, 1); with transparency, (H, W, 4), BGRA,
-                which is dropped; an image of Pillow's; or a file, see
+            images: one image, or several of any sizes. An image is a uint8 array: (H, W, 3) in BGR,
+                as OpenCV reads it, (H, W) or (H, W, 1) in grey, or (H, W, 4) in BGRA, whose
+                transparency is ignored. Or it is an image of Pillow, or a file for
                 :func:`~vovnet_d2.data.image_file.read_image`.
 
         Returns:
-            what the model returns for an image ("instances", "sem_seg", "panoptic_seg"), in its
-            own coordinates; a list of these for several images.
+            the output of the model for an image ("instances", "sem_seg", "panoptic_seg"), in the
+            coordinates of the image; a list of outputs for several images.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: an array is not of that kind, or a file is no picture.
+            ValueError: an array has another shape or dtype, or a file is no picture.
         """
         if isinstance(images, np.ndarray | Image.Image | str | os.PathLike):
             return self._predict([images])[0]
         if isinstance(images, torch.Tensor | dict) or not isinstance(images, Iterable):
-            raise ValueError(_no_image(images))
+            raise UserValueError(_no_image(images))
         images = list(images)
         chunks = range(0, len(images), self.batch_size)
         return [p for i in chunks for p in self._predict(images[i : i + self.batch_size])]
@@ -179,13 +179,13 @@ class Predictor:
         return [predictions[index] for index in range(len(inputs))]
 
     def _to_input(self, image: np.ndarray) -> dict[str, Any]:
-        """What Detectron2's models take, from a BGR image (H, W, 3)."""
+        """Turn a BGR image (H, W, 3) into the input of Detectron2's models."""
         height, width = image.shape[:2]
         rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
         pixels = T.AugInput(detection_utils.convert_PIL_to_numpy(rgb, self.cfg.INPUT.FORMAT))
         self._resize(pixels)
         tensor = torch.from_numpy(pixels.image.transpose(2, 0, 1).copy())
-        if tensor.dtype != torch.uint8:  # of YUV, in float64
+        if tensor.dtype != torch.uint8:  # YUV is float64
             tensor = tensor.float()
         return {"image": tensor, "height": height, "width": width}
 
@@ -202,19 +202,19 @@ def _to_array(image: ImageLike) -> np.ndarray:
     if isinstance(image, Image.Image):
         return _from_pillow(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
-        raise ValueError(_no_image(image))
+        raise UserValueError(_no_image(image))
     if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
         return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
     if image.ndim != 3 or image.shape[2] not in (3, 4):
-        raise ValueError(_no_image(image))
+        raise UserValueError(_no_image(image))
     return image[:, :, :3]
 
 
 def _from_pillow(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(
-            f"The image of Pillow's has mode {image.mode}, more than 8 bits per pixel: save it to "
-            "a file and give that, or convert it to mode L."
+        raise UserValueError(
+            f"The Pillow image has mode {image.mode}, with more than 8 bits per pixel: save it to "
+            "a file and give the file, or convert the image to mode L."
         )
     turned = ImageOps.exif_transpose(image).convert("RGB")
     return np.asarray(turned)[:, :, ::-1]
@@ -225,11 +225,11 @@ def _no_image(value: object) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         kind = f"{kind} of {value.dtype} and shape {tuple(value.shape)}"
     message = (
-        f"An image is a uint8 array (H, W, 3) of values from 0 to 255, an image of Pillow's or a "
-        f"file, not {kind}"
+        f"An image is a uint8 array (H, W, 3) of values from 0 to 255, a Pillow image or a file, "
+        f"not {kind}"
     )
     if value is None:
-        return f"{message}, which cv2.imread returns for a file that it cannot read."
+        return f"{message}. cv2.imread returns None for a file that it cannot read."
     if isinstance(value, torch.Tensor):
         return f"{message}: give tensor.permute(1, 2, 0).byte().numpy() of a (C, H, W) tensor."
     if getattr(value, "ndim", 0) == 4:
@@ -237,26 +237,7 @@ def _no_image(value: object) -> str:
     return f"{message}."
 
 
-def _load_model(
-    config: AnyConfig, cfg: CfgNode, *, allow_partial: bool, allow_pickle: bool
-) -> tuple[torch.nn.Module, dict[str, list[str]]]:
-    """The model with its weights, and the names of the categories that these tell."""
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError(
-            "There are no weights: set MODEL.WEIGHTS to a file (of a training, "
-            "OUTPUT_DIR/model_final.pth)."
-        )
-    model = build_network(config, cfg)
-    checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial, allow_pickle=allow_pickle)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
-    if not allow_partial:
-        check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
-    if warning := check_input_convention(cfg, checkpointer.input_convention):
-        logger.warning(warning)
-    return model, checkpointer.loaded_categories
-
-
 def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):  # of a panoptic segmentation
+    if isinstance(value, tuple):  # a panoptic segmentation
         return tuple(_move(part, device) for part in value)
     return value.to(device) if hasattr(value, "to") else value

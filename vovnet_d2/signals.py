@@ -10,7 +10,7 @@ __all__ = ["ending_signals"]
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Return those of the following signals that the system has; Windows has the first two.
+    """Return the following signals, as far as the system has them. Windows has the first two.
 
     They are SIGTERM (preemption), SIGINT (Ctrl-C), SIGUSR1 (Slurm), and SIGHUP (the terminal is
     gone) unless it is ignored, as under nohup.

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detection on the tiles of a large image, so that small objects keep their pixels."""
+"""Run detectors on the tiles of large images, so that small objects keep their pixels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from .errors import UserValueError
+
 __all__ = ["TiledDetector", "check_tiles", "cut_tiles"]
 
 MAX_IOU = 0.5
-"""If two boxes of one category overlap more than this, the less likely one is left out."""
+"""The overlap (IoU) of two boxes of one category above which the less likely one is left out."""
 
 _BORDER = 0.01
 """A box touches the border of its tile within this share of the tile's side."""
@@ -39,12 +41,12 @@ def check_tiles(tiles: Sequence[int], overlap: float) -> None:
         ValueError: ``tiles`` is not a height and a width, or the overlap is not a share below 1.
     """
     if len(tiles) != 2 or any(not isinstance(side, int) or side < 1 for side in tiles):
-        raise ValueError(
+        raise UserValueError(
             f"Tiles of {tiles} cannot be cut: give a height and a width in pixels, such as "
             "(640, 640)."
         )
     if not 0 <= overlap < 1:
-        raise ValueError(
+        raise UserValueError(
             f"The overlap of tiles is {overlap}: give a share of their side from 0 to below 1."
         )
 
@@ -52,11 +54,12 @@ def check_tiles(tiles: Sequence[int], overlap: float) -> None:
 def cut_tiles(height: int, width: int, tiles: Sequence[int], overlap: float) -> list[Tile]:
     """Cut an image into tiles of one size, or smaller where the image is.
 
-    The tiles are spread evenly, the first and the last of a row or column at the image's borders.
+    The tiles are spread evenly. The first and the last tile of a row or column touch the borders
+    of the image.
 
     Args:
         tiles: height and width of a tile.
-        overlap: the least share of its side that a tile has in common with the next.
+        overlap: the least share of its side by which a tile overlaps the next tile.
     """
     rows, columns = (
         list(_cut_side(side, tile, overlap))
@@ -75,7 +78,7 @@ def _cut_side(side: int, tile: int, overlap: float) -> Iterator[tuple[int, int]]
 
 
 class TiledDetector(nn.Module):
-    """A detector that looks at the tiles of an image and at the whole of it.
+    """A detector that runs on the tiles of an image and on the whole image.
 
     An object that is larger than the overlap of two tiles may be whole in neither. So a detection
     that touches a border of its tile inside the image is left out: the next tile, or the whole
@@ -94,11 +97,11 @@ class TiledDetector(nn.Module):
     ):
         """
         Args:
-            model: a detector of Detectron2's, in evaluation mode.
+            model: one of Detectron2's detectors, in evaluation mode.
             tiles: height and width of a tile, in pixels of the image.
             overlap: see :func:`cut_tiles`.
-            resize: brings a tile, or the whole image, to the size that the detector takes.
-            batch_size: the most tiles to run at once.
+            resize: resizes a tile, or the whole image, for the detector.
+            batch_size: the largest number of tiles to run at once.
 
         Raises:
             ValueError: see :func:`check_tiles`.
@@ -115,7 +118,7 @@ class TiledDetector(nn.Module):
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Instances]]:
         """
         Args:
-            batched_inputs: with "image" (C, H, W) each, of the size that the image has on the disk.
+            batched_inputs: dicts with "image" (C, H, W), in the size of the image file.
 
         Returns:
             "instances" of each image, in its coordinates, the likeliest first. An image has at most
@@ -171,7 +174,7 @@ class TiledDetector(nn.Module):
 
 def _instances_of(output: dict[str, Any]) -> Instances:
     if output.keys() != {"instances"}:
-        raise ValueError(
+        raise UserValueError(
             f"Tiles are merged for detections only, and this network returns {', '.join(output)}: "
             "run it without tiles."
         )
@@ -195,7 +198,7 @@ def _leave_out_cut(instances: Instances, tile: Tile, size: tuple[int, int]) -> I
 
 
 def _shift(boxes: Tensor, tile: Tile) -> Tensor:
-    """Bring boxes (N, 4) from the coordinates of a tile to those of the image."""
+    """Move boxes (N, 4) from the coordinates of a tile to the coordinates of the image."""
     return boxes + boxes.new_tensor([tile.left, tile.top, tile.left, tile.top])
 
 
@@ -209,7 +212,7 @@ def _gather(
     """Gather a field of the chosen detections, in the coordinates of the image.
 
     Args:
-        chosen: for each detection the number of its tile, and its place in that tile.
+        chosen: for each detection the index of its tile, and its index in that tile.
     """
     if name != "pred_masks":
         values = [found[i].get(name)[j] for i, j in chosen]

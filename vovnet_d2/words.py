@@ -1,17 +1,20 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Words of messages."""
+"""Put numbers and names into the words of a message."""
 
 from __future__ import annotations
 
-__all__ = ["counted", "listed"]
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+__all__ = ["counted", "listed", "suggest"]
 
 
 def counted(number: int, plural: str) -> str:
     """Return a number and its noun, such as "2,667 problems" or "1 category".
 
     Args:
-        plural: the noun of more than one, by a rule of English: "categories", "boxes", "images".
+        plural: the plural of the noun, such as "categories", "boxes" or "images".
     """
     noun = plural
     if number == 1:
@@ -21,6 +24,14 @@ def counted(number: int, plural: str) -> str:
     return f"{number:,} {noun}"
 
 
-def listed(names: list[str], *, most: int = 3) -> str:
-    """Return names in quotation marks, the first ``most`` of them."""
+def listed(names: Sequence[str] | Sequence[int], *, most: int = 3) -> str:
+    """Return the first ``most`` names or numbers in one line, with names in quotation marks."""
     return ", ".join([*map(repr, names[:most]), *(["..."] if len(names) > most else [])])
+
+
+def suggest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return a sentence, after a space, that names the choices closest to a name. It is empty if
+    none is close.
+    """
+    close = get_close_matches(name, list(choices), n=3, cutoff=cutoff)
+    return f" Close to it: {', '.join(close)}." if close else ""

@@ -23,13 +23,15 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/mutants"
+LOG = FOLDER.with_name("mutmut.log")
 
 # Words of messages are not broken: tests name the part of a message that matters.
-TEXTS = (r"^\s*[rf]*\"", r"logger\.", r"raise ", r"help=", r"__all__")
+TEXTS = (r"^\s*[rf]*\"", r"logger\.", r"raise ", r"help=", r"headers=", r"__all__")
 
 
 def git(*words: str) -> list[str]:
@@ -43,6 +45,7 @@ def changed_files(base: str) -> list[str]:
     return sorted({*changed, *git("ls-files", "--others", "--exclude-standard")})
 
 
+@cache
 def imported_modules(file: Path) -> set[str]:
     """Return the dotted names in a file's imports; what is imported from a package may be one."""
     found = set()
@@ -92,10 +95,17 @@ def mutmut(*words: str) -> list[str]:
 
 
 def run(minutes: float, processes: int) -> int | None:
-    """Run mutmut, and return its exit status; None if the time was up."""
+    """Run mutmut, and return its exit status; None if the time was up.
+
+    What it says without a terminal, a line for each turn of its wheel, goes into a file.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = mutmut("run", "--max-children", str(processes))
-    process = subprocess.Popen(command, cwd=FOLDER, env=environment, start_new_session=True)
+    with open(LOG, "w", encoding="utf-8") as log:
+        output = None if sys.stdout.isatty() else log
+        process = subprocess.Popen(
+            command, cwd=FOLDER, env=environment, stdout=output, start_new_session=True
+        )
     try:
         return process.wait(60 * minutes)
     except subprocess.TimeoutExpired:
@@ -134,8 +144,12 @@ def main() -> int:
         return 0
     print("Breaks", *files, "\nand runs", *tests, sep="\n  ")
     prepare(files, tests)
-    if status := run(args.minutes, args.processes):
+    status = run(args.minutes, args.processes)
+    if status:
+        print(f"mutmut ended with status {status}: see above, or {LOG}.")
         return status
+    if status is None:
+        print(f"The {args.minutes:g} minutes are up: the same command goes on from here.")
     verdicts = read_verdicts()
     counts = Counter(verdicts.values())
     for name in (name for name, verdict in verdicts.items() if verdict == "survived"):

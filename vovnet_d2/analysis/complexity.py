@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a network costs, stage by stage, found by one forward pass on tensors without data."""
+"""The cost of a network, stage by stage, found by one forward pass on tensors without data."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from .detector_heads import Head, countable_heads
 from .memory_access import LayerCost, layer_cost
 from .observe import PartTracker, observe
 from .peak_memory import PeakMemory
-from .receptive_field import ReceptiveFields
 
 __all__ = ["CONVENTIONS", "Complexity", "PartComplexity", "analyze"]
 
 CONVENTIONS = {
-    "parameters": "weights and biases, norms' scale and shift included even where frozen; running "
-    "statistics not",
-    "multiply_adds": "of convolutions, fully-connected layers and attention, for one image; norms, "
-    "activations, pooling and additions count nothing",
+    "parameters": "weights and biases, including scale and shift of frozen norms, without running "
+    "statistics",
+    "multiply_adds": "multiply-adds of convolutions, fully-connected layers and attention for one "
+    "image; norms, activations, pooling and additions count nothing",
     "activations": "output elements of the same layers",
-    "memory_access": "elements of the same layers' inputs, outputs and weights (VoVNet paper, "
-    "equation 1)",
-    "lower_bound": "the least memory access of layers with the same work, weights and map sizes",
+    "memory_access": "elements of the inputs, outputs and weights of the same layers (VoVNet "
+    "paper, equation 1)",
+    "lower_bound": "the least memory access of layers with the same work, weights and sizes of "
+    "feature maps",
     "intensity": "multiply_adds / memory_access",
-    "receptive_field": "pixels of the input that one position of the part's output sees, without "
-    "squeeze-excitation's gate",
-    "peak_memory": "most bytes of tensors alive at one time in an eager float32 forward pass "
-    "without autograd; parameters, kernels' workspace and the allocator's rounding not included",
+    "peak_memory": "the most bytes of tensors that are alive at one time in an eager float32 "
+    "forward pass without autograd; without parameters, workspaces of kernels and the rounding of "
+    "the allocator",
 }
-"""The rule by which each quantity is counted."""
+"""Rules by which the quantities are counted."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class PartComplexity:
     """The cost of one part of a network, for one image; :data:`CONVENTIONS` has the rules.
 
     Attributes:
-        output_shape: (C, H, W) of its output; None where that is not one map.
-        peak_memory: bytes alive while it ran, what earlier parts left alive included.
+        output_shape: (C, H, W) of its output, or None if this is not one feature map.
+        peak_memory: bytes alive while it ran, including those of earlier parts.
     """
 
     part: str
@@ -57,7 +56,6 @@ class PartComplexity:
     activations: int
     memory_access: int
     lower_bound: float
-    receptive_field: tuple[int, int] | None
     peak_memory: int
 
     @property
@@ -65,46 +63,39 @@ class PartComplexity:
         return self.multiply_adds / self.memory_access if self.memory_access else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All quantities under their names in :data:`CONVENTIONS`, for tables."""
+        """Return all quantities by their names in :data:`CONVENTIONS`."""
         return asdict(self) | {
-            "output_shape": _times(self.output_shape),
+            "output_shape": "x".join(map(str, self.output_shape or ())) or None,
             "lower_bound": round(self.lower_bound),
-            "receptive_field": _times(self.receptive_field),
             "intensity": round(self.intensity, 3),
         }
-
-
-def _times(sizes: tuple[int, ...] | None) -> str | None:
-    return "x".join(map(str, sizes)) if sizes else None
 
 
 @dataclass(frozen=True)
 class Complexity:
     """
     Attributes:
-        image_size: (height, width) of the input, after padding to what the network divides by.
-        parts: in the order in which they run.
-        total: of everything that ran.
-        layers: what is counted in it, one by one.
-        notes: what was left out, and the number of regions that heads were run on.
+        image_size: (height, width) of the input after padding.
+        parts: the costs of the parts, in the order in which they run.
+        total: the cost of all parts.
+        notes: sentences about parts that are left out and about the number of regions of heads.
     """
 
     image_size: tuple[int, int]
     parts: list[PartComplexity]
     total: PartComplexity
-    layers: list[LayerCost]
     notes: list[str]
 
 
 def analyze(model: nn.Module, image_size: tuple[int, int], *, in_channels: int = 3) -> Complexity:
-    """Count parameters, work, memory access, receptive field and peak memory.
+    """Count parameters, work, memory access and peak memory.
 
-    Build ``model`` under ``torch.device("meta")`` and no memory is needed, whatever its size.
+    A ``model`` that was built under ``torch.device("meta")`` needs no memory.
 
     Args:
-        model: a backbone or classifier, analysed by its children (below an FPN, by those of the
-            bottom-up network); or a detector, whose heads follow where the amount of their work is
-            fixed. It is put in evaluation mode.
+        model: a backbone, a classifier or a detector; it is put in evaluation mode. The parts are
+            the children of the network, or of the bottom-up network of an FPN, and the heads of a
+            detector that do a fixed amount of work.
         image_size: (height, width) in pixels.
         in_channels: number of channels of the image.
     """
@@ -128,12 +119,11 @@ def analyze(model: nn.Module, image_size: tuple[int, int], *, in_channels: int =
         image_size=(height, width),
         parts=[row for row in rows if row.parameters or row.multiply_adds],
         total=run.total(everything),
-        layers=run.layers(),
         notes=_notes(model, heads, everything),
     )
 
 
-# What a backbone does between the modules that make its parts.
+# The name of the operators between the modules that are parts.
 _OUTSIDE = "other"
 
 
@@ -141,7 +131,7 @@ def _backbone_parts(backbone: nn.Module) -> dict[str, list[nn.Module]]:
     body: nn.Module = getattr(backbone, "bottom_up", backbone)
     parts: dict[str, list[nn.Module]] = {}
     for name, child in body.named_children():
-        if isinstance(child, nn.ModuleList):  # is never called itself
+        if isinstance(child, nn.ModuleList):  # a list is never called itself
             parts |= {f"{name}.{i}": [module] for i, module in enumerate(child)}
         else:
             parts[name] = [child]
@@ -151,7 +141,7 @@ def _backbone_parts(backbone: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _parameters(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
-    """Parameters and frozen norms' scale and shift, each once, by identity."""
+    """Return all parameters by id, with the scale and shift of frozen norms."""
     found: dict[int, Tensor] = {}
     for module in chain.from_iterable(top.modules() for top in modules):
         tensors = list(module.parameters(recurse=False))
@@ -162,7 +152,7 @@ def _parameters(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
 
 
 class _Run:
-    """One observed forward pass, and what was seen of each part."""
+    """Observes what each part of a network does in one forward pass."""
 
     def __init__(self, image: Tensor, parts: Mapping[str, Sequence[nn.Module]]):
         self.image = image
@@ -170,12 +160,11 @@ class _Run:
         self.tracker = PartTracker()
         self.costs: dict[str, list[LayerCost]] = defaultdict(list)
         self.memory = PeakMemory(self.tracker, image)
-        self.fields = ReceptiveFields(image)
-        self.outputs: dict[str, tuple[tuple[int, int, int], tuple[int, int] | None]] = {}
+        self.shapes: dict[str, tuple[int, int, int]] = {}
 
     def forward(self, backbone: nn.Module, heads: Sequence[Head]) -> None:
         watch = self.tracker.watch(self.parts, self._note_output)
-        with torch.no_grad(), watch, observe(self, self.memory, self.fields):
+        with torch.no_grad(), watch, observe(self, self.memory):
             features = backbone(self.image)
             for head in heads:
                 head.run(features)
@@ -190,18 +179,15 @@ class _Run:
         one_map = isinstance(output, Tensor) and output.dim() == 4
         if one_map and len(self.parts[part]) == 1:
             _, channels, height, width = output.shape
-            self.outputs[part] = (channels, height, width), self.fields.of(output)
+            self.shapes[part] = (channels, height, width)
 
     def part(self, name: str, parameters: Mapping[int, Tensor]) -> PartComplexity:
-        shape, field = self.outputs.get(name, (None, None))
         peak = self.memory.peak["" if name == _OUTSIDE else name]
-        return _sum(name, self.costs[name], parameters, shape, field, peak)
-
-    def layers(self) -> list[LayerCost]:
-        return list(chain.from_iterable(self.costs.values()))
+        return _sum(name, self.costs[name], parameters, self.shapes.get(name), peak)
 
     def total(self, parameters: Mapping[int, Tensor]) -> PartComplexity:
-        return _sum("total", self.layers(), parameters, None, None, max(self.memory.peak.values()))
+        costs = list(chain.from_iterable(self.costs.values()))
+        return _sum("total", costs, parameters, None, max(self.memory.peak.values()))
 
 
 def _sum(
@@ -209,7 +195,6 @@ def _sum(
     costs: Sequence[LayerCost],
     parameters: Mapping[int, Tensor],
     output_shape: tuple[int, int, int] | None,
-    receptive_field: tuple[int, int] | None,
     peak_memory: int,
 ) -> PartComplexity:
     return PartComplexity(
@@ -220,7 +205,6 @@ def _sum(
         activations=sum(c.written for c in costs),
         memory_access=sum(c.memory_access for c in costs),
         lower_bound=sum(c.lower_bound for c in costs),
-        receptive_field=receptive_field,
         peak_memory=peak_memory,
     )
 

@@ -1,22 +1,21 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How strongly each layer of a block uses the features of each layer before it (VoVNet paper,
-section 3.1 and Figure 2, after Figure 5 of DenseNet, arXiv 1608.06993).
+"""The connectivity of a block is how strongly each layer uses the features of each layer before it
+(VoVNet paper, section 3.1 and Figure 2, after Figure 5 of DenseNet, arXiv 1608.06993).
 
-For a layer and a source whose features it reads: the mean absolute weight over the slice of the
-layer's kernel that reads the source, divided so that the largest in the block is 1.
+A source is a layer whose features another layer reads. The strength of the connection is the mean
+absolute weight of the slice of the kernel that reads the source, divided by the largest one in the
+block.
 
-What reads and what is read, by kind of block:
+Each kind of block has other connections:
 
-- One-shot aggregation: each 3x3 layer reads the layer before it, the aggregation reads the block's
-  input and all layers. What adds no weights adds nothing here: the residual connection, and eSE,
-  which gates the result and reads no source.
-- Depthwise variants: nothing stands between the depthwise and the pointwise convolution, so that
-  the kernel is their product. The reduction that may precede the chain reads the input and is read
-  by the first layer.
-- Bottleneck variants and DenseNets with bottlenecks: the 1x1 convolution is what reads the sources.
-- Dense blocks: each layer reads the input and all layers before it; so does the transition after
-  the block, or, after the last block, the classifier.
+- One-shot aggregation: each 3x3 layer reads the layer before it. The aggregation reads the input of
+  the block and all layers. The residual connection and eSE read no source with weights.
+- Depthwise variants: the kernel is the product of the depthwise and the pointwise convolution. If a
+  reduction precedes the chain, it reads the input, and the first layer reads the reduction.
+- Bottleneck variants: the 1x1 convolution reads the sources.
+- Dense blocks: each layer reads the input and all layers before it. So does the transition after
+  the block, or the classifier after the last block.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..checkpoint import convert_state_dict
+from ..errors import UserValueError
 from ..modeling.specs import STAGE_NAMES
 
 __all__ = ["Connectivity", "measure_connectivity", "plot_connectivity"]
@@ -44,12 +44,12 @@ _INPUT = "input"
 
 @dataclass(frozen=True)
 class Connectivity:
-    """One block.
+    """The strength of the connections in one block.
 
     Attributes:
-        sources: whose features are read: the block's input, then its layers.
-        readers: its layers, and what follows them: an aggregation, a transition or a classifier.
-        strength: (sources, readers), from 0 to 1; NaN where a reader does not read a source.
+        sources: the input of the block, then its layers.
+        readers: the layers, then the aggregation, transition or classifier after them.
+        strength: (sources, readers), from 0 to 1; NaN if a reader does not read a source.
     """
 
     block: str
@@ -58,7 +58,7 @@ class Connectivity:
     strength: NDArray[np.float64]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One line per connection, for tables."""
+        """Return a row for each connection."""
         return [
             {"block": self.block, "reader": reader, "source": source, "strength": round(value, 6)}
             for reader, column in zip(self.readers, self.strength.T.tolist(), strict=True)
@@ -67,7 +67,7 @@ class Connectivity:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN."""
+        """Return a dict for JSON, which has no NaN."""
         matrix = [[None if math.isnan(v) else v for v in row] for row in self.strength.tolist()]
         return {
             "block": self.block,
@@ -77,8 +77,8 @@ class Connectivity:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Mean strength of the layers' connections to the layer right before them, of those to
-        all others, and of the connections of the last reader."""
+        """Return the mean strength of the connections to the previous layer, to all earlier layers,
+        and of the last reader."""
         layers = self.strength[:, :-1]
         # Reader i follows source i: the first layer (or reduction) reads the input.
         neighbours = np.eye(*layers.shape) == 1
@@ -92,25 +92,20 @@ class Connectivity:
 
 
 def measure_connectivity(state_dict: Mapping[str, torch.Tensor]) -> list[Connectivity]:
-    """
-    Args:
-        state_dict: of a VoVNet in any layout and below any prefix, of one of our CIFAR
-            classifiers, or of a DenseNet of torchvision or timm.
+    """Measure the connectivity of each block of a network, in order.
 
-    Returns:
-        its blocks in order.
+    Args:
+        state_dict: the weights of a VoVNet in any layout and below any prefix, or of a CIFAR
+            classifier.
 
     Raises:
-        ValueError: it is none of these, or widths in it contradict each other.
+        ValueError: the weights are from another network, or their widths contradict each other.
     """
-    for find in (_cifar_blocks, _densenet_blocks):
-        if blocks := find(state_dict):
-            return blocks
-    return _vovnet_blocks(convert_state_dict(state_dict, "native"))
+    blocks = _cifar_blocks(state_dict)
+    return blocks or _vovnet_blocks(convert_state_dict(state_dict, "native"))
 
 
-# A reader: its name, its kernel (outputs, inputs, ...), and the sources that it reads, in the order
-# in which its input has them.
+# A reader: its name, its kernel (outputs, inputs, ...), and its sources in the order of its input.
 _Reader = tuple[str, torch.Tensor, Sequence[str]]
 
 
@@ -122,15 +117,15 @@ def _connectivity(
     for column, (name, kernel, read) in enumerate(readers):
         expected = [widths[source] for source in read]
         if kernel.shape[1] != sum(expected):
-            raise ValueError(
-                f"{block}, {name}: its kernel reads {kernel.shape[1]} channels, and its sources "
+            raise UserValueError(
+                f"{block}, {name}: the kernel reads {kernel.shape[1]} channels, but the sources "
                 f"({', '.join(read)}) have {sum(expected)}."
             )
         for source, weights in zip(read, kernel.double().split(expected, dim=1), strict=True):
             strength[sources.index(source), column] = weights.abs().mean().item()
     largest = np.nanmax(strength)
     if not 0 < largest < np.inf:
-        raise ValueError(f"{block}: its weights are all zero, or not finite.")
+        raise UserValueError(f"{block}: the weights are all zero, or not finite.")
     return Connectivity(block, sources, [name for name, *_ in readers], strength / largest)
 
 
@@ -173,7 +168,7 @@ def _layer_width(tensors: Mapping[str, torch.Tensor], layer: str) -> int:
     return next(tensors[name].shape[0] for name in names if name in tensors)
 
 
-# DenseNet-40 and its OSA twins -------------------------------------------------------------------
+# DenseNet-40 and its variants with OSA -----------------------------------------------------------
 
 
 _CIFAR_BEGINNING = re.compile(r"(.*\.)?block1\.layers\.0\.conv\.weight")
@@ -196,29 +191,7 @@ def _cifar_blocks(tensors: Mapping[str, torch.Tensor]) -> list[Connectivity]:
         after = f"transition{number}"
         final = tensors.get(f"{after}.conv.weight")
         last = ("linear", tensors["linear.weight"]) if final is None else (after, final)
-        blocks.append(_plain_block(f"block{number}", kernels, [k.shape[0] for k in kernels], last))
-    return blocks
-
-
-# DenseNets of torchvision and timm ---------------------------------------------------------------
-
-# Old files of torchvision write conv.1 for conv1.
-_DENSE_LAYER = re.compile(r"(.*denseblock(\d+)\.)denselayer(\d+)\.conv(\.?)1\.weight")
-
-
-def _densenet_blocks(tensors: Mapping[str, torch.Tensor]) -> list[Connectivity]:
-    layers: dict[int, list[re.Match[str]]] = {}
-    for match in filter(None, map(_DENSE_LAYER.fullmatch, tensors)):
-        layers.setdefault(int(match[2]), []).append(match)
-    blocks = []
-    for number, matches in sorted(layers.items()):
-        matches.sort(key=lambda match: int(match[3]))
-        kernels = [tensors[match[0]] for match in matches]
-        outputs = [tensors[f"{m[1]}denselayer{m[3]}.conv{m[4]}2.weight"].shape[0] for m in matches]
-        after = f"transition{number}"
-        final = tensors.get(matches[0][1].replace(f"denseblock{number}.", f"{after}.conv.weight"))
-        last = ("classifier", tensors["classifier.weight"]) if final is None else (after, final)
-        blocks.append(_plain_block(f"denseblock{number}", kernels, outputs, last))
+        blocks.append(_plain_block(f"block{number}", kernels, last))
     return blocks
 
 
@@ -228,14 +201,14 @@ def _densenet_blocks(tensors: Mapping[str, torch.Tensor]) -> list[Connectivity]:
 def _plain_block(
     block: str,
     kernels: Sequence[torch.Tensor],
-    outputs: Sequence[int],
     last: tuple[str, torch.Tensor],
 ) -> Connectivity:
-    """A block of layers that are densely connected or in a chain, as their kernels' widths tell."""
+    """Describe a block of densely connected layers or of a chain; their widths tell which."""
     layers = {str(number): kernel for number, kernel in enumerate(kernels, start=1)}
     sources = [_INPUT, *layers]
-    widths = dict(zip(sources, [kernels[0].shape[1], *outputs], strict=True))
-    dense = len(kernels) > 1 and kernels[1].shape[1] == kernels[0].shape[1] + outputs[0]
+    first = kernels[0].shape
+    widths = dict(zip(sources, [first[1], *(kernel.shape[0] for kernel in kernels)], strict=True))
+    dense = len(kernels) > 1 and kernels[1].shape[1] == first[1] + first[0]
     readers = (
         [(name, kernel, sources[:index]) for index, (name, kernel) in enumerate(layers.items(), 1)]
         if dense
@@ -245,13 +218,13 @@ def _plain_block(
 
 
 def _chained(layers: Mapping[str, torch.Tensor]) -> list[_Reader]:
-    """Layers of which each reads the one before it, and the first the block's input."""
+    """Return the layers of a chain: each reads the one before it, and the first reads the input."""
     befores = [_INPUT, *layers]
     return [(name, k, [b]) for (name, k), b in zip(layers.items(), befores, strict=False)]
 
 
 def _count(names: Iterable[str], numbered: str, start: int = 0) -> int:
-    """How many of ``numbered`` there are, counted from ``start`` without a gap."""
+    """Count the names that begin with ``numbered``, from the number ``start`` on without a gap."""
     names, number = list(names), start
     while any(name.startswith(numbered.format(number)) for name in names):
         number += 1
@@ -264,8 +237,10 @@ _MOST_TICKS = 16
 
 
 def plot_connectivity(blocks: Sequence[Connectivity], title: str) -> Figure:
-    """One matrix per block, as in Figure 2 of the VoVNet paper: readers from left to right, their
-    sources from top to bottom. Grey: no connection."""
+    """Draw a matrix for each block, as in Figure 2 of the VoVNet paper.
+
+    Readers go from left to right, sources from top to bottom. Grey means no connection.
+    """
     columns = min(len(blocks), 4)
     lines = math.ceil(len(blocks) / columns)
     figure, axes = plt.subplots(
@@ -287,13 +262,13 @@ def plot_connectivity(blocks: Sequence[Connectivity], title: str) -> Figure:
         _label(axis.yaxis, block.sources)
     figure.supxlabel("reader")
     figure.supylabel("source")
-    figure.suptitle(title, parse_math=False)  # with the name of a config file
+    figure.suptitle(title, parse_math=False)  # the name of a file may have dollar signs
     figure.colorbar(image, ax=list(used), label="mean |weight|, relative to the largest")
     return figure
 
 
 def _label(axis: Axis, names: Sequence[str]) -> None:
     step = math.ceil(len(names) / _MOST_TICKS)
-    # The ends have names of their own, "input" and "aggregation": they are always shown.
+    # The first and the last name, such as "input" and "aggregation", are always shown.
     shown = sorted({*range(0, len(names) - step, step), len(names) - 1})
     axis.set_ticks(shown, [names[i] for i in shown], fontsize=8)

@@ -1,17 +1,17 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Time against memory access, measured (VoVNet paper, section 2).
+"""Measurements of time against memory access (VoVNet paper, section 2).
 
-Two comparisons at equal multiply-adds, for 1x1 and 3x3 convolutions:
+There are two comparisons at equal multiply-adds, for 1x1 and 3x3 convolutions:
 
-- **shape**: c_in : c_out from 1:1 to 1:12. Equation 1 says that memory access grows with the
-  difference; is time lost with it?
-- **split**: one convolution against 2, 4 and 8 narrower ones in sequence. Is the same work done in
-  more steps slower?
+- **shape**: c_in : c_out from 1:1 to 1:12. By equation 1, memory access grows with the difference.
+  The comparison shows if time does, too.
+- **split**: one convolution against 2, 4 and 8 narrower ones in sequence. The comparison shows if
+  the same work is slower in more steps.
 
-Channels are multiples of 32, since other widths are slow for a reason of their own: kernels work on
-blocks of channels. With 448 channels in the reference that leaves the work equal to within 2.1%,
-and times and memory accesses are compared per multiply-add.
+Channels are multiples of 32, because kernels work on blocks of channels and are slow for other
+widths. With 448 channels in the reference, the work differs by up to 2.1 %, so times and memory
+accesses are compared per multiply-add.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..benchmark.protocol import ratios, time_interleaved
+from ..timing import ratios, time_interleaved
 from .memory_access import LayerCost, convolution_cost
 
 __all__ = ["Case", "make_cases", "measure", "plot"]
@@ -38,7 +38,7 @@ SPLITS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """Convolutions in sequence, each from ``in_channels`` to ``out_channels``.
+    """A sequence of convolutions, each from ``in_channels`` to ``out_channels``.
 
     Attributes:
         comparison: "shape" or "split".
@@ -57,7 +57,7 @@ class Case:
         return f"{self.kernel_size}x{self.kernel_size} {self.comparison} {self.label}"
 
     def cost(self, size: int) -> LayerCost:
-        """For one image of ``size`` x ``size``, summed over the sequence."""
+        """Return the cost for one image of ``size`` x ``size``, summed over the sequence."""
         one = convolution_cost(size, size, self.in_channels, self.out_channels, self.kernel_size)
         n = self.count
         return LayerCost(n * one.read, n * one.written, n * one.weights, n * one.multiply_adds)
@@ -73,10 +73,10 @@ class Case:
 
 
 def make_cases(channels: int) -> list[Case]:
-    """The cases of both comparisons; each begins with its reference.
+    """Return the cases of both comparisons, the reference of each comparison first.
 
     Args:
-        channels: width of the references, which have as many inputs as outputs.
+        channels: number of input and of output channels of the references.
     """
     cases = []
     for kernel_size in (1, 3):
@@ -107,9 +107,10 @@ def measure(
     """Time ``cases`` in turn.
 
     Returns:
-        one line per case: its channels, costs for one image, median of its time for the batch in
-        milliseconds, and, per multiply-add and relative to the first case of its comparison and
-        kernel, memory access and time: the latter's median and quartiles over the rounds.
+        a row for each case, with its channels, its costs for one image and the median time for the
+        batch in milliseconds. The relative memory access and the relative time (median and
+        quartiles over the rounds) are per multiply-add, divided by those of the first case of the
+        same comparison and kernel size.
     """
     functions = {case.name: _function(case, size, batch, device, dtype) for case in cases}
     with torch.inference_mode():
@@ -151,10 +152,10 @@ def _function(
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Relative time (solid) and memory access (dashed) of the two comparisons, side by side.
+    """Draw the relative time (solid) and memory access (dashed) of both comparisons.
 
     Args:
-        rows: of :func:`measure`.
+        rows: the result of :func:`measure`.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained", sharey=True)
     panels = {
@@ -168,22 +169,22 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
                 for row in rows
                 if row["comparison"] == comparison and row["kernel_size"] == kernel_size
             ]
-            places = range(len(chosen))
+            positions = range(len(chosen))
             times = [row["relative_time"] for row in chosen]
             below = [row["relative_time"] - row["quartile1"] for row in chosen]
             above = [row["quartile3"] - row["relative_time"] for row in chosen]
             label = f"{kernel_size}×{kernel_size}, time (median, quartiles)"
             axis.errorbar(
-                places, times, (below, above), fmt="o-", color=colour, capsize=3, label=label
+                positions, times, (below, above), fmt="o-", color=colour, capsize=3, label=label
             )
             access = [row["relative_memory_access"] for row in chosen]
             label = f"{kernel_size}×{kernel_size}, memory access"
-            axis.plot(places, access, "s--", color=colour, alpha=0.5, label=label)
-            axis.set_xticks(places, [row["label"] for row in chosen])
+            axis.plot(positions, access, "s--", color=colour, alpha=0.5, label=label)
+            axis.set_xticks(positions, [row["label"] for row in chosen])
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel(xlabel)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("relative to the first, at equal multiply-adds")
+    axes[0].set_ylabel("← relative to the first, at equal multiply-adds")
     legend = sorted(
         zip(*axes[0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1]
     )

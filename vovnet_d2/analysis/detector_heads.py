@@ -1,10 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which heads of a Detectron2 detector do a fixed amount of work, and how to run them alone.
+"""The heads of a Detectron2 detector that do a fixed amount of work, and how to run them alone.
 
-A whole detector cannot run on tensors without data, as its boxes come from scores. But the heads
-before the choice of boxes are plain networks on the backbone's maps, and those after it run on a
-number of regions that the configuration limits.
+A whole detector cannot run on tensors without data, because its boxes come from scores. But the
+heads before the choice of boxes are plain networks on feature maps of the backbone. The heads after
+it run on a number of regions that the config limits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Head:
     """
     Attributes:
         modules: the modules that do its work; none contains another.
-        run: runs it on the backbone's maps.
-        regions: how many regions it is run on, in words; ``""`` where it runs on whole maps.
+        run: runs it on the feature maps of the backbone.
+        regions: the number of regions it runs on, in words; ``""`` if it runs on whole feature
+            maps.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Head:
 
 
 def countable_heads(detector: nn.Module) -> list[Head]:
-    """The heads of ``detector`` that can be run alone, in the order in which they run."""
+    """Return the heads that can be run alone, in the order in which they run."""
     heads = []
     rpn: Any = getattr(detector, "proposal_generator", None)
     if hasattr(rpn, "rpn_head"):
@@ -72,7 +73,7 @@ def _roi_heads(roi_heads: ROIHeads, proposals: int) -> list[Head]:
 
 
 def _standard_roi_heads(roi_heads: StandardROIHeads, proposals: int) -> list[Head]:
-    # Cascade R-CNN has a list of each, and every one sees all proposals.
+    # Cascade R-CNN has lists of these, and each head reads all proposals.
     box_heads, predictors = _as_list(roi_heads.box_head), _as_list(roi_heads.box_predictor)
 
     def run_boxes(features: Features) -> None:
@@ -108,7 +109,7 @@ def _res5_roi_heads(roi_heads: Res5ROIHeads, proposals: int) -> list[Head]:
     if not roi_heads.mask_on:
         return [Head("box head", modules, run_boxes, regions)]
 
-    # res5 runs for both, so that the two are one part.
+    # The box head and the mask head share res5, so they are one part.
     detections = roi_heads.box_predictor.test_topk_per_image
 
     def run_both(features: Features) -> None:
@@ -125,6 +126,6 @@ def _as_list(module: Any) -> list[nn.Module]:
 
 
 def _pooled(features: Features, names: Sequence[str], pooler: Any, count: int) -> Tensor:
-    """As a pooler's output for ``count`` regions, without its values."""
+    """Return a tensor with the shape of the output of a pooler for ``count`` regions."""
     features_of_one = features[names[0]]
     return features_of_one.new_empty(count, features_of_one.shape[1], *pooler.output_size)

@@ -1,11 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Memory access cost: how many numbers a layer reads and writes (VoVNet paper, section 2.1).
+"""The memory access cost counts what a layer reads and writes (VoVNet paper, section 2.1).
 
-The paper's equation 1, for a k x k convolution from c_in to c_out channels on a map of h x w, is
-``h w (c_in + c_out) + k^2 c_in c_out``: the input, the output and the weights, each touched once.
-Among the layers of equal work ``B = k^2 h w c_in c_out`` it is least where c_in = c_out, and then
-``2 sqrt(h w B / k^2) + B / (h w)``.
+Equation 1 of the paper, for a k x k convolution from c_in to c_out channels on a feature map of
+h x w, is ``h w (c_in + c_out) + k^2 c_in c_out``: each element of the input, the output and the
+weights counts once. Among layers of equal work ``B = k^2 h w c_in c_out``, the least value is
+``2 sqrt(h w B / k^2) + B / (h w)``, for c_in = c_out.
 
 Costs are in elements, not bytes, and for one image unless the input is a batch.
 """
@@ -27,14 +27,13 @@ __all__ = ["LayerCost", "convolution_cost", "layer_cost"]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one convolution or matrix product reads, writes and computes.
+    """The cost of one convolution or matrix product.
 
     Attributes:
         read: elements of the input.
-        written: elements of the output. Summed over layers this is what fvcore and the papers call
-            activations.
+        written: elements of the output. fvcore and the papers call their sum activations.
         weights: elements of the weights, without bias.
-        multiply_adds: multiplications, each with its addition.
+        multiply_adds: number of multiplications with one addition each.
     """
 
     read: int
@@ -44,16 +43,16 @@ class LayerCost:
 
     @property
     def memory_access(self) -> int:
-        """The paper's equation 1, for any stride, group number and shape."""
+        """Return equation 1 of the paper, for any stride, number of groups and shape."""
         return self.read + self.written + self.weights
 
     @property
     def lower_bound(self) -> float:
-        """The least memory access of a layer with the same work, weights and map sizes.
+        """Return the least memory access of a layer with the same work, weights and sizes.
 
-        The product of input and output elements is then fixed, so that their sum is least where
-        they are equal. For a convolution of stride 1 this is the paper's bound; one of stride s
-        would meet it at c_out = s^2 c_in.
+        The product of input and output elements is then fixed, so their sum is least if they are
+        equal. For a convolution of stride 1 this is the bound of the paper. A convolution of stride
+        s reaches it with c_out = s^2 c_in.
         """
         return 2 * math.sqrt(self.read * self.written) + self.weights
 
@@ -61,7 +60,7 @@ class LayerCost:
 def convolution_cost(
     height: int, width: int, in_channels: int, out_channels: int, kernel_size: int
 ) -> LayerCost:
-    """The cost of a convolution of stride 1, with padding, on a map of ``height`` x ``width``."""
+    """Return the cost of a convolution of stride 1 with padding."""
     pixels, weights = height * width, kernel_size**2 * in_channels * out_channels
     return LayerCost(pixels * in_channels, pixels * out_channels, weights, pixels * weights)
 
@@ -69,14 +68,13 @@ def convolution_cost(
 def layer_cost(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> LayerCost | None:
-    """The cost of an operator that a ``TorchDispatchMode`` has seen.
+    """Return the cost of an operator that a ``TorchDispatchMode`` has seen.
 
-    Counted are convolutions (transposed and deformable ones too), fully-connected layers and
-    attention; in a product of two computed tensors, the second counts as weights. Norms,
-    activations, pooling and additions count nothing.
+    Convolutions (also transposed and deformable ones), fully-connected layers and attention count.
+    In a product of two computed tensors, the second counts as weights.
 
     Returns:
-        None for an operator that is not counted.
+        None for any other operator.
     """
     packet = getattr(func, "_overloadpacket", None)
     if packet == torch.ops.torchvision.deform_conv2d:

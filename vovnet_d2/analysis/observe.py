@@ -1,10 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Watching a forward pass operator by operator.
+"""Observation of each operator of a forward pass, by a dispatch mode.
 
-fvcore's analyses trace with ``torch.jit``, and a convolution of meta tensors cannot be traced in
-current torch: its output shape is computed in Python, from what the tracer has replaced by
-tensors. So the pass runs eagerly under a dispatch mode, which sees the same operators.
+fvcore's analyses use ``torch.jit.trace``, which cannot trace a convolution of meta tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ __all__ = ["Observer", "PartTracker", "observe"]
 
 
 class Observer(Protocol):
-    """Sees every operator of a forward pass, after it has run."""
+    """An object that is called after every operator of a forward pass."""
 
     def observe(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
@@ -45,7 +43,7 @@ class PartTracker:
     """Knows which part of a network is running.
 
     Attributes:
-        current: name of the part, ``""`` outside all of them.
+        current: name of the part, or ``""`` outside all parts.
     """
 
     def __init__(self) -> None:
@@ -57,10 +55,11 @@ class PartTracker:
         parts: Mapping[str, Sequence[nn.Module]],
         on_output: Callable[[str, Any], None] = lambda part, output: None,
     ) -> Iterator[None]:
-        """
+        """Track the parts of a network in a context.
+
         Args:
             parts: name to modules, which must not contain one another.
-            on_output: called with a part's name and what a module of it has returned.
+            on_output: called with the name of a part and the output of one of its modules.
         """
 
         def enter(part: str) -> Callable[..., None]:
@@ -82,5 +81,5 @@ class PartTracker:
 
 
 def observe(*observers: Observer) -> TorchDispatchMode:
-    """A context in which every operator is shown to ``observers``."""
+    """Return a context in which the observers are called after every operator."""
     return _ObserverMode(observers)

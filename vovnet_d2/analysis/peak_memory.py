@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The most memory that tensors take at any one time in a forward pass."""
+"""The peak memory of a forward pass: the most bytes of tensors that are alive at one time."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ __all__ = ["PeakMemory"]
 
 
 class PeakMemory:
-    """Bytes of the tensors alive after each operator of an eager forward pass without autograd.
+    """Counts the bytes of the tensors alive after each operator of a forward pass without autograd.
 
-    A tensor counts from the operator that made it until nothing refers to its storage, so that
-    maps that a later part needs, a concatenation beside what it copies, and pooling's indices are
-    all in. Not in are the parameters, what kernels use inside (workspace), and what an allocator
-    adds by rounding and fragmentation.
+    A tensor counts from the operator that made it until nothing refers to its storage. So feature
+    maps that a later part needs, concatenations and indices of pooling count. Parameters,
+    workspaces of kernels, and the rounding and fragmentation of the allocator do not.
 
     Attributes:
-        live: bytes now.
-        peak: the most there were while each part ran, and ``""``: outside all parts.
+        live: bytes at present.
+        peak: the most bytes while each part ran, or outside all parts under ``""``.
     """
 
     def __init__(self, tracker: PartTracker, *inputs: Tensor):
         """
         Args:
-            inputs: tensors that are there from the start and count.
+            inputs: tensors that are alive from the start.
         """
         self.tracker = tracker
         self.live = 0
@@ -45,8 +44,8 @@ class PeakMemory:
     def observe(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> None:
-        # A view or an in-place operator returns a storage that came in: if it is not known yet, it
-        # is a parameter's.
+        # A view or an in-place operator returns the storage of an argument. If this storage is not
+        # known yet, it belongs to a parameter.
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         for tensor in tree_leaves(out):
             if _is_tensor(tensor) and id(tensor.untyped_storage()) not in given:

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A network's complexity as table, CSV, JSON and figure."""
+"""The complexity of a network as a table, CSV, JSON and figure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..benchmark.protocol import write_csv
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
 from ..made import refuse_foreign
+from ..timing import write_csv
 from .complexity import CONVENTIONS, Complexity
 
 __all__ = ["format_table", "plot_complexity", "write_report"]
 
-# Quantity: what it is called.
+# Quantities and their names.
 _QUANTITIES = {
     "parameters": "parameters",
     "multiply_adds": "multiply-adds",
@@ -34,18 +34,18 @@ _SCALES = {1e9: "G", 1e6: "M", 1e3: "k", 1: ""}
 
 
 def _scale(complexity: Complexity, quantity: str) -> tuple[str, float]:
-    """The heading of a quantity with its unit, and what to divide it by."""
+    """Return the heading of a quantity with its unit, and the number to divide it by."""
     name = _QUANTITIES[quantity]
     if quantity == "intensity":
         return name, 1
-    # A bound is read beside what it bounds.
+    # The lower bound has the unit of the memory access, so that the two can be compared.
     total = getattr(complexity.total, "memory_access" if quantity == "lower_bound" else quantity)
     divisor = next(divisor for divisor in _SCALES if total >= divisor or divisor == 1)
     return f"{name} ({_SCALES[divisor]}{'B' * (quantity == 'peak_memory')})", divisor
 
 
 def format_table(complexity: Complexity) -> str:
-    """The parts and their total, rounded, as a GitHub table with its notes."""
+    """Write the parts and their total as a table, rounded, with notes."""
     scales = {quantity: _scale(complexity, quantity) for quantity in _QUANTITIES}
     rows = []
     for part in (*complexity.parts, complexity.total):
@@ -54,12 +54,7 @@ def format_table(complexity: Complexity) -> str:
             heading: f"{exact[quantity] / divisor:,.{1 if quantity == 'intensity' else 3}f}"
             for quantity, (heading, divisor) in scales.items()
         }
-        field = exact["receptive_field"] or ""
-        rows.append(
-            {"part": part.part, "output": exact["output_shape"] or ""}
-            | numbers
-            | {"receptive field": field}
-        )
+        rows.append({"part": part.part, "output": exact["output_shape"] or ""} | numbers)
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     return "\n".join([table, *(f"- {note}" for note in complexity.notes)])
 
@@ -68,7 +63,7 @@ def write_report(complexity: Complexity, folder: Path, header: Mapping[str, Any]
     """Write ``complexity.csv``, ``.json`` and ``.png`` into ``folder``, with exact numbers.
 
     Args:
-        header: what was analysed, for the top of each file: "network", "command", ...
+        header: lines for the top of each file: "network", "command", ...
 
     Returns:
         the paths.
@@ -95,26 +90,33 @@ def write_report(complexity: Complexity, folder: Path, header: Mapping[str, Any]
 
 
 def plot_complexity(complexity: Complexity, title: str) -> Figure:
-    """One panel per quantity, one bar per part, and a mark at the lower bound of memory access."""
+    """Draw a panel for each quantity, with a bar for each part.
+
+    An arrow in the title of a panel points to the better end. A mark shows the lower bound of
+    memory access.
+    """
     parts = complexity.parts
     quantities = [quantity for quantity in _QUANTITIES if quantity != "lower_bound"]
     figure, axes = plt.subplots(
         2, 3, figsize=(11, 2.2 + 0.55 * len(parts)), layout="constrained", sharey=True
     )
-    places = range(len(parts))
+    positions = range(len(parts))
     for axis, quantity in zip(axes.flat, quantities, strict=True):
         heading, divisor = _scale(complexity, quantity)
-        bars = axis.barh(places, [getattr(p, quantity) / divisor for p in parts], color="#4c72b0")
+        bars = axis.barh(
+            positions, [getattr(p, quantity) / divisor for p in parts], color="#4c72b0"
+        )
         axis.bar_label(bars, fmt="{:,.3g}", padding=3, fontsize=8)
         axis.margins(x=0.22)
-        axis.set_title(heading, fontsize=10)
+        title_of = "{} →" if quantity == "intensity" else "← {}"
+        axis.set_title(title_of.format(heading), fontsize=10)
         if quantity == "memory_access":
             bounds = [p.lower_bound / divisor for p in parts]
             axis.scatter(
-                bounds, places, marker="|", s=180, color="#c44e52", label="lower bound", zorder=3
+                bounds, positions, marker="|", s=180, color="#c44e52", label="lower bound", zorder=3
             )
             axis.legend(fontsize=8, loc="lower right")
-    axes[0, 0].set_yticks(places, [p.part for p in parts])
+    axes[0, 0].set_yticks(positions, [p.part for p in parts])
     axes[0, 0].invert_yaxis()
-    figure.suptitle(title, parse_math=False)  # with the name of a config file
+    figure.suptitle(title, parse_math=False)  # the name of a file may have dollar signs
     return figure

@@ -4,6 +4,15 @@
 
 from .cache import CACHE, cache_folder
 from .programs import AUTO, BACKENDS, TORCH, check_backend
-from .use import use_backend
+from .use import rank_backends, use_backend
 
-__all__ = ["AUTO", "BACKENDS", "CACHE", "TORCH", "cache_folder", "check_backend", "use_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "CACHE",
+    "TORCH",
+    "cache_folder",
+    "check_backend",
+    "rank_backends",
+    "use_backend",
+]

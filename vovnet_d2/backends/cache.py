@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files that backends read, kept by the content of the network that they were made from."""
+"""The cache of files for backends, named after the content of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
+from ..errors import UserValueError
 from ..export.dense import DensePart
 from ..export.formats import OPSET, export
 from ..export.targets import ExportTarget, select_target
@@ -24,11 +25,11 @@ from ..made import is_made_here
 __all__ = ["CACHE", "cache_folder", "digest_of", "export_dense_part", "model_key"]
 
 CACHE = "VOVNET_D2_CACHE"
-"""Environment variable: the folder for files that are made once and read again."""
+"""The environment variable with the folder of the cache."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of :data:`CACHE`, by default ``vovnet_d2`` in the user's cache folder."""
+    """Return the folder of the cache, by default ``vovnet_d2`` in the cache folder of the user."""
     if named := os.environ.get(CACHE):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vovnet_d2"
@@ -51,7 +52,7 @@ def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
     packages = [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript")]
     digest = digest_of(model_key(model), __version__, str(OPSET), *packages)
     path = cache_folder() / f"dense-{digest}.onnx"
-    if not is_made_here(path):  # or it was changed or cut short since
+    if not is_made_here(path):  # a file that was changed or cut short is written again
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
             _write(target, Path(partial))
@@ -62,26 +63,22 @@ def _write(target: ExportTarget, path: Path) -> None:
     """Write the dense part of a detector as ONNX.
 
     Raises:
-        ValueError: an operator does not export.
+        ValueError: an operator cannot be exported.
     """
     try:
         export(target, "onnx", path)
     except ValueError as error:
         reason = str(error).partition(" Other formats to try:")[0].rstrip(".")
-        raise ValueError(f"{reason}: only the backend torch runs this model.") from error
+        raise UserValueError(f"{reason}: only the backend torch runs this model.") from error
 
 
 def digest_of(*parts: str) -> str:
-    """Return 32 hexadecimal digits that stand for some texts."""
+    """Return a digest of some texts, 32 hexadecimal digits."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def model_key(model: Any) -> str:
-    """Return a name for the content of the dense part of a detector.
-
-    Two dense parts have the same name where their modules, the settings of these and all tensors
-    are the same, wherever the weights come from.
-    """
+    """Return a digest of the dense part of a detector: its modules, their settings and tensors."""
     digest = hashlib.sha256()
     part = DensePart(model)
     for name, module in part.named_modules():
@@ -93,13 +90,16 @@ def model_key(model: Any) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return the plain attributes of a module, such as strides, in a fixed order."""
-    kept = sorted(vars(module).items())
-    return [(key, text) for key, value in kept if key != "training" for text in _describe(value)]
+    """Return the plain attributes of a module, such as strides, in a fixed order.
+
+    Hooks are left out, because their names differ between processes.
+    """
+    kept = sorted((k, v) for k, v in vars(module).items() if k != "training" and "_hooks" not in k)
+    return [(key, text) for key, value in kept for text in _describe(value)]
 
 
 def _describe(value: Any) -> Iterator[str]:
-    """Describe a value by what is the same in every process; nothing for what has no such form."""
+    """Yield a text for a value if there is one that is the same in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         yield repr(value)
     elif isinstance(value, list | tuple) and value:

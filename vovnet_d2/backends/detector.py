@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A detector with a program in the place of its backbone, FPN and dense head."""
+"""A detector in which a program computes the backbone, the FPN and the dense head."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["run_dense_part_elsewhere"]
 
 @dataclass
 class _Results:
-    """The outputs of the program for the last images, kept until the head asks for its share."""
+    """The outputs of the program for the last images, kept until the head reads them."""
 
     maps: dict[str, Tensor] = field(default_factory=dict)
     predictions: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _BackboneElsewhere(Backbone):
-    """A backbone whose feature maps a program computes, and with them the head's predictions."""
+    """A backbone whose program computes the feature maps and the predictions of the head."""
 
     def __init__(self, backbone: Backbone, results: _Results):
         super().__init__()
-        self.program: Any = None  # set when the detector has been copied for the last time
+        self.program: Any = None  # set after the detector was copied, as programs cannot be copied
         self.output_names: tuple[str, ...] = ()
         self._shapes = backbone.output_shape()
         self._size_divisibility = backbone.size_divisibility
@@ -69,7 +69,7 @@ class _HeadElsewhere(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         maps, predictions = self._results.maps, self._results.predictions
         self._results.maps, self._results.predictions = {}, {}
-        assert features[0] is maps.get(self.features[0]), "These maps are not the backbone's last."
+        assert features[0] is maps.get(self.features[0]), "Feature maps are not the last ones."
         kinds = len(predictions) // len(self.features)
         return [
             [predictions[prediction_name(kind, feature)] for feature in self.features]
@@ -78,20 +78,20 @@ class _HeadElsewhere(nn.Module):
 
 
 def run_dense_part_elsewhere(model: Any, program: Any, output_names: Sequence[str]) -> nn.Module:
-    """Copy a detector, for inference, with a program in the place of its dense part.
+    """Copy a detector for inference and let a program compute its dense part.
 
     Args:
-        model: a detector. It is left as it is.
+        model: a detector. It is not changed.
         program: takes images (N, C, H, W), normalised and padded, and returns the outputs of
             :class:`DensePart` as a tuple.
         output_names: the names of these outputs.
 
     Returns:
-        the copy, whose other parts :func:`optimize_for_inference` made fast.
+        the copy, whose other parts have gone through :func:`optimize_for_inference`.
     """
     results = _Results()
     head, features = find_dense_head(model)
-    # What is in the memo of a copy takes the place of the original.
+    # A copy takes the modules of the memo instead of copies of the originals.
     memo: dict[int, Any] = {id(model.backbone): _BackboneElsewhere(model.backbone, results)}
     if head is not None:
         memo[id(head)] = _HeadElsewhere(features, results)

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..errors import UserImportError, UserValueError, describe
 from ..export.formats import Program, load_onnxruntime
 
 __all__ = [
@@ -19,22 +21,25 @@ __all__ = [
     "TORCH",
     "check_backend",
     "find_backends",
+    "warn_of_broken",
 ]
+
+logger = logging.getLogger(__name__)
 
 TORCH, AUTO = "torch", "auto"
 
 INT8 = ("openvino", "onnxruntime")
-"""The backends that run quantized files. TensorRT asks for another kind of quantization."""
+"""The backends that run quantized files. TensorRT needs another kind of quantization."""
 
 
 @dataclass(frozen=True)
 class Backend:
     """
     Attributes:
-        packages: what has to be installed, as Python imports it and as pip installs it.
+        packages: the packages that it needs; the names are those of import and of pip.
         load: loads an ONNX file to run on a device.
-        why_not: says why it cannot compute on a device, or returns "" where it can. Asked only
-            where the packages are installed.
+        why_not: returns the reason why it cannot compute on a device, or "" if it can. It is called
+            only if the packages are installed.
     """
 
     packages: tuple[str, ...]
@@ -43,11 +48,11 @@ class Backend:
 
 
 def check_backend(name: str, device: torch.device, *, int8: bool = False) -> None:
-    """Refuse a backend that cannot be used here.
+    """Check that a backend can be used on this machine.
 
     Args:
         name: a key of :data:`BACKENDS`, ``"torch"`` or ``"auto"``.
-        int8: whether it is to run a quantized file.
+        int8: True if the backend has to run a quantized file.
 
     Raises:
         ModuleNotFoundError: a package is missing.
@@ -55,39 +60,49 @@ def check_backend(name: str, device: torch.device, *, int8: bool = False) -> Non
     """
     if name not in (TORCH, AUTO, *BACKENDS):
         choices = ", ".join((TORCH, *BACKENDS, AUTO))
-        raise ValueError(f"Unknown backend {name!r}: choose from {choices}.")
+        raise UserValueError(f"Unknown backend {name!r}: choose from {choices}.")
     if int8 and name not in (AUTO, *INT8):
-        raise ValueError(
-            f"The backend {name} runs no INT8 file: choose from {', '.join((*INT8, AUTO))}."
+        raise UserValueError(
+            f"The backend {name} cannot run an INT8 file: choose from {', '.join((*INT8, AUTO))}."
         )
     if name == AUTO and int8 and not find_backends(device, int8=True):
-        raise ModuleNotFoundError(
+        raise UserImportError(
             f"No backend that runs INT8 files on {device} is installed: "
             "pip install onnx onnxscript onnxruntime."
         )
     if name not in BACKENDS:
         return
     if missing := _missing_packages(name):
-        raise ModuleNotFoundError(
+        raise UserImportError(
             f"The backend {name} needs {', '.join(missing)}: pip install {' '.join(missing)}."
         )
     if reason := BACKENDS[name].why_not(device):
-        raise ValueError(f"The backend {name} cannot be used on {device}: {reason}.")
+        raise UserValueError(f"The backend {name} cannot be used on {device}: {reason}.")
 
 
 def find_backends(device: torch.device, *, int8: bool = False) -> list[str]:
-    """Return the names of the backends, torch aside, that are installed and take this device.
+    """Return the names of the backends, except torch, that are installed and take this device.
 
     Args:
-        int8: whether they are to run quantized files.
+        int8: True if they have to run quantized files.
     """
-    return [
-        name
-        for name, backend in BACKENDS.items()
-        if not (int8 and name not in INT8)
-        and not _missing_packages(name)
-        and not backend.why_not(device)
-    ]
+    names = [name for name in BACKENDS if not (int8 and name not in INT8)]
+    return [name for name in names if not _missing_packages(name) and _takes(name, device)]
+
+
+def _takes(name: str, device: torch.device) -> bool:
+    try:
+        return not BACKENDS[name].why_not(device)
+    except Exception as error:  # a package may be installed and fail to import
+        warn_of_broken(name, error)
+        return False
+
+
+def warn_of_broken(name: str, error: Exception) -> None:
+    """Say that a backend is skipped, and why."""
+    logger.warning(
+        "The backend %s is installed and fails, so it is skipped: %s", name, describe(error)
+    )
 
 
 def _missing_packages(name: str) -> list[str]:
@@ -98,18 +113,24 @@ def _missing_packages(name: str) -> list[str]:
 
 
 def _why_not_onnxruntime(device: torch.device) -> str:
+    missing = _missing_provider("CUDAExecutionProvider")
+    return "" if device.type == "cpu" else missing
+
+
+def _missing_provider(name: str) -> str:
+    """Return the reason why ONNX Runtime has no execution provider of this name, or ""."""
     import onnxruntime
 
-    if device.type == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if name in onnxruntime.get_available_providers():
         return ""
-    return "the onnxruntime that is installed has no CUDAExecutionProvider (onnxruntime-gpu has)"
+    return f"the onnxruntime that is installed has no {name} (onnxruntime-gpu has)"
 
 
-# TensorRT, by ONNX Runtime -----------------------------------------------------------------------
+# TensorRT, run by ONNX Runtime -------------------------------------------------------------------
 
 
 def _load_tensorrt(path: Path, device: torch.device) -> Program:
-    # An engine is built for minutes, so it is kept beside the ONNX file.
+    # It takes minutes to build an engine, so it is kept in the folder of the ONNX file.
     options = {
         "device_id": device.index or 0,
         "trt_engine_cache_enable": True,
@@ -120,15 +141,8 @@ def _load_tensorrt(path: Path, device: torch.device) -> Program:
 
 
 def _why_not_tensorrt(device: torch.device) -> str:
-    import onnxruntime
-
-    if device.type != "cuda":
-        return "it needs a GPU"
-    if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
-        return ""
-    return (
-        "the onnxruntime that is installed has no TensorrtExecutionProvider (onnxruntime-gpu has)"
-    )
+    missing = _missing_provider("TensorrtExecutionProvider")
+    return missing if device.type == "cuda" else "it needs a GPU"
 
 
 # OpenVINO ----------------------------------------------------------------------------------------
@@ -138,7 +152,7 @@ def _load_openvino(path: Path, device: torch.device) -> Program:
     import openvino
 
     settings = {
-        # By default float layers are computed in bfloat16 where the processor can.
+        # The default is bfloat16 for float layers if the processor supports it.
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
@@ -163,4 +177,4 @@ BACKENDS = {
     "onnxruntime": Backend(("onnxruntime", *_EXPORT), load_onnxruntime, _why_not_onnxruntime),
     "tensorrt": Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt),
 }
-"""Name of a backend to how it runs an ONNX file. torch itself is the one beside them."""
+"""The backends by name, without torch itself."""

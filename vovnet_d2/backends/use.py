@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors whose dense part runs in a backend, named or the fastest one that is installed."""
+"""Detectors whose dense part runs in a backend: a given one, or the fastest that is installed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,102 +17,133 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..benchmark.protocol import describe_environment, time_interleaved
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
+from ..errors import UserValueError
 from ..export.dense import DensePart
 from ..export.formats import Program
 from ..modeling.inference import optimize_for_inference
+from ..timing import describe_environment, package_version, time_interleaved
 from .cache import cache_folder, digest_of, export_dense_part, model_key
 from .detector import run_dense_part_elsewhere
-from .programs import AUTO, BACKENDS, TORCH, check_backend, find_backends
+from .programs import AUTO, BACKENDS, TORCH, check_backend, find_backends, warn_of_broken
 from .quantized import check_quantized
 
-__all__ = ["use_backend"]
+__all__ = ["rank_backends", "use_backend"]
 
 logger = logging.getLogger(__name__)
 
 SIZE = (480, 640)
-"""Height and width of the image that backends are compared on."""
+"""The height and width of the image on which the backends are compared."""
 
 WARMUP, REPEATS = 2, 5
 
 
-def use_backend(model: Any, name: str = AUTO, *, int8: str | os.PathLike[str] = "") -> nn.Module:
+def use_backend(
+    model: Any, name: str | Sequence[str] = AUTO, *, int8: str | os.PathLike[str] = ""
+) -> nn.Module:
     """Copy a detector for inference, with its dense part in a backend and the rest in torch.
 
-    The dense part is the backbone with its FPN and the head that reads every location, such as that
-    of a region proposal network. It is exported to ONNX once, and the file is kept in
-    :func:`cache_folder`. In float32 the detections are those of the model itself.
+    The dense part is the backbone with its FPN and the head that reads every location, such as the
+    head of a region proposal network. It is exported to ONNX once, and the file is kept in
+    :func:`cache_folder`. In float32 the detections are the same as those of the model.
 
     Args:
-        model: a detector of Detectron2's, on the device that is to compute. It is left as it is.
+        model: a detector of Detectron2's, on the device to compute on. It is not changed.
         name: ``"torch"`` (:func:`optimize_for_inference`), ``"openvino"``, ``"onnxruntime"``,
-            ``"tensorrt"``, or ``"auto"``, which measures those that are installed once, keeps the
-            outcome for this machine, and takes the fastest.
-        int8: a quantized file of this model, which ``tools/export_model.py --int8`` wrote; empty to
-            compute in float32.
+            ``"tensorrt"``, or ``"auto"`` for the names of :func:`rank_backends`. With several
+            names, the first backend that loads is used, with a warning for each one that fails.
+        int8: a quantized file of this model, from ``tools/export_model.py --int8``; "" computes in
+            float32.
 
     Raises:
         FileNotFoundError: there is no such quantized file.
         FileNotWrittenError: the cache folder cannot be written to.
         ModuleNotFoundError: a package that the backend needs is missing.
         ValueError: the backend is unknown or cannot be used on this device, an operator of the
-            network does not export, or the quantized file is of another model.
+            network cannot be exported, or the quantized file is from another model.
     """
     device = torch.device(model.device)
-    check_backend(name, device, int8=bool(int8))
-    if int8:
-        path, output_names = Path(int8), check_quantized(Path(int8), model_key(model))
-    elif name == TORCH or (name == AUTO and not find_backends(device)):
-        return optimize_for_inference(model)
+    if isinstance(name, str):
+        check_backend(name, device, int8=bool(int8))
+        names = rank_backends(model, int8=int8) if name == AUTO else [name]
     else:
-        path, output_names = export_dense_part(model)
-    if name == AUTO:
-        name = _choose(model, path, device, int8=bool(int8))
-        if name == TORCH:
+        names = list(name)
+    for candidate in names:
+        if candidate == TORCH:
             return optimize_for_inference(model)
-    program = BACKENDS[name].load(path, device)
-    return run_dense_part_elsewhere(model, program, output_names)
+        path, output_names = _find_file(model, int8)
+        try:
+            program = BACKENDS[candidate].load(path, device)
+        except Exception as error:  # each program raises its own errors
+            if candidate == names[-1]:
+                raise
+            warn_of_broken(candidate, error)
+        else:
+            return run_dense_part_elsewhere(model, program, output_names)
+    raise AssertionError("There is no name.")
 
 
-def _choose(model: Any, path: Path, device: torch.device, *, int8: bool) -> str:
-    """Return the fastest backend for an ONNX file on a device, measured now or earlier."""
-    names = find_backends(device, int8=True) if int8 else [TORCH, *find_backends(device)]
+def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]:
+    """Return the backends that compute the dense part of a detector, the fastest first.
+
+    They are measured once, and the times are kept for this machine. A backend that fails is left
+    out with a warning. The times are not kept then, so that it is tried again.
+
+    Args:
+        model, int8: see :func:`use_backend`.
+
+    Raises:
+        FileNotFoundError, FileNotWrittenError, ValueError: see :func:`use_backend`.
+    """
+    device = torch.device(model.device)
+    names = find_backends(device, int8=bool(int8))
+    if not int8:
+        names = [TORCH, *names]
     if len(names) == 1:
-        return names[0]
-    machine = _describe_machine(device)
+        return names
+    path, _ = _find_file(model, int8)
+    machine = _describe_machine(device, names)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     kept = cache_folder() / f"fastest-{digest_of(content, *names, machine)}.json"
     seconds = _read_seconds(kept, names)
+    where = f"Kept in {kept}"
     if not seconds:
         seconds = _measure(model, path, device, names)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as partial:
-            Path(partial).write_text(json.dumps(seconds) + "\n", encoding="utf-8")
-    fastest = min(seconds, key=lambda name: seconds[name])
+        if len(seconds) == len(names):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(kept) as partial:
+                Path(partial).write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+        else:
+            where = "Not kept"
+    ranked = sorted(seconds, key=lambda name: seconds[name])
     logger.info(
-        "The backend auto is %s: %s for an image of %d×%d, measured on %s. Kept in %s.",
-        fastest,
+        "The backend auto is %s: %s for an image of %d×%d, measured on %s. %s.",
+        ranked[0],
         ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()),
         *SIZE,
         machine,
-        kept,
+        where,
     )
-    return fastest
+    return ranked
 
 
-def _describe_machine(device: torch.device) -> str:
+def _find_file(model: Any, int8: str | os.PathLike[str]) -> tuple[Path, tuple[str, ...]]:
+    """Return the ONNX file of the dense part of a model, and the names of its outputs."""
+    if int8:
+        return Path(int8), check_quantized(Path(int8), model_key(model))
+    return export_dense_part(model)
+
+
+def _describe_machine(device: torch.device, names: list[str]) -> str:
     described = describe_environment(device)
-    packages = [
-        f"{package} {version(package)}"
-        for package in ("torch", *sorted({BACKENDS[n].packages[0] for n in find_backends(device)}))
-    ]
+    modules = {BACKENDS[name].packages[0] for name in names if name != TORCH}
+    packages = [f"{module} {package_version(module)}" for module in ("torch", *sorted(modules))]
     threads = [described["threads"]] if "threads" in described else []
     return ", ".join([described["device"], *threads, *packages])
 
 
 def _read_seconds(path: Path, names: list[str]) -> dict[str, float]:
-    """Read what was measured earlier; nothing if it is not there or not whole."""
+    """Read earlier times; the result is empty if they are missing or incomplete."""
     try:
         seconds = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(seconds[name]) for name in names}
@@ -121,14 +152,26 @@ def _read_seconds(path: Path, names: list[str]) -> dict[str, float]:
 
 
 def _measure(model: Any, path: Path, device: torch.device, names: list[str]) -> dict[str, float]:
-    programs: dict[str, Program] = {
-        name: _eager_program(model) if name == TORCH else BACKENDS[name].load(path, device)
-        for name in names
-    }
+    """Return the seconds for one image of each backend that works."""
     divisor = max(1, model.backbone.size_divisibility)
     size = [-(-side // divisor) * divisor for side in SIZE]
     images = torch.rand(1, len(model.pixel_mean), *size, device=device)
+    programs: dict[str, Program] = {}
     with torch.no_grad():
+        for name in names:
+            try:
+                program = _load(model, name, path, device)
+                program(images)
+            except Exception as error:  # each program raises its own errors
+                if name == TORCH:
+                    raise
+                warn_of_broken(name, error)
+            else:
+                programs[name] = program
+        if not programs:
+            raise UserValueError(
+                f"No backend computes {path} on {device}: {', '.join(names)} fail."
+            )
         times = time_interleaved(
             {name: partial(program, images) for name, program in programs.items()},
             device=device,
@@ -136,6 +179,10 @@ def _measure(model: Any, path: Path, device: torch.device, names: list[str]) -> 
             repeats=REPEATS,
         )
     return {name: median(values) for name, values in times.items()}
+
+
+def _load(model: Any, name: str, path: Path, device: torch.device) -> Program:
+    return _eager_program(model) if name == TORCH else BACKENDS[name].load(path, device)
 
 
 def _eager_program(model: Any) -> Program:

@@ -1,3 +1,3 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: how times are taken and what is written beside them."""
+"""Measure networks side by side, and write tables and plots of the results."""

@@ -1,11 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the benchmark."""
+"""Parse the command line of the benchmark, and run it."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import sys
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.checks import parse_device
+from ..engine.config import add_options_argument
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
+from ..errors import UserValueError
 from ..made import refuse_foreign
 from .networks import BACKBONES, DEFAULT_NORM, backbone, detector, takes_norm
 from .published import PAPER_TABLES, PaperTable, format_paper_table
@@ -26,7 +27,7 @@ __all__ = ["main", "make_plan", "parse_arguments", "run"]
 
 _DESCRIPTION = """Networks side by side, by the VoVNet paper's six figures: GFLOPs, latency and FPS,
 parameters, peak memory, energy per image, computation efficiency. All cases are timed in turn,
-round after round, beside a large matrix product and a large copy: what the machine can do at most.
+round after round.
 
     python tools/benchmark.py --models V-39-eSE ResNet-50 timm:ese_vovnet39b \\
         --treatments plain optimized bf16 --sizes 480x640 800x1344 --batches 1 8
@@ -56,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet": {
         "models": ["V-39", "ResNet-50", "V-57", "ResNet-101"],
         "config_file": [_MASK_RCNN.format(n) for n in ("V_39", "R_50", "V_57", "R_101")],
-        "options": ["MODEL.VOVNET.NORM", "FrozenBN"],  # as the ResNets' configs have it
+        "opts": ["MODEL.VOVNET.NORM", "FrozenBN"],  # the same as in the configs of ResNet
         "treatments": ["plain", "optimized", "bf16"],
         "reference": [
             "V-39=ResNet-50",
@@ -89,14 +90,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 def image_size(text: str) -> tuple[int, int] | None:
     if text == "own":
         return None
-    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if sides is None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither HEIGHTxWIDTH, as 480x640, nor own")
     return int(sides[1]), int(sides[2])
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and the defaults."""
+    """Print the description as it is, and the defaults of the options."""
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -104,20 +111,16 @@ def argument_parser() -> argparse.ArgumentParser:
         backbones=", ".join(BACKBONES), treatments=_describe_treatments()
     )
     parser = argparse.ArgumentParser(description=described, formatter_class=_HelpFormatter)
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="sets the defaults of the other options, but --output"
-    )
+    parser.add_argument("--preset", choices=PRESETS, help="set the defaults of all other options")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=[], help="backbones")
     parser.add_argument(
         "--config-file",
         nargs="+",
         metavar="FILE",
         default=[],
-        help="detectors: paths, or names in this package or in Detectron2's model zoo",
+        help="configs of detectors: paths, or names in this package or in Detectron2's model zoo",
     )
-    parser.add_argument(
-        "--options", nargs="+", default=[], metavar="KEY VALUE", help="options of these configs"
-    )
+    add_options_argument(parser)
     parser.add_argument(
         "--weights", action="store_true", help="load MODEL.WEIGHTS of these configs"
     )
@@ -125,16 +128,21 @@ def argument_parser() -> argparse.ArgumentParser:
         "--allow-unsafe-yaml", action="store_true", help="accept Python tags in these files"
     )
     parser.add_argument(
-        "--norm", help=f"of VoVNet and ResNet in --models; {DEFAULT_NORM} unless given"
+        "--norm", help=f"norm of VoVNet and ResNet in --models (default: {DEFAULT_NORM})"
     )
     parser.add_argument(
-        "--treatments", nargs="+", default=["plain", "optimized"], metavar="NAME", help="see above"
+        "--treatments",
+        nargs="+",
+        default=["plain", "optimized"],
+        choices=TREATMENTS,
+        metavar="NAME",
+        help="see above",
     )
     parser.add_argument(
         "--modes", nargs="+", default=["inference"], choices=MODES, help="what is timed"
     )
     parser.add_argument(
-        "--batches", nargs="+", type=int, default=[1], metavar="N", help="images in a call"
+        "--batches", nargs="+", type=positive, default=[1], metavar="N", help="images in a call"
     )
     parser.add_argument(
         "--sizes",
@@ -142,18 +150,18 @@ def argument_parser() -> argparse.ArgumentParser:
         type=image_size,
         default=[(480, 640)],
         metavar="HEIGHTxWIDTH",
-        help="of the images; own is the size that each config fixes (INPUT.FIXED_SIZE)",
+        help="image sizes; own is the INPUT.FIXED_SIZE of each config",
     )
     parser.add_argument("--device", type=parse_device, default="cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--warmup", type=int, default=3, help="calls that are not timed")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
+    parser.add_argument("--warmup", type=positive, default=3, help="calls that are not timed")
+    parser.add_argument("--repeats", type=positive, default=20, help="rounds that are timed")
     parser.add_argument(
         "--reference",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="network that the others are compared with, the first unless given; MODEL=NAME for "
-        "one of its own",
+        help="network that the others are compared with (default: the first), or MODEL=NAME for "
+        "the reference of one model",
     )
     parser.add_argument(
         "--reference-treatment", metavar="NAME", help="the first of --treatments unless given"
@@ -163,18 +171,18 @@ def argument_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=AP",
-        help="of the networks, for the plots; or a CSV file with the columns network and accuracy",
+        help="accuracy of the networks, for the plots",
     )
     parser.add_argument(
         "--energy-seconds",
         type=float,
         default=2.0,
-        help="that each case runs for its energy; 0 for none",
+        help="seconds per energy measurement; 0 disables it",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for JSON, CSV, Markdown and plots, in place of those of an earlier benchmark",
+        help="folder for JSON, CSV, Markdown and plots; replaces the files of an earlier benchmark",
     )
     return parser
 
@@ -184,7 +192,7 @@ def _describe_treatments() -> str:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Of the command line, or of ``words``; a preset's where they are not given."""
+    """Parse a command line. Missing options have the values of the preset."""
     parser = argument_parser()
     chosen, _ = parser.parse_known_args(words)
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
@@ -192,49 +200,29 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_references(words: list[str], names: list[str]) -> dict[str, str]:
-    """``["A", "B=C"]``: A for all networks but B, which C is for."""
+    """Read ``["A", "B=C"]``: the reference of B is C, and A is the reference of all others."""
     general = [word for word in words if "=" not in word]
     if len(general) > 1:
-        raise ValueError(f"--reference names {len(general)} networks for all: give one, or pairs.")
+        raise UserValueError(
+            f"--reference names {len(general)} networks for all: give one, or pairs."
+        )
     references = dict.fromkeys(names, general[0]) if general else {}
     return references | dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def _references(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
     found = read_references(args.reference, names)
-    if args.reference is PRESETS.get(args.preset, {}).get("reference"):  # of all its networks
+    if args.reference is PRESETS.get(args.preset, {}).get("reference"):  # of all networks
         return {name: other for name, other in found.items() if {name, other} <= set(names)}
     return found
 
 
 def read_accuracy(words: list[str]) -> dict[str, float]:
-    pairs = []
-    for word in words:
-        if "=" in word:
-            pairs.append(word.rsplit("=", 1))
-        else:
-            pairs += read_columns(word, ["network", "accuracy"])
+    """Read ``["A=37.5", "B=40"]``."""
     try:
-        return {name: float(value) for name, value in pairs}
-    except (TypeError, ValueError):  # None, at the end of a short line
-        raise ValueError(
-            f"--accuracy takes numbers, as NAME=AP or in a CSV file: {' '.join(words)}"
-        ) from None
-
-
-def read_columns(file_name: str, columns: list[str]) -> list[list[str]]:
-    """Of a CSV file, line by line."""
-    try:
-        with open(file_name, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
-            f"{file_name!r} is neither NAME=AP nor a CSV file that can be read: {reason}."
-        ) from error
-    if not lines or not set(columns) <= lines[0].keys():
-        raise ValueError(f"{file_name} is no CSV file with the columns {' and '.join(columns)}.")
-    return [[line[column] for column in columns] for line in lines]
+        return {name: float(value) for name, value in (word.rsplit("=", 1) for word in words)}
+    except ValueError:
+        raise UserValueError(f"--accuracy takes pairs as NAME=AP: {' '.join(words)}") from None
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -243,23 +231,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
         FileNotFoundError, KeyError, ValueError: the arguments do not make sense.
     """
     if not args.models and not args.config_file:
-        raise ValueError("Nothing to measure: give --models, --config-file or --preset.")
-    if not args.config_file and (args.options or args.weights or args.allow_unsafe_yaml):
-        raise ValueError("--options, --weights and --allow-unsafe-yaml go with --config-file.")
+        raise UserValueError("Nothing to measure: give --models, --config-file or --preset.")
+    if not args.config_file and (args.opts or args.weights or args.allow_unsafe_yaml):
+        raise UserValueError("--opts, --weights and --allow-unsafe-yaml go with --config-file.")
     norm = DEFAULT_NORM if args.norm is None else args.norm
     networks = [backbone(name, norm=norm) for name in args.models]
     if args.norm is not None and not any(takes_norm(name) for name in args.models):
-        raise ValueError("--norm is of VoVNet and ResNet in --models, and there is none.")
+        raise UserValueError("--norm is of VoVNet and ResNet in --models, and there is none.")
     networks += [
-        detector(file, args.options, weights=args.weights, unsafe=args.allow_unsafe_yaml)
+        detector(file, args.opts, weights=args.weights, unsafe=args.allow_unsafe_yaml)
         for file in args.config_file
     ]
     return Plan(
         networks=networks,
-        treatments=args.treatments,
-        modes=args.modes,
-        batches=args.batches,
-        sizes=args.sizes,
+        treatments=list(dict.fromkeys(args.treatments)),
+        modes=list(dict.fromkeys(args.modes)),
+        batches=list(dict.fromkeys(args.batches)),
+        sizes=list(dict.fromkeys(args.sizes)),
         device=args.device,
         warmup=args.warmup,
         repeats=args.repeats,
@@ -271,23 +259,24 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def make_folder(path: Path) -> None:
-    """Before anything is measured.
+    """Make the folder of the results, before anything is measured.
 
     Raises:
-        ValueError: it cannot be made, or has files of these names that this package did not make.
+        ValueError: the folder cannot be made, or has files of these names that this package did
+            not make.
     """
     refuse_foreign(path / name for name in FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {path} cannot be a folder: {error.strerror}.") from error
+        raise UserValueError(f"--output {path} cannot be a folder: {error.strerror}.") from error
     if not os.access(path, os.W_OK):
-        raise ValueError(f"--output {path} is a folder that cannot be written to.")
+        raise UserValueError(f"--output {path} is a folder that cannot be written to.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, write, after each cell, and print what ``args`` ask for; also when interrupted on
-    the way.
+    """Measure what the arguments ask for, write the results after each cell, and print them. An
+    interruption keeps what is measured.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: the arguments do not make sense, or nothing that
@@ -319,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
         raise study.interruption
     failed = sum(bool(row["error"]) for row in study.rows)
     if failed == len(study.rows):
-        raise ValueError("Nothing could run: the table above says why. No file was written.")
+        raise UserValueError("Nothing could run: the table above says why. No file was written.")
     if failed:
         print(f"{failed} of {len(study.rows)} cases could not run: see above.", file=sys.stderr)
 

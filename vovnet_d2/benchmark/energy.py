@@ -1,11 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How much energy a device takes: counted, or power sampled as in the VoVNet paper, or a reason why
-it is not known. What a device takes while idle is in it, as in the paper."""
+"""Read the energy counters of devices. Idle energy is included, as in the VoVNet paper."""
 
 from __future__ import annotations
 
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,23 +12,22 @@ from typing import Any
 
 import torch
 
-from .protocol import synchronize
+from ..timing import synchronize
 
 __all__ = ["EnergyMeter", "NoEnergyMeter", "find_meter", "joules_per_call"]
 
 POWERCAP = Path("/sys/class/powercap")
-SAMPLING_SECONDS = 0.1  # the paper's
 
 
 class NoEnergyMeter(Exception):
-    """Why energy cannot be measured here, in words that go behind "because"."""
+    """Energy cannot be measured here. The message says why, in words that can follow "because"."""
 
 
 class EnergyMeter(ABC):
     """Measures from :meth:`start` to :meth:`stop`.
 
     Attributes:
-        source: what is read, in words.
+        source: a description of the counter.
     """
 
     source: str
@@ -40,11 +37,11 @@ class EnergyMeter(ABC):
 
     @abstractmethod
     def stop(self) -> float:
-        """Joules since :meth:`start`."""
+        """Return the joules since :meth:`start`."""
 
 
 class NvmlCounter(EnergyMeter):
-    """The GPU's own count of millijoules since the driver was loaded."""
+    """Reads the millijoules that the GPU has counted since the driver was loaded."""
 
     source = "NVML's energy counter of the GPU"
 
@@ -59,38 +56,10 @@ class NvmlCounter(EnergyMeter):
         return (self.read() - self.begin) / 1e3
 
 
-class NvmlPower(EnergyMeter):
-    """Mean of the GPU's power, sampled by a thread, times the time."""
-
-    source = f"NVML's power of the GPU, sampled every {SAMPLING_SECONDS * 1e3:.0f} ms"
-
-    def __init__(self, nvml: Any, handle: Any):
-        self.read: Callable[[], int] = lambda: nvml.nvmlDeviceGetPowerUsage(handle)
-        self.read()
-
-    def start(self) -> None:
-        self.milliwatts = [self.read()]
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._sample, daemon=True)
-        self.begin = time.perf_counter()
-        self.thread.start()
-
-    def _sample(self) -> None:
-        while not self.stopped.wait(SAMPLING_SECONDS):
-            self.milliwatts.append(self.read())
-
-    def stop(self) -> float:
-        self.milliwatts.append(self.read())
-        seconds = time.perf_counter() - self.begin
-        self.stopped.set()
-        self.thread.join()
-        samples = self.milliwatts[1:]  # the first one is from before the calls
-        return sum(samples) / len(samples) / 1e3 * seconds
-
-
 class Rapl(EnergyMeter):
-    """The processor's count of microjoules: all packages, and their memory where it is counted
-    apart. Counters start again from zero; at most once while measuring, at seconds to minutes."""
+    """Reads the microjoules that the processor has counted, for all packages, and for the memory if
+    it has its own counter. A counter wraps around after a minute or more, so at most once in a
+    measurement."""
 
     def __init__(self, root: Path):
         domains = [path for path in sorted(root.glob("*")) if _is_counted(path)]
@@ -131,7 +100,7 @@ def _is_counted(domain: Path) -> bool:
 
 
 def find_meter(device: torch.device) -> EnergyMeter:
-    """The best there is for ``device``.
+    """Return the best meter for a device.
 
     Raises:
         NoEnergyMeter: there is none.
@@ -146,25 +115,18 @@ def _find_nvml(device: torch.device) -> EnergyMeter:
         raise NoEnergyMeter("it needs NVML: pip install nvidia-ml-py") from error
     try:
         pynvml.nvmlInit()
-        # torch's numbers are those of CUDA_VISIBLE_DEVICES, NVML's are not.
+        # torch numbers the GPUs by CUDA_VISIBLE_DEVICES, and NVML does not.
         uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return NvmlCounter(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     except pynvml.NVMLError as error:
-        raise NoEnergyMeter(f"NVML does not find the GPU: {error}") from error
-    reasons = []
-    for meter in (NvmlCounter, NvmlPower):
-        try:
-            return meter(pynvml, handle)
-        except pynvml.NVMLError as error:
-            reasons.append(f"{meter.source}: {error}")
-    raise NoEnergyMeter("; ".join(reasons))
+        raise NoEnergyMeter(f"NVML gives no energy of the GPU: {error}") from error
 
 
 def joules_per_call(
     meter: EnergyMeter, call: Callable[[], object], *, device: torch.device, seconds: float
 ) -> float:
-    """Energy of one call, from as many in a row as fit into ``seconds``, at least one. Counters
-    are renewed every few tens of milliseconds, so that a single call says little."""
+    """Return the energy of one call: the mean of all calls that fit into ``seconds``, at least one.
+    Meters update every few tens of milliseconds, so that a single call says little."""
     synchronize(device)
     meter.start()
     end, calls = time.perf_counter() + seconds, 0

@@ -1,10 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: backbones by name, and detectors by their config files.
+"""Build the networks to compare: backbones by name, and detectors by their config files.
 
-Unless a detector's own are asked for, weights are random and norms have the statistics of random
-images, so that maps keep the size that they have in a trained network, whatever the depth and the
-precision, and nothing is downloaded.
+Weights are random unless a detector's trained weights are asked for, so nothing is downloaded.
+Norms then have the statistics of random images, so that values are neither huge nor zero in deep
+networks and in low precision.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoint import VoVNetCheckpointer
 from ..engine.checks import check_network
 from ..engine.config import load_config, resolve_config
+from ..errors import UserValueError
 from ..modeling.baselines.timm_backbone import TimmBackbone
 from ..modeling.baselines.torchvision_backbone import TorchvisionBackbone
 from ..modeling.layers import NORMS
@@ -52,11 +53,11 @@ _TIMM = "timm:"
 class Network:
     """
     Attributes:
-        build: makes it on torch's current device, with random weights.
-        is_detector: whether it takes Detectron2's list of dicts, rather than (N, 3, H, W).
-        load: loads its trained weights, where they are asked for.
-        size: (height, width) in pixels, of one that is made for images of one size.
-        channels_last: whether it trains in that memory format; None is as the device is faster.
+        build: makes the network on torch's current device, with random weights.
+        is_detector: True if it takes Detectron2's list of dicts, rather than (N, 3, H, W).
+        load: loads the trained weights, if they are asked for.
+        size: (height, width) in pixels, if the network takes images of one size only.
+        channels_last: True if the network trains in that memory format; None for the faster one.
     """
 
     name: str
@@ -68,24 +69,25 @@ class Network:
 
 
 def backbone(name: str, *, norm: str = DEFAULT_NORM) -> Network:
-    """A network that gives the maps of strides 4, 8, 16 and 32 as a dict.
+    """Return a network with feature maps of strides 4, 8, 16 and 32, as a dict.
 
     Args:
         name: a key of :data:`BACKBONES`, or ``"timm:NAME"`` for any network of timm's that has
-            these maps.
-        norm: where :func:`takes_norm` says so; DenseNet and timm's have BN.
+            these feature maps.
+        norm: the norm, if :func:`takes_norm` is True. DenseNet and timm's networks have BN.
 
     Raises:
-        ValueError: there is no such network or norm, it has no such maps, or timm is not installed.
+        ValueError: there is no such network or norm, it has no such feature maps, or timm is not
+            installed.
     """
     network = Network(name, _find_builder(name, norm))
-    with torch.device("meta"):  # to be refused before anything is measured
+    with torch.device("meta"):  # an unknown network is refused before anything is measured
         network.build()
     return network
 
 
 def takes_norm(name: str) -> bool:
-    """Whether the norm of a backbone can be chosen."""
+    """Return whether the norm of a backbone can be chosen."""
     return BACKBONES.get(name) in (_vovnet, _resnet)
 
 
@@ -95,12 +97,12 @@ def _find_builder(name: str, norm: str) -> Callable[[], nn.Module]:
     if name not in BACKBONES:
         close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
         meant = f"Did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(
+        raise UserValueError(
             f"No network {name!r}. {meant}There are {', '.join(BACKBONES)}, timm:NAME for timm's, "
             "and detectors by --config-file."
         )
     if norm not in NORMS:
-        raise ValueError(f"No norm {norm!r}: there are {', '.join(map(repr, NORMS))}.")
+        raise UserValueError(f"No norm {norm!r}: there are {', '.join(map(repr, NORMS))}.")
     return lambda: BACKBONES[name](name, norm)
 
 
@@ -118,7 +120,7 @@ def _resnet(name: str, norm: str) -> nn.Module:
 
 
 def _densenet(name: str, norm: str) -> nn.Module:
-    # Behind norm and ReLU, as the maps of the others are.
+    # the nodes come after norm and ReLU, like the feature maps of other networks
     nodes = [f"features.transition{i}.relu" for i in (1, 2, 3)] + ["features.norm5"]
     return TorchvisionBackbone(name.lower().replace("-", ""), nodes)
 
@@ -135,28 +137,28 @@ torchvision's DenseNet."""
 def detector(
     config_file: str, options: Sequence[str] = (), *, weights: bool = False, unsafe: bool = False
 ) -> Network:
-    """A detector of a config file.
+    """Return the detector of a config file.
 
-    Random weights would leave the heads more to do in one network than in another, or nothing. So
-    without trained ones nothing is dropped for its score or its overlap, and every head gets as
-    many regions as the config allows; a single-shot detector, which has no head behind its NMS,
-    drops everything before it.
+    With random weights, the heads of one network would get more work than the heads of another.
+    So without trained weights, no region is dropped for its score or its overlap, and every head
+    gets as many regions as the config allows. A single-shot detector, which has no head after its
+    NMS, drops everything before it.
 
     Args:
         config_file: a path, or a name in this package or in Detectron2's model zoo.
         options: config options, ``[KEY, VALUE, ...]``.
-        weights: whether to load ``MODEL.WEIGHTS``.
+        weights: load ``MODEL.WEIGHTS``.
         unsafe: accept Python tags in the file.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as :func:`load_config` and :func:`check_network`.
+        FileNotFoundError, KeyError, ValueError: see :func:`load_config` and :func:`check_network`.
     """
     path, trusted = resolve_config(config_file)
     cfg = load_config(path, options, allow_unsafe_yaml=unsafe or trusted)
     check_network(cfg)
     if weights and not cfg.MODEL.WEIGHTS:
-        raise ValueError(
-            f"{config_file} has no MODEL.WEIGHTS to load: give --options MODEL.WEIGHTS FILE, or "
+        raise UserValueError(
+            f"{config_file} has no MODEL.WEIGHTS to load: give --opts MODEL.WEIGHTS FILE, or "
             "leave out --weights."
         )
     if not weights:
@@ -170,14 +172,14 @@ def detector(
 
     def build() -> nn.Module:
         own = cfg.clone()
-        own.MODEL.DEVICE = torch.get_default_device().type
+        own.MODEL.DEVICE = torch.empty(0).device.type  # torch 2.6 needs this within torch.device
         return META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)(own)
 
     def load(model: nn.Module) -> None:
         checkpointer = VoVNetCheckpointer(model)
         checkpointer.load(cfg.MODEL.WEIGHTS)
         if missing := checkpointer.missing_outside_backbone:
-            raise ValueError(
+            raise UserValueError(
                 f"{cfg.MODEL.WEIGHTS} has no weights for {missing[0]}: without --weights, heads "
                 "are given as much to do as the config allows"
             )
@@ -194,7 +196,7 @@ def detector(
 
 
 def _config_name(config_file: str) -> str:
-    """Of a run's own config.yaml, the run's."""
+    """Name a detector by its config file, or by the folder of a run's config.yaml."""
     path = PurePath(config_file)
     return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
 
@@ -210,14 +212,14 @@ def calibrate_norms(model: Any, images: Tensor) -> None:
 
     def take_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         var, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))
-        # A channel without variance, in a map of one pixel for example, stays as it is.
+        # A channel without variance, for example in a map of one pixel, is not changed.
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(torch.where(var > 0, var, 1.0))
 
     body = getattr(model, "backbone", model).eval()
     if body is not model:
         images = (as_pixels(images) - model.pixel_mean) / model.pixel_std
-    written_out = plain(body)  # in which every norm is called
+    written_out = plain(body)  # this pass calls every norm
     with ExitStack() as hooks, torch.no_grad():
         for module in written_out.modules():
             if isinstance(module, _BatchNorm | FrozenBatchNorm2d):

@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""VoVNet as it is commonly written, for measurements to compare with.
+"""Build VoVNet as it is commonly written, for comparisons in measurements.
 
-Detectron2's convolution and norm are called as they are, and the concatenation is made and kept for
-the backward pass; NCHW.
+Each block calls Detectron2's convolution and norm, and keeps the concatenated feature maps for the
+backward pass. The memory format is NCHW.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 class _Convolution(Conv2d):
-    """Detectron2's, of several maps."""
+    """Detectron2's convolution, which also takes several feature maps and concatenates them."""
 
     def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
         return super().forward(torch.cat(maps, dim=1) if isinstance(maps, list) else maps)

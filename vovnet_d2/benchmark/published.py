@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The VoVNet paper's tables of detectors, and the same figures measured here beside them."""
+"""Write the VoVNet paper's tables of detectors, with measured figures next to the paper's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["PAPER_TABLES", "PaperTable", "Published", "format_paper_table"]
 
 
 class Published(NamedTuple):
-    """One line of a table, under the names of a study's rows; the accuracy is VOC07's mAP or
-    COCO's AP, in percent."""
+    """A row of a table, with the names of the columns of a study. The accuracy is mAP on VOC07 or
+    AP on COCO, in percent."""
 
     gflops: float
     fps: float
@@ -32,10 +32,10 @@ class Published(NamedTuple):
 class PaperTable:
     """
     Attributes:
-        folder: of the config files.
-        detectors: name, which is that of its config file, to what the paper has for it.
-        reference: name of the detector whose speed the others' is divided by.
-        accuracy: what the last column is.
+        folder: the folder of the config files.
+        detectors: the paper's values for each detector, by the name of its config file.
+        reference: the name of the detector that other speeds are divided by.
+        accuracy: the name of the last column.
     """
 
     title: str
@@ -98,11 +98,11 @@ _SOURCE = (
 
 
 def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A GitHub table in the paper's columns for each treatment and batch.
+    """Write a table with the paper's columns for each treatment and batch.
 
     Args:
-        rows: a study's; training, other sizes of image than the config's, and networks that are
-            not in the table, are left out.
+        rows: the rows of a study. Training, other image sizes than the config's, and networks
+            that are not in the table are left out.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -133,5 +133,5 @@ def _ratio(value: float | None, reference: float | None) -> float | None:
 
 
 def _both(ours: float | None, paper: float | str, form: str) -> str:
-    """The paper's with as many digits as it prints."""
+    """Write a measured figure and the paper's figure, with as many digits as the paper prints."""
     return f"{'–' if ours is None else form.format(ours)} ({paper})"

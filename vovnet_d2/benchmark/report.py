@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A study as a table for the terminal, JSON, CSV and Markdown, with its plots beside it.
+"""Write the results of a study as a table for the terminal, and as JSON, CSV, Markdown and plots.
 
-Every file carries how and where its numbers were taken; in JSON and CSV each record does.
+Every file says how and where its numbers were measured. In JSON and CSV every record says it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
 from ..made import is_made_here
+from ..timing import write_csv
 from .memory import SOURCES
 from .plots import plot_cell
-from .protocol import write_csv
 from .published import PaperTable, format_paper_table
 from .study import MODES, Study
 
@@ -36,22 +36,16 @@ CONVENTIONS = {
     "J/image": "energy of one call over the batch",
     "compared_at": "the size of image that networks are compared at, or each one's own",
     "GFLOP/s": "GFLOPs of the batch over the median time (the paper's computation efficiency)",
-    "of matrix ceiling": "GFLOP/s over those of a large matrix product in the same dtype (on a CPU "
-    "of the fastest of several 3x3 convolutions, where that is faster), timed in the same rounds; "
-    "none of detectors in another dtype than float32, as their heads stay in float32",
-    "of floor": "the sum, over the same layers, of the larger of the time for a layer's operations "
-    "at that ceiling and the time for its bytes at the speed of a large copy; over the time; none "
-    "where there is none of the ceiling",
     "× network, × treatment": "time over that of the reference network under the same treatment, "
     "and over that of the same network under the reference treatment: median [quartiles] of the "
     "ratios within each round",
 }
-"""How each column is taken."""
+"""The rule for each column."""
 
 FILES = ("benchmark.json", "benchmark.csv", "README.md")
 """The names of the files of a study, apart from its plots."""
 
-# Column: its heading and the format of its numbers.
+# Each column has a heading and a format for its numbers.
 _HEADINGS = {
     "network": ("network", "{}"),
     "treatment": ("treatment", "{}"),
@@ -64,8 +58,6 @@ _HEADINGS = {
     "peak_memory_mb": ("memory (MB)", "{:.0f}"),
     "joules_per_image": ("J/image", "{:.3g}"),
     "gflops_per_second": ("GFLOP/s", "{:.1f}"),
-    "share_of_matrix_ceiling": ("of matrix ceiling", "{:.2f}"),
-    "share_of_floor": ("of floor", "{:.2f}"),
     "time_of_network": ("× network", "{:.3f}"),
     "time_of_treatment": ("× treatment", "{:.3f}"),
     "accuracy": ("accuracy", "{:g}"),
@@ -75,8 +67,7 @@ _HEADINGS = {
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One GitHub table for each mode, image size and batch; columns without a value are left
-    out."""
+    """Write a table for each mode, image size and batch, without empty columns."""
     cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["mode"], row["compared_at"], row["batch"]), []).append(row)
@@ -108,7 +99,7 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     size and batch into ``folder``.
 
     Args:
-        paper_table: goes into ``README.md``, filled in.
+        paper_table: a table of the paper, which is filled in and put into ``README.md``.
 
     Returns:
         the paths.
@@ -148,7 +139,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:
-    """The paths, and a sentence for each kind of plot that is left out."""
+    """Return the paths of the plots, and a sentence for each kind of plot that is left out."""
     measured = [row for row in study.rows if not row["error"]]
     cells = dict.fromkeys((row["mode"], row["compared_at"], row["batch"]) for row in measured)
     paths: list[Path] = []

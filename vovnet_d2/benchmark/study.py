@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's six figures for networks side by side: work, speed, parameters, memory, energy and
-computation efficiency, every network under every treatment, for each mode, image size and batch."""
+"""A study measures the paper's six figures of networks: work, speed, parameters, memory, energy and
+computation efficiency. Every network is measured under every treatment, for each mode, image size
+and batch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import copy
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -21,39 +22,39 @@ from tqdm import tqdm
 
 from ..analysis import Complexity, analyze
 from ..engine.memory_format import prefers_channels_last
+from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory
-from .ceilings import Ceiling, copy_ceiling, floor_seconds, matrix_ceiling
+from ..timing import describe_environment, interleaved_rounds, ratios
 from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
 from .memory import allocated, peak_memory
 from .networks import Network, calibrate_norms
-from .protocol import describe_environment, interleaved_rounds, ratios
 from .treatments import TREATMENTS, Treatment, compiled_or_failed
 from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
 
 __all__ = ["MODES", "OWN_SIZE", "Plan", "Study"]
 
 MODES = ("inference", "training")
-OWN_SIZE = "own size"  # of the networks compared, each at the size of image that is its own
+OWN_SIZE = "own size"  # each network has its own image size
 _ENERGY_BLOCKS = 3
 _LEAST_ENERGY_SECONDS = 0.3
-_COPY = "copy"
 
 
 @dataclass(frozen=True)
 class Plan:
     """
     Attributes:
-        networks: under different names.
+        networks: the networks, which have different names.
         treatments: names of :data:`TREATMENTS`.
-        modes: of :data:`MODES`.
-        sizes: (height, width) of the images, in pixels; None is each network's own.
+        modes: names of :data:`MODES`.
+        sizes: (height, width) of the images, in pixels; None is the own size of each network.
         warmup: calls of each case before it is timed.
         repeats: rounds of all cases.
-        references: network to the one that its times are compared with; of one that is not here,
-            the first.
-        reference_treatment: the one that a network's times are compared with; None is the first.
-        accuracy: network to its accuracy, measured elsewhere.
-        energy_seconds: how long each case runs for its energy, at least; 0 for none.
+        references: the network that the times of each network are compared with; the first network
+            if a name is missing here.
+        reference_treatment: the treatment that a network's times are compared with; None is the
+            first.
+        accuracy: the accuracy of each network, which was measured elsewhere.
+        energy_seconds: the least seconds of each energy measurement; 0 disables it.
     """
 
     networks: Sequence[Network]
@@ -72,9 +73,7 @@ class Plan:
     def __post_init__(self) -> None:
         names = [network.name for network in self.networks]
         if len(set(names)) < len(names):
-            raise ValueError(f"A network is named twice: {', '.join(names)}.")
-        _require(self.treatments, TREATMENTS, "treatment")
-        _require(self.modes, MODES, "mode")
+            raise UserValueError(f"A network is named twice: {', '.join(names)}.")
         _require([*self.references, *self.references.values()], names, "reference network")
         _require(self.accuracy, names, "network with an accuracy")
         if self.reference_treatment is not None:
@@ -82,30 +81,14 @@ class Plan:
         sizes = [size for size in self.sizes if size is not None]
         without_size = [network.name for network in self.networks if network.size is None]
         if len(sizes) < len(self.sizes) and without_size:
-            raise ValueError(
+            raise UserValueError(
                 f"{', '.join(without_size)} has no size of its own: give --sizes HEIGHTxWIDTH."
             )
-        for name, numbers in (
-            ("Batches", self.batches),
-            ("Sizes", [side for size in sizes for side in size]),
-            ("Warm-up", [self.warmup]),
-            ("Repeats", [self.repeats]),
-        ):
-            if numbers and min(numbers) < 1:
-                raise ValueError(f"{name}: {min(numbers)} is not a whole number from 1 up.")
         if self.energy_seconds != 0 and not self.energy_seconds >= _LEAST_ENERGY_SECONDS:
-            raise ValueError(
+            raise UserValueError(
                 f"The seconds for energy are {self.energy_seconds:g}: give "
                 f"{_LEAST_ENERGY_SECONDS:g} or more, as meters count in steps, or 0 for none."
             )
-        for name, chosen in (
-            ("Treatments", self.treatments),
-            ("Modes", self.modes),
-            ("Batches", self.batches),
-            ("Sizes", self.sizes),
-        ):
-            if len(set(chosen)) < len(chosen):
-                raise ValueError(f"{name}: {', '.join(map(str, chosen))} has one twice.")
 
     def reference_of(self, network: str) -> str:
         return self.references.get(network, self.networks[0].name)
@@ -114,12 +97,12 @@ class Plan:
 def _require(names: Any, choices: Any, what: str) -> None:
     for name in names:
         if name not in choices:
-            raise ValueError(f"No {what} {name!r}: there are {', '.join(choices)}.")
+            raise UserValueError(f"No {what} {name!r}: there are {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What cases have in common that are compared."""
+    """The mode, image size and batch that are the same for all cases that are compared."""
 
     mode: str
     size: tuple[int, int] | None
@@ -140,8 +123,8 @@ class _Case:
     """
     Attributes:
         call: one inference or one step, until one fails.
-        multiply_adds: for one image, in the mode in which it is called.
-        error: what a call failed with.
+        multiply_adds: the multiply-adds for one image, in the mode of the case.
+        error: the message of a call that failed.
     """
 
     network: Network
@@ -157,7 +140,7 @@ class _Case:
         return _case_name(self.network.name, self.treatment.name)
 
     def run(self) -> None:
-        """Call it. Its first failure ends it, and not the others beside it."""
+        """Call the function. A failure ends this case, and not the other cases."""
         try:
             self.call()
             return
@@ -179,10 +162,10 @@ class Study:
     """Measures a plan.
 
     Attributes:
-        rows: one per network, treatment, mode, size and batch, as far as measured; a case that
-            cannot run has the reason under ``"error"``, and no numbers.
-        interruption: what ended :meth:`run` early: Ctrl-C, another signal, or an error that was
-            not that of one case.
+        rows: a row for each network, treatment, mode, size and batch that was measured. The row of
+            a case that cannot run has the reason under ``"error"``, and no numbers.
+        interruption: the cause that ended :meth:`run` early: Ctrl-C, another signal, or an error
+            outside the cases.
     """
 
     def __init__(self, plan: Plan):
@@ -190,7 +173,6 @@ class Study:
         self.rows: list[dict[str, Any]] = []
         self.interruption: BaseException | None = None
         self._models: dict[str, nn.Module] = {}
-        self._ceilings: dict[str, Ceiling] = {}
         self._complexities: dict[tuple[str, tuple[int, int]], Complexity] = {}
 
     @cached_property
@@ -204,7 +186,7 @@ class Study:
 
     @property
     def protocol(self) -> dict[str, str]:
-        """What all rows have in common: hardware, versions, command, and how they were taken."""
+        """Describe the hardware, the versions, the command and the protocol of all rows."""
         if self.interruption is None:
             return self._protocol
         rounds = max((row["rounds"] or 0 for row in self.rows), default=0)
@@ -221,7 +203,7 @@ class Study:
             f"least {plan.energy_seconds:g} s in all"
         )
         described = describe_environment(plan.device)
-        described.pop("float32 convolutions", None)  # as each treatment sets it: see its rows
+        described.pop("float32 convolutions", None)  # each treatment sets it, see the rows
         if plan.device.type == "cpu":
             described["freed memory"] = (
                 "kept by the process" if keep_freed_memory() else "left to the C library"
@@ -236,10 +218,11 @@ class Study:
         return [TREATMENTS[name] for name in self.plan.treatments]
 
     def run(self, save: Callable[[], object] = lambda: None) -> None:
-        """Measure everything; whatever ends this early, keep what there is.
+        """Measure everything. If something ends this early, keep the rows that are measured.
 
         Args:
-            save: called after each cell: a mode, batch and size. Where it fails, measuring goes on.
+            save: a function that is called after each mode, batch and size. If it fails, measuring
+                goes on.
         """
         plan = self.plan
         assert self._protocol, "taken beforehand: the checkout may be another one afterwards"
@@ -262,7 +245,7 @@ class Study:
             self.interruption = interruption
 
     def _measure(self, cell: _Cell, bar: tqdm) -> None:
-        _free_memory()  # of the cell before
+        _free_memory()  # memory of the cell before
         bar.set_description(f"{cell.mode}, batch {cell.batch}, {cell.size_name}")
         cases: list[_Case] = []
         for network, treatment in product(self.plan.networks, self.treatments()):
@@ -270,9 +253,9 @@ class Study:
             reason = ""
             try:
                 cases.append(self._prepare(cell, network, treatment))
-            except Exception as error:  # networks are anybody's, and so are their errors
+            except Exception as error:  # networks of others may raise any error
                 reason = _reason(error)
-            if reason:  # the error is gone, and with it the frames that held memory
+            if reason:  # the frames of the error, which held memory, are gone now
                 self.rows.append(self._row(cell, network, treatment, error=reason))
                 _free_memory()
             bar.update()
@@ -284,8 +267,6 @@ class Study:
 
     def _time(self, cell: _Cell, cases: Sequence[_Case], bar: tqdm) -> None:
         calls: dict[str, Callable[[], object]] = {case.name: case.run for case in cases}
-        names = {_COPY, *(_matrix_name(case.treatment) for case in cases)}
-        calls |= {name: self._ceilings[name].call for name in sorted(names)}
         rounds: list[dict[str, float]] = []
         joules: dict[str, float] = {}
         try:
@@ -307,11 +288,10 @@ class Study:
                     self.rows.append(self._measured_row(cell, case, series, joules))
 
     def _prepare(self, cell: _Cell, network: Network, treatment: Treatment) -> _Case:
-        """Make a case and warm it up, and first its ceilings, for which there is memory then."""
+        """Make a case and warm it up."""
         device, training = self.plan.device, cell.mode == "training"
         if reason := treatment.refusal(device, training=training):
-            raise _Refused(reason)
-        self._make_ceilings(treatment)
+            raise UserValueError(reason)
         before = allocated(device)
         images = random_images(cell.batch, cell.size_for(network), device)
         original = self._model(network)
@@ -342,7 +322,7 @@ class Study:
         )
 
     def _model(self, network: Network) -> nn.Module:
-        """On the CPU; never changed."""
+        """Return the network on the CPU. It is never changed."""
         if network.name not in self._models:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -361,20 +341,8 @@ class Study:
             self._complexities[network.name, size] = analyze(model, size)
         return self._complexities[network.name, size]
 
-    def _make_ceilings(self, treatment: Treatment) -> None:
-        """Where the study does not have them yet."""
-        device, matrix = self.plan.device, _matrix_name(treatment)
-        if _COPY not in self._ceilings:
-            self._ceilings[_COPY] = copy_ceiling(device)
-            self._ceilings[_COPY].call()
-        if matrix not in self._ceilings:
-            ceiling = matrix_ceiling(device, treatment.dtype)
-            call = _under(treatment.precision, device, ceiling.call)
-            call()
-            self._ceilings[matrix] = replace(ceiling, call=call)
-
     def _joules(self, cases: Sequence[_Case]) -> dict[str, float]:
-        """Of one call of each case; nothing where it cannot be measured."""
+        """Return the energy of one call of each case, or an empty dict without a meter."""
         meter = self.meter
         if isinstance(meter, NoEnergyMeter):
             return {}
@@ -387,7 +355,8 @@ class Study:
         return {name: float(np.median(joules)) for name, joules in blocks.items()}
 
     def _multiply_adds(self, network: Network, cell: _Cell) -> float:
-        """For one image: in training with the backward pass, counted in a real step."""
+        """Return the multiply-adds for one image. In training they are counted in a real step, and
+        include the backward pass."""
         if cell.mode == "inference":
             return self._complexity(network, cell.size_for(network)).total.multiply_adds
         cpu, plain = torch.device("cpu"), TREATMENTS["plain"]
@@ -418,10 +387,6 @@ class Study:
         joules: Mapping[str, float],
     ) -> dict[str, Any]:
         network, seconds = case.network, np.array(times[case.name])
-        matrix = _matrix_name(case.treatment)
-        rate, bandwidth = (
-            self._ceilings[name].work / np.array(times[name]) for name in (matrix, _COPY)
-        )
         latency = float(np.median(seconds))
         per_call = joules.get(case.name)
         reference = _case_name(self.plan.reference_of(network.name), case.treatment.name)
@@ -439,10 +404,6 @@ class Study:
             peak_memory_mb=case.peak_memory / 1e6,
             joules_per_image=None if per_call is None else per_call / cell.batch,
             gflops_per_second=cell.batch * case.multiply_adds / latency / 1e9,
-            **_shares(cell, case, seconds, rate, bandwidth),
-            matrix_ceiling=self._ceilings[matrix].description,
-            matrix_ceiling_gflops_per_second=float(np.median(rate)) / 1e9,
-            copy_gb_per_second=float(np.median(bandwidth)) / 1e9,
             rounds=len(seconds),
             **_compare("network", self.plan.reference_of(network.name), seconds, times, reference),
             **_compare("treatment", own.removeprefix(network.name + " "), seconds, times, own),
@@ -454,6 +415,7 @@ class Study:
         accuracy = self.plan.accuracy.get(network.name)
         row = dict.fromkeys(_COLUMNS) | {
             "network": network.name,
+            "kind": "detector" if network.is_detector else "backbone",
             "treatment": treatment.name,
             "mode": cell.mode,
             "dtype": str(treatment.dtype).removeprefix("torch."),
@@ -469,40 +431,18 @@ class Study:
 
 
 _COLUMNS = (
-    *("network", "treatment", "mode", "dtype", "float32_operands", "batch"),
-    *("compared_at", "image_size"),
-    *(
-        "gflops",
-        "parameters_m",
-        "not_counted",
-        "latency_ms",
-        "latency_p95_ms",
-        "fps",
-        "peak_memory_mb",
-    ),
-    *("joules_per_image", "gflops_per_second", "share_of_matrix_ceiling", "share_of_floor"),
+    *("network", "kind", "treatment", "mode", "dtype", "float32_operands", "batch"),
+    *("compared_at", "image_size", "gflops", "parameters_m", "not_counted"),
+    *("latency_ms", "latency_p95_ms", "fps", "rounds", "peak_memory_mb"),
+    *("joules_per_image", "gflops_per_second", "accuracy", "error"),
     *("reference_network", "time_of_network", "time_of_network_q1", "time_of_network_q3"),
     *("reference_treatment", "time_of_treatment", "time_of_treatment_q1", "time_of_treatment_q3"),
-    *(
-        "matrix_ceiling",
-        "matrix_ceiling_gflops_per_second",
-        "copy_gb_per_second",
-        "rounds",
-        "accuracy",
-        "error",
-    ),
 )
-
-
-class _Refused(ValueError):
-    pass
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    if isinstance(error, _Refused):
-        return str(error)
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, KeyError):
         first = f"KeyError: {first}"
@@ -514,45 +454,8 @@ def _free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def _matrix_name(treatment: Treatment) -> str:
-    """Of its matrix ceiling."""
-    return f"matrix {treatment.dtype} {treatment.tf32}"
-
-
-def _under(
-    context: Callable[[torch.device], Any], device: torch.device, call: Callable[[], object]
-) -> Callable[[], object]:
-    def under() -> object:
-        with context(device):
-            return call()
-
-    return under
-
-
 def _times(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _shares(cell: _Cell, case: _Case, seconds: Any, rate: Any, bandwidth: Any) -> dict[str, float]:
-    """Of what the machine can do in a dtype, which holds where all of the network is in it."""
-    dtype = case.treatment.dtype
-    if case.network.is_detector and dtype != torch.float32:
-        return {}
-    at_full_rate = cell.batch * case.multiply_adds / rate
-    shares = {"share_of_matrix_ceiling": float(np.median(at_full_rate / seconds))}
-    if cell.mode == "inference":
-        floors = [
-            floor_seconds(
-                case.complexity.layers,
-                batch=cell.batch,
-                element_size=dtype.itemsize,
-                multiply_adds_per_second=r,
-                bytes_per_second=b,
-            )
-            for r, b in zip(rate, bandwidth, strict=True)
-        ]
-        shares["share_of_floor"] = float(np.median(floors / seconds))
-    return shares
 
 
 def _compare(
@@ -562,7 +465,8 @@ def _compare(
     times: Mapping[str, Sequence[float]],
     reference_case: str,
 ) -> dict[str, Any]:
-    """Median and quartiles of the ratios of each round; none where the reference cannot run."""
+    """Return the median and the quartiles of the ratios of all rounds, or an empty dict if the
+    reference cannot run."""
     if reference_case not in times:
         return {}
     q1, middle, q3 = np.percentile(ratios(seconds, times[reference_case]), (25, 50, 75))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a network is treated before it is timed: as it is written, or by what makes it fast."""
+"""Prepare networks for timing: as they are written, or with what makes them fast."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserValueError
 from ..modeling.inference import optimize_for_inference
 from ..modeling.vovnet import VoVNet
+from ..timing import tf32_in_use
 from .plain import plain
 
 __all__ = ["TREATMENTS", "Treatment", "compiled_or_failed"]
@@ -24,12 +26,12 @@ __all__ = ["TREATMENTS", "Treatment", "compiled_or_failed"]
 class Treatment:
     """
     Attributes:
-        description: what is done, in inference and in training.
+        description: a description for tables.
         plain: leave the network as it is written: separate norms, NCHW.
-        dtype: what it computes in; in training other types than float32 stand for autocast.
+        dtype: the type of computation. In training, other types than float32 mean autocast.
         compile: by torch.compile.
         tf32: let a GPU round float32 operands to TF32.
-        checkpoint: keep each block's input alone for the backward pass (of VoVNet).
+        checkpoint: keep only the input of each VoVNet block for the backward pass.
     """
 
     name: str
@@ -41,31 +43,37 @@ class Treatment:
     checkpoint: bool = False
 
     def refusal(self, device: torch.device, *, training: bool) -> str | None:
-        """Why this cannot run on ``device``; None if it can."""
+        """Say why this treatment cannot run on a device; None if it can."""
         if self.checkpoint and not training:
-            return "There is no backward pass to keep less for."
+            return "Checkpointing only applies to training."
         if self.tf32 and device.type != "cuda":
             return "TF32 is a mode of GPUs."
         if self.dtype == torch.float16 and device.type == "cpu":
             return "float16 needs a GPU: on a CPU use bf16."
         if self.dtype == torch.bfloat16 and device.type == "cuda":
-            return None if torch.cuda.is_bf16_supported() else "This GPU has no bfloat16."
+            return (
+                None
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else "This GPU has no bfloat16."
+            )
         return None
 
     def for_inference(self, model: nn.Module) -> nn.Module:
-        """A copy of ``model`` to infer with."""
+        """Return a copy of a model for inference."""
         if self.plain:
             return plain(model).eval().requires_grad_(False)
         return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
 
     def for_training(self, model: nn.Module, *, channels_last: bool = True) -> nn.Module:
-        """A copy of ``model`` to train, as the trainer would have it.
+        """Return a copy of a model for training, in the memory format of the trainer.
+
+        In mixed precision the trainer also casts boxes and scores to float32, which is not timed.
 
         Args:
             channels_last: ``MODEL.CHANNELS_LAST`` of its config.
 
         Raises:
-            ValueError: this treatment has nothing to do in it.
+            ValueError: this treatment has no effect in the model.
         """
         if self.plain:
             return plain(model).train()
@@ -75,7 +83,7 @@ class Treatment:
         if self.checkpoint:
             bodies = [module for module in model.modules() if isinstance(module, VoVNet)]
             if not bodies:
-                raise ValueError("It is no VoVNet, whose blocks could be run again.")
+                raise UserValueError("Checkpointing needs a VoVNet.")
             for body in bodies:
                 body.checkpoint_blocks = True
         if self.compile:
@@ -83,19 +91,19 @@ class Treatment:
         return model
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """What a training step runs under."""
+        """Return the context of a training step."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, self.dtype)
 
     @contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
-        """What every call runs under: whether a GPU uses TF32."""
+        """Set in the context whether a GPU uses TF32."""
         if device.type != "cuda":
             yield
             return
-        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [backend.allow_tf32 for backend in backends]
+        backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        before = tf32_in_use()
         for backend in backends:
             backend.allow_tf32 = self.tf32
         try:
@@ -110,9 +118,9 @@ def _by_name(*treatments: Treatment) -> dict[str, Treatment]:
 
 
 def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
-    """A context in which torch.compile never leaves a network eager without a word, as it does
-    after an error, and beyond a number of compilations: that raises here. The number is torch's own
-    for each of ``cases``, as ``Module.compile`` counts those of all networks together."""
+    """Let torch.compile raise an error where it would silently run a network eagerly: after an
+    error, and beyond its limit of compilations. That limit grows with the number of cases, as
+    ``Module.compile`` counts the compilations of all networks together."""
     config = torch._dynamo.config
     name = "recompile" if hasattr(config, "recompile_limit") else "cache_size"  # in torch 2.6
     limits = (f"{name}_limit", f"accumulated_{name}_limit")
@@ -121,7 +129,7 @@ def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
     return config.patch(settings | {fails: True, "suppress_errors": False})
 
 
-_FAST = "norms folded, channels-last; in training as the trainer has it"
+_FAST = "fused norms, channels-last; in training the trainer's memory format"
 
 TREATMENTS = _by_name(
     Treatment("plain", "eager float32, separate norms, NCHW", plain=True),

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: one inference, or one training step, on random images."""
+"""Make the work that is timed: one inference, or one training step, on random images."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ __all__ = [
 ]
 
 _OBJECTS = 8  # per image, about as many as in COCO
-_LEARNING_RATE = 1e-6  # the weights of a network that is only timed should stay finite
+_LEARNING_RATE = 1e-6  # small steps keep the weights finite
 
 
 def random_images(batch: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """(batch, 3, height, width), normalised."""
+    """Return normalised images (batch, 3, height, width)."""
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """Normalised images with values from about 0 to 255."""
+    """Turn normalised images into images with values from about 0 to 255."""
     return images * 50 + 128
 
 
 def detector_inputs(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
-    """What Detectron2's data loader gives: the images with values from 0 to 255, and, for a model
-    in training mode, boxes, masks, keypoints and labels for the heads that it has."""
+    """Return images as Detectron2's data loader does. A model in training mode also gets boxes,
+    masks, keypoints and labels for its heads."""
     height, width = images.shape[-2:]
     inputs = []
     for image in images:
@@ -82,7 +82,7 @@ def _random_objects(model: nn.Module, height: int, width: int) -> Instances:
 def inference(
     model: nn.Module, inputs: Any, treatment: Treatment, device: torch.device
 ) -> Callable[[], object]:
-    """A function that runs ``model`` on ``inputs`` without autograd."""
+    """Return a function that runs a model without autograd."""
 
     def call() -> object:
         with torch.inference_mode(), treatment.precision(device):
@@ -94,9 +94,9 @@ def inference(
 def training_step(
     model: nn.Module, inputs: Any, treatment: Treatment, device: torch.device
 ) -> Callable[[], object]:
-    """A function that runs one step: forward, backward, SGD with momentum.
+    """Return a function that runs one step: forward, backward, SGD with momentum.
 
-    The loss is a detector's own, or the sum of the means of a backbone's maps.
+    The loss is the detector's loss, or the sum of the means of the backbone's feature maps.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=_LEARNING_RATE, momentum=0.9)
@@ -117,8 +117,8 @@ def training_step(
 
 
 def count_multiply_adds(call: Callable[[], object]) -> int:
-    """Of the convolutions, fully-connected layers and attention in ``call``, the backward pass
-    included."""
+    """Count the multiply-adds of convolutions, fully-connected layers and attention in a call, with
+    its backward pass."""
     counter = _Counter()
     with observe(counter):
         call()
@@ -133,8 +133,8 @@ class _Counter:
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     ) -> None:
         if func._overloadpacket == torch.ops.aten.convolution_backward:
-            # torch's own count takes grouped convolutions for dense ones. The gradients of input
-            # and weight cost as much as the convolution, each.
+            # torch counts grouped convolutions as dense ones. The gradients of input and weight
+            # each cost as much as the convolution.
             gradient, features, weight, *_, transposed, _, _, wanted = args
             places = features if transposed else gradient
             self.multiply_adds += sum(wanted[:2]) * places.numel() * weight[0].numel()

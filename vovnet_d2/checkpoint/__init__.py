@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Weights: recognised, loaded and converted, from every layout that VoVNet's come in."""
+"""Recognise, load and convert weights in every layout of VoVNet's weights."""
 
 from .checkpointer import VoVNetCheckpointer
 from .conversion import convert_state_dict

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectron2's checkpointer, for VoVNet's weights in every layout."""
+"""Extend Detectron2's checkpointer to VoVNet's weights in every layout."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from fvcore.common.checkpoint import (
 )
 from torch import nn
 
+from ..atomic import FileNotWrittenError, atomic_write
+from ..errors import UserValueError
 from ..made import is_made_here
-from .atomic import FileNotWrittenError, atomic_write
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
 from .reading import METADATA_KEY, read_checkpoint
@@ -44,30 +45,32 @@ _HISTORY = "checkpoints.json"  # names of a training's checkpoints that are kept
 
 
 class VoVNetCheckpointer(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` that takes VoVNet's weights in any layout, and reports.
+    """A :class:`DetectionCheckpointer` that takes VoVNet's weights in any layout, and logs what it
+    loaded.
 
     - ``path`` may also be a name of the zoo (``timm://...``, ``osmr://...``, ``v99://...``), a
       .safetensors file or a zip archive of one file (.pth.zip).
-    - The file's layout and prefix are recognised. If it is another network than the model's, or
-      does not have all of it, loading it is an error that names the config lines that fit.
+    - The layout and the prefix of the file are recognised. If the file has another network than
+      the model, or lacks parts of it, loading is an error that names the config lines that fit.
     - Nothing in the file is executed. Nothing is changed if loading fails.
-    - A file with a whole detector loads whole. Of a backbone's, or another detector's, what is not
-      there is left at its initialisation; not so where a training is resumed.
+    - A file with a whole detector loads whole. With a file of a backbone, or of another detector,
+      the other parts keep their initial values. A resumed training refuses such a file.
 
-    - Files are written whole or not at all. One that turns out damaged when a training is resumed
-      is named, and the one before it is used.
+    - Files are written whole or not at all. If a checkpoint turns out to be damaged when a
+      training is resumed, the log names the file, and the checkpoint before it is used.
 
-    A model without a VoVNet is loaded as :class:`DetectionCheckpointer` does, as safely.
+    For a model without a VoVNet it works as :class:`DetectionCheckpointer` does, but executes
+    nothing in the file either.
 
     Attributes:
-        input_convention: what the weights loaded last expect of their input, or None if that is
-            not known; several where it is one of these. See :func:`check_input_convention`.
+        input_convention: the input that the last loaded weights expect. It is None if that is not
+            known, and a tuple if one of several is meant. See :func:`check_input_convention`.
         missing_outside_backbone: names of the model's tensors outside VoVNet's stem and stages
-            (FPN, heads, a classifier) that the weights loaded last left at their initialisation:
-            the file lacks them, or has them in another shape. In a model without a VoVNet, of all
-            tensors.
+            (FPN, heads, a classifier) that the last loaded weights left at their initial values:
+            the file lacks them, or has them in another shape. In a model without a VoVNet, the
+            names are all tensors that the file lacks or has in another shape.
         categories: the names that are written to files, see ``__init__``.
-        loaded_categories: the same of the weights loaded last; empty if their file does not tell.
+        loaded_categories: the names in the file of the last loaded weights; empty without any.
     """
 
     def __init__(
@@ -86,15 +89,16 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         Args:
             model: see :class:`DetectionCheckpointer`; as are ``save_dir``, ``save_to_disk`` and
                 ``checkpointables``.
-            allow_partial: load what fits of a file that does not fit the network, with a warning.
+            allow_partial: if a file does not fit the network, load the tensors that fit, with a
+                warning.
             allow_pickle: also read the Python pickles of Detectron2's model zoo (.pkl).
-            max_to_keep: how many checkpoints of a training are kept, the newest; 0 is all.
-                ``model_final.pth`` is not counted, and kept.
+            max_to_keep: the number of newest checkpoints to keep; 0 keeps all. ``model_final.pth``
+                is always kept, and not counted.
             categories: names of the categories that the model predicts, by kind, see
                 :data:`CATEGORY_KINDS`. They are written to files, so that predictions can be named
                 without the config.
         """
-        if not logger.hasHandlers():  # Detectron2's default_setup, say, knows only its own logger
+        if not logger.hasHandlers():  # Detectron2's default_setup knows only Detectron2's logger
             setup_logger(distributed_rank=comm.get_rank(), name="vovnet_d2")
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_partial = allow_partial
@@ -109,10 +113,10 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         """
         Args:
             path: a file, a URL or a name of the zoo. If it is empty, nothing is loaded.
-            checkpointables: names of the objects to load beside the model; all by default.
+            checkpointables: names of the objects to load in addition to the model; all by default.
 
         Returns:
-            what the file holds beside the model and these objects.
+            what the file holds apart from the model and these objects.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -133,7 +137,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 try:
                     self._load_vovnets(checkpoint.pop("model"), known, resuming=bool(present))
                 except ValueError as error:
-                    raise ValueError(f"{path} was not loaded. {error}") from error
+                    raise UserValueError(f"{path} was not loaded. {error}") from error
             else:
                 incompatible = self._load_model(checkpoint)
                 self._log_incompatible_keys(incompatible)
@@ -143,7 +147,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 try:
                     target.load_state_dict(checkpoint.pop(key))
                 except Exception as error:
-                    raise ValueError(
+                    raise UserValueError(
                         f"{path} was not loaded: its {key} is not this run's ({error}). To start "
                         "from its weights alone, name it in MODEL.WEIGHTS and do not resume."
                     ) from error
@@ -151,8 +155,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As :class:`Checkpointer` does, but from the newest checkpoint that every process can
-        read.
+        """Resume from the newest checkpoint that every process can read, or load weights.
 
         Raises:
             ValueError: there are checkpoints, and none of them can be read.
@@ -161,7 +164,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         if not names:
             extra = self.load(path, checkpointables=[])
             if self.checkpointables:
-                self._write_history([])  # what is in the folder is another training's
+                self._write_history([])  # the folder holds another training
             return extra
         problems = {}
         for name in names:
@@ -174,18 +177,19 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 return extra
             problems[name] = problem
             logger.warning("%s cannot be resumed from: %s", name, problem)
-        raise ValueError(
+        raise UserValueError(
             f"No checkpoint in {self.save_dir} can be resumed from: "
             f"{' '.join(problems.values())} Put a copy of one there, or start anew without "
             "--resume."
         )
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as :class:`Checkpointer` does, with what the tensors alone do not tell: see
+        """Save as :class:`Checkpointer` does, and add the facts that the tensors do not tell, see
         :class:`Metadata`.
 
         Raises:
-            FileNotWrittenError: the disk is full, say. The checkpoints that there are stay.
+            FileNotWrittenError: the file cannot be written, for example on a full disk. Earlier
+                checkpoints stay.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -201,7 +205,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             ) from error
 
     def write(self, name: str, **kwargs: Any) -> None:
-        """As :meth:`save`, but the file is none of those that a training goes on from."""
+        """Write a checkpoint that no training resumes from."""
         if len(nets := list(find_vovnets(self.model).values())) == 1:
             convention = InputConvention.of_model(self.model)
             kwargs.setdefault(METADATA_KEY, Metadata.of_spec(nets[0].spec, convention).to_dict())
@@ -214,7 +218,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Make a file the one to resume from, and remove the oldest beyond ``max_to_keep``."""
+        """Let a training resume from this file, and remove the oldest beyond ``max_to_keep``."""
         names = [name for name in self._read_history() if name != last_filename_basename]
         names.append(last_filename_basename)
         self._write_history(names)
@@ -222,13 +226,13 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         counted = [name for name in names if name != "model_final.pth"]
         too_old = counted[: -self.max_to_keep] if self.max_to_keep > 0 else []
         for path in (Path(self.save_dir, name) for name in too_old):
-            if is_made_here(path):  # and not changed since, or replaced
+            if is_made_here(path):  # and neither changed nor replaced since
                 path.unlink()
-        if too_old:  # forgotten last, so that none is left behind by a kill before
+        if too_old:  # last, so that a killed process leaves no file that is not listed
             self._write_history([name for name in names if name not in too_old])
 
     def _checkpoints_to_resume(self) -> list[str]:
-        """Names, newest first."""
+        """Return the names of the checkpoints that can be resumed from, the newest first."""
         if not self.has_checkpoint():
             return []
         last = os.path.basename(self.get_checkpoint_file())
@@ -294,7 +298,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
                 f"of another shape, such as {absent[0]}."
             ]
         if problems and not self.allow_partial:
-            raise ValueError(
+            raise UserValueError(
                 " ".join(problems) + " To load what fits nevertheless, add --allow-partial "
                 "(in code: allow_partial=True)."
             )
@@ -308,7 +312,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         _log_names(matches)
 
     def _report(self, match: Match, found: Description, told: Metadata) -> None:
-        """Log what the file is, what of it is loaded, and what could not be told."""
+        """Log which network the file has, which tensors are loaded, and what is not known."""
         logger.info("The file holds %s.\n%s", found, match.table())
         for name, (file, model) in match.wrong_shape.items():
             logger.warning("%s has shape %s in the file and %s in the model.", name, file, model)
@@ -327,7 +331,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
 
 def _read_categories(found: Any) -> dict[str, list[str]]:
-    """Return a file's categories, and none where it has something else under this name."""
+    """Return the categories of a file; empty if the file has something else under this name."""
     if not isinstance(found, dict):
         return {}
     known = {kind: found[kind] for kind in CATEGORY_KINDS if isinstance(found.get(kind), list)}
@@ -335,14 +339,19 @@ def _read_categories(found: Any) -> dict[str, list[str]]:
 
 
 def _in_all(lists: Iterable[Iterable[str]]) -> list[str]:
-    """The names that are in each of the lists: in a model of two VoVNets, what one of them has no
-    use for may be the other's."""
+    """Return the names that are in each of the lists.
+
+    In a model of two VoVNets, a tensor that one of them does not use may belong to the other.
+    """
     first, *others = (dict.fromkeys(names) for names in lists)
     return [name for name in first if all(name in other for other in others)]
 
 
 def _log_names(matches: list[Match]) -> None:
-    """What is missing and what is not used; no reason to warn if the file is a backbone alone."""
+    """Log which tensors are missing and which are not used.
+
+    A file of a backbone alone causes no warning.
+    """
     missing = _in_all(match.missing for match in matches)
     unexpected = _in_all(
         [name for name in match.unexpected if match.part(name) != "linear"] for match in matches
@@ -361,7 +370,7 @@ def _log_names(matches: list[Match]) -> None:
 
 @contextmanager
 def _unchanged_on_error(model: nn.Module, others: Iterable[Any]) -> Iterator[None]:
-    """Give the model and the other objects the state back that they had, if something fails."""
+    """Restore the state of the model and of the other objects if something fails in the context."""
     tensors = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
     states = [(other, copy.deepcopy(other.state_dict())) for other in others]
     try:

@@ -1,7 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Getting the files of the zoo: from a folder or a mirror of the user's, from a cache, or from
-where they were published."""
+"""Get the files of the zoo from a folder or mirror of the user, from a cache, or from the web."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UserFileNotFoundError, UserValueError
 from .fetching import agrees, fetch, file_digest
 from .zoo import HUB_FILE, ZooEntry
 
@@ -20,23 +20,25 @@ __all__ = ["MIRROR", "download"]
 logger = logging.getLogger(__name__)
 
 MIRROR = "VOVNET_D2_WEIGHTS"
-"""Environment variable: a folder with files of the zoo, or the URL that they lie below."""
+"""The environment variable that names a folder with files of the zoo, or the URL that they lie
+below.
+"""
 
 
 def download(entry: ZooEntry) -> str:
-    """Get the file of an entry of the zoo, with a progress bar where it is downloaded.
+    """Get the file of an entry of the zoo, with a progress bar for a download.
 
-    First :data:`MIRROR` is asked. Files of the hub come through huggingface_hub, whose cache,
-    offline mode (``HF_HUB_OFFLINE=1``) and mirrors apply; other files are kept beside torch.hub's
+    :data:`MIRROR` comes first. Files of the hub come through huggingface_hub, whose cache, offline
+    mode (``HF_HUB_OFFLINE=1``) and mirrors apply. Other files are kept in the cache of torch.hub
     (``TORCH_HOME``).
 
     Returns:
         its path.
 
     Raises:
-        FileNotFoundError: it is not on this machine and cannot be downloaded.
-        ValueError: the file on this machine is not the one that is meant.
-        OSError: what this machine has against it, such as a full disk.
+        FileNotFoundError: the file is not on this machine and cannot be downloaded.
+        ValueError: the file on this machine has another content.
+        OSError: this machine cannot keep the file, for example on a full disk.
     """
     mirror = os.environ.get(MIRROR, "")
     is_folder = "://" not in mirror
@@ -56,20 +58,20 @@ def download(entry: ZooEntry) -> str:
     except FileNotFoundError as error:
         if entry.repo:
             return _from_hub(entry)
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{entry.source} could not be downloaded ({error}). Get the file elsewhere, put it "
             f"into a folder and name that folder in {MIRROR}, or set MODEL.WEIGHTS to the file."
         ) from error
 
 
 def _in_folder(entry: ZooEntry, folder: Path) -> str:
-    """Find the file of an entry in a folder; "" if it is not there.
+    """Return the path of an entry's file in a folder; empty if the folder lacks the file.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{MIRROR} is {folder}, which is no folder: name one with files of weights in it, or a "
             "URL that begins with https://."
         )
@@ -85,7 +87,7 @@ def _checked(entry: ZooEntry, path: str) -> str:
         ValueError: the file has another checksum than the entry.
     """
     if entry.checksum and not agrees(path, entry.checksum):
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not the file that {entry.source} is ({entry.checksum}): delete it, and it "
             "is downloaded again."
         )
@@ -96,15 +98,15 @@ def _from_hub(entry: ZooEntry) -> str:
     try:
         from huggingface_hub import hf_hub_download
     except ModuleNotFoundError as error:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{entry.repo} is on the Hugging Face hub: `pip install huggingface_hub safetensors` "
             f"to have it downloaded, or download {entry.urls[0]} and set MODEL.WEIGHTS to the file."
         ) from error
     try:
-        # Of a pinned revision, the network is asked only if the cache does not have it.
+        # The hub is asked for a pinned revision only if the cache does not have it.
         path = hf_hub_download(entry.repo, HUB_FILE, revision=entry.revision)
     except Exception as error:
-        # The hub's errors have no number; nor have those of the connection, which it wraps.
+        # The hub's errors have no errno, and neither have its errors of a connection.
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise
         path = _cached_revision(entry, error)
@@ -112,7 +114,7 @@ def _from_hub(entry: ZooEntry) -> str:
     blob = Path(path).resolve().name
     expected = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
     if expected and file_digest(path, "sha256") != expected:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not the file that {entry.repo} has (SHA-256 {expected}): delete it, and it "
             "is downloaded again."
         )
@@ -120,21 +122,21 @@ def _from_hub(entry: ZooEntry) -> str:
 
 
 def _cached_revision(entry: ZooEntry, error: Exception) -> str:
-    """Find what timm, say, has put into the cache, where the revision that is meant cannot be
-    had."""
+    """Find the file that another program, such as timm, has put into the cache. It is used if the
+    right revision cannot be downloaded."""
     from huggingface_hub import hf_hub_download
 
     reason = f"{error.__cause__ or error}".partition("\n")[0]
     try:
         path = hf_hub_download(entry.repo, HUB_FILE, local_files_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
             f"({type(error).__name__}: {reason}). Where the hub is out of reach (or HF_HUB_OFFLINE "
             f"is set), download {entry.urls[0]} elsewhere and set MODEL.WEIGHTS to the file."
         ) from error
     logger.warning(
-        "Revision %s of %s could not be had (%s): taken is revision %s, which is in the cache.",
+        "Revision %s of %s cannot be downloaded (%s): revision %s in the cache is used.",
         entry.revision or "main",
         entry.repo,
         reason,

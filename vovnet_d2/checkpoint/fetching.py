@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files from web servers: downloads that go on where they broke off, compared with a checksum.
+"""Download files from web servers: continue what broke off, and compare checksums.
 
-``torch.hub.download_url_to_file`` starts anew after a broken connection and knows SHA-256 alone;
-huggingface_hub resumes, but only what is in a repository of the hub.
+``torch.hub.download_url_to_file`` starts anew after a broken connection and knows only SHA-256.
+huggingface_hub resumes downloads, but only from a repository of the hub.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
+from ..errors import UserFileNotFoundError, one_line
 from .reading import looks_like_html
 from .zipped import find_weights, unpacked
 
@@ -35,26 +36,26 @@ _NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, HTTPException, ssl.S
 
 
 class _Unusable(Exception):
-    """What a server gave is not the file."""
+    """The server returned something else than the file."""
 
 
 def fetch(urls: Iterable[str], folder: Path, *, checksum: str = "") -> str:
     """Download a file from the first of several addresses that has it.
 
-    A download that breaks off goes on at once, and if the connection is gone, when this is called
-    again. Of several processes one downloads, and the others wait for it.
+    A download that breaks off continues at once. Without a connection it continues at the next
+    call. If several processes ask for a file, one downloads it and the others wait.
 
     Args:
         urls: addresses of the same file.
-        folder: where the file is kept, under the name that it has in its address.
-        checksum: such as "sha1:b7a5bf67", the beginning of which suffices; see :func:`agrees`.
+        folder: the folder for the file. The file keeps the name in its address.
+        checksum: for example "sha1:b7a5bf67"; the first digits suffice, see :func:`agrees`.
 
     Returns:
         path of the file.
 
     Raises:
-        FileNotFoundError: no address has the file; says of each why.
-        OSError: what this machine has against it, such as a full disk.
+        FileNotFoundError: no address has the file. The message has the reason for each.
+        OSError: this machine cannot keep the file, for example on a full disk.
     """
     reasons = []
     for url in urls:
@@ -65,18 +66,19 @@ def fetch(urls: Iterable[str], folder: Path, *, checksum: str = "") -> str:
                     _download(url, target, checksum)
             return str(target)
         except (_Unusable, *_NETWORK_ERRORS) as error:
-            reasons.append(f"{url}: {error or type(error).__name__}")
+            reasons.append(f"{url}: {one_line(error)}")
             logger.warning("Not downloaded. %s", reasons[-1])
-    raise FileNotFoundError("; ".join(reasons))
+    raise UserFileNotFoundError("; ".join(reasons))
 
 
 def name_of(url: str) -> str:
-    """Return the name of the file that a URL is of."""
+    """Return the name of the file in a URL."""
     return PurePosixPath(unquote(urlparse(url).path)).name
 
 
 def file_digest(path: str, algorithm: str) -> str:
-    """Return the checksum of a file in hexadecimal digits; of a .pth.zip, that of its .pth."""
+    """Return the checksum of a file in hexadecimal digits. For a .pth.zip it is the checksum of the
+    .pth inside."""
     found = hashlib.new(algorithm, usedforsecurity=False)
     entry = find_weights(path)
     for chunk in _chunks(path) if entry is None else unpacked(path, entry):
@@ -85,8 +87,11 @@ def file_digest(path: str, algorithm: str) -> str:
 
 
 def agrees(path: str, checksum: str) -> bool:
-    """Whether a file has a checksum, given as its algorithm, a colon and its first hexadecimal
-    digits or all of them."""
+    """Return True if a file has the given checksum.
+
+    A checksum is written as its algorithm, a colon, and its first hexadecimal digits or all of
+    them.
+    """
     algorithm, _, beginning = checksum.partition(":")
     return file_digest(path, algorithm).startswith(beginning)
 
@@ -98,14 +103,14 @@ def _chunks(path: str) -> Iterator[bytes]:
 
 
 def _download(url: str, target: Path, checksum: str) -> None:
-    # Another server's file may be another one, and must not be mixed with this one's.
+    # The file of another server may differ, and must not be mixed with this file.
     server = hashlib.sha256(url.encode()).hexdigest()[:8]
     partial = target.with_name(f"{target.name}.{server}.partial")
     logger.info("Downloading %s to %s ...", url, target)
     resumed = partial.is_file()
     _receive_all(url, partial)
     if (reason := _why_unusable(partial, checksum)) and resumed:
-        # The file on the server may have changed since the first part of it came.
+        # The file on the server may have changed since its first part came.
         partial.unlink()
         _receive_all(url, partial)
         reason = _why_unusable(partial, checksum)
@@ -131,13 +136,15 @@ def _why_unusable(path: Path, checksum: str) -> str:
 
 
 def _receive_all(url: str, partial: Path) -> None:
-    """Receive a file, and go on after a broken connection as long as each brings something."""
+    """Receive a file, and reconnect after a broken connection as long as each connection delivers
+    data.
+    """
     while True:
         before = _size(partial)
         try:
             return _receive(url, partial)
         except HTTPError as error:
-            # A part that is as long as the file, or longer: it is of no use if it is not complete.
+            # The part is as long as the file, or longer. If it is not complete, it is useless.
             if error.code != 416 or not before:
                 raise
             if error.headers.get("Content-Range") == f"bytes */{before}":
@@ -150,7 +157,7 @@ def _receive_all(url: str, partial: Path) -> None:
 
 
 def _receive(url: str, partial: Path) -> None:
-    """Receive what is missing of a file, with a progress bar, in one request."""
+    """Receive the missing part of a file in one request, with a progress bar."""
     start = _size(partial)
     headers = {"User-Agent": "vovnet_d2", **({"Range": f"bytes={start}-"} if start else {})}
     with urlopen(Request(url, headers=headers), timeout=_TIMEOUT) as response:

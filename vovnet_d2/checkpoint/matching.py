@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensor of a file goes where in a model, before anything is loaded."""
+"""Assign the tensors of a file to the tensors of a model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Match", "contradictions", "find_vovnets", "match_model", "misfits"]
 
 
 def find_vovnets(model: nn.Module) -> dict[str, VoVNet]:
-    """The VoVNets in a model by their prefix, such as "backbone.bottom_up."."""
+    """Return the VoVNets in a model by their prefixes, such as "backbone.bottom_up."."""
     return {
         name + "." if name else "": module
         for name, module in model.named_modules()
@@ -32,14 +32,15 @@ def find_vovnets(model: nn.Module) -> dict[str, VoVNet]:
 
 @dataclass
 class Match:
-    """What a file holds for a model. All names but ``unexpected`` are the model's.
+    """The tensors of a file that fit a model, and those that do not. All names but ``unexpected``
+    are the model's.
 
     Attributes:
-        backbone: prefix of the VoVNet that is being loaded.
-        tensors: name to tensor, for all that fits.
-        missing: names that the file has nothing for.
-        wrong_shape: name to the file's shape and the model's.
-        unexpected: names that the model has no place for; in the backbone, our names for them.
+        backbone: the prefix of the VoVNet that is being loaded.
+        tensors: the tensors that fit, by name.
+        missing: names of the model that the file lacks.
+        wrong_shape: the shapes in the file and in the model, by name.
+        unexpected: names of the file that the model lacks; in the backbone, our names for them.
     """
 
     backbone: str
@@ -49,7 +50,7 @@ class Match:
     unexpected: list[str] = field(default_factory=list)
 
     def part(self, name: str) -> str:
-        """The part of the model that a tensor belongs to: a stage, "linear", or what is outside."""
+        """Return the part of the model that a tensor belongs to: a stage, "linear", or "other"."""
         if name.startswith(self.backbone):
             first = name[len(self.backbone) :].partition(".")[0]
             if first in ("stem", *STAGE_NAMES, "linear"):
@@ -57,11 +58,13 @@ class Match:
         return "other"
 
     def in_backbone(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that belong to the stem and the stages."""
+        """Return the ``names`` that belong to the stem and the stages."""
         return [name for name in names if self.part(name) not in ("linear", "other")]
 
     def table(self) -> str:
-        """Loaded, missing, unexpected and wrongly shaped tensors, counted by stage."""
+        """Return a table of loaded, missing, unexpected and wrongly shaped tensors, counted by
+        stage.
+        """
         columns = {
             "loaded": self.tensors,
             "missing": self.missing,
@@ -83,9 +86,9 @@ def match_model(
 ) -> Match:
     """
     Args:
-        backbone: prefix of the VoVNet in the model that is to take the file's.
-        state_dict: of the file.
-        found: what :func:`describe_state_dict` says of it.
+        backbone: the prefix of the VoVNet in the model that gets the tensors.
+        state_dict: the state dict of the file.
+        found: the result of :func:`describe_state_dict` for the state dict.
 
     Raises:
         ValueError: names in the file contradict each other; see :func:`native_names`.
@@ -132,12 +135,12 @@ def match_model(
 
 
 def misfits(net: VoVNet, match: Match, found: Description) -> list[str]:
-    """Why the network of a file is not the model's; empty if it is.
+    """List the architecture mismatches between a file and the model; empty if there is none.
 
     Args:
         net: the VoVNet of the model.
-        match: of the file and the model.
-        found: what the file is.
+        match: the match of the file and the model.
+        found: the description of the file.
 
     Returns:
         sentences that say what differs, with the config lines that fit the file.
@@ -169,7 +172,7 @@ def misfits(net: VoVNet, match: Match, found: Description) -> list[str]:
 
 
 def contradictions(net: VoVNet, known: Metadata) -> list[str]:
-    """As :func:`misfits`, for what leaves no trace in a file's tensors: stem and residual."""
+    """List the differences that leave no trace in the tensors of a file: stem and residual."""
     sentences = []
     for name, value in (("stem", known.stem), ("residual", known.residual)):
         # Single blocks have no residual in any case.
@@ -184,8 +187,11 @@ def contradictions(net: VoVNet, known: Metadata) -> list[str]:
 
 
 def _surplus(net: VoVNet, match: Match) -> list[str]:
-    """What a file of the right architecture has in the stages that the model builds, and the model
-    does not: without it, the network would compute something else than it was trained to."""
+    """List the tensors that a file of the right architecture has and the model lacks, in the stages
+    that the model builds.
+
+    Without them, the network would not compute what it was trained to.
+    """
     built = ("stem", *net.stage_names)
     surplus = [name for name in match.unexpected if match.part(name) in built]
     if not surplus:
@@ -206,7 +212,7 @@ def _surplus(net: VoVNet, match: Match) -> list[str]:
 
 
 def _incomplete(match: Match) -> list[str]:
-    """What the backbone lacks in a file of the right architecture."""
+    """List the tensors of the backbone that a file of the right architecture lacks."""
     sentences = []
     # Plain weights are a good start for deformable convolutions, whose offsets begin at zero.
     missing = [name for name in match.in_backbone(match.missing) if ".offset." not in name]

@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of weights cannot say by its tensors: the input that it expects, and the parts of
-the architecture that have no parameters."""
+"""Keep facts about weights that their tensors cannot tell: the input that the network expects, and
+the parts of the architecture that have no parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from vovnet_d2.modeling.specs import Stem, VoVNetSpec
+
+from ..errors import UserValueError
 
 __all__ = [
     "BGR_255",
@@ -26,16 +29,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InputConvention:
-    """What a network expects of its input, in Detectron2's terms.
+    """The input that a network expects, in Detectron2's terms.
 
     Attributes:
-        format: order of the channels, "BGR" or "RGB"; "" where there are not three, or not known.
-        pixel_mean: what is subtracted from each channel, in ``format``'s order, of values from 0
-            to 255.
-        pixel_std: what the difference is then divided by.
+        format: the order of the channels, "BGR" or "RGB"; empty if it is not known, or if there are
+            not three channels.
+        pixel_mean: the mean of each channel, in the order of ``format``, which is subtracted from
+            values from 0 to 255.
+        pixel_std: the standard deviation by which the difference is divided.
 
     Raises:
-        ValueError: another format, or means and deviations that do not go together.
+        ValueError: the format is unknown, or the numbers of means and deviations differ.
     """
 
     format: str
@@ -44,25 +48,27 @@ class InputConvention:
 
     def __post_init__(self) -> None:
         if self.format not in ("", "BGR", "RGB"):
-            raise ValueError(f"Input format {self.format!r}: choose BGR or RGB.")
+            raise UserValueError(f"Input format {self.format!r}: choose BGR or RGB.")
         for name in ("pixel_mean", "pixel_std"):
             # Lists come from files.
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if len(self.pixel_mean) != len(self.pixel_std) or not all(s > 0 for s in self.pixel_std):
-            raise ValueError(
+            raise UserValueError(
                 f"Input with mean {self.pixel_mean} and standard deviation {self.pixel_std}: one "
                 "of each is needed for a channel, and no deviation is 0."
             )
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> InputConvention:
-        """What a config feeds to its model."""
+        """Return the input that a config gives to its model."""
         channels = cfg.INPUT.FORMAT if cfg.INPUT.FORMAT in ("BGR", "RGB") else ""
         return cls(channels, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD))
 
     @classmethod
     def of_model(cls, model: nn.Module) -> InputConvention | None:
-        """What one of Detectron2's detectors feeds to its backbone; None for other models."""
+        """Return the input that a detector of Detectron2 gives to its backbone; None for other
+        models.
+        """
         mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
         if not isinstance(mean, torch.Tensor) or not isinstance(std, torch.Tensor):
             return None
@@ -74,7 +80,7 @@ class InputConvention:
         )
 
     def config_lines(self) -> list[str]:
-        """The three lines of a config that feed a model so."""
+        """Return the three lines of a config that give a model this input."""
         numbers = [
             f"[{', '.join(f'{round(v, 4):g}' for v in values)}]"
             for values in (self.pixel_mean, self.pixel_std)
@@ -86,7 +92,7 @@ class InputConvention:
         ]
 
     def agrees_with(self, other: InputConvention) -> bool:
-        """Whether the two feed the same to a network, to a percent of the deviation."""
+        """Return True if both give a network the same input, up to a hundredth of the deviation."""
         if self.format and other.format and self.format != other.format:
             return False
         if len(self.pixel_mean) != len(other.pixel_mean):
@@ -114,15 +120,15 @@ RGB_IMAGENET = InputConvention("RGB", (123.675, 116.28, 103.53), (58.395, 57.12,
 def check_input_convention(
     cfg: CfgNode, convention: InputConvention | tuple[InputConvention, ...] | None
 ) -> str | None:
-    """Compare what a config feeds to the network with what the network's weights expect.
+    """Compare the input that a config gives to the network with the input that the weights expect.
 
     Args:
-        convention: what the weights expect, such as
-            :attr:`VoVNetCheckpointer.input_convention` after loading; None if it is not known,
-            several where it is one of these.
+        convention: the input that the weights expect, such as
+            :attr:`VoVNetCheckpointer.input_convention` after loading. It is None if that is not
+            known, and a tuple if one of several is meant.
 
     Returns:
-        a warning that names the three lines to change, or None if there is nothing to warn of.
+        a warning that names the three config lines to change; None if nothing is wrong.
     """
     if convention is None:
         return None
@@ -141,14 +147,14 @@ def check_input_convention(
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known of weights apart from their tensors; None or empty is "not known".
+    """Facts about weights apart from their tensors; None or empty means "not known".
 
     Attributes:
         stem: see :class:`VoVNetSpec`.
         residual: see :class:`VoVNetSpec`.
-        input: what the network expects.
-        source: where the weights come from, in words.
-        candidates: where ``input`` is not known, what it may be. Not written to files.
+        input: the input that the network expects.
+        source: the origin of the weights, in words.
+        candidates: possible inputs, if ``input`` is not known. Not written to files.
     """
 
     stem: Stem | None = None
@@ -167,7 +173,7 @@ class Metadata:
     def from_dict(cls, data: Any) -> Metadata:
         """
         Args:
-            data: what :meth:`to_dict` gave, from a file.
+            data: the result of :meth:`to_dict`, from a file.
 
         Raises:
             ValueError: it is not that.
@@ -184,12 +190,12 @@ class Metadata:
                 str(data.get("source", "")),
             )
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserValueError(
                 f"its entry 'vovnet_d2' is not what it should be ({error})."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file."""
+        """Return plain values that can be written to a file."""
         convention = self.input and {
             "format": self.input.format,
             "pixel_mean": list(self.input.pixel_mean),

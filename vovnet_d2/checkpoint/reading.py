@@ -1,9 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a file of weights without running anything that is in it.
+"""Files of weights are read without running code that they contain.
 
-What a file is, is seen from its first bytes: names lie (an HTML page saved as .pth is the usual
-one).
+The first bytes of a file tell its kind. The name does not: often a .pth is a saved HTML page.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from ..errors import UserValueError
 from .zipped import find_weights, unpacked
 
 __all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoint"]
@@ -29,7 +29,9 @@ __all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoin
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "vovnet_d2"
-"""Where our own files say what the keys cannot: see :mod:`vovnet_d2.checkpoint.metadata`."""
+"""The entry of our own files that says what the keys cannot; see
+:mod:`vovnet_d2.checkpoint.metadata`.
+"""
 
 # Under which key the tensors are, in order of preference: Detectron2, mmcv and Lightning, PyTorch's
 # tutorials, pycls, BasicSR and Paddle, others; then averaged weights.
@@ -67,21 +69,22 @@ _SENTENCES = {
 def read_checkpoint(path: str, *, allow_pickle: bool = False, entry: str = "") -> dict[str, Any]:
     """Read a .pth, .bin, .pt, .safetensors or Detectron2 model-zoo .pkl file to the CPU.
 
-    Only tensors and plain values are read; nothing in the file is executed, whatever it is.
+    Only tensors and plain values are read, and no file can run code.
 
     Args:
         path: a local file, or a zip archive that holds one such file (.pth.zip).
-        allow_pickle: also read the Python pickles of NumPy arrays that Detectron2's model zoo
-            consists of. From them, too, nothing but arrays is taken.
-        entry: the key of the file's weights, where it holds several; by default the first that
-            there is of those that are usual, averaged weights last.
+        allow_pickle: also read Python pickles of NumPy arrays, as Detectron2's model zoo has them.
+            Only arrays are taken from them.
+        entry: the key of the weights in a file that holds several. By default the usual keys are
+            tried in order, and those of averaged weights come last.
 
     Returns:
-        what the file holds, with its tensors by name under ``"model"`` and everything else that
-        stood beside them (``"optimizer"``, ``"iteration"``, ...) under its own name.
+        the content of the file, with the tensors by name under ``"model"`` and all other entries
+            (``"optimizer"``, ``"iteration"``, ...) under their own names.
 
     Raises:
-        ValueError: the file is damaged, is no checkpoint, or would run code; says which.
+        ValueError: the file is damaged, is no checkpoint, or would run code. The message says
+            which.
     """
     if (inner := find_weights(path)) is not None:
         file = io.BytesIO(b"".join(unpacked(path, inner)))
@@ -95,21 +98,21 @@ def _read(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
     file.seek(0)
     kind = _kind(head)
     if kind in _SENTENCES:
-        raise ValueError(f"{path} {_SENTENCES[kind]}")
+        raise UserValueError(f"{path} {_SENTENCES[kind]}")
     if kind == "safetensors":
         return _read_safetensors(path)
     if kind == "zip" or _is_legacy_torch(head):
         return _read_torch(file, path, is_zip=kind == "zip")
     if kind == "pickle":
         return _read_array_pickle(file, path, allow_pickle)
-    raise ValueError(
-        f"{path} is no file of weights that is known here (PyTorch's, safetensors, or "
-        "Detectron2's model zoo), or its beginning is damaged."
+    raise UserValueError(
+        f"{path} is no known file of weights (PyTorch, safetensors, or Detectron2's model zoo), "
+        "or its beginning is damaged."
     )
 
 
 def looks_like_html(path: str) -> bool:
-    """Whether a file is a page that a server gives in the place of a file."""
+    """Return True if a file is a web page that a server gave instead of a file."""
     with open(path, "rb") as file:
         return _kind(file.read(512)) == "html"
 
@@ -135,7 +138,9 @@ def _kind(head: bytes) -> str:
 
 
 def _is_legacy_torch(head: bytes) -> bool:
-    """Whether a pickle begins with the number by which ``torch.save`` before 1.6 marked its own."""
+    """Return True if a pickle begins with the number by which ``torch.save`` before 1.6 marked its
+    files.
+    """
     return head[2:14] == b"\x8a\n" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 
@@ -148,11 +153,11 @@ def _read_torch(file: IO[bytes], path: str, is_zip: bool) -> Any:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} {_why_torch_failed(error)}") from error
+        raise UserValueError(f"{path} {_why_torch_failed(error)}") from error
 
 
 def _check_archive(file: IO[bytes], path: str) -> None:
-    """Compare the archive's records with their checksums, which ``torch.load`` does not."""
+    """Compare the records of the archive with their checksums. ``torch.load`` does not do so."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
@@ -162,14 +167,14 @@ def _check_archive(file: IO[bytes], path: str) -> None:
                         while content.read(2**20):
                             pass
     except Exception as error:  # zipfile raises what comes to it, OSError included
-        raise ValueError(f"{path} {_DAMAGED}") from error
+        raise UserValueError(f"{path} {_DAMAGED}") from error
     if "constants.pkl" in names:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is a TorchScript program: save the state_dict() of the model that it was made "
             "from."
         )
     if "data.pkl" not in names:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is a zip archive without PyTorch's weights in it: unpack it first."
         )
 
@@ -190,13 +195,13 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is a safetensors file: `pip install safetensors` to read it."
         ) from error
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
     if header_size > Path(path).stat().st_size - 8:
-        raise ValueError(f"{path} {_DAMAGED}")
+        raise UserValueError(f"{path} {_DAMAGED}")
     try:
         with safe_open(path, framework="pt") as file:
             content: dict[str, Any] = {
@@ -204,19 +209,19 @@ def _read_safetensors(path: str) -> dict[str, Any]:
             }
             metadata = (file.metadata() or {}).get(METADATA_KEY)
     except SafetensorError as error:
-        raise ValueError(f"{path} {_DAMAGED}") from error
+        raise UserValueError(f"{path} {_DAMAGED}") from error
     if metadata is not None:
         try:
             content[METADATA_KEY] = json.loads(metadata)
         except ValueError as error:
-            raise ValueError(
+            raise UserValueError(
                 f"{path} is damaged: its entry {METADATA_KEY!r} is no JSON."
             ) from error
     return content
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """The one use of ``_codecs.encode`` in pickles of Python 3: bytes, in old protocols."""
+    """Decode bytes of old protocols. Pickles of Python 3 use ``_codecs.encode`` for this only."""
     return text.encode("latin1")
 
 
@@ -233,7 +238,7 @@ _ARRAY_GLOBALS: dict[str, Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and plain values, nothing else."""
+    """An unpickler that admits NumPy arrays and plain values, nothing else."""
 
     def __init__(self, file: IO[bytes]):
         # Detectron's own files were written by Python 2.
@@ -248,7 +253,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_array_pickle(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
     if not allow_pickle:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is a Python pickle, as Detectron2's old model zoo has them, and is not read "
             "unless you say so: add --allow-pickle (in code: allow_pickle=True). Arrays alone are "
             "then taken from it."
@@ -257,13 +262,13 @@ def _read_array_pickle(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
         data = _ArrayUnpickler(file).load()
     except pickle.UnpicklingError as error:
         if re.fullmatch(r"[\w.]+", str(error)):
-            raise ValueError(
+            raise UserValueError(
                 f"{path} is refused even so: reading it would import {error}, which is no array "
                 "and may run code."
             ) from error
-        raise ValueError(f"{path} {_DAMAGED}") from error
+        raise UserValueError(f"{path} {_DAMAGED}") from error
     except Exception as error:
-        raise ValueError(f"{path} {_DAMAGED}") from error
+        raise UserValueError(f"{path} {_DAMAGED}") from error
     if not isinstance(data, dict) or ("model" in data and "__author__" in data):
         return data
     # Caffe2's: detectors have "blobs", ImageNet models are bare.
@@ -277,7 +282,7 @@ def _read_array_pickle(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
 def find_state_dict(content: Any, depth: int = 2) -> tuple[str, dict[Any, Any]] | None:
     """
     Args:
-        depth: how many dicts may be around it; a file may hold one that holds itself.
+        depth: how many dicts may be nested, as a file may hold a dict that holds itself.
 
     Returns:
         the key under which ``content`` has its tensors ("" if it is the state dict itself, "a.b"
@@ -295,11 +300,11 @@ def find_state_dict(content: Any, depth: int = 2) -> tuple[str, dict[Any, Any]] 
 
 
 def _with_model(content: Any, path: str, entry: str) -> dict[str, Any]:
-    """Return what was read, with the state dict under "model" wherever it stood."""
+    """Return the content of a file with its state dict moved to "model"."""
     entries = _entries(content)
     if entry and entry not in entries:
         there = f"There are: {', '.join(entries)}." if entries else "It has no such entries."
-        raise ValueError(f"{path} has no weights under {entry!r}. {there}")
+        raise UserValueError(f"{path} has no weights under {entry!r}. {there}")
     if entry:
         content = {
             **{k: v for k, v in content.items() if k not in entries},
@@ -316,7 +321,7 @@ def _with_model(content: Any, path: str, entry: str) -> dict[str, Any]:
         what = f"a {type(content).__name__}"
         if isinstance(content, dict):
             what = f"a dict of {', '.join(map(repr, list(content)[:5]))}" if content else "nothing"
-        raise ValueError(f"{path} holds no tensors by name, but {what}.")
+        raise UserValueError(f"{path} holds no tensors by name, but {what}.")
     wrapper, state_dict = found
     for name, value in state_dict.items():
         # In place: modules find the versions of their layout in an attribute of the dict.
@@ -338,16 +343,18 @@ def _entries(content: Any) -> list[str]:
 
 def _as_tensor(name: Any, value: Any, path: str) -> torch.Tensor:
     if not isinstance(name, str):
-        raise ValueError(f"{path} is no state dict: one of its names is {name!r}, not a string.")
+        raise UserValueError(
+            f"{path} is no state dict: one of its names is {name!r}, not a string."
+        )
     if isinstance(value, np.ndarray):
         try:
             value = torch.from_numpy(value)
         except TypeError as error:
-            raise ValueError(f"{path}: {name} is an array of {value.dtype}.") from error
+            raise UserValueError(f"{path}: {name} is an array of {value.dtype}.") from error
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor.")
+        raise UserValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor.")
     if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: {name} is no plain tensor ({value.layout}, {value.dtype}, {value.device})."
         )
     return value

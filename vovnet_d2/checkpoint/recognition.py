@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What network a state dict holds, read from its names and shapes."""
+"""The network in a state dict is recognised by names and shapes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 
 from vovnet_d2.layouts import match_keys
 from vovnet_d2.modeling.specs import STAGE_NAMES, VOVNET_SPECS, ESEPlacement, VoVNetSpec
+
+from ..errors import UserValueError
 
 __all__ = [
     "Description",
@@ -51,12 +53,12 @@ class Description:
     """The VoVNet in a state dict, as far as names and shapes tell.
 
     Attributes:
-        layout: which of ``vovnet_d2.layouts.LAYOUTS`` its names are in.
-        prefix: what stands before each of them, such as "backbone.bottom_up.".
-        fields: the fields of :class:`VoVNetSpec` that leave a trace: all but ``stem`` and
-            ``residual``. Values that are given by stage are as long as the file has stages.
-        in_channels: number of channels of the input.
-        num_classes: outputs of the classifier, or None without one.
+        layout: the layout of its names, one of ``vovnet_d2.layouts.LAYOUTS``.
+        prefix: the prefix of all names, such as "backbone.bottom_up.".
+        fields: the fields of :class:`VoVNetSpec` that names and shapes show: all but ``stem`` and
+            ``residual``. Values by stage have as many entries as the file has stages.
+        in_channels: the number of channels of the input.
+        num_classes: the number of outputs of the classifier; None without one.
         norm: "BN" (running statistics), "GN" (weight and bias alone) or "" (none).
     """
 
@@ -99,7 +101,9 @@ class Description:
         return len(self.fields["blocks_per_stage"])
 
     def config_lines(self) -> list[str]:
-        """The lines of ``MODEL.VOVNET`` that describe the file, apart from stem and residual."""
+        """Return the lines of ``MODEL.VOVNET`` that describe the file, apart from stem and
+        residual.
+        """
         lines = [f'MODEL.VOVNET.CONV_BODY: "{self.variant}"']
         differences = self.differences(VOVNET_SPECS[self.variant])
         return lines + [config_line(name, value) for name, (value, _) in differences.items()]
@@ -119,20 +123,20 @@ class Description:
 
 
 def config_line(field: str, value: Any) -> str:
-    """The line of a config that sets a field of :class:`VoVNetSpec`."""
+    """Return the line of a config that sets a field of :class:`VoVNetSpec`."""
     text = f'"{value}"' if isinstance(value, str) else value
     return f"MODEL.VOVNET.{field.upper()}: {list(text) if isinstance(text, tuple) else text}"
 
 
 def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
-    """What stands before VoVNet's names in a state dict, such as "module.backbone.bottom_up.".
+    """Return the prefix of VoVNet's names in a state dict, such as "module.backbone.bottom_up.".
 
     Args:
-        preferred: the one to take if there are several VoVNets and it, or one that ends with it,
-            is one of theirs.
+        preferred: if there are several VoVNets, the one with this prefix, or with a prefix that
+            ends with it, is taken.
 
     Raises:
-        ValueError: no VoVNet is there, or several are; the message says what is.
+        ValueError: there is no VoVNet, or there are several. The message says what was found.
     """
     names = list(names)
     split: dict[str, list[str]] = {}
@@ -147,7 +151,7 @@ def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
         }
     )
     if not counts:
-        raise ValueError(_no_vovnet(names))
+        raise UserValueError(_no_vovnet(names))
     if preferred is not None and preferred in counts:
         return preferred
     if preferred and len(inside := [p for p in counts if p.endswith(preferred)]) == 1:
@@ -155,7 +159,7 @@ def find_prefix(names: Iterable[str], preferred: str | None = None) -> str:
     (best, most), *others = counts.most_common()
     if twins := [prefix for prefix, number in others if number == most]:
         places = ", ".join(map(repr, [best, *twins]))
-        raise ValueError(
+        raise UserValueError(
             f"There are {len(twins) + 1} VoVNets in it, below {places}: take one out by "
             "`tools/convert_weights.py --prefix`."
         )
@@ -177,26 +181,26 @@ def native_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     """
     Args:
         names: all names of a state dict.
-        prefix: what stands before VoVNet's; see :func:`find_prefix`.
+        prefix: the prefix of VoVNet's names; see :func:`find_prefix`.
 
     Returns:
         for each name that is VoVNet's, our own name for it, without prefix.
 
     Raises:
-        ValueError: two names stand for the same tensor, or something in the network's stem or
-            stages is nothing that a VoVNet has.
+        ValueError: two names mean the same tensor, or the stem or a stage has a tensor that no
+            VoVNet has.
     """
     below = [name[len(prefix) :] for name in names if name.startswith(prefix)]
     found = {name: match.names["native"] for name, match in match_keys(below).items()}
     found |= {name: name for name in below if _NATIVE_ONLY.fullmatch(name)}
     if doubled := [name for name, count in Counter(found.values()).items() if count > 1]:
-        raise ValueError(
-            f"{len(doubled)} tensors are there twice, in two layouts, such as {doubled[0]}: keep "
-            "those of one layout."
+        raise UserValueError(
+            f"{len(doubled)} tensors, such as {doubled[0]}, are in the file in two layouts: keep "
+            "one layout."
         )
     strange = [name for name in below if name not in found and _BEGINNING.match(name)]
     if strange:
-        raise ValueError(
+        raise UserValueError(
             f"It is like a VoVNet below {prefix!r}, but {len(strange)} of its tensors are nothing "
             f"that VoVNetSpec describes, such as {prefix}{strange[0]}."
         )
@@ -209,10 +213,10 @@ def describe_state_dict(
     """Recognise the VoVNet in a state dict of any layout.
 
     Args:
-        prefix: what stands before VoVNet's names; found by itself if None.
+        prefix: the prefix of VoVNet's names; None finds it.
 
     Returns:
-        what it is.
+        a description of the VoVNet.
 
     Raises:
         ValueError: there is no VoVNet, or it is not complete enough to tell which.
@@ -239,7 +243,7 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     numbers = [_count(shapes, f"stage{stage}." + "{}.") for stage in range(2, 6)]
     blocks = tuple(takewhile(bool, numbers))
     if not blocks:
-        raise ValueError("The VoVNet in it has no stage2: the file is damaged or was cut.")
+        raise UserValueError("The VoVNet in it has no stage2: the file is damaged or was cut.")
     layers = _count(shapes, "stage2.0.layers.{}.")
     firsts = [f"stage{stage}.0" for stage in range(2, 2 + len(blocks))]
     return {
@@ -255,7 +259,7 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _count(shapes: Mapping[str, Any], numbered: str) -> int:
-    """How many of ``numbered`` there are, counted from 0 without a gap."""
+    """Return the length of the sequence from 0 without a gap in ``numbered``."""
     number = 0
     while any(name.startswith(numbered.format(number)) for name in shapes):
         number += 1
@@ -264,14 +268,14 @@ def _count(shapes: Mapping[str, Any], numbered: str) -> int:
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, dims: int) -> tuple[int, ...]:
     if name not in shapes:
-        raise ValueError(f"The VoVNet in it lacks {name}: the file is damaged or was cut.")
+        raise UserValueError(f"The VoVNet in it lacks {name}: the file is damaged or was cut.")
     if len(shapes[name]) != dims or 0 in shapes[name]:
-        raise ValueError(f"The VoVNet in it is damaged: {name} has shape {shapes[name]}.")
+        raise UserValueError(f"The VoVNet in it is damaged: {name} has shape {shapes[name]}.")
     return shapes[name]
 
 
 def _width(shapes: Mapping[str, tuple[int, ...]], layer: str) -> int:
-    """Output channels of a layer, whichever way it is made."""
+    """Return the number of output channels of a layer of any kind."""
     convolutions = (f"{layer}.{last}weight" for last in ("", "pointwise.", "conv."))
     name = next((name for name in convolutions if name in shapes), f"{layer}.weight")
     return _shape(shapes, name, 4)[0]
@@ -291,13 +295,16 @@ def _ese_placement(shapes: Mapping[str, Any], blocks: tuple[int, ...]) -> ESEPla
 
 
 def _canonical(ese: ESEPlacement, blocks: tuple[int, ...]) -> ESEPlacement:
-    """The last block of a stage is all of it where there is one."""
+    """Return "all" for "last" if each stage has one block, as both mean the same then."""
     return "all" if ese == "last" and all(number == 1 for number in blocks) else ese
 
 
 def norm_kind(names: Iterable[str]) -> str:
-    """Which kind of norm our own names of a VoVNet's tensors tell: "BN" (any with running
-    statistics), "GN" (any with weight and bias alone) or "" (none)."""
+    """Return the kind of norm that the names of a VoVNet's tensors in our own layout tell.
+
+    It is "BN" (any norm with running statistics), "GN" (any norm with weight and bias alone) or ""
+    (none).
+    """
     names = set(names)
     if "stem.conv1.norm.running_mean" in names:
         return "BN"

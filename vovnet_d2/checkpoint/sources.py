@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a value of ``MODEL.WEIGHTS`` to a file on this machine, and to what is in it."""
+"""A value of ``MODEL.WEIGHTS`` leads to a file on this machine, and to the content of the file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 from detectron2.utils.file_io import PathManager
 
+from ..errors import UserFileNotFoundError, UserValueError
 from .download import download
 from .fetching import agrees
 from .metadata import Metadata
@@ -37,13 +38,13 @@ def read_weights(
 ) -> tuple[dict[str, Any], Metadata | None]:
     """
     Args:
-        weights: see :func:`locate`. ``?entry=NAME`` behind it says which weights of a file are
-            meant that holds several.
+        weights: see :func:`locate`. ``?entry=NAME`` at the end chooses one of several sets of
+            weights in a file.
         allow_pickle: see :func:`read_checkpoint`.
 
     Returns:
-        what the file holds, as :func:`read_checkpoint` gives it, and what the file itself, or the
-        zoo, says of it; None if they say nothing.
+        the content of the file, as :func:`read_checkpoint` gives it, and the metadata in the file
+            or in the zoo; None if there are none.
 
     Raises:
         FileNotFoundError, ValueError: see these two functions.
@@ -57,12 +58,12 @@ def read_weights(
         try:
             return checkpoint, Metadata.from_dict(own)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise UserValueError(f"{path} is damaged: {error}") from error
     return checkpoint, entry.metadata if entry else None
 
 
 def locate(weights: str) -> tuple[str, ZooEntry | None]:
-    """Find the file that ``MODEL.WEIGHTS`` names, and download it where it must be.
+    """Find the file that ``MODEL.WEIGHTS`` names, and download it if necessary.
 
     Args:
         weights: a path (relative to the working directory), a name of the zoo (``timm://...``,
@@ -70,11 +71,11 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
             ``detectron2://``, ...).
 
     Returns:
-        its path on this machine, and the zoo's entry if it is the zoo's.
+        the path on this machine, and the entry of the zoo for a name of the zoo.
 
     Raises:
         FileNotFoundError: there is no such file, or it could not be downloaded.
-        ValueError: no such name in the zoo, or the file is not the one that was meant.
+        ValueError: the zoo has no such name, or the file has another checksum.
     """
     if in_zoo(weights):
         entry = get_entry(weights)
@@ -85,7 +86,7 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
     if url.scheme in ("", "file") or Path(weights).exists():
         return _existing(weights.removeprefix("file://")), None
     if url.hostname and url.hostname.endswith("dropbox.com") and "vovnet" in weights.lower():
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{weights}: the VoVNet weights published on Dropbox are gone (the links have "
             f"answered 403 since 2026). What lives: {', '.join(ZOO)}. A copy that you have is "
             "given by its path."
@@ -93,16 +94,16 @@ def locate(weights: str) -> tuple[str, ZooEntry | None]:
     try:
         path = PathManager.get_local_path(weights)
     except Exception as error:
-        raise FileNotFoundError(f"{weights} could not be downloaded: {error}.") from error
+        raise UserFileNotFoundError(f"{weights} could not be downloaded: {error}.") from error
     if not Path(path).is_file():  # Detectron2 takes a scheme that it does not know for a path
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{weights} is no file, and {url.scheme}: is no scheme that is known here: use "
             "timm://, osmr://, v99://, detectron2:// or https://."
         )
     if (found := _HASH_IN_NAME.search(url.path)) and not any(
         agrees(path, f"{algorithm}:{found[1]}") for algorithm in ("sha256", "sha1")
     ):
-        raise ValueError(
+        raise UserValueError(
             f"{path}, from {weights}, has another checksum than its name says: delete it and "
             "download it again."
         )
@@ -113,13 +114,15 @@ def _existing(path: str) -> str:
     if Path(path).is_file():
         return path
     if Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is a folder: name the file of weights in it.")
+        raise UserFileNotFoundError(f"{path} is a folder: name the file of weights in it.")
     folder = Path(path).parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"No file of weights {path}: there is no folder {folder} either.")
+        raise UserFileNotFoundError(
+            f"No file of weights {path}: there is no folder {folder} either."
+        )
     names = [p.name for p in folder.iterdir() if p.is_file()]
     close = get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
     hint = f" Close to it: {', '.join(str(folder / name) for name in close)}." if close else ""
-    raise FileNotFoundError(
+    raise UserFileNotFoundError(
         f"No file of weights {path} (relative paths start in {Path.cwd()}).{hint}"
     )

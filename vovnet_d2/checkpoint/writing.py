@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a file of weights, with what its tensors alone do not tell."""
+"""Weights are written to a file, with the facts that tensors alone do not tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .atomic import atomic_write
+from ..atomic import atomic_write
+from ..errors import UserFileNotFoundError, UserValueError
 from .metadata import Metadata
 from .reading import METADATA_KEY
 
@@ -22,22 +23,25 @@ def save_weights(
 ) -> None:
     """Write tensors, as ``{"model": tensors, "vovnet_d2": metadata}`` or as safetensors.
 
-    An interrupted run leaves no half-written file: it gets its name when it is complete.
+    An interrupted run leaves no half-written file: the file gets its name when it is complete.
 
     Args:
         path: ends with .safetensors for that format, or with .pth, .pt or .bin for PyTorch's.
-        key: what the tensors stand under in PyTorch's.
+        key: the key of the tensors in a file of PyTorch's.
 
     Raises:
-        ValueError: another ending.
+        ValueError: the path has another ending.
         FileNotFoundError: there is no such folder.
-        FileNotWrittenError: the disk is full, say; a file of this name is left as it was.
+        FileNotWrittenError: the file cannot be written, for example on a full disk. An earlier file
+            of this name stays.
     """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise ValueError(f"{path}: choose a name that ends with .pth, .pt, .bin or .safetensors.")
+        raise UserValueError(
+            f"{path}: choose a name that ends with .pth, .pt, .bin or .safetensors."
+        )
     if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {Path(path).parent} to write {path} to.")
+        raise UserFileNotFoundError(f"There is no folder {Path(path).parent} to write {path} to.")
     with atomic_write(path, replace=True) as partial, open(partial, "wb") as file:
         if suffix == ".safetensors":
             from safetensors.torch import save

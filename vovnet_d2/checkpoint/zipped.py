@@ -8,6 +8,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from ..errors import UserValueError
+
 __all__ = ["find_weights", "unpacked"]
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
@@ -26,7 +28,7 @@ def find_weights(path: str) -> zipfile.ZipInfo | None:
         damaged to tell, or holds nothing with the name of a file of weights.
 
     Raises:
-        ValueError: other files are with it, or it is encrypted or unpacks to an absurd size.
+        ValueError: the archive holds other files too, is encrypted, or unpacks to an absurd size.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -40,16 +42,16 @@ def find_weights(path: str) -> zipfile.ZipInfo | None:
     if not any(name.endswith(_SUFFIXES) for name in names):
         return None
     if len(entries) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is a zip archive of {len(names)} files ({', '.join(map(repr, names[:3]))}"
             f"{', ...' if len(names) > 3 else ''}): unpack it and give the file of weights inside."
         )
     (entry,) = entries
     if entry.flag_bits & 1:
-        raise ValueError(f"{path} is an encrypted zip archive: unpack it first.")
+        raise UserValueError(f"{path} is an encrypted zip archive: unpack it first.")
     ratio = entry.file_size / max(entry.compress_size, 1)
     if entry.file_size > _HARMLESS_SIZE and ratio > _MAX_RATIO:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is refused: {names[0]!r} in it would unpack to {entry.file_size} bytes, "
             f"{ratio:.0f} times the size of the archive, which no weights do."
         )
@@ -68,4 +70,6 @@ def unpacked(path: str, entry: zipfile.ZipInfo) -> Iterator[bytes]:
             while chunk := source.read(2**20):
                 yield chunk
     except Exception as error:  # zipfile raises what comes to it, OSError included
-        raise ValueError(f"{path} is damaged or truncated: download or copy it again.") from error
+        raise UserValueError(
+            f"{path} is damaged or truncated: download or copy it again."
+        ) from error

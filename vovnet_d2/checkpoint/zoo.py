@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that can be had, by name: where they are, what they are, and under which licence."""
+"""Weights for download, by name: where they are, what they are, and under which licence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from vovnet_d2.modeling.specs import VOVNET_SPECS, VoVNetSpec
 
+from ..errors import UserValueError
 from .metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, InputConvention, Metadata
 from .recognition import Description
 
@@ -25,18 +26,18 @@ class ZooEntry:
     """Weights of one network: in a repository of the Hugging Face hub, or behind links.
 
     Attributes:
-        variant: the variant they are nearest to, a key of ``VOVNET_SPECS``.
+        variant: the nearest variant, a key of ``VOVNET_SPECS``.
         spec: the exact architecture.
-        input: what they expect of their input.
-        license: SPDX identifier, or "non-commercial" and why.
-        trained_on: data sets, in their order.
+        input: the input that the weights expect.
+        license: the SPDX identifier, or "non-commercial" with the reason.
+        trained_on: the data sets of the training, in their order.
         top1: published ImageNet-1k top-1 accuracy, in percent, by the size of the test images.
-        repo: repository on the hub, or "".
-        revision: the commit in ``repo``, or None where none is pinned (the newest is taken).
-        links: addresses of one file, the first that answers is taken.
-        checksum: "sha256:", "sha1:" or "md5:" and hexadecimal digits, all or the first; "" where
-            none is known. Of a .pth.zip, it is that of the .pth. The hub's own record of a file,
-            kept in the cache, is compared in any case.
+        repo: the repository on the hub; empty without one.
+        revision: the commit in ``repo``; None takes the newest.
+        links: addresses of one file. The first that answers is taken.
+        checksum: "sha256:", "sha1:" or "md5:" and all or the first hexadecimal digits; empty if
+            none is known. For a .pth.zip it is that of the .pth inside. Files of the hub are always
+            compared with the hub's own record.
     """
 
     variant: str
@@ -59,7 +60,7 @@ class ZooEntry:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """What the file is called in a folder or on a mirror of the user's; any of these."""
+        """The possible names of the file in a folder or on a mirror of the user."""
         if self.repo:  # the hub calls all its files the same
             return (f"{self.repo.partition('/')[2]}.safetensors",)
         names = dict.fromkeys(link.rpartition("/")[2] for link in self.links)
@@ -71,7 +72,7 @@ class ZooEntry:
 
     @property
     def commercial(self) -> bool:
-        """Whether the licence allows commercial use."""
+        """True if the licence allows commercial use."""
         return not self.license.startswith("non-commercial")
 
     @property
@@ -87,7 +88,9 @@ def _timm(name: str, variant: str, **fields: object) -> tuple[str, ZooEntry]:
 
 
 def _osmr(name: str, variant: str, release: str, file: str, sha1: str, top1: float) -> ZooEntry:
-    """pytorchcv's: its own table has the SHA-1 of each .pth, whose beginning is in the name."""
+    """Make an entry for a file of pytorchcv. Its table has the SHA-1 of each .pth, and the file's
+    name has the first digits.
+    """
     link = f"https://github.com/osmr/imgclsmob/releases/download/{release}/{name}-{file}.pth"
     return ZooEntry(
         variant,
@@ -175,35 +178,37 @@ ZOO: dict[str, ZooEntry] = {
         f"https://huggingface.co/alkaid-2000/DriveSuprim/resolve/main/pretrained_backbones/{_DD3D}",
     ),
 }
-"""Name, as ``MODEL.WEIGHTS`` takes it, to what it stands for."""
+"""The entries of the zoo, by the name that ``MODEL.WEIGHTS`` takes."""
 
 
 def in_zoo(weights: str) -> bool:
-    """Whether a value of ``MODEL.WEIGHTS`` is written as the names of the zoo are."""
+    """Return True if a value of ``MODEL.WEIGHTS`` has the form of a name in the zoo."""
     return weights.startswith(tuple({re.sub("//.*", "//", name) for name in ZOO}))
 
 
 def get_entry(name: str) -> ZooEntry:
     """
     Raises:
-        ValueError: there are no weights of that name; the message lists those that there are.
+        ValueError: there are no weights of that name. The message lists the known names.
     """
     if name in ZOO:
         return ZOO[name]
     close = get_close_matches(name, ZOO, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]}?" if close else ""
-    raise ValueError(
+    raise UserValueError(
         f"No weights {name} in the zoo.{hint} There are: {', '.join(ZOO)}. Other VoVNets of timm "
         "have no trained weights."
     )
 
 
 def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
-    """What the layout of a file tells that says nothing of itself: conventions of those who
-    published such files, so less certain than what a file says.
+    """Return the metadata that the layout of a file implies, for a file that has none itself.
+
+    Such metadata are conventions of the publishers, so they are less certain than metadata in the
+    file.
 
     Args:
-        names: of all that the file holds, the parts outside the VoVNet included.
+        names: the names of all tensors of the file, also of the parts outside the VoVNet.
     """
     if found.layout == "timm":
         # timm's v1 models have no residual; all its VoVNets have the strided stem by default.

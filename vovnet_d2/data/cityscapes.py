@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cityscapes: its scripts under the name by which newer versions of Detectron2 import them, and
-whether a folder is what it is registered as."""
+"""Cityscapes' scripts get the name by which newer versions of Detectron2 import them, and its files
+are checked."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from ..errors import UserValueError, describe
+
 __all__ = ["check_cityscapes", "provide_cityscapes_scripts"]
 
 _PACKAGE = "cityscapesscripts"
@@ -26,7 +28,8 @@ def provide_cityscapes_scripts() -> None:
     """Let ``deeplearning.projects.cityscapesApi.cityscapesscripts`` name ``cityscapesscripts``.
 
     Versions of Detectron2 since 2024 import Cityscapes' scripts by the first name, which exists
-    inside Meta alone. Nothing is done where that package exists or the scripts are not installed.
+    only inside Meta. This function does nothing if that package exists or the scripts are not
+    installed.
     """
     if importlib.util.find_spec(_PACKAGE) is None:
         return
@@ -46,26 +49,26 @@ _WAY_OUT = (
 
 
 def check_cityscapes(image_dir: str, gt_dir: str) -> None:
-    """Look at the files of a split before a run, as Detectron2's loader takes them. The classes of
-    the objects are looked at where Cityscapes' scripts are installed, without which no evaluation
-    and no training on objects is possible.
+    """Check the files of a split before a run. The classes of objects are checked only if
+    Cityscapes' scripts are installed, as a training on objects needs these scripts.
 
     Args:
-        image_dir: holds a folder of pictures for each city.
-        gt_dir: holds a folder of annotations for each city.
+        image_dir: the folder with a folder of pictures for each city.
+        gt_dir: the folder with a folder of annotations for each city.
 
     Raises:
-        ValueError: there is no picture, a file has no name of Cityscapes', its annotations are
-            missing or malformed, or an object is of another class. The message names the first.
+        ValueError: there is no picture, a file name is not one of Cityscapes, annotations are
+            missing or malformed, or an object has an unknown class. The message names the first
+            file.
     """
     pictures = [path for city in sorted(Path(image_dir).iterdir()) for path in _list(city)]
     if not pictures:
-        raise ValueError(f"{image_dir} has no pictures in folders of cities: {_WAY_OUT}.")
+        raise UserValueError(f"{image_dir} has no pictures in folders of cities: {_WAY_OUT}.")
     classes = _class_names()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = pool.map(partial(_find_problem, Path(gt_dir), classes), pictures)
         if problem := next(filter(None, problems), ""):
-            raise ValueError(problem)
+            raise UserValueError(problem)
 
 
 def _list(city: Path) -> list[Path]:
@@ -81,7 +84,9 @@ def _class_names() -> Collection[str]:
 
 def _find_problem(gt_dir: Path, classes: Collection[str], picture: Path) -> str:
     if not picture.name.endswith(_PICTURE):
-        return f"{picture} is no file of Cityscapes', whose pictures end in {_PICTURE}: {_WAY_OUT}."
+        return (
+            f"{picture} is not a picture of Cityscapes, whose names end in {_PICTURE}: {_WAY_OUT}."
+        )
     path = gt_dir / picture.parent.name / (picture.name.removesuffix(_PICTURE) + _OBJECTS)
     if not path.is_file():
         return f"There are no annotations {path} of {picture}."
@@ -89,8 +94,9 @@ def _find_problem(gt_dir: Path, classes: Collection[str], picture: Path) -> str:
         content = json.loads(path.read_bytes())
         names = [str(item["label"]) for item in content["objects"] if "deleted" not in item]
     except (KeyError, TypeError, ValueError) as error:
-        return f"{path} is no annotation of Cityscapes' ({type(error).__name__}: {error})."
+        return f"{path} is not an annotation file of Cityscapes ({describe(error)})."
     wrong = [n for n in names if n not in classes and n.removesuffix("group") not in classes]
     if classes and wrong:
-        return f"{path} has an object of class {wrong[0]!r}, none of Cityscapes': {_WAY_OUT}."
+        found = f"an object of class {wrong[0]!r}, which Cityscapes does not have"
+        return f"{path} has {found}: {_WAY_OUT}."
     return ""

@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data to train classifiers on: folders of images, CIFAR-10 from a folder, the embedded digits."""
+"""Classifiers learn from folders of images, from CIFAR-10 in a folder, or from the embedded
+digits."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import find_classes
 
+from ..errors import UserFileNotFoundError, UserValueError
 from .digit_images import load_sources
 from .digits import CLASS_NAMES, digit_split
 from .image_file import read_image
@@ -27,13 +29,13 @@ Transform = Callable[[Image.Image], Any]
 
 
 def class_names(data: str, split: str) -> list[str]:
-    """Names of the classes, in the order of their numbers.
+    """Return the names of the classes, in the order of their numbers.
 
     Args:
-        data: see :func:`build_classification_dataset`; as is ``split``.
+        data, split: see :func:`build_classification_dataset`.
 
     Raises:
-        FileNotFoundError: the folder or what it should hold is missing.
+        FileNotFoundError: the folder or a part of it is missing.
         ValueError: there is no such split.
     """
     kind = _kind(data, split)
@@ -49,14 +51,14 @@ def build_classification_dataset(
 ) -> Dataset:
     """
     Args:
-        data: "digits"; or a folder, either with a folder for each split in which there is one of
-            images for each class (ImageNet's layout), or with ``cifar-10-batches-py``.
-        split: "train" or "val"; of folders in ImageNet's layout, the name of one.
-        transform: what is done to an image, an RGB one of Pillow.
-        image_size: side of the digits' images in pixels.
+        data: "digits", or a folder. The folder holds a folder for each split, which holds a folder
+            of images for each class (ImageNet's layout), or it holds ``cifar-10-batches-py``.
+        split: "train" or "val"; in ImageNet's layout the name of a folder.
+        transform: the function that is applied to each image, an RGB image of Pillow.
+        image_size: the side of the digits' images in pixels.
 
     Returns:
-        pairs of an image and the number of its class; ``classes`` are their names.
+        pairs of an image and the number of its class. The attribute ``classes`` has the names.
 
     Raises:
         FileNotFoundError: the folder or what it should hold is missing.
@@ -71,14 +73,14 @@ def build_classification_dataset(
     try:
         return ImageFolder(folder, transform, loader=_read_image)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: {error}") from error
+        raise UserFileNotFoundError(f"{folder}: {error}") from error
 
 
 def _kind(data: str, split: str) -> str:
     if data != "digits" and not (Path(data) / CIFAR10.base_folder).is_dir():
         return "folders"
     if split not in SPLITS:
-        raise ValueError(f"{data} has no split {split!r}: choose from {', '.join(SPLITS)}.")
+        raise UserValueError(f"{data} has no split {split!r}: choose from {', '.join(SPLITS)}.")
     return "digits" if data == "digits" else "cifar10"
 
 
@@ -86,7 +88,7 @@ def _open_cifar10(data: str, split: str, transform: Transform | None = None) -> 
     try:
         return CIFAR10(data, train=split == "train", transform=transform)
     except RuntimeError as error:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{data}/{CIFAR10.base_folder} is not complete or damaged: unpack "
             f"{CIFAR10.filename} there once more."
         ) from error
@@ -95,21 +97,21 @@ def _open_cifar10(data: str, split: str, transform: Transform | None = None) -> 
 def _split_folder(data: str, split: str) -> Path:
     folder = Path(data) / split
     if not Path(data).is_dir():
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"There is no folder {Path(data).absolute()} to take images from (nor is it 'digits', "
             "the embedded data)."
         )
     if not folder.is_dir():
         inside = sorted(path.name for path in Path(data).iterdir())
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{data} has no folder {split!r}, but {', '.join(inside[:5]) or 'nothing'}. It should "
             "hold train and val with a folder of images for each class, as ImageNet's does, or "
             f"{CIFAR10.base_folder}, which CIFAR-10's archive unpacks to."
         )
     if not any(path.is_dir() for path in folder.iterdir()):
-        raise FileNotFoundError(
-            f"{folder} has no folders: its images must lie in one for each class, as those of "
-            "train do."
+        raise UserFileNotFoundError(
+            f"{folder} has no folders: it must hold a folder of images for each class, as train "
+            "does."
         )
     return folder
 
@@ -118,11 +120,11 @@ def _read_image(path: str) -> Image.Image:
     try:
         return Image.fromarray(read_image(path, "RGB"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: delete it. {error}") from error
+        raise UserValueError(f"{path} cannot be read as an image: delete it. {error}") from error
 
 
 class _Digits(Dataset):
-    """scikit-learn's digits, enlarged, of the detection data set's split."""
+    """The enlarged digits of scikit-learn, in the split of the detection data set."""
 
     classes = CLASS_NAMES
 
@@ -142,7 +144,7 @@ class _Digits(Dataset):
 
 
 def _enlarge(scan: NDArray[np.float64], image_size: int) -> Image.Image:
-    """A scan (8, 8) in [0, 1] as a square image, bright on black, with an empty cell around it."""
+    """Return a scan (8, 8) in [0, 1] as a square image, bright on black, with an empty border."""
     cells = np.rint(255 * np.pad(scan, 1)).astype(np.uint8)
     image = Image.fromarray(cells).resize((image_size, image_size), Image.Resampling.BICUBIC)
     return image.convert("RGB")

@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing one image of the digits data set: background, glyphs, ink, outlines.
+"""An image of the digits data set is drawn: the background, the glyphs and their outlines.
 
-Pixels are computed in double precision and rounded once, at the end, so that machines whose last
-digits differ still make the same image.
+Pixels are computed in double precision and rounded once, at the end. So machines whose last digits
+differ still make the same image.
 """
 
 import math
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import UserImportError, UserValueError
 
 __all__ = ["GLYPH_MARGIN", "Digit", "Sources", "load_sources", "make_image"]
 
@@ -29,7 +31,7 @@ _TRIES_PER_IMAGE = 100
 
 
 class Sources(NamedTuple):
-    """scikit-learn's data: scans (1797, 8, 8) in [0, 1], labels (1797,), RGB photographs."""
+    """The data of scikit-learn: scans (1797, 8, 8) in [0, 1], labels (1797,), RGB photographs."""
 
     scans: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -39,7 +41,7 @@ class Sources(NamedTuple):
 class Digit(NamedTuple):
     """A digit of an image: box ``XYWH`` in pixels, polygons ``[x0, y0, x1, y1, ...]``.
 
-    Floats throughout: Detectron2 scales a polygon of integers in place, in integers.
+    All numbers are floats, as Detectron2 scales a polygon of integers in place, in integers.
     """
 
     label: int
@@ -48,14 +50,14 @@ class Digit(NamedTuple):
 
 
 class _Glyph(NamedTuple):
-    """A digit ready to be drawn, both arrays (H, W) with ``GLYPH_MARGIN`` on every side."""
+    """A digit ready to be drawn. Both arrays are (H, W), with ``GLYPH_MARGIN`` on every side."""
 
     opacity: NDArray[np.float64]
     mask: NDArray[np.bool_]
 
 
 def load_sources() -> Sources:
-    """Read what comes with scikit-learn.
+    """Read the scans and photographs that come with scikit-learn.
 
     Raises:
         ImportError: scikit-learn, or Pillow which it reads photographs with, is missing.
@@ -63,7 +65,7 @@ def load_sources() -> Sources:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise ImportError(
+        raise UserImportError(
             "The digits data set is made of scikit-learn's data: pip install scikit-learn"
         ) from error
     digits = load_digits()
@@ -86,11 +88,11 @@ def make_image(
         sources: see :func:`load_sources`.
         digits: indices of the scans to choose from.
         photo_part: left and right end of the backgrounds, as fractions of a photograph's width.
-        rng: of all choices.
+        rng: the generator of all choices.
         image_size, digits_per_image, digit_size: see ``build_digits``.
 
     Returns:
-        Pixels (S, S, 3) in RGB and what is on them.
+        the pixels (S, S, 3) in RGB, and the digits on them.
 
     Raises:
         ValueError: the digits do not fit.
@@ -100,7 +102,7 @@ def make_image(
     for _ in range(_TRIES_PER_IMAGE):
         labels = [int(label) for label in rng.integers(10, size=count)]
         chosen = [rng.choice(digits[sources.labels[digits] == label]) for label in labels]
-        # The large ones first: they find a place only while there is room.
+        # The large glyphs come first, as they find a place only while there is room.
         heights = np.sort(np.exp(rng.uniform(math.log(low), math.log(high), count)))[::-1]
         glyphs = [
             _make_glyph(sources.scans[digit], label, height, rng)
@@ -113,7 +115,7 @@ def make_image(
                 Digit(label, [float(side) for side in _box(mask)], _trace_outlines(mask))
                 for label, mask in zip(labels, masks, strict=True)
             ]
-    raise ValueError(
+    raise UserValueError(
         f"{count} digits of {low} to {high} pixels do not fit on an image of {image_size} pixels: "
         "lower digits_per_image or digit_size, or raise image_size."
     )
@@ -125,7 +127,8 @@ def _make_background(
     image_size: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """A piece of a photograph (S, S, 3) in [0, 255], mirrored at times, with less contrast."""
+    """Return a piece of a photograph (S, S, 3) in [0, 255], perhaps mirrored, with less
+    contrast."""
     from PIL import Image
 
     photo = photographs[rng.integers(len(photographs))]
@@ -133,7 +136,7 @@ def _make_background(
     left, right = (round(fraction * width) for fraction in photo_part)
     side = int(rng.integers(_CROP_SIDES[0], _CROP_SIDES[1] + 1))
     x, y = rng.integers(left, right - side + 1), rng.integers(height - side + 1)
-    # Cut before the resizing, whose filter would reach beyond the crop.
+    # The crop is cut before the resizing, whose filter would reach beyond it.
     crop = Image.fromarray(photo[y : y + side, x : x + side])
     pixels = np.asarray(crop.resize((image_size, image_size), Image.Resampling.BICUBIC), float)
     if rng.random() < 0.5:
@@ -166,7 +169,7 @@ def _make_glyph(
 
 
 def _resample(cells: NDArray[np.float64], to_pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cubic spline through ``cells`` (N, N), read off at the pixels of the deformed grid."""
+    """Read a cubic spline through ``cells`` (N, N) at the pixels of the deformed grid."""
     from scipy import ndimage
 
     center = (len(cells) - 1) / 2
@@ -177,7 +180,7 @@ def _resample(cells: NDArray[np.float64], to_pixels: NDArray[np.float64]) -> NDA
 
 
 def _ink_to_glyph(ink: NDArray[np.float64]) -> _Glyph:
-    """Opacity and filled mask from the amount of ink (H, W), cropped to the glyph."""
+    """Return opacity and filled mask of an amount of ink (H, W), cropped to the glyph."""
     from scipy import ndimage
 
     square = np.ones((3, 3))
@@ -225,7 +228,9 @@ def _draw(
             if color is None:
                 continue
             canvas[window] += glyph.opacity[..., None] * (color - canvas[window])
-            taken |= ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=GLYPH_MARGIN)
+            # The margin of the glyph has room for the dilation.
+            square = np.ones((3, 3))
+            taken[window] |= ndimage.binary_dilation(glyph.mask, square, iterations=GLYPH_MARGIN)
             masks.append(mask)
             break
         else:
@@ -236,7 +241,8 @@ def _draw(
 def _choose_ink(
     surface: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.float64] | None:
-    """A random colour (3,) that stands out from ``surface`` (H, W, 3); None if none would."""
+    """Return a random colour (3,) that stands out from ``surface`` (H, W, 3); None if none
+    would."""
     darkest, brightest = np.percentile(surface @ _LUMA, [5, 95])
     ranges = [(0.0, darkest - _MIN_CONTRAST), (brightest + _MIN_CONTRAST, 255.0)]
     ranges = [(low, high) for low, high in ranges if low < high]
@@ -250,7 +256,7 @@ def _choose_ink(
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a mask (H, W)."""
+    """Return left, top, width and height of a mask (H, W)."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
@@ -263,7 +269,7 @@ def _box_overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> 
 
 
 def _trace_outlines(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Polygons along the pixels' edges around a mask (H, W) without holes."""
+    """Return polygons along the pixel edges around a mask (H, W) without holes."""
     steps = _outline_steps(mask)
     polygons = []
     while steps:
@@ -286,7 +292,8 @@ def _trace_outlines(mask: NDArray[np.bool_]) -> list[list[float]]:
 
 
 def _outline_steps(mask: NDArray[np.bool_]) -> dict[tuple[int, int], set[tuple[int, int]]]:
-    """Steps (dx, dy) from corner (x, y) to corner, clockwise, along the mask's outer edges."""
+    """Return the steps (dx, dy) from corner to corner, clockwise, along the outer edges of a
+    mask."""
     inside = np.pad(mask, 1)
     steps = defaultdict(set)
     for neighbor, corner, step in (  # above, right, below, left of a pixel

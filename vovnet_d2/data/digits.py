@@ -1,20 +1,20 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded digits data set: a small COCO-format detection set that needs no download.
+"""The embedded digits data set is a small detection set in COCO's format that needs no download.
 
 Real handwritten digits (scikit-learn's ``load_digits``: 1,797 scans of 8x8 cells) are enlarged
-smoothly and written over crops of scikit-learn's two photographs. Ten categories, boxes and
-masks. It stands in for COCO where COCO is not at hand: to try an installation, a recipe or a
-change of code within minutes. It says nothing about a network's accuracy on photographs.
+smoothly and written over crops of scikit-learn's two photographs. They have ten categories, boxes
+and masks. Use the data set to check an installation, a recipe or a change of code within minutes.
+Its scores say nothing about other photographs.
 
-What an annotation means:
+The annotations follow these rules:
 
-* **Mask**: the glyph's outer contour, filled, one polygon per connected part. COCO's polygons
-  cannot hold holes, so the inside of a 0, 6, 8 or 9 belongs to the mask. The polygons run along
-  the edges of pixels: rasterised by pycocotools they give the mask back exactly.
-* **Box**: tight around the mask, ``XYWH``, as ``pycocotools.mask.toBbox`` has it.
-* **Area**: the box's, not the mask's. A glyph fills about half of its box, so by the area of
-  masks no digit would ever be "large" in COCO's sense and AP by size would lack a third.
+* **Mask**: the filled outer contour of the glyph, with one polygon per connected part. COCO's
+  polygons cannot hold holes, so the inside of a 0, 6, 8 or 9 belongs to the mask. The polygons run
+  along the edges of pixels, so that pycocotools gives the mask back exactly.
+* **Box**: ``XYWH``, tight around the mask, as ``pycocotools.mask.toBbox`` computes it.
+* **Area**: the area of the box. A glyph fills about half of its box, so by the area of masks no
+  digit would ever be "large" in COCO's sense, and AP by size would lack a third.
 
 Glyphs do not hide one another: every mask is visible as a whole.
 """
@@ -23,22 +23,23 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserValueError
 from .digit_images import GLYPH_MARGIN, Digit, load_sources, make_image
 
 __all__ = ["CLASS_NAMES", "build_digits", "digit_split", "register_digits"]
 
 CLASS_NAMES = tuple("0123456789")
 
-# To be raised with every change that alters a pixel or an annotation: it makes users' copies
-# rebuild themselves.
+# Raise this number with every change that alters a pixel or an annotation. Then the copies of users
+# are built anew.
 _VERSION = 1
 
 _FOLDER = "vovnet_d2_digits"
@@ -46,21 +47,15 @@ _FOLDER = "vovnet_d2_digits"
 _NUM_DIGITS = 1797  # in scikit-learn's load_digits
 _NUM_VAL_DIGITS = 360
 
-# The parts of each photograph's width that a split's backgrounds are cut from.
+# The backgrounds of a split are cut from this part of the width of each photograph.
 _PHOTO_PARTS = {"train": (0.0, 0.66), "val": (0.69, 1.0)}
-
-# The files of a data set, as patterns below its folder.
-_WRITTEN = (
-    "recipe.json",
-    "annotations/instances_*.json",
-    *(f"{split}/[0-9][0-9][0-9][0-9][0-9][0-9].png" for split in _PHOTO_PARTS),
-)
 
 
 def digit_split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices into ``sklearn.datasets.load_digits`` of the training and the validation digits.
+    """Return the indices into ``sklearn.datasets.load_digits`` of the training and the validation
+    digits.
 
-    The split is random and always the same, whatever the seed of a build, so that a classifier
+    The split is random and always the same, whatever the seed of a build. So a classifier that was
     trained on the first part has not seen a digit of the validation images.
     """
     order = np.random.default_rng(_NUM_DIGITS).permutation(_NUM_DIGITS)
@@ -81,18 +76,18 @@ def build_digits(
 
     It holds ``train/*.png``, ``val/*.png`` and ``annotations/instances_{train,val}.json``. The
     same arguments give the same pixels; image *i* of a split depends on neither the number of
-    images nor the other images. A data set made with other arguments is replaced, unless
+    images nor the other images. A data set that was made with other arguments is replaced, unless
     somebody has changed it. Several processes may call this at once: one builds, the others wait.
     The folder appears under its name only when it is complete.
 
     Args:
-        root: folder of data sets, made if missing.
-        num_train, num_val: images per split.
-        image_size: side of the square images, in pixels.
-        digits_per_image: least and greatest number of digits in an image, drawn uniformly.
-        digit_size: least and greatest height of a glyph's box in pixels, drawn log-uniformly and
-            met to within a pixel.
-        seed: of everything but the split of the digits, see :func:`digit_split`.
+        root: the folder of data sets. The folder is made if it is missing.
+        num_train, num_val: the number of images per split.
+        image_size: the side of the square images, in pixels.
+        digits_per_image: the least and greatest number of digits in an image, drawn uniformly.
+        digit_size: the least and greatest height of a glyph's box in pixels, drawn log-uniformly
+            and met to within a pixel.
+        seed: the seed of everything but the split of the digits, see :func:`digit_split`.
 
     Returns:
         ``root/vovnet_d2_digits``.
@@ -120,7 +115,7 @@ def build_digits(
             if not _is_current(target, recipe):
                 _replace(target, recipe)
     except OSError as error:
-        raise ValueError(
+        raise UserValueError(
             f"Cannot write the digits data set to '{target}' ({error.strerror or error}): "
             "set DETECTRON2_DATASETS to a folder that can be written to."
         ) from error
@@ -142,7 +137,7 @@ def register_digits() -> None:
             continue
         MetadataCatalog.get(name).set(
             thing_classes=list(CLASS_NAMES),
-            # Else it is known only once the annotations are loaded, which builds the data set.
+            # Otherwise the ids would be known only after loading, which builds the data set.
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
             evaluator_type="coco",
             json_file=str(root / _FOLDER / "annotations" / f"instances_{split}.json"),
@@ -169,19 +164,19 @@ def _check_arguments(
 ) -> None:
     for split, count in counts.items():
         if count < 1:
-            raise ValueError(f"num_{split} must be at least 1, not {count}.")
+            raise UserValueError(f"num_{split} must be at least 1, not {count}.")
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}.")
+        raise UserValueError(f"seed must be at least 0, not {seed}.")
     fewest, most = digits_per_image
     if not 1 <= fewest <= most:
-        raise ValueError(
+        raise UserValueError(
             "digits_per_image must be two numbers (least, greatest) of at least 1, "
             f"not ({fewest}, {most})."
         )
     smallest, largest = digit_size
     limit = image_size - 2 * GLYPH_MARGIN
     if not 8 <= smallest <= largest <= limit:
-        raise ValueError(
+        raise UserValueError(
             f"digit_size must be two heights (least, greatest) from 8 to {limit} pixels on images "
             f"of {image_size} pixels, not ({smallest}, {largest})."
         )
@@ -192,7 +187,8 @@ def _is_current(target: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _read_made(folder: Path) -> dict[str, Any]:
-    """Read the recipe and the digest that :func:`_write` left in a folder; empty without them."""
+    """Read the recipe and the digest that :func:`_write` left in a folder; empty if there are
+    none."""
     try:
         made = json.loads((folder / "recipe.json").read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -201,7 +197,7 @@ def _read_made(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path) -> str:
-    """Sum up the names and contents of all files in a folder, but for its recipe."""
+    """Return a digest of the names and contents of all files in a folder except its recipe."""
     digest = hashlib.sha256()
     files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     for path in files:
@@ -213,41 +209,29 @@ def _digest(folder: Path) -> str:
 
 
 def _replace(target: Path, recipe: dict[str, Any]) -> None:
-    """Build next to ``target`` and put the result in its place; the caller holds the lock."""
+    """Build in a folder next to ``target``, and rename it. The caller holds the lock."""
     if os.path.lexists(target):
         _require_unchanged(target)
-    for leftover in target.parent.glob(f".{_FOLDER}.*"):  # what a killed build left behind
-        _clear(leftover)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}.", dir=target.parent))
+    prefix = f".{_FOLDER}.build-"
+    for leftover in target.parent.glob(f"{prefix}*"):  # what a killed build left behind
+        shutil.rmtree(leftover, ignore_errors=True)
+    workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         _write(workplace / "new", recipe)
         if target.exists():
             target.rename(workplace / "old")
         (workplace / "new").rename(target)
     finally:
-        _clear(workplace)
+        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def _require_unchanged(target: Path) -> None:
     if _read_made(target).get("digest") != _digest(target):
-        raise ValueError(
+        raise UserValueError(
             f"{target} is not as this package made it: a digits data set of other arguments, or of "
             "another version of the package, would replace it. Move the folder away, or set "
             "DETECTRON2_DATASETS to another one."
         )
-
-
-def _clear(workplace: Path) -> None:
-    """Remove what :func:`_replace` puts into a folder, and the folder if nothing else is in it."""
-    for folder in (workplace / "new", workplace / "old"):
-        for pattern in _WRITTEN:
-            for path in folder.glob(pattern):
-                path.unlink()
-        for path in (*(folder / name for name in ("annotations", *_PHOTO_PARTS)), folder):
-            with suppress(OSError):  # it is not there, or has something else in it
-                path.rmdir()
-    with suppress(OSError):
-        workplace.rmdir()
 
 
 def _write(folder: Path, recipe: dict[str, Any]) -> None:
@@ -271,7 +255,8 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
                 pixels, drawn = make_image(
                     sources, digits, _PHOTO_PARTS[split], rng, **recipe["layout"]
                 )
-                Image.fromarray(pixels).save(folder / split / _file_name(index))
+                # Stronger compression would take longer than everything else here.
+                Image.fromarray(pixels).save(folder / split / _file_name(index), compress_level=1)
                 contents.append(drawn)
                 progress.update()
             path = folder / "annotations" / f"instances_{split}.json"
@@ -285,7 +270,7 @@ def _file_name(index: int) -> str:
 
 
 def _to_coco(contents: list[list[Digit]], image_size: int) -> dict[str, Any]:
-    """The annotation file of a split from the digits of its images.
+    """Return the content of the annotation file of a split.
 
     All ids count from 1: pycocotools takes an annotation 0 for no annotation, and Detectron2
     expects categories to start there.

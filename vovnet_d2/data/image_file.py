@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of image files: the same in training, evaluation, checks, pictures and prediction.
+"""Training, evaluation, checks, pictures and prediction read image files in the same way.
 
-The rules, for every file:
+These rules hold for every file:
 
 - The picture is turned as its EXIF orientation says.
 - 8 bits per channel are read as Detectron2 reads them. Transparency is dropped.
@@ -22,10 +22,12 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import UserFileNotFoundError, UserValueError, one_line
+
 __all__ = ["ImageHeader", "read_header", "read_image", "read_labels", "why_unreadable"]
 
 ORIENTATION = 274  # EXIF's tag
-# What turns a stored picture as its orientation asks; 1 is the picture as it is stored.
+# The transposition of a stored picture by its orientation; 1 is the picture as it is stored.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,36 +37,46 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Formats of which Pillow opens 16-bit grey values as 32-bit numbers, depending on its version.
+# Some versions of Pillow open 16-bit grey values of these formats as 32-bit numbers.
 _NEVER_32_BITS = ("PNG", "PPM", "JPEG2000")
 _LABEL_MODES = ("1", "L", "P", "PA", "LA", "I")
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of a file says.
+    """The header of an image file.
 
     Attributes:
-        stored_size: width and height as the file stores the picture.
-        orientation: EXIF's, 1 to 8; 1 where it is missing or no such number.
-        bits: per channel.
+        stored_size: the width and height of the picture as the file stores it.
+        orientation: the orientation of EXIF, 1 to 8; 1 if it is missing or another number.
+        bits: the bits of a channel.
     """
 
     stored_size: tuple[int, int]
-    orientation: int
-    bits: int
+    orientation: int = 1
+    bits: int = 8
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture as it is read: turned as EXIF says."""
+        """Return width and height of the picture as it is read: turned by its EXIF orientation."""
         width, height = self.stored_size
         return (height, width) if self.orientation >= 5 else (width, height)
 
 
 def read_header(file: str | os.PathLike[str]) -> ImageHeader:
-    """Read a picture's size and orientation, and none of its pixels."""
-    with Image.open(file) as picture:
-        return _header_of(picture)
+    """Read the size and orientation of a picture, without its pixels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a picture, or its header is damaged.
+    """
+    try:
+        with Image.open(file) as picture:
+            return _header_of(picture)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise all kinds at damaged files
+        raise _not_a_picture(file, error) from error
 
 
 def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.uint8]:
@@ -78,7 +90,7 @@ def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a picture, is damaged, or has values without a known range.
+        ValueError: the file is no picture or is damaged, or the range of its values is not known.
     """
     path = _require_file(file)
     try:
@@ -88,23 +100,27 @@ def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.
             turned = _to_8_bits(_turn(picture, header.orientation)) if header.bits <= 16 else None
             pixels = None if turned is None else convert_PIL_to_numpy(turned, format)
     except Exception as error:  # decoders raise all kinds at damaged files
-        raise ValueError(f"{path} is not a picture that can be read ({_reason(error)}).") from error
+        raise _not_a_picture(path, error) from error
     if pixels is None:
-        raise ValueError(
+        raise UserValueError(
             f"{path} has 32 bits per pixel, whose range is not known: convert it to 8 or 16."
         )
     return np.ascontiguousarray(pixels)
 
 
+def _not_a_picture(file: str | os.PathLike[str], error: Exception) -> UserValueError:
+    return UserValueError(f"{file} is not a picture that can be read ({_reason(error)}).")
+
+
 def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
-    """Read a map of labels, a class for each pixel.
+    """Read a label map, which has a class for each pixel.
 
     Returns:
-        (H, W): the numbers that the file stores.
+        (H, W), the numbers that the file stores.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a picture, is damaged, or its pixels are colours and no numbers.
+        ValueError: the file is no picture or is damaged, or its pixels are colours and not numbers.
     """
     path = _require_file(file)
     try:
@@ -112,7 +128,7 @@ def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
             picture.load()
             labels = _numbers_of(_turn(picture, _header_of(picture).orientation))
     except Exception as error:
-        raise ValueError(f"{path} is no map of labels: {_reason(error)}.") from error
+        raise UserValueError(f"{path} is no map of labels: {_reason(error)}.") from error
     return labels.astype(np.int64)
 
 
@@ -132,7 +148,7 @@ def why_unreadable(file: str | os.PathLike[str], *, labels: bool = False) -> str
 def _require_file(file: str | os.PathLike[str]) -> str:
     path = os.fspath(file)
     if not PathManager.exists(path):
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise UserFileNotFoundError(f"There is no file {path}.")
     return path
 
 
@@ -154,7 +170,7 @@ def _turn(picture: Image.Image, orientation: int) -> Image.Image:
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """The upper 8 of 16 bits; pictures of 8 bits stay as they are."""
+    """Return the upper 8 of 16 bits. A picture of 8 bits stays as it is."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         values = np.asarray(picture).astype(np.int64)
         return Image.fromarray((np.clip(values, 0, 0xFFFF) >> 8).astype(np.uint8))
@@ -171,15 +187,15 @@ def _numbers_of(picture: Image.Image) -> NDArray[np.generic]:
     if mode in ("RGB", "RGBA"):
         red, *others = (values[..., channel] for channel in range(3))
         if all(np.array_equal(red, other) for other in others):
-            return red  # grey values, saved thrice
+            return red  # the file stores each grey value three times
         place = np.argwhere((red != others[0]) | (red != others[1]))[0]
         colours = len(np.unique(values[..., :3].reshape(-1, 3), axis=0))
-        raise ValueError(
+        raise UserValueError(
             f"its pixels are colours ({tuple(values[tuple(place)][:3].tolist())} for one, of "
             f"{colours}) and not numbers of classes: write a picture of one channel, or with a "
             "palette, whose values are the numbers"
         )
-    raise ValueError(f"its pixels are not whole numbers (Pillow's mode {mode})")
+    raise UserValueError(f"its pixels are not whole numbers (Pillow's mode {mode})")
 
 
 def _reason(error: Exception) -> str:
@@ -188,7 +204,6 @@ def _reason(error: Exception) -> str:
             "it has more pixels than Pillow reads, as a guard against files that are made to fill "
             "the memory: make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS = None if you trust it"
         )
-    # Pillow's words for what it does not recognise are about the file object that it was given.
+    # Pillow's message for an unknown format names the file object, which says nothing to a user.
     known = {"UnidentifiedImageError": "of no known format"}
-    text = known.get(type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
-    return text.rstrip(".")
+    return known.get(type(error).__name__) or one_line(error)

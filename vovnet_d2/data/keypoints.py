@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keypoints of one's own: their names, and which of them change places in a mirrored picture."""
+"""The keypoints of custom data have names, and some are exchanged in pairs in a mirrored
+picture."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from ..errors import UserValueError
 from .check.values import are_numbers
 
 __all__ = ["Flips", "derive_flips", "find_problem", "keypoint_names", "parse_flips"]
@@ -16,7 +18,7 @@ __all__ = ["Flips", "derive_flips", "find_problem", "keypoint_names", "parse_fli
 Flips = tuple[tuple[str, str], ...]
 
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
-# LEye, lEye, leftEye, left_eye, EYE-L: runs of capitals, words, and what is between them.
+# Parts of LEye, lEye, leftEye, left_eye, EYE-L: runs of capitals, words, and other characters.
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+")
 _GLUED = re.compile(r"^(left|right)(?=.)|(?<=.)(left|right)$", re.IGNORECASE)
 
@@ -25,33 +27,33 @@ _GLUED = re.compile(r"^(left|right)(?=.)|(?<=.)(left|right)$", re.IGNORECASE)
 
 
 def keypoint_names(categories: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the names that categories give their keypoints; those that name none do not count.
+    """Return the names that categories give their keypoints. Categories without names are ignored.
 
     Args:
-        categories: of a file in COCO's format.
+        categories: the categories of a file in COCO's format.
 
     Raises:
-        ValueError: no category names any, two have different ones, or a name is no text or is
-            there twice.
+        ValueError: no category names its keypoints, two categories have different names, or a name
+            is no text or occurs twice.
     """
     found = [(c.get("name"), c["keypoints"]) for c in categories if c.get("keypoints")]
     if not found:
-        raise ValueError(
+        raise UserValueError(
             'no category names its keypoints ("keypoints": ["nose", "left_eye", ...] in the entry '
             "of the category)"
         )
     (first, names), *others = found
     for name, keypoints in others:
         if keypoints != names:
-            raise ValueError(
+            raise UserValueError(
                 f"categories {first!r} and {name!r} have different keypoints, and a network "
                 "predicts the same ones for all"
             )
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f"the keypoints of category {first!r} are no names: {names!r:.100}")
+        raise UserValueError(f"the keypoints of category {first!r} are not names: {names!r:.100}")
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"category {first!r} has the keypoint {twice!r} twice")
+        raise UserValueError(f"category {first!r} has the keypoint {twice!r} twice")
     return tuple(names)
 
 
@@ -59,8 +61,8 @@ def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
     """Say what is wrong with the keypoints of objects; empty if nothing is.
 
     Args:
-        annotations: of a file in COCO's format; those without keypoints do not count.
-        count: how many keypoints an object has.
+        annotations: the annotations of a file in COCO's format.
+        count: the number of keypoints of an object.
     """
     labelled = 0
     for index, annotation in enumerate(annotations):
@@ -80,11 +82,11 @@ def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
 
 
 def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
-    """Find the pairs that change places in a mirror by their names, which differ in "left" and
-    "right", or "l" and "r", as a part of their own: left_eye, EyeL, l_eye, lefteye.
+    """Find the pairs that are exchanged in a mirrored picture. Their names differ in a part, "left"
+    and "right" or "l" and "r", as in left_eye, EyeL, l_eye and lefteye.
 
     Args:
-        mirrored: whether pictures are mirrored at all.
+        mirrored: True if pictures are mirrored at all.
 
     Raises:
         ValueError: pictures are mirrored, and a name with a side has no counterpart.
@@ -97,7 +99,7 @@ def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
     paired = {name for pair in pairs for name in pair}
     lone = [n for n in names if n not in paired and _says_side(n)]
     if lone and mirrored:
-        raise ValueError(
+        raise UserValueError(
             f"the keypoint {lone[0]!r} has no counterpart on the other side, so a mirrored picture "
             "would have it on the wrong one: name the pairs with --keypoint-flips, or set "
             "INPUT.RANDOM_FLIP none"
@@ -106,7 +108,7 @@ def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
 
 
 def _mirror(name: str) -> str:
-    """Return the name on the other side; the same one if it says no side."""
+    """Return the name on the other side, or the same name if it has no side."""
     parts = _PARTS.findall(name)
     if any(part.lower() in _OTHER_SIDE for part in parts):
         return "".join(_other(p) if p.lower() in _OTHER_SIDE else p for p in parts)
@@ -125,10 +127,10 @@ def _says_side(name: str) -> bool:
 
 
 def parse_flips(text: str, names: Sequence[str]) -> Flips:
-    """Read the pairs of a command line: "left_eye:right_eye,left_ear:right_ear", or "none".
+    """Parse the pairs of a command line: "left_eye:right_eye,left_ear:right_ear", or "none".
 
     Raises:
-        ValueError: a part is no pair, or a name is unknown or there twice.
+        ValueError: a part is no pair, or a name is unknown or occurs twice.
     """
     if text.strip().lower() == "none":
         return ()
@@ -136,18 +138,18 @@ def parse_flips(text: str, names: Sequence[str]) -> Flips:
     flat = [name for pair in pairs for name in pair]
     for pair in pairs:
         if len(pair) != 2:
-            raise ValueError(
-                f"--keypoint-flips has {':'.join(pair)!r}, which is no pair: write "
+            raise UserValueError(
+                f"--keypoint-flips has {':'.join(pair)!r}, which is not a pair: write "
                 "left_eye:right_eye,left_ear:right_ear and so on, or none."
             )
         for name in pair:
             if name not in names:
                 close = get_close_matches(name, names, n=1)
                 hint = f" Close to it: {close[0]!r}." if close else ""
-                raise ValueError(
-                    f"--keypoint-flips names {name!r}, which is no keypoint of the data.{hint} "
+                raise UserValueError(
+                    f"--keypoint-flips names {name!r}, which is not a keypoint of the data.{hint} "
                     f"There are {', '.join(names)}."
                 )
             if flat.count(name) > 1:
-                raise ValueError(f"--keypoint-flips names {name!r} twice.")
+                raise UserValueError(f"--keypoint-flips names {name!r} twice.")
     return tuple((one, other) for one, other in pairs)

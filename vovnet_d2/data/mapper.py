@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a record of a data set to the network's input, as the config says."""
+"""The mapper turns a record of a data set into the network's input."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
+from ..errors import UserValueError
 from .image_file import read_image, read_labels
 from .ssd_augmentation import ssd_augmentations
 
@@ -23,8 +24,8 @@ __all__ = ["AugmentedTestMapper", "Mapper", "SSDMapper", "build_augmentations", 
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
-    """Build the mapper of a config: with ``INPUT.SSD_AUGMENTATION`` in training,
-    :class:`SSDMapper`.
+    """Build the mapper of a config. It is an :class:`SSDMapper` in a training with
+    ``INPUT.SSD_AUGMENTATION``.
 
     Raises:
         ValueError: see :func:`build_augmentations`.
@@ -38,9 +39,9 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Detectron2's resizing and flipping; where ``INPUT.FIXED_SIZE`` is set, images are warped to a
-    square of it instead, and ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Of images that
-    are thin lines, which Detectron2's resizing makes a side of 0 of, a pixel is left.
+    """Build Detectron2's resizing and flipping. With ``INPUT.FIXED_SIZE`` images are warped to a
+    square instead. ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Images that are thin lines
+    keep at least one pixel, which Detectron2's resizing does not guarantee.
 
     Raises:
         ValueError: SSD's augmentation without a fixed size, or with ``INPUT.CROP``.
@@ -48,7 +49,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     augmentations = [_leaving_a_pixel(a) for a in utils.build_augmentation(cfg, is_train)]
     size = cfg.INPUT.FIXED_SIZE
     if is_train and cfg.INPUT.SSD_AUGMENTATION and (not size or cfg.INPUT.CROP.ENABLED):
-        raise ValueError(
+        raise UserValueError(
             "INPUT.SSD_AUGMENTATION crops and warps to a square: set INPUT.FIXED_SIZE to its side "
             "and INPUT.CROP.ENABLED False."
         )
@@ -61,8 +62,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 
 
 class Mapper(DatasetMapper):
-    """A :class:`DatasetMapper` that reads files by the rules of
-    :mod:`~vovnet_d2.data.image_file`, and leaves a pixel of images that are thin lines."""
+    """A :class:`DatasetMapper` that reads files by :mod:`~vovnet_d2.data.image_file`, and keeps at
+    least one pixel of images that are thin lines."""
 
     augmentations: T.AugmentationList
 
@@ -74,11 +75,11 @@ class Mapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """
         Args:
-            dataset_dict: an image in Detectron2's format.
+            dataset_dict: the record of an image in Detectron2's format.
 
         Returns:
-            the same with "image" (C, H, W) and, in training, "instances" instead of "annotations"
-            and "sem_seg" (H, W), int64, instead of "sem_seg_file_name".
+            the record with "image" (C, H, W). In training it has "instances" instead of
+                "annotations", and "sem_seg" (H, W), int64, instead of "sem_seg_file_name".
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format)
@@ -101,8 +102,8 @@ class Mapper(DatasetMapper):
     def _augment(
         self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None, T.TransformList]:
-        # Labels are picked and not averaged, which Detectron2 does for 8 bits only: a label above
-        # 255 goes through it in two bytes.
+        # Labels must not be averaged. Detectron2 takes nearest neighbours for 8 bits only, so that
+        # labels above 255 are transformed as two bytes.
         low = None if labels is None else (labels & 0xFF).astype(np.uint8)
         aug_input = T.AugInput(image, sem_seg=low)
         transforms = self.augmentations(aug_input)
@@ -116,7 +117,8 @@ class Mapper(DatasetMapper):
 
 
 def _leaving_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
-    """Return the augmentation; Detectron2's resizing makes a side of 0 of a thin line's."""
+    """Return the augmentation, or one that keeps a pixel of a thin line, where Detectron2's keeps
+    none."""
     if type(augmentation) is not T.ResizeShortestEdge:
         return augmentation
     sizes = list(augmentation.short_edge_length)
@@ -133,7 +135,7 @@ class _ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 class _RandomCrop(T.RandomCrop):
-    """Detectron2's crop, of which a part of a pixel, in thin pictures, is a pixel."""
+    """Detectron2's crop, which takes at least one pixel."""
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         height, width = super().get_crop_size(image_size)
@@ -141,13 +143,13 @@ class _RandomCrop(T.RandomCrop):
 
 
 class AugmentedTestMapper:
-    """Makes the network's inputs of test-time augmentation from the input of the plain test, as
-    Detectron2's ``DatasetMapperTTA`` does; of images that are thin lines a pixel is left."""
+    """Makes the inputs of test-time augmentation as Detectron2's ``DatasetMapperTTA`` does, and
+    keeps at least one pixel of images that are thin lines."""
 
     def __init__(self, min_sizes: Sequence[int], max_size: int, *, flip: bool):
         """
         Args:
-            min_sizes: ``TEST.AUG.MIN_SIZES``; ``max_size`` and ``flip`` are ``TEST.AUG``'s, too.
+            min_sizes, max_size, flip: ``TEST.AUG.MIN_SIZES``, ``MAX_SIZE`` and ``FLIP``.
         """
         resizes = [_ResizeShortestEdge(size, max_size) for size in min_sizes]
         flips: list[list[T.Augmentation]] = [[], [T.RandomFlip(prob=1.0)]]
@@ -158,11 +160,12 @@ class AugmentedTestMapper:
     def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """
         Args:
-            record: with "image" (C, H, W), and "height" and "width" of the picture as it is read.
+            record: a record with "image" (C, H, W), and "height" and "width" of the picture as it
+                is read.
 
         Returns:
-            for each size, plain and flipped, the record with its "image" and "transforms", which
-            lead from the picture to that.
+            for each size, plain and flipped, the record with its "image", and with the "transforms"
+                that lead from the picture to the image.
         """
         pixels = record["image"].permute(1, 2, 0).numpy()
         resized = T.ResizeTransform(record["height"], record["width"], *pixels.shape[:2])
@@ -176,8 +179,8 @@ class AugmentedTestMapper:
 
 
 class SSDMapper(Mapper):
-    """A :class:`Mapper` for training whose augmentations see the boxes, crowds aside, and
-    that leaves out what has its box's centre outside the result, as SSD does."""
+    """A :class:`Mapper` for training whose augmentations see the boxes of objects. As in SSD,
+    objects whose centre is outside the result are left out."""
 
     def _augment(
         self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None

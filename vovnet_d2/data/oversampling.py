@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of rare classes more often, by Detectron2's RepeatFactorTrainingSampler."""
+"""Images of rare classes are drawn more often, by Detectron2's RepeatFactorTrainingSampler."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def build_sampler(records: Sequence[Mapping[str, Any]], threshold: float) -> Sam
 
     Args:
         records: images in Detectron2's format.
-        threshold: images of a class that less than this share of the images has come more often;
-            0 is without.
+        threshold: images of a class that is in a smaller share of the images are repeated; 0
+            repeats none.
     """
     if not threshold:
         return TrainingSampler(len(records))
@@ -38,11 +38,11 @@ def build_sampler(records: Sequence[Mapping[str, Any]], threshold: float) -> Sam
 def report_repeats(
     cfg: CfgNode, records: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> None:
-    """Say which classes come more often, or that ``DATALOADER`` asks for it by halves.
+    """Log which classes are repeated, or that the keys of ``DATALOADER`` have no effect.
 
     Args:
         records: images in Detectron2's format.
-        names: of the classes; empty if they have none.
+        names: the names of the classes; empty if they have none.
     """
     threshold, sampler = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.SAMPLER_TRAIN
     if sampler != _REPEATING:

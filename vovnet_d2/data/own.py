@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of one's own, in COCO's format.
+"""Custom data sets in COCO's format.
 
-A config describes them (``DATASETS.OWN``): where they are and what their categories are called. So
-whatever loads the config knows the data set, and where the files are not at hand, the names.
+A config describes such a data set (``DATASETS.OWN``): the files, and the names of the categories.
+So every tool that loads the config knows the data set, and knows the names even without the files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
+from ..errors import UserValueError, describe
 from .check.masks import has_mask
 from .keypoints import Flips
 
@@ -39,13 +40,14 @@ _OF_KEYPOINTS = {"keypoints", "keypoint_flips"}
 class OwnDataSet:
     """
     Attributes:
-        name: it is registered under.
+        name: the name under which it is registered.
         json: the annotation file.
-        images: the folder that ``file_name`` in it is relative to.
-        categories: names, in the order of the network's outputs.
-        category_ids: theirs in the annotation file.
-        keypoints: names, in the order of the network's outputs; none for other networks.
-        keypoint_flips: pairs of names that change places in a mirrored picture.
+        images: the folder that each ``file_name`` in the annotation file is relative to.
+        categories: the names of the categories, in the order of the network's outputs.
+        category_ids: the ids of the categories in the annotation file.
+        keypoints: the names of the keypoints, in the order of the network's outputs; empty for
+            networks that predict none.
+        keypoint_flips: pairs of names that are exchanged in a mirrored picture.
     """
 
     name: str
@@ -60,17 +62,17 @@ class OwnDataSet:
     def from_config(cls, entry: Any) -> OwnDataSet:
         """
         Args:
-            entry: of ``DATASETS.OWN``.
+            entry: an entry of ``DATASETS.OWN``.
 
         Raises:
-            ValueError: a key is missing or too many, or there is not one id for each name.
+            ValueError: a key is missing or unknown, or the numbers of names and ids differ.
         """
         keys = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or entry.keys() | _OF_KEYPOINTS != set(keys):
-            raise ValueError(f"DATASETS.OWN has {entry!r}: an entry has the keys {keys}.")
+            raise UserValueError(f"DATASETS.OWN has {entry!r}: an entry has the keys {keys}.")
         names, ids = entry["categories"], entry["category_ids"]
         if not isinstance(names, Sequence) or len(names) != len(ids):
-            raise ValueError(
+            raise UserValueError(
                 f"Data set {entry['name']} of DATASETS.OWN has categories {names!r} and "
                 f"category_ids {ids!r}: each name needs an id."
             )
@@ -81,7 +83,7 @@ class OwnDataSet:
         return cls(**values)
 
     def to_config(self) -> Record:
-        """What :meth:`from_config` takes, of the types that YAML knows."""
+        """Return an entry that :meth:`from_config` takes, in the types of YAML."""
         values = asdict(self)
         found = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         if not self.keypoints:
@@ -89,7 +91,7 @@ class OwnDataSet:
         return found | {"keypoint_flips": [list(pair) for pair in self.keypoint_flips]}
 
     def load(self) -> list[Record]:
-        """Its images in Detectron2's format.
+        """Return the images in Detectron2's format.
 
         Raises:
             ValueError: the annotation file is not in COCO's format, or has other categories.
@@ -97,8 +99,8 @@ class OwnDataSet:
         try:
             records = _load_records(self.json, self.images)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.json} is not in COCO's format ({type(error).__name__}: {error}). "
+            raise UserValueError(
+                f"{self.json} is not in COCO's format ({describe(error)}). "
                 "tools/check_dataset.py lists what is wrong with it."
             ) from error
         numbers = {category: number for number, category in enumerate(self.category_ids)}
@@ -106,9 +108,9 @@ class OwnDataSet:
             for annotation in record["annotations"]:
                 category = annotation["category_id"]
                 if category not in numbers:
-                    raise ValueError(
-                        f"{self.json} has an annotation of category {category!r}, which is none of "
-                        f"the {len(numbers)} that the network was made for: "
+                    raise UserValueError(
+                        f"{self.json} has an annotation of category {category!r}, and the network "
+                        f"has only these {len(numbers)} categories: "
                         f"{dict(zip(self.category_ids, self.categories, strict=True))}."
                     )
                 annotation["category_id"] = numbers[category]
@@ -119,15 +121,15 @@ class OwnDataSet:
     def register(self) -> None:
         """
         Raises:
-            ValueError: the name is that of a data set that is none of one's own.
+            ValueError: a data set of another kind has this name.
         """
         if self.name in DatasetCatalog:
             other = MetadataCatalog.get(self.name).get("own_data_set")
             if other == self:
                 return
             if other is None:
-                raise ValueError(
-                    f"DATASETS.OWN has the name {self.name!r}, which is that of another data set."
+                raise UserValueError(
+                    f"DATASETS.OWN has the name {self.name!r}, and another data set has this name."
                 )
             DatasetCatalog.remove(self.name)
             MetadataCatalog.remove(self.name)
@@ -148,7 +150,8 @@ class OwnDataSet:
 
 
 def register_own_data(entries: Sequence[Any]) -> None:
-    """Register data sets with Detectron2, in place of earlier ones of one's own of their names.
+    """Register custom data sets with Detectron2. They replace earlier custom data sets of their
+    names.
 
     Args:
         entries: ``DATASETS.OWN`` of a config.
@@ -161,8 +164,8 @@ def register_own_data(entries: Sequence[Any]) -> None:
 
 
 def _load_records(file: str, images: str) -> list[Record]:
-    """Load a file as Detectron2's ``load_coco_json`` does, but for objects without a usable mask:
-    they stay with their boxes, and a training of masks refuses them."""
+    """Load a file as Detectron2's ``load_coco_json`` does, but keep objects without a usable mask.
+    They keep their boxes, and a training of masks refuses them."""
     content = json.loads(Path(file).read_bytes())
     by_image: defaultdict[Any, list[Record]] = defaultdict(list)
     for annotation in content["annotations"]:
@@ -194,7 +197,7 @@ def _load_records(file: str, images: str) -> list[Record]:
 
 def _load_object(annotation: Record) -> Record:
     if annotation.get("ignore", 0):
-        raise ValueError(f'annotation {annotation.get("id")!r} has "ignore"')
+        raise UserValueError(f'annotation {annotation.get("id")!r} has "ignore"')
     keys = ("iscrowd", "bbox", "category_id")
     found = {key: annotation[key] for key in keys if key in annotation}
     if has_mask(annotation):
@@ -206,14 +209,14 @@ def _load_object(annotation: Record) -> Record:
             mask = [p for p in mask if len(p) % 2 == 0 and len(p) >= 6]
         found["segmentation"] = mask
     if points := annotation.get("keypoints"):
-        # From indices of pixels to coordinates of their centres.
+        # Indices of pixels become coordinates of their centres.
         found["keypoints"] = [n if i % 3 == 2 else n + 0.5 for i, n in enumerate(points)]
     return found | {"bbox_mode": BoxMode.XYWH_ABS}
 
 
 def match_categories(truth: COCO, metadata: Metadata) -> None:
-    """Give annotations the categories of the network and no others: evaluations compare category by
-    category. What a file lacks does not occur in it, nor does what it has beyond them."""
+    """Give annotations the categories of the network and no others, as an evaluation compares each
+    category. A category that the file lacks, or that only the file has, has no annotations."""
     own: OwnDataSet | None = metadata.get("own_data_set")
     if own is None:
         return

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The picture files of records in Detectron2's format, looked for before a run."""
+"""The picture files of records in Detectron2's format are checked before a run."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from detectron2.structures import BoxMode
 
+from ..errors import UserValueError
 from .check.files import is_dark
 from .check.names import NearNames
 from .check.orientation import TurnedFile, judge
 from .image_file import ImageHeader, read_header, read_image, why_unreadable
 
-__all__ = ["check_files", "has_size_of_file"]
+__all__ = ["check_files", "has_size_of_file", "spread"]
 
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
+R = TypeVar("R")
 
-# Of large sets some files are looked at, spread over the set: their names, headers and pixels.
+# The most names, headers and pictures that are checked; they are spread over a large set.
 _MAX_NAMES, _MAX_HEADERS, _MAX_READ = 20_000, 1000, 20
 
 
 def check_files(
     records: Sequence[Record], name: str, *, roots: Sequence[str] = (), most_unusable: int = 0
 ) -> None:
-    """Look whether the picture files are there, and at the headers of a thousand of them. Warn of
-    pictures that EXIF turns and whose annotations may be for the picture as it is stored.
+    """Look for the picture files, and read the headers of a thousand of them. Warn of pictures that
+    EXIF turns if their annotations may be for the picture as it is stored.
 
     Args:
-        records: of a data set, in Detectron2's format.
-        name: what to call it.
-        roots: the folders of its pictures, where names that are almost right are looked for.
+        records: the records of a data set, in Detectron2's format.
+        name: the name of the data set, for messages.
+        roots: the folders of the pictures, in which a missing file is looked for by similar names.
         most_unusable: ``DATALOADER.MAX_UNREADABLE`` of a training.
 
     Raises:
@@ -47,9 +49,9 @@ def check_files(
             their upper 8.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        named = [r for r in _spread(records, _MAX_NAMES) if _is_local(r)]
+        named = [r for r in spread(records, _MAX_NAMES) if _is_local(r)]
         there = list(pool.map(_is_there, named))
-        looked_at = [r for r in _spread(records, _MAX_HEADERS) if _is_local(r) and _is_there(r)]
+        looked_at = [r for r in spread(records, _MAX_HEADERS) if _is_local(r) and _is_there(r)]
         headers = list(pool.map(_header, looked_at))
     unusable = {r["file_name"]: "" for r, found in zip(named, there, strict=True) if not found}
     known = list(zip(looked_at, headers, strict=True))
@@ -57,10 +59,10 @@ def check_files(
     if len(unusable) > most_unusable:
         file, reason = next(iter(unusable.items()))
         more = f" {len(unusable) - 1} more cannot be used." if len(unusable) > 1 else ""
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name}: {file} cannot be used: {reason or _why_missing(file, roots)}.{more} "
-            "tools/check_dataset.py lists all such images, and DATALOADER.MAX_UNREADABLE allows a "
-            "training to leave out so many."
+            "tools/check_dataset.py lists all such images. DATALOADER.MAX_UNREADABLE is the number "
+            "of images that a training may leave out."
         )
     usable = [(r, header) for r, header in known if header and r["file_name"] not in unusable]
     _check_orientations(usable, name, len(records))
@@ -73,13 +75,15 @@ def has_size_of_file(record: Record) -> bool:
     return header is not None and _given_size(record) in (None, header.size)
 
 
-def _spread(records: Sequence[Record], most: int) -> list[Record]:
+def spread(records: Sequence[R], most: int) -> list[R]:
+    """Choose up to ``most`` records at even distances."""
     count = min(len(records), most)
     return [records[i * len(records) // count] for i in range(count)]
 
 
 def _is_local(record: Record) -> bool:
-    """Whether a record has a file that is not for Detectron2's PathManager, as s3://bucket/a is."""
+    """Return True if a record has a path on this machine, and not an address such as
+    s3://bucket/a."""
     return "file_name" in record and not re.match("[a-z0-9]+://", record["file_name"])
 
 
@@ -90,7 +94,7 @@ def _is_there(record: Record) -> bool:
 def _header(record: Record) -> ImageHeader | None:
     try:
         return read_header(record["file_name"])
-    except Exception:  # reading it will say what is wrong
+    except (FileNotFoundError, ValueError):  # a later reading says what is wrong
         return None
 
 
@@ -131,7 +135,7 @@ def _check_orientations(
     verdicts = judge(turned)
     of = f"{len(usable)} pictures" + (" looked at" if len(usable) < num_records else "")
     if stored := [file for file in turned if verdicts[file.path] == "stored"]:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name}: {len(stored)} of the {of} are turned by their EXIF orientation "
             f"before training sees them, {stored[0].path} for one, and their annotations are for "
             "the pictures as they are stored. tools/check_dataset.py --fix turns annotations in "
@@ -153,8 +157,8 @@ def _turned_file(record: Record, header: ImageHeader) -> TurnedFile:
         if "bbox" in a and a.get("bbox_mode") in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
     ]
     boxes = [np.asarray(box).tolist() for box in boxes]
-    sizes = header.stored_size, _given_size(record)
-    return TurnedFile(record["file_name"], header.orientation, *sizes, boxes)
+    where = {"path": record["file_name"], "given_size": _given_size(record)}
+    return TurnedFile(**vars(header), **where, boxes=boxes)
 
 
 # Depth
@@ -165,12 +169,12 @@ def _check_depths(deep: list[str], name: str, num_files: int) -> None:
         return
     looked_at = [file for file in deep[:_MAX_READ] if not why_unreadable(file)]
     if looked_at and all(is_dark(read_image(file)) for file in looked_at):
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name}: the pictures of 16 bits, {deep[0]} for one, have values in the "
             "lower 12 alone, and are almost black in the upper 8, which are read: spread the "
             "values to 0 to 65535, or write 8 bits."
         )
     logger.info(
-        "Data set %s: %d of %d pictures have 16 bits per channel, of which the upper 8 are read.",
+        "Data set %s: %d of %d pictures have 16 bits per channel: the upper 8 are read.",
         *(name, len(deep), num_files),
     )

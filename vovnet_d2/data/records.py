@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Records in Detectron2's format, looked at once before a run: what would end it later, fill the
-memory, or spoil it silently."""
+"""Records in Detectron2's format are checked once before a run. The check finds faults that would
+end the run later, fill the memory, or spoil the results silently."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from ..errors import UserValueError
 from .check.conventions import (
     COCO,
     Sample,
@@ -21,7 +22,7 @@ from .check.conventions import (
     find_polygon_convention,
     sample_of,
 )
-from .check.masks import decode_counts, has_mask
+from .check.masks import find_rle_problem, has_mask
 
 __all__ = ["check_records", "find_absurd"]
 
@@ -47,15 +48,15 @@ def check_records(
     """Look at all objects in one pass.
 
     Args:
-        records: of a data set, in Detectron2's format.
-        name: what to call it.
-        num_classes: of the network; None if that is not known.
-        masks: whether the network learns masks.
+        records: the records of a data set, in Detectron2's format.
+        name: the name of the data set, for messages.
+        num_classes: the number of classes of the network; None if the number is not known.
+        masks: True if the network learns masks.
 
     Raises:
-        ValueError: a number is not finite or absurd, a category is none of the network's, objects
-            lack masks, or the boxes or polygons are not what their mode says. The message counts
-            the objects and names the first.
+        ValueError: a number is absurd or not finite, the network lacks a category, objects lack
+            masks, or the boxes or polygons are in another format. The message counts the objects
+            and names the first.
     """
     wrong: list[str] = []
     without_mask: list[str] = []
@@ -63,7 +64,7 @@ def check_records(
     samples: list[Sample] = []
     for record in records:
         if problem := _absurd_size(record):
-            raise ValueError(f"Data set {name}: {_name_of(record)} has {problem}. {_HINT}")
+            raise UserValueError(f"Data set {name}: {_name_of(record)} has {problem}. {_HINT}")
         for index, annotation in enumerate(record.get("annotations", ())):
             objects += 1
             problem = find_absurd(annotation, record.get("width"), record.get("height"))
@@ -78,21 +79,21 @@ def check_records(
                 samples.append(sample)
     if wrong:
         others = f" {count - 1} more objects have such numbers." if count > 1 else ""
-        raise ValueError(f"Data set {name}: {wrong[0]}.{others} {_HINT}")
+        raise UserValueError(f"Data set {name}: {wrong[0]}.{others} {_HINT}")
     if without_mask:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name} has {len(without_mask)} objects of {objects} without a mask "
             f"({without_mask[0]} is the first), and the network learns masks: leave them out "
             "(tools/check_dataset.py --masks --fix), choose a config of Faster R-CNN or RetinaNet, "
             "or set MODEL.MASK_ON False."
         )
     if convention := find_polygon_convention(samples):
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name}: its polygons are not x, y, ... in pixels, but {convention}. {_HINT}"
         )
     readings = find_conventions(samples)
     if readings != [COCO]:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name}: its boxes are not x, y, width, height in pixels, but "
             f"{' or '.join(map(str, readings))} ({list(samples[0].box)} in an image of "
             f"{samples[0].size[0]} x {samples[0].size[1]} for one). {_HINT}"
@@ -100,7 +101,8 @@ def check_records(
 
 
 def _absurd_size(record: Mapping[str, Any]) -> str:
-    """Say what is wrong with the size of a picture; masks are made in that size."""
+    """Say what is wrong with the size of a picture, as masks of that size are made; empty if
+    nothing is."""
     sides = [record[side] for side in ("width", "height") if side in record]
     for side in sides:
         whole = isinstance(side, Real) and not isinstance(side, bool) and side == side // 1
@@ -134,14 +136,14 @@ def _sample(annotation: Mapping[str, Any], record: Mapping[str, Any]) -> Sample 
 
 
 def find_absurd(annotation: Mapping[str, Any], width: int | None, height: int | None) -> str:
-    """Say which number of an annotation is not finite, or absurd beside its image; empty if none
-    is."""
+    """Say which number of an annotation is not finite, or is absurd for the size of its image;
+    empty if none is."""
     limit = _REACH * max(width or _UNKNOWN_SIDE, height or _UNKNOWN_SIDE)
     mask = annotation.get("segmentation")
     lists = [("bbox", annotation.get("bbox")), ("keypoints", annotation.get("keypoints"))]
     if isinstance(mask, Mapping):
-        if width and height and (problem := _wrong_rle(mask, width, height)):
-            return problem
+        if width and height and (problem := find_rle_problem(mask, height, width)[1]):
+            return f"RLE that cannot be used ({problem})"
     elif isinstance(mask, list | tuple):
         lists += [("a polygon", polygon) for polygon in mask]
     for kind, numbers in lists:
@@ -152,24 +154,11 @@ def find_absurd(annotation: Mapping[str, Any], width: int | None, height: int | 
                 continue
             total, least, most = float(sum(numbers)), float(min(numbers)), float(max(numbers))
         except (OverflowError, TypeError, ValueError):
-            return f"{kind} with what is no number, or beyond all numbers: {numbers!r:.60}"
+            return f"{kind} with a value that is not a number: {numbers!r:.60}"
         if not isfinite(total):
             return f"{kind} with a number that is not finite"
         if not -limit <= least <= most <= limit:
             worst = most if abs(most) >= abs(least) else least
             image = f"an image of {width} x {height}" if width else "any image"
             return f"{kind} with the number {worst:g}, absurd in {image}"
-    return ""
-
-
-def _wrong_rle(rle: Mapping[str, Any], width: int, height: int) -> str:
-    if list(rle.get("size", ())) != [height, width]:
-        return f"RLE of size {rle.get('size')} in an image of {[height, width]}"
-    counts = rle.get("counts")
-    try:
-        runs = decode_counts(counts.decode() if isinstance(counts, bytes) else counts)
-    except (UnicodeDecodeError, ValueError) as error:
-        return f"RLE that is malformed ({error})"
-    if sum(runs) != width * height:
-        return f"RLE of {sum(runs)} pixels in an image of {width * height}"
     return ""

@@ -4,19 +4,25 @@
 """SSD's augmentation (:paper:`SSD` arXiv 1512.02325, section 2.2, and its code's colours), as
 Detectron2's augmentations.
 
-All of it draws from NumPy's global generator, which Detectron2 seeds in every worker.
+All random numbers come from NumPy's global generator, which Detectron2 seeds in every worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import transforms as T
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as F
+
+from ..errors import UserValueError
 
 __all__ = ["Distort", "Expand", "RandomInterpolationResize", "SamplerCrop", "ssd_augmentations"]
 
@@ -26,11 +32,11 @@ Array = NDArray[Any]
 def ssd_augmentations(
     size: int, pixel_mean: Sequence[float], image_format: str
 ) -> list[T.Augmentation]:
-    """Everything but the mirroring, in the order of use.
+    """Return all augmentations except the mirroring, in their order.
 
     Args:
-        size: side of the resulting square in pixels.
-        pixel_mean: what images are expanded with, in the order of ``image_format``.
+        size: the side of the resulting square in pixels.
+        pixel_mean: the colour around expanded images, in ``image_format``.
         image_format: "BGR" or "RGB".
     """
     return [
@@ -41,93 +47,52 @@ def ssd_augmentations(
     ]
 
 
+_Change = tuple[Callable[[Tensor, float], Tensor], float]
+
+# The changes with their least and greatest factors, as in torchvision's recipe for SSD. Only the
+# hue differs: SSD shifts it by up to 36 degrees.
+_CHANGES = (
+    (F.adjust_brightness, (0.875, 1.125)),
+    (F.adjust_contrast, (0.5, 1.5)),
+    (F.adjust_saturation, (0.5, 1.5)),
+    (F.adjust_hue, (-0.1, 0.1)),
+)
+
+
 class Distort(T.Augmentation):
-    """Brightness, contrast, saturation and hue, each changed with probability 0.5; contrast comes
-    right after brightness or last, by coin."""
+    """Changes brightness, contrast, saturation and hue, each with probability 0.5. The contrast is
+    changed right after the brightness or last, each with probability 0.5."""
 
-    def __init__(
-        self,
-        image_format: str,
-        *,
-        brightness: float = 32.0,
-        contrast: tuple[float, float] = (0.5, 1.5),
-        saturation: tuple[float, float] = (0.5, 1.5),
-        hue: float = 36.0,
-    ):
+    def __init__(self, image_format: str):
         """
-        Args:
-            brightness: greatest shift, of pixels from 0 to 255.
-            contrast, saturation: least and greatest factor.
-            hue: greatest shift in degrees (OpenCV counts hue in steps of two).
-
         Raises:
             ValueError: an ``image_format`` other than "BGR" and "RGB".
         """
         super().__init__()
         if image_format not in ("BGR", "RGB"):
-            raise ValueError(
+            raise UserValueError(
                 f"INPUT.FORMAT is {image_format!r}: SSD's augmentation knows the colours of BGR "
                 "and RGB only; set INPUT.SSD_AUGMENTATION False."
             )
         self._init(locals())
 
     def get_transform(self, image: Array) -> T.Transform:
-        steps = [
-            partial(shift_brightness, shift=np.random.uniform(-self.brightness, self.brightness)),
-            partial(scale_contrast, factor=np.random.uniform(*self.contrast)),
-            partial(
-                scale_saturation,
-                factor=np.random.uniform(*self.saturation),
-                image_format=self.image_format,
-            ),
-            partial(
-                shift_hue,
-                degrees=np.random.uniform(-self.hue, self.hue),
-                image_format=self.image_format,
-            ),
-        ]
+        changes = [(change, np.random.uniform(*limits)) for change, limits in _CHANGES]
         used = np.random.uniform(size=4) < 0.5
         order = [0, 1, 2, 3] if np.random.uniform() < 0.5 else [0, 2, 3, 1]
-        return T.TransformList([T.ColorTransform(steps[i]) for i in order if used[i]])
+        change = partial(self._change, [changes[i] for i in order if used[i]])
+        return T.ColorTransform(change)
 
-
-def shift_brightness(image: Array, shift: float) -> Array:
-    return _to_pixels(image + np.float32(shift))
-
-
-def scale_contrast(image: Array, factor: float) -> Array:
-    return _to_pixels(image * np.float32(factor))
-
-
-def scale_saturation(image: Array, factor: float, image_format: str) -> Array:
-    hsv = _to_hsv(image, image_format)
-    hsv[..., 1] = _to_pixels(hsv[..., 1] * np.float32(factor))
-    return _from_hsv(hsv, image_format)
-
-
-def shift_hue(image: Array, degrees: float, image_format: str) -> Array:
-    hsv = _to_hsv(image, image_format)
-    hsv[..., 0] += np.uint8(round(degrees * 256 / 360) % 256)  # a byte turns full circle by itself
-    return _from_hsv(hsv, image_format)
-
-
-def _to_pixels(values: Array) -> Array:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _to_hsv(image: Array, image_format: str) -> Array:
-    rgb = image if image_format == "RGB" else image[..., ::-1]
-    return np.array(Image.fromarray(np.ascontiguousarray(rgb)).convert("HSV"))
-
-
-def _from_hsv(hsv: Array, image_format: str) -> Array:
-    bands = [Image.fromarray(np.ascontiguousarray(hsv[..., i])) for i in range(3)]
-    rgb = np.asarray(Image.merge("HSV", bands).convert("RGB"))
-    return rgb if image_format == "RGB" else rgb[..., ::-1]
+    def _change(self, changes: Sequence[_Change], image: Array) -> Array:
+        step = 1 if self.image_format == "RGB" else -1
+        pixels = torch.from_numpy(image[..., ::step].transpose(2, 0, 1).copy())
+        for change, factor in changes:
+            pixels = change(pixels, factor)
+        return pixels.numpy().transpose(1, 2, 0)[..., ::step]
 
 
 class _Expansion(T.PadTransform):
-    """A padding with a colour."""
+    """Pads an image with a colour."""
 
     def apply_image(self, img: Array) -> Array:
         height, width = img.shape[:2]
@@ -139,7 +104,7 @@ class _Expansion(T.PadTransform):
 
 
 class Expand(T.Augmentation):
-    """The image somewhere on a canvas of ``ratio`` times its sides, which is of one colour."""
+    """Puts the image somewhere on a canvas of one colour, ``ratio`` times as wide and high."""
 
     def __init__(self, fill: Sequence[float], *, ratio: tuple[float, float] = (1.0, 4.0)):
         """
@@ -161,11 +126,11 @@ class Expand(T.Augmentation):
 
 
 class SamplerCrop(T.Augmentation):
-    """One of SSD's seven samplers, drawn uniformly among those that succeed.
+    """Crops by one of SSD's seven samplers, drawn uniformly among the samplers that succeed.
 
-    One returns the whole image. Each of the others tries up to ``trials`` crops and takes the first
-    whose IoU with any one box is at least 0.1, 0.3, 0.5, 0.7 or 0.9, or at most 1 (so the last only
-    asks for a box to be there). What becomes of the boxes is for the mapper to say.
+    One sampler returns the whole image. Each other sampler tries up to ``trials`` crops and takes
+    the first one whose IoU with any box is at least 0.1, 0.3, 0.5, 0.7 or 0.9, or at most 1 (the
+    last one only needs a box in the image). The mapper handles the boxes.
 
     With polygons for masks, Detectron2's cropping needs the package shapely.
     """
@@ -180,9 +145,9 @@ class SamplerCrop(T.Augmentation):
     ):
         """
         Args:
-            min_iou: of each sampler but the one of the whole image.
-            scale: least and greatest square root of a crop's share of the image.
-            aspect_ratio: least and greatest width / height, in units of the image's own.
+            min_iou: the least IoU of each sampler except that of the whole image.
+            scale: the least and greatest square root of a crop's share of the image.
+            aspect_ratio: the least and greatest width / height, relative to that of the image.
         """
         super().__init__()
         self._init(locals())
@@ -203,12 +168,12 @@ class SamplerCrop(T.Augmentation):
         return T.CropTransform(left, top, right - left, bottom - top, width, height)
 
     def _sample(self, height: int, width: int, boxes: Array, min_iou: float) -> Array | None:
-        """A crop, XYXY in whole pixels; all trials are drawn at once."""
+        """Return a crop, XYXY in whole pixels. All trials are drawn at once."""
         if len(boxes) == 0:
             return None
         scale = np.random.uniform(self.scale[0], self.scale[1], self.trials)
         low, high = self.aspect_ratio
-        # Within the image.
+        # The crop must lie within the image.
         ratio = np.random.uniform(np.maximum(low, scale**2), np.minimum(high, scale**-2))
         sides = np.stack([scale * np.sqrt(ratio), scale / np.sqrt(ratio)], axis=1)
         corner = np.random.uniform(size=(self.trials, 2)) * (1 - sides)
@@ -217,19 +182,13 @@ class SamplerCrop(T.Augmentation):
         stop = np.clip(np.rint((corner + sides) * size), start + 1, size)
         start = np.minimum(start, stop - 1)
         crops = np.concatenate([start, stop], axis=1)
-        success = (_pairwise_iou(crops, boxes) >= min_iou).any(axis=1)
+        overlaps = box_iou(torch.as_tensor(crops), torch.as_tensor(boxes)).numpy()
+        success = (overlaps >= min_iou).any(axis=1)
         return crops[success.argmax()] if success.any() else None
 
 
-def _pairwise_iou(a: Array, b: Array) -> Array:
-    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
-    common = sides.clip(min=0).prod(axis=2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (a, b)]
-    return common / (areas[0][:, None] + areas[1] - common)
-
-
 class RandomInterpolationResize(T.Augmentation):
-    """To a square, by linear, area, nearest, cubic or Lanczos interpolation."""
+    """Resizes to a square by linear, area, nearest, cubic or Lanczos interpolation."""
 
     METHODS = (
         Image.Resampling.BILINEAR,

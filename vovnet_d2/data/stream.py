@@ -1,22 +1,17 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The endless stream of training samples, which can be entered at any place.
+"""The training samples are an endless stream that can start at any position.
 
-Samples have positions: 0, 1, 2, ... over all processes. Which image stands at a position and how it
-is augmented are functions of the seed and the position alone. So a training that was interrupted
-goes on with the samples, to the bit, that it would have had, however many workers load them, and
-none of their state is saved.
+Samples have positions 0, 1, 2, ... over all processes. The image at a position and its augmentation
+depend on the seed and the position alone. So an interrupted training continues with exactly the
+samples that it would have had, with any number of workers, and without saving their state.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
-import multiprocessing
 import random
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,37 +23,35 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..signals import ending_signals
+from ..errors import UserValueError
+from .image_file import read_header
+from .workers import attend_to_workers
 
 __all__ = [
     "Place",
     "TrainingStream",
     "build_detection_stream",
+    "goes_to_gpu",
     "sample_seed",
     "seed_all",
     "seeded",
-    "stay_until_dismissed",
     "step_seed",
 ]
 
-_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 _NUM_REPLACEMENTS = 100
-_FAREWELL = 300  # seconds, in which the step at hand ends
-_LAST_FAREWELL = 1  # seconds, where the main process ends
 
 Sample = tuple[int, int]  # position, index in the data set
 
 
 def sample_seed(seed: int, position: int) -> int:
-    """What the augmentation of the sample at a position of the stream is seeded with."""
+    """Return the seed of the augmentation of the sample at a position."""
     return _derive_seed(seed, 1, position)
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
-    """What the model's randomness in an iteration is seeded with, in the process of this rank."""
+    """Return the seed of the model's randomness in an iteration, in the process of this rank."""
     return _derive_seed(seed, 2, iteration, rank)
 
 
@@ -75,7 +68,8 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """:func:`seed_all` for a while; then the CPU's generators go on as if nothing had been."""
+    """Seed all generators in the context. Afterwards the generators of the CPU continue as
+    before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -99,17 +93,17 @@ def _silenced(logger: logging.Logger) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process is in the stream.
+    """The position of a process in the stream.
 
-    Batches of images grouped by their shape depend on those before, so a place is told by where
-    this division into batches began and how many there have been.
+    Batches of images grouped by their shape depend on the batches before. So a place holds the
+    position where this division into batches began, and the number of batches since.
 
     Attributes:
-        seed: of the stream.
-        origin: position from which on samples were divided into batches like this.
-        batches: how many of these have been used.
-        batch_size: samples in a batch of all processes.
-        num_processes: that these are shared by.
+        seed: the seed of the stream.
+        origin: the position where this division into batches began.
+        batches: the number of batches that were used since.
+        batch_size: the number of samples in a batch of all processes.
+        num_processes: the number of processes that share a batch.
     """
 
     seed: int
@@ -120,20 +114,20 @@ class Place:
 
     @property
     def num_samples(self) -> int:
-        """Samples used since the beginning of the training, over all processes."""
+        """Return the number of samples that all processes have used since the training began."""
         return self.origin + self.batches * self.batch_size
 
     def shared_by(self, num_processes: int, *, batch_size: int) -> Place:
-        """The place from which as many processes with such batches go on: the same, if that is
-        what there was. Otherwise no sample before it is used again; of images grouped by their
-        shape, the few that waited for others are left out."""
+        """Return the place from which another number of processes, or another batch size,
+        continues. No earlier sample is used again. Images that waited for others of their shape are
+        left out."""
         if (num_processes, batch_size) == (self.num_processes, self.batch_size):
             return self
         return Place(self.seed, self.num_samples, 0, batch_size, num_processes)
 
 
 class TrainingStream:
-    """An iterable over the batches of this process, from :attr:`place` on."""
+    """Iterates over the batches of this process from :attr:`place` on."""
 
     def __init__(
         self,
@@ -144,21 +138,24 @@ class TrainingStream:
         mapper: Callable[[Any], Any] | None = None,
         group_by_shape: bool = False,
         num_workers: int = 0,
+        pin_memory: bool = False,
         seed: int = 0,
         **loader_options: Any,
     ):
         """
         Args:
-            dataset: what the indices of the sampler select from.
-            build_sampler: makes one of Detectron2's training samplers, all of whose randomness
-                must follow from NumPy's global generator. Called in all processes.
-            batch_size: over all processes, whose number divides it.
-            mapper: what is done to a selected item. It may return None, for one that cannot be
-                used: another takes its place.
-            group_by_shape: have images that are wider than high in batches of their own; items of
-                the data set are then dicts with "width" and "height", or "file_name".
-            num_workers: see :class:`torch.utils.data.DataLoader`; as are ``loader_options``.
-            seed: the one to start with.
+            dataset: the data set to which the indices of the sampler refer.
+            build_sampler: makes one of Detectron2's training samplers. All its random numbers must
+                come from NumPy's global generator. It is called in all processes.
+            batch_size: the batch size over all processes, whose number divides it.
+            mapper: the function that is applied to a selected item. It may return None for an item
+                that cannot be used; then another item takes its place.
+            group_by_shape: True to put images that are wider than high into batches of their own.
+                Items of the data set must be dicts with "width" and "height", or "file_name".
+            num_workers, loader_options: see :class:`torch.utils.data.DataLoader`.
+            pin_memory: True if the batches go to a GPU, which copies them faster from pinned
+                memory. The attribute of this name may be changed before an iteration.
+            seed: the seed of the stream.
         """
         self.dataset = dataset
         self.place = Place(seed, 0, 0, batch_size, comm.get_world_size())
@@ -166,6 +163,7 @@ class TrainingStream:
         self.mapper = mapper
         self._is_wide = _ShapeLookup(dataset) if group_by_shape else None
         self._num_workers = num_workers
+        self.pin_memory = pin_memory
         self._loader_options = loader_options
 
     def __iter__(self) -> Iterator[Any]:
@@ -173,15 +171,15 @@ class TrainingStream:
             _Samples(self.dataset, self.mapper, self.place.seed),
             batch_sampler=_Batches(lambda: self.batches(self.place)),
             num_workers=self._num_workers,
-            worker_init_fn=stay_until_dismissed,
+            pin_memory=self.pin_memory,
             # The global one would be advanced by each start of an iterator.
             generator=torch.Generator().manual_seed(0),
             **self._loader_options,
         )
-        return iter(loader)
+        return iter(attend_to_workers(loader))
 
     def batches(self, place: Place) -> Iterator[list[Sample]]:
-        """What this process's batches from ``place`` on are made of; no image is read for it."""
+        """Return the samples of the batches of this process from ``place`` on. No image is read."""
         with seeded(place.seed):
             sampler = self._build_sampler()
         # Detectron2's samplers give process i of n the indices at positions i, i + n, i + 2n, ...
@@ -192,7 +190,8 @@ class TrainingStream:
         return itertools.islice(batches, place.batches, None)
 
     def name(self, index: int) -> str:
-        """Where the item of the data set is from, as far as can be told."""
+        """Return the file name of an item of the data set; "image" and its index if that is not
+        known."""
         if hasattr(self.dataset, "samples"):  # torchvision's folders of images
             return str(self.dataset.samples[index][0])
         if isinstance(self.dataset, DatasetFromList):
@@ -218,7 +217,7 @@ class _Batches(Sampler[list[Sample]]):
 
 
 class _ShapeLookup:
-    """Whether images are wider than high, by their index; each is looked up once."""
+    """Tells for an index whether the image is wider than high. Each image is looked up once."""
 
     def __init__(self, dataset: Dataset[Any]):
         self._dataset = dataset
@@ -233,14 +232,12 @@ class _ShapeLookup:
     def _look_up(record: dict[str, Any]) -> bool:
         if "width" in record:
             return record["width"] > record["height"]
-        with Image.open(record["file_name"]) as image:  # its header only
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        return height > width if turned else width > height
+        width, height = read_header(record["file_name"]).size
+        return width > height
 
 
 class _Samples(Dataset[Any]):
-    """Items by position and index, augmented by what follows from the seed and the position."""
+    """Returns items by position and index, augmented with a seed that follows from the position."""
 
     def __init__(self, dataset: Dataset[Any], mapper: Callable[[Any], Any] | None, seed: int):
         self._dataset = dataset
@@ -266,38 +263,16 @@ class _Samples(Dataset[Any]):
             with seeded(seed):
                 if (item := self._get(other)) is not None:
                     return item
-        raise ValueError(
+        raise UserValueError(
             f"Image {index} of the training data cannot be used, nor can any of "
             f"{_NUM_REPLACEMENTS} others that were tried in its place: tools/check_dataset.py "
             "lists what is wrong with images."
         )
 
 
-def stay_until_dismissed(worker: int) -> None:
-    """Signals that go to all processes of a job are for the main one to act upon: a worker that
-    ended at once would make it fail before it has saved anything. Called in the worker."""
-    if not hasattr(signal, "SIGALRM"):  # Windows, where a worker ends with the main process
-        for number in ending_signals():
-            signal.signal(number, signal.SIG_IGN)
-        return
-    for number in ending_signals():
-        signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before
-
-
-@atexit.register
-def dismiss_workers() -> None:
-    """End the workers that are left when Python ends, as after an error in an evaluation. Otherwise
-    multiprocessing would wait for them, and they would stay (:func:`stay_until_dismissed`)."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
-    for worker in workers:
-        worker.terminate()
-    end = time.monotonic() + _LAST_FAREWELL
-    for worker in workers:
-        worker.join(max(0.0, end - time.monotonic()))
-        worker.kill()
+def goes_to_gpu(cfg: CfgNode) -> bool:
+    """Return True if the network of a config is on a GPU."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
 def build_detection_stream(
@@ -306,17 +281,18 @@ def build_detection_stream(
     mapper: Callable[[dict[str, Any]], Any] | None = None,
     dataset: list[dict[str, Any]] | Dataset[Any] | None = None,
 ) -> Any:
-    """As :func:`detectron2.data.build_detection_train_loader`, for all its samplers.
+    """Build a training loader as Detectron2's :func:`build_detection_train_loader` does, for all
+    its samplers.
 
     Args:
-        cfg: its ``DATASETS``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH`` tell all else.
-        mapper: by default Detectron2's; its randomness must come from Python's, NumPy's and
-            PyTorch's global generators.
-        dataset: by default that of ``DATASETS.TRAIN``.
+        cfg: a config with ``DATASETS``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH``.
+        mapper: the mapper, by default Detectron2's. Its random numbers must come from the global
+            generators of Python, NumPy and PyTorch.
+        dataset: the data set, by default that of ``DATASETS.TRAIN``.
 
     Returns:
-        a :class:`TrainingStream`; or where the data are an :class:`IterableDataset`, whose order
-        is its own, Detectron2's loader.
+        a :class:`TrainingStream`. For an :class:`IterableDataset`, which has an order of its own,
+            it is Detectron2's loader.
     """
     parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
     records, mapper = parts["dataset"], parts["mapper"]
@@ -343,6 +319,7 @@ def build_detection_stream(
         mapper=mapper,
         group_by_shape=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
+        pin_memory=goes_to_gpu(cfg),
         seed=max(cfg.SEED, 0),
         collate_fn=_as_list,
     )

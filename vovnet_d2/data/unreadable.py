@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images that cannot be read: told by name, or left out and counted."""
+"""Images that cannot be read are named in an error, or are left out and counted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size
-from PIL import Image
+from detectron2.data.detection_utils import check_image_size
 
+from ..errors import UserValueError, one_line
 from .check.files import resolve_inside
 from .image_file import read_image, why_unreadable
 
@@ -24,18 +24,13 @@ __all__ = ["ReadableOnly", "UnreadableImageError", "image_roots"]
 logger = logging.getLogger(__name__)
 
 
-class UnreadableImageError(ValueError):
-    """An image that training needs cannot be read; :attr:`sentence` says which and why."""
-
-    @property
-    def sentence(self) -> str:
-        # A worker's error comes with its traceback before it.
-        return str(self).rpartition(f"{type(self).__name__}: ")[2].strip()
+class UnreadableImageError(UserValueError):
+    """An image that training needs cannot be read; the message says which and why."""
 
 
 def image_roots(names: Sequence[str]) -> list[str]:
-    """The folders that the images of these data sets must be in; none if one of the sets has no
-    annotation file whose paths could lead anywhere."""
+    """Return the folders that must hold the images of these data sets. The list is empty if a data
+    set has no annotation file, as only the paths of annotation files are restricted."""
     found = [MetadataCatalog.get(name) for name in names]
     if not all(metadata.get("json_file") for metadata in found):
         return []
@@ -43,11 +38,11 @@ def image_roots(names: Sequence[str]) -> list[str]:
 
 
 class ReadableOnly:
-    """A mapper around a mapper, for images that may be damaged.
+    """Wraps a mapper, for images that may be damaged.
 
-    Reading one is an error that names the file. Up to ``max_skipped`` different images are left
-    out instead: the mapper returns None for them, in whose place the training stream puts others,
-    which are a function of the seed and the position alone.
+    A damaged image causes an error that names the file. Up to ``max_skipped`` different images
+    are left out instead: the mapper returns None for them, and the training stream puts other
+    images in their place. Which ones depends on the seed and the position alone.
     """
 
     def __init__(
@@ -59,11 +54,13 @@ class ReadableOnly:
     ):
         """
         Args:
-            mapper: reads ``record["file_name"]`` and, of a data set with semantic labels,
-                ``record["sem_seg_file_name"]``.
-            roots: folders; an image outside all of them is an error. None are no restriction.
-            max_skipped: how many images may be left out, in this process and its workers; None is
-                none, and no error speaks of it.
+            mapper: reads ``record["file_name"]`` and, for semantic labels,
+                ``record["sem_seg_file_name"]``, by :mod:`~vovnet_d2.data.image_file`. Detectron2's
+                own mapper reads some damaged PNG files as black images.
+            roots: the folders that may hold images; an image outside causes an error. If empty,
+                images may be anywhere.
+            max_skipped: how many images this process and its workers may leave out. With None no
+                image is left out, and no error mentions the option.
         """
         self.mapper = mapper
         self.roots = roots
@@ -82,32 +79,30 @@ class ReadableOnly:
 
     @property
     def count(self) -> int:
-        """How many different images were left out, over all workers."""
+        """Return how many images all workers together have left out."""
         return self._skipped[0] if self._skipped else 0
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """
         Returns:
-            what the mapper makes of the record; None if its image is left out.
+            the result of the mapper for the record; None if its image is left out.
 
         Raises:
-            UnreadableImageError: the image cannot be read and there were too many before it, or
-                it is outside the folders.
+            UnreadableImageError: the image cannot be read and too many were left out before it, or
+                the image is outside the folders.
         """
-        if "file_name" not in record:  # of a data set of one's own
+        if "file_name" not in record:  # a custom data set may hold something else
             return self.mapper(record)
         self._require_inside(record["file_name"])
         files = [record[key] for key in ("file_name", "sem_seg_file_name") if key in record]
         try:
-            for file in files:
-                _verify_png(file)
             return self.mapper(record)
         except Exception as error:
             for file in files:
                 if reason := _why_unreadable(file, record):
                     self._skip(file, reason, error)
                     return None
-            raise  # of the augmentation, say: no fault of the files
+            raise  # The files are fine: the augmentation, for example, has failed.
 
     def _require_inside(self, file_name: str) -> None:
         if not self.roots:
@@ -148,7 +143,7 @@ class ReadableOnly:
     def _explain(self, file_name: str, reason: str) -> str:
         before = f", and {self.count} were left out before it" if self.count else ""
         way_out = (
-            ", and DATALOADER.MAX_UNREADABLE allows to leave out so many"
+            ", and DATALOADER.MAX_UNREADABLE lets a training leave out some"
             if self._max_skipped is not None
             else ""
         )
@@ -159,31 +154,20 @@ class ReadableOnly:
 
 
 def _hash(file_name: str) -> int:
-    """The same in all workers, unlike Python's ``hash``."""
+    """Return a number that is the same in all workers. The numbers of ``hash`` differ."""
     digest = hashlib.sha256(file_name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _verify_png(file_name: str) -> None:
-    """Compare a PNG file with its checksums: Detectron2 takes a damaged one for a black image."""
-    with open(file_name, "rb") as file:
-        if file.read(4) == b"\x89PNG":
-            file.seek(0)
-            Image.open(file).verify()
-
-
 def _why_unreadable(file_name: str, record: dict[str, Any]) -> str:
-    """Why a file of the record cannot be read, or the size of its image is not the one in the
-    annotations; or nothing."""
+    """Say why a file of a record cannot be read, or that its size is not the one in the
+    annotations; empty if it can be used."""
     try:
         is_picture = file_name == record["file_name"]
         if reason := why_unreadable(file_name, labels=not is_picture):
             return reason
-        _verify_png(file_name)
         if is_picture:
             check_image_size(record, read_image(file_name))
-    except SizeMismatchError as error:
-        return " ".join(str(error).split()).rstrip(".")
     except Exception as error:  # Pillow's decoders raise what comes to them
-        return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        return one_line(error)
     return ""

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PASCAL VOC without its difficult objects.
 
-Detectron2 registers ``voc_2007_trainval`` and so on, whose loader takes difficult objects for
-objects like any others, as DSOD does. RefineDet is trained without them.
+Detectron2 registers ``voc_2007_trainval`` and so on. Its loader treats difficult objects like all
+other objects, as DSOD does. RefineDet is trained without them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..errors import UserFileNotFoundError, UserValueError
 from ..words import counted, listed
 from .image_file import read_header
 
@@ -40,20 +41,20 @@ __all__ = [
 
 Record = dict[str, Any]
 
-_OURS = "_no_difficult"  # what names end with that this module's loader reads
+_OURS = "_no_difficult"  # the end of the names of data sets that this module's loader reads
 
 
 def load_voc(dirname: str, split: str, class_names: Sequence[str] = CLASS_NAMES) -> list[Record]:
-    """A split in Detectron2's format; difficult objects have ``iscrowd`` 1, which keeps them out of
-    the training.
+    """Load a split in Detectron2's format. Difficult objects get ``iscrowd`` 1, which excludes them
+    from training.
 
     Args:
-        dirname: holds "Annotations", "ImageSets" and "JPEGImages".
+        dirname: the folder of "Annotations", "ImageSets" and "JPEGImages".
         split: a file of "ImageSets/Main" without its suffix, such as "trainval".
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an object of a class that is not in ``class_names``.
+        ValueError: the class of an object is not in ``class_names``.
     """
     listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     with PathManager.open(listing) as file:
@@ -68,11 +69,11 @@ def _load_image(dirname: str, name: str, class_names: list[str]) -> Record:
         objects = read_objects(tree)
         sizes = {side: int(_number(tree, f"size/{side}")) for side in ("height", "width")}
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserValueError(f"{path}: {error}") from error
     annotations = []
     for found in objects:
         if found["name"] not in class_names:
-            raise ValueError(
+            raise UserValueError(
                 f"{path} has an object of class {found['name']!r}, which is not among "
                 f"{', '.join(class_names)}."
             )
@@ -100,8 +101,8 @@ def parse_annotations(path: str) -> ElementTree.Element:
 
 
 def read_objects(tree: ElementTree.Element) -> list[Record]:
-    """The objects of an annotation file: "name", "difficult" (0 or 1) and "bbox" (the four numbers
-    as they are written, fractions included).
+    """Return the objects of an annotation file as dicts with "name", "difficult" (0 or 1) and
+    "bbox" (the four numbers as they are written).
 
     Raises:
         ValueError: an object lacks its name or a number.
@@ -119,7 +120,7 @@ def read_objects(tree: ElementTree.Element) -> list[Record]:
 def _text(element: ElementTree.Element, path: str) -> str:
     text = element.findtext(path)
     if text is None:
-        raise ValueError(f"An annotation of PASCAL VOC lacks {path!r} in its {element.tag!r}.")
+        raise UserValueError(f"An annotation of PASCAL VOC lacks {path!r} in its {element.tag!r}.")
     return text
 
 
@@ -130,7 +131,7 @@ def _number(element: ElementTree.Element, path: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(
+        raise UserValueError(
             f"An annotation of PASCAL VOC has {text.strip()!r} for {path!r} in its "
             f"{element.tag!r}, which must be a number."
         )
@@ -138,11 +139,11 @@ def _number(element: ElementTree.Element, path: str) -> float:
 
 
 def _flag(element: ElementTree.Element, path: str) -> int:
-    """0 or 1; 0 where the element is missing or empty, as labelling tools leave it."""
+    """Read 0 or 1. A missing or empty element is 0, as labelling tools leave it."""
     text = (element.findtext(path) or "").strip().lower()
     known = {"": 0, "0": 0, "false": 0, "unspecified": 0, "1": 1, "true": 1}
     if text not in known:
-        raise ValueError(
+        raise UserValueError(
             f"An annotation of PASCAL VOC has {text!r} for {path!r} in its {element.tag!r}, which "
             "must be 0 or 1."
         )
@@ -159,53 +160,55 @@ def is_voc_set(name: str) -> bool:
 
 
 def check_voc_set(name: str) -> int:
-    """Look at all files of a registered data set, see :func:`check_voc`.
+    """Check all files of a registered data set, see :func:`check_voc`.
 
     Returns:
-        how many images there are.
+        the number of images.
     """
     metadata = MetadataCatalog.get(name)
     arguments = metadata.dirname, metadata.split, metadata.thing_classes
     try:
         return check_voc(*arguments, by_detectron2=not name.endswith(_OURS))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"Data set {name}: {error}") from error
+        raise UserFileNotFoundError(f"Data set {name}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"Data set {name}: {error}") from error
+        raise UserValueError(f"Data set {name}: {error}") from error
 
 
 def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detectron2: bool) -> int:
-    """Look at all files of a split before a run, and return how many images there are.
+    """Check all files of a split before a run, and return the number of images.
 
     Args:
-        dirname: as in :func:`load_voc`; as is ``split``.
-        class_names: of the network.
-        by_detectron2: whether Detectron2's own loader reads the split, which cannot take a list of
+        dirname, split: see :func:`load_voc`.
+        class_names: the classes of the network.
+        by_detectron2: True if Detectron2's own loader reads the split, which cannot take a list of
             one image or sizes with fractions.
 
     Raises:
         FileNotFoundError: the list of images is missing.
-        ValueError: the message names the first file and its element, and counts the others; of
-            classes that are unlike all of ``class_names`` it names all.
+        ValueError: a file has a fault. The message names the first file and its element, counts the
+            others, and lists all classes that are unlike those in ``class_names``.
     """
     listing = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     if not os.path.isfile(listing):
-        raise FileNotFoundError(f"There is no list of images {listing}.")
+        raise UserFileNotFoundError(f"There is no list of images {listing}.")
     try:
         lines = Path(listing).read_bytes().decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{listing} is not UTF-8: byte {error.start} is no character.") from error
+        raise UserValueError(
+            f"{listing} is not UTF-8: byte {error.start} is not a character."
+        ) from error
     names = [line.strip() for line in lines if line.strip()]
     if names and names[0].startswith("\ufeff"):
-        raise ValueError(f"{listing} begins with a byte order mark: save it without one.")
+        raise UserValueError(f"{listing} begins with a byte order mark: save it without one.")
     if not names:
-        raise ValueError(f"{listing} lists no image.")
+        raise UserValueError(f"{listing} lists no image.")
     if wrong := next((name for name in names if len(name.split()) > 1), None):
-        raise ValueError(
+        raise UserValueError(
             f"{listing} has the line {wrong!r}: leave the name of the image alone on its line."
         )
     if len(names) == 1 and by_detectron2:
-        raise ValueError(f"{listing} lists one image, which Detectron2's loader cannot take.")
+        raise UserValueError(f"{listing} lists one image, which Detectron2's loader cannot take.")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         check = partial(_find_problem, dirname, set(class_names), by_detectron2)
         problems = [problem for problem in pool.map(check, names) if problem]
@@ -213,12 +216,13 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
         more = len(problems) - 1
         others = f" {counted(more, 'more images')} {'have' if more > 1 else 'has'} problems."
         foreign = _describe_foreign_classes(dirname, names, set(class_names))
-        raise ValueError(f"{problems[0].rstrip('.')}.{others if more else ''}{foreign}")
+        raise UserValueError(f"{problems[0].rstrip('.')}.{others if more else ''}{foreign}")
     return len(names)
 
 
 def _describe_foreign_classes(dirname: str, names: Sequence[str], classes: set[str]) -> str:
-    """Say which classes of a folder are no other spelling of ``classes``, and what to do."""
+    """Say which classes of a folder are not just misspelt ``classes``, and what to do; empty if all
+    are."""
     found: set[str] = set()
     for name in names:
         with suppress(ElementTree.ParseError, OSError):
@@ -250,7 +254,7 @@ def _find_problem(dirname: str, classes: set[str], by_detectron2: bool, name: st
     except (ElementTree.ParseError, OSError, ValueError) as error:
         return f"{path}: {error}"
     if by_detectron2 and any(not _text(tree, f"size/{k}").strip().isdigit() for k in _SIDES):
-        return f"{path}: 'size' has no whole numbers, which Detectron2's loader takes alone."
+        return f"{path}: 'size' must be whole numbers for Detectron2's loader."
     names = [item.findtext("name", "") for item in tree.findall("object")]
     if by_detectron2 and any(text != text.strip() for text in names):
         return f"{path}: a 'name' has spaces around it, which Detectron2's loader does not take."
@@ -284,7 +288,7 @@ def _problem_of_image(dirname: str, name: str, size: tuple[float, float], path: 
         return f"There is no image {file}{hint}."
     try:
         found = read_header(file).size
-    except Exception:  # whatever a decoder raises
+    except (FileNotFoundError, ValueError):
         return f"{file} is not a picture that can be read."
     if found != size:
         sizes = " and ".join(f"{w:g} x {h:g}" for w, h in (size, found))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A detector at work on pictures, a video or a camera: ``tools/demo.py``."""
+"""The demo runs a detector on pictures, a video or a camera: ``tools/demo.py``."""
 
 from .command import main
 

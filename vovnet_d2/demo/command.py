@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of ``tools/demo.py``, and the run."""
+"""Parse the command line of ``tools/demo.py``, and run the demo."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from ..backends import AUTO, BACKENDS, TORCH
+from ..drawing.artist import Artist
 from ..engine.any_config import as_cfg, load_any_config
-from ..engine.config import find_config
+from ..engine.config import PICKLE_HELP, add_options_argument, find_config
 from ..engine.launch import run_or_exit
+from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory
 from ..predictor import Predictor
-from .drawing import Artist
 from .inputs import Camera, Pictures, Video
 from .outputs import (
     PictureFiles,
@@ -33,13 +34,12 @@ from .outputs import (
 from .results import ResultsFile
 from .run import Outcome, Run
 from .selection import Selection
-from .video_drawing import FrameArtist
 
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_INTERRUPTED = 130  # as shells have it
+_INTERRUPTED = 130  # the usual exit status of shells
 
 _DESCRIPTION = """\
 Detect objects on pictures, a video or a camera.
@@ -65,7 +65,9 @@ def _argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config-file", required=True, help="YAML file, LazyConfig, or name of ours"
+        "--config-file",
+        required=True,
+        help="a YAML file, a LazyConfig, or the name of a config of this package",
     )
     _add_inputs(parser.add_argument_group("inputs, one of"))
     _add_outputs(parser.add_argument_group("outputs, at least one of"))
@@ -85,7 +87,7 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
     kinds.add_argument("--video", metavar="FILE", help="video file")
     kinds.add_argument("--webcam", type=int, metavar="N", help="camera, counted from 0")
     group.add_argument(
-        "--recursive", action="store_true", help="look into the folders of a folder, too"
+        "--recursive", action="store_true", help="also look into the folders of a folder"
     )
 
 
@@ -93,7 +95,7 @@ def _add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output",
         metavar="PATH",
-        help="folder for drawn pictures or the video; or a file, for one picture or a video",
+        help="folder for drawn pictures or the video, or a file for one picture or a video",
     )
     group.add_argument(
         "--json",
@@ -118,8 +120,8 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
         type=_score,
         default=0.5,
         metavar="S",
-        help="least score of a detection, from 0 to 1 (default: 0.5). What the config drops by "
-        "its own SCORE_THRESH_TEST does not come back",
+        help="least score of a detection, from 0 to 1 (default: 0.5). The config's "
+        "SCORE_THRESH_TEST drops detections before",
     )
     group.add_argument(
         "--classes",
@@ -131,9 +133,16 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", default="", help="default: the config's; cpu without a GPU")
     group.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="of the backbone (default: float32)"
+        "--device",
+        default="",
+        help="device, such as cuda:1 (default: the config's, or cpu without a GPU)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="dtype of the backbone (default: float32)",
     )
     group.add_argument("--compile", action="store_true", help="compile the backbone")
     group.add_argument(
@@ -144,16 +153,19 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "(default: the config's TEST.BACKEND, which is torch)",
     )
     group.add_argument(
-        "--int8", default="", metavar="FILE", help="of tools/export_model.py --int8, to run instead"
+        "--int8", default="", metavar="FILE", help="run this file of tools/export_model.py --int8"
     )
     group.add_argument(
         "--tiles",
         type=_size,
         metavar="HxW",
-        help="detect on tiles of this size, too, for small objects in large images",
+        help="also detect on tiles of this size, for small objects in large images",
     )
     group.add_argument(
-        "--overlap", type=float, metavar="SHARE", help="of a tile with the next (default: 0.2)"
+        "--overlap",
+        type=float,
+        metavar="SHARE",
+        help="overlap of neighbouring tiles (default: 0.2)",
     )
     group.add_argument(
         "--batch-size",
@@ -163,18 +175,12 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         help="images at once (default: 1); more is faster on a GPU where they are of one size",
     )
     for name, help in (
-        ("--allow-partial", "run weights that are not those of the whole network"),
-        ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
+        ("--allow-partial", "run with weights that cover only a part of the network"),
+        ("--allow-pickle", PICKLE_HELP),
         ("--allow-unsafe-yaml", "load config files with Python tags, which can run any code"),
     ):
         group.add_argument(name, action="store_true", help=help)
-    group.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config options such as MODEL.WEIGHTS; last of all",
-    )
+    add_options_argument(group)
 
 
 def _score(text: str) -> float:
@@ -199,7 +205,7 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Args:
-        argv: the arguments, by default those of the program that is running.
+        argv: the arguments; by default ``sys.argv[1:]``.
 
     Raises:
         SystemExit: always; ``--help`` lists the statuses.
@@ -209,8 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     if not (args.output or args.json or args.show):
-        raise ValueError("Nothing would be kept of the results: add --output, --json or --show.")
-    # What is wrong with the inputs and the config is found before the network is loaded.
+        raise UserValueError(
+            "Nothing would be kept of the results: add --output, --json or --show."
+        )
+    # Mistakes in the inputs and the config are found before the network is loaded.
     file = find_config(args.config_file)
     config = load_any_config(file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
     source = _open_source(args)
@@ -235,10 +243,8 @@ def _run(args: argparse.Namespace) -> int:
         )
         metadata = predictor.metadata
         selection = Selection(metadata, min_score=args.score_threshold, names=args.classes)
-        kind = Artist if isinstance(source, Pictures) else FrameArtist
-        artist: Artist | FrameArtist = kind(metadata)
         results = stack.enter_context(ResultsFile(args.json, metadata)) if args.json else None
-        outcome = Run(predictor, selection, artist, sinks, results)(source)
+        outcome = Run(predictor, selection, Artist(metadata), sinks, results)(source)
     return _conclude(source, outcome)
 
 
@@ -268,7 +274,7 @@ def _open_sinks(
 
 
 def _conclude(source: Pictures | Video | Camera, outcome: Outcome) -> int:
-    """Say what was done; the exit status."""
+    """Say what was done, and return the exit status."""
     of = f" of {source.total}" if source.total else ""
     print(f"Done: {outcome.done}{of} {source.unit}s.", end="")
     print(f" Not read: {outcome.skipped}, named above." if outcome.skipped else "")

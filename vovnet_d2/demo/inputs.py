@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: files, a video, a camera."""
+"""Read images from files, a video or a camera."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ import numpy as np
 from PIL import Image
 
 from ..data.image_file import read_image
+from ..errors import UserFileNotFoundError, UserValueError
 
 __all__ = ["PICTURE_SUFFIXES", "Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 logger = logging.getLogger(__name__)
 
-_FPS = 30.0  # where a camera does not tell
+_FPS = 30.0  # if a camera does not say its rate
 _NUM_NAMED = 5
 
 Skip = Callable[[str], None]
 
 
 class Frame(NamedTuple):
-    """An image to look at.
+    """An image that the detector gets.
 
     Attributes:
-        number: its place in the source, from 1; unreadable pictures count.
-        name: the file that it is from, or the camera.
+        number: the number of the image in its source, from 1. Unreadable pictures count.
+        name: the file or the camera of the image.
         pixels: (H, W, 3), uint8, BGR.
     """
 
@@ -47,9 +48,9 @@ class Frame(NamedTuple):
 class Source(Protocol):
     """
     Attributes:
-        unit: what to call an image of it.
-        total: how many images it has, as far as this is known.
-        files: the files that it reads.
+        unit: the word for an image of the source.
+        total: the number of images, or None if it is not known.
+        files: the files that the source reads.
     """
 
     unit: str
@@ -57,18 +58,18 @@ class Source(Protocol):
     files: list[Path]
 
     def frames(self, skip: Skip) -> Iterator[Frame]:
-        """The images that can be read; ``skip`` is told in a sentence of each that cannot."""
+        """Return the images that can be read, and call ``skip`` for each image that cannot."""
 
 
 class Picture(NamedTuple):
-    """A file, and what to call its result in a folder of results."""
+    """A picture file, with the name of its result in a folder of results."""
 
     path: Path
     relative: Path
 
 
 class Pictures:
-    """Files, those in folders, and those that patterns match; each once."""
+    """The pictures in files, in folders, and in files that match patterns, each once."""
 
     unit = "image"
 
@@ -76,7 +77,7 @@ class Pictures:
         """
         Args:
             inputs: names of files or folders, and patterns with ``*``, ``**`` or ``?``.
-            recursive: whether a folder's folders belong to it.
+            recursive: also take the pictures in the folders of a folder.
 
         Raises:
             FileNotFoundError: there is no file at all.
@@ -91,7 +92,7 @@ class Pictures:
                 found.setdefault(picture.path.resolve(), picture)
         self.pictures = list(found.values())
         if not self.pictures:
-            raise FileNotFoundError(" ".join(self._missing))
+            raise UserFileNotFoundError(" ".join(self._missing))
         self.files = [picture.path for picture in self.pictures]
         self.total: int | None = len(self.files)
 
@@ -112,7 +113,7 @@ def _find_pictures(name: str, recursive: bool) -> list[Picture]:
     if path.is_dir():
         paths = sorted(path.rglob("*") if recursive else path.iterdir())
         files = [Picture(p, p.relative_to(path)) for p in paths if not p.is_dir()]
-        # Hidden files are not meant, such as those that file managers leave.
+        # Hidden files, which file managers leave, are not taken.
         files = [f for f in files if not any(part.startswith(".") for part in f.relative.parts)]
         return _leave_out_others(name, files)
     if path.exists():  # the name of a file may look like a pattern
@@ -134,24 +135,24 @@ def _leave_out_others(folder: str, files: list[Picture]) -> list[Picture]:
     if others:
         names = ", ".join(others[:_NUM_NAMED]) + (", ..." if len(others) > _NUM_NAMED else "")
         logger.warning(
-            "Files of %s that are no pictures are passed over, %d: %s.", folder, len(others), names
+            "Skipped %d files of %s that are not pictures: %s.", len(others), folder, names
         )
     return pictures
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file is meant to be a picture, by its name or else by its first bytes."""
+    """Return whether a file is meant to be a picture, by its name or its first bytes."""
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return True
     try:
         Image.open(path).close()
-    except (OSError, ValueError):  # UnidentifiedImageError, for one
+    except (OSError, ValueError):  # such as UnidentifiedImageError
         return False
     return True
 
 
 class Video:
-    """The frames of a video file, in its own order, none left out."""
+    """All frames of a video file, in the order of the file."""
 
     unit = "frame"
 
@@ -161,7 +162,7 @@ class Video:
             FileNotFoundError: there is no such file.
         """
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no file {path}.")
+            raise UserFileNotFoundError(f"There is no file {path}.")
         self.files = [Path(path)]
         self._capture = cv2.VideoCapture(path)
         announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -176,12 +177,12 @@ class Video:
             yield frame
         if not count:
             skip(f"{path} is not a video that can be read.")
-        elif self.total and count < self.total - self.fps:  # what is announced may be an estimate
+        elif self.total and count < self.total - self.fps:  # the number may be an estimate
             skip(f"{path} ends after {count} of the {self.total} frames that it announces.")
 
 
 class Camera:
-    """The frames of a camera, until it is unplugged or the run is interrupted."""
+    """The frames of a camera. They end when it is unplugged or the run is interrupted."""
 
     unit = "frame"
     total: int | None = None
@@ -193,7 +194,9 @@ class Camera:
         """
         self._capture = cv2.VideoCapture(index)
         if not self._capture.isOpened():
-            raise ValueError(f"Camera {index} cannot be opened: it is missing, in use or not ours.")
+            raise UserValueError(
+                f"Camera {index} cannot be opened: it is missing, in use or not ours."
+            )
         self.files: list[Path] = []
         self.fps = _find_fps(self._capture)
         self._name = f"camera {index}"

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where drawn pictures go: files, a video, a window."""
+"""Write drawn pictures to files, to a video or to a window."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..errors import UserValueError
 from ..made import note_made, refuse_foreign
 from .inputs import PICTURE_SUFFIXES, Frame, Picture
 
@@ -30,8 +31,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Suffix of a video to the codecs that go with it: the first that OpenCV can write is taken.
-# Browsers play avc1, which is H.264, but OpenCV's packages can often not write it.
+# The codecs for each suffix of a video. The first codec that OpenCV can write is taken. Browsers
+# play avc1 (H.264), which many packages of OpenCV cannot write.
 _H264 = ("avc1", "mp4v")
 _CODECS = {".mp4": _H264, ".avi": ("MJPG",), ".mkv": _H264, ".mov": _H264, ".webm": ("VP80",)}
 
@@ -39,18 +40,18 @@ _CODECS = {".mp4": _H264, ".avi": ("MJPG",), ".mkv": _H264, ".mov": _H264, ".web
 class Sink(AbstractContextManager["Sink"]):
     @abstractmethod
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
-        """Take the picture (H, W, 3), BGR, that was made of a frame; False to stop the run."""
+        """Take the drawn picture (H, W, 3), BGR, of a frame. Return False to stop the run."""
 
 
 # Files to write
 
 
 def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
-    """Which file the result of each picture goes to.
+    """Return the file for the result of each picture.
 
     Args:
-        output: a file for one picture, otherwise a folder.
-        pictures: what is drawn on. In a folder they keep their names, and get .png in addition
+        output: a file if there is one picture, or a folder.
+        pictures: the inputs. In a folder they keep their names, and get .png in addition
             where they are of a kind that is not written; equal names get a number.
 
     Raises:
@@ -59,7 +60,7 @@ def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
     folder = Path(output)
     if folder.suffix.lower() in PICTURE_SUFFIXES and not folder.is_dir():
         if len(pictures) > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"--output {output} is one picture and there are {len(pictures)} inputs: name a "
                 "folder."
             )
@@ -78,7 +79,7 @@ def plan_pictures(output: str, pictures: Sequence[Picture]) -> list[Path]:
 
 
 def plan_video(output: str, name: str) -> Path:
-    """The file for a video: ``output``, or ``name`` with .mp4 in the folder that it is."""
+    """Return the file for a video: ``output``, or ``name`` with .mp4 in that folder."""
     path = Path(output)
     if path.suffix.lower() in _CODECS and not path.is_dir():
         return path
@@ -88,13 +89,15 @@ def plan_video(output: str, name: str) -> Path:
 def refuse_overwriting(targets: Sequence[Path], inputs: Iterable[Path]) -> None:
     """
     Raises:
-        ValueError: a target is one of the inputs, by whatever name, or another file that this
-            package did not make.
+        ValueError: a target is one of the inputs, also under another name, or another file that
+            this package did not make.
     """
     read = {_identity(path) for path in inputs if path.exists()}
     for target in targets:
         if target.exists() and _identity(target) in read:
-            raise ValueError(f"{target} is an input, and would be overwritten: name another file.")
+            raise UserValueError(
+                f"{target} is an input, and would be overwritten: name another file."
+            )
     refuse_foreign(targets)
 
 
@@ -107,14 +110,14 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"The folder {path} cannot be made ({error.strerror}).") from error
+        raise UserValueError(f"The folder {path} cannot be made ({error.strerror}).") from error
 
 
 # Sinks
 
 
 class PictureFiles(Sink):
-    """One file for each picture."""
+    """Writes one file for each picture."""
 
     def __init__(self, targets: Sequence[Path]):
         """
@@ -129,7 +132,7 @@ class PictureFiles(Sink):
             _make_folder(folder)
 
     def __exit__(self, *error: object) -> None:
-        """Each file is complete already."""
+        """Do nothing: each file is complete already."""
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """
@@ -138,27 +141,29 @@ class PictureFiles(Sink):
         """
         target = self._targets[frame.number - 1]
         if not cv2.imwrite(str(target), drawn):
-            raise ValueError(f"{target} cannot be written.")
+            raise UserValueError(f"{target} cannot be written.")
         note_made(target)
         return True
 
 
 class VideoFile(Sink):
-    """A video, complete as soon as it is closed."""
+    """Writes a video, which is complete as soon as it is closed."""
 
     def __init__(self, path: Path, *, fps: float, codec: str | None = None):
         """
         Args:
-            path: its suffix names the container.
+            path: the file; its suffix names the container.
             fps: frames per second.
-            codec: four characters; by default the best for the container that can be written.
+            codec: four characters; by default the best codec of the container that works here.
 
         Raises:
-            ValueError: the codec is no such, or the folder cannot be made.
+            ValueError: the codec has not four characters, or the folder cannot be made.
         """
         codecs = (codec,) if codec else _CODECS[path.suffix.lower()]
         if len(codecs[0]) != 4:
-            raise ValueError(f"--codec {codec!r} must be four characters, such as mp4v or MJPG.")
+            raise UserValueError(
+                f"--codec {codec!r} must be four characters, such as mp4v or MJPG."
+            )
         _make_folder(path.parent)
         self._path, self._fps, self._codecs = path, fps, codecs
         self._writer: cv2.VideoWriter | None = None
@@ -179,9 +184,9 @@ class VideoFile(Sink):
             self._size = (width, height)
             self._writer = self._open()
         width, height = self._size
-        if drawn.shape[:2] != (height, width):  # some cameras and streams change it on the way
+        if drawn.shape[:2] != (height, width):  # some cameras and streams change their size
             drawn = cv2.resize(drawn, self._size)
-        # Of an odd number OpenCV's writer would leave out the last row or column.
+        # OpenCV's writer would leave out the last row or column of an odd number.
         drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         self._writer.write(drawn)
         return True
@@ -208,7 +213,7 @@ class VideoFile(Sink):
             )
         writer = self._try(last, even)
         if not writer.isOpened():
-            raise ValueError(
+            raise UserValueError(
                 f"OpenCV cannot write {self._path} with codec {last}: choose --codec mp4v for "
                 ".mp4, or MJPG for .avi."
             )
@@ -220,7 +225,7 @@ class VideoFile(Sink):
 
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
-    """Keep OpenCV from logging an error where one is expected."""
+    """Keep OpenCV from logging an error that is expected."""
     log = getattr(cv2.utils, "logging", None)
     if log is None:  # in OpenCV 4
         yield
@@ -239,21 +244,21 @@ class Window(Sink):
     def __init__(self, *, wait: bool):
         """
         Args:
-            wait: whether a picture stays until a key is pressed.
+            wait: show each picture until a key is pressed.
 
         Raises:
             ValueError: there is no screen, or OpenCV was built without windows.
         """
         self._wait = wait
         self._title = "vovnet_d2"
-        # Without a display Qt, in OpenCV, aborts the process instead of raising an error.
+        # OpenCV aborts the process where there is no display.
         displays = ("DISPLAY", "WAYLAND_DISPLAY")
         if sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
-            raise ValueError("--show needs a screen, and there is none here: name an --output.")
+            raise UserValueError("--show needs a screen, and there is none here: name an --output.")
         try:
             cv2.namedWindow(self._title, cv2.WINDOW_NORMAL)
         except cv2.error as error:
-            raise ValueError(
+            raise UserValueError(
                 "--show needs an OpenCV that can open windows: pip install opencv-python in the "
                 "place of opencv-python-headless, or name an --output."
             ) from error

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detections as JSON, in COCO's results format."""
+"""Write detections as JSON in COCO's results format."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
+from ..drawing.artist import Shown
+from ..errors import UserValueError
 from ..made import note_made
 from .inputs import Frame
-from .selection import Shown
 
 __all__ = ["ResultsFile"]
 
 
 class ResultsFile(AbstractContextManager["ResultsFile"]):
-    """A list that grows detection by detection, and is valid JSON once it is closed.
+    """Writes a list detection by detection. The file is valid JSON once it is closed.
 
-    Each has ``file_name`` in addition to what COCO's format has. ``image_id`` is the image's place
-    among the inputs, or the frame's in the video, from 1. ``category_id`` is the data set's, if
-    that is known; else the network's, from 0.
+    Each detection has ``file_name`` in addition to the keys of COCO's format. ``image_id`` counts
+    the inputs, or the frames of a video, from 1. ``category_id`` is the id of the data set if that
+    is known, and otherwise the index of the network's output, from 0.
     """
 
     def __init__(self, path: Path, metadata: Metadata):
@@ -35,7 +36,7 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file, self._path = path.open("w", encoding="utf-8"), path
         except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror}).") from error
+            raise UserValueError(f"{path} cannot be written ({error.strerror}).") from error
         ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
         self._category_ids = {number: category for category, number in ids.items()}
         self._separator = "[\n"
@@ -46,13 +47,14 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
         note_made(self._path)
 
     def write(self, frame: Frame, shown: Shown) -> None:
-        """
+        """Write the detections of an image.
+
         Raises:
             ValueError: the network predicts no instances.
         """
         if shown.instances is None:
-            raise ValueError(
-                "The network predicts no instances, which is what the JSON would be of: leave out "
+            raise UserValueError(
+                "The network predicts no instances, so nothing can be written as JSON: leave out "
                 "--json."
             )
         for result in instances_to_coco_json(shown.instances, frame.number):

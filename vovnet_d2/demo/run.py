@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a source of images to what is kept of them."""
+"""Run the demo, from a source of images to its outputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..drawing.artist import Artist
 from ..predictor import Predictor
-from .drawing import Artist
 from .inputs import Frame, Source
 from .outputs import Sink
 from .results import ResultsFile
 from .selection import Selection
-from .video_drawing import FrameArtist
 
 __all__ = ["Outcome", "Run"]
 
@@ -27,9 +26,9 @@ __all__ = ["Outcome", "Run"]
 class Outcome:
     """
     Attributes:
-        done: how many images went all the way.
-        skipped: how many inputs could not be read, or not to their end.
-        interrupted: whether Ctrl-C ended the run.
+        done: the number of images whose outputs were written.
+        skipped: the number of inputs that could not be read to their end.
+        interrupted: True if Ctrl-C ended the run.
     """
 
     done: int = 0
@@ -42,7 +41,7 @@ class Run:
     """
     Attributes:
         predictor: with predictions on the CPU.
-        selection: of the predictions.
+        selection: selects the predictions to show.
         artist: draws them, if there are sinks.
         sinks: take the drawn pictures.
         results: takes the detections.
@@ -50,12 +49,12 @@ class Run:
 
     predictor: Predictor
     selection: Selection
-    artist: Artist | FrameArtist
+    artist: Artist
     sinks: Sequence[Sink]
     results: ResultsFile | None
 
     def __call__(self, source: Source) -> Outcome:
-        """Go through a source, with a progress bar; what cannot be read is named and left out."""
+        """Process the images of a source, with a progress bar. Name and skip unreadable images."""
         outcome = Outcome()
 
         def skip(sentence: str) -> None:
@@ -79,7 +78,7 @@ class Run:
             yield from zip(batch, predictions, strict=True)
 
     def _keep(self, frame: Frame, prediction: dict[str, Any]) -> bool:
-        """False to stop."""
+        """Draw and write a prediction; return False to stop."""
         shown = self.selection(prediction)
         go_on = []
         if self.sinks:

@@ -1,47 +1,34 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a network's predictions are shown."""
+"""Select the predictions that are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
 
-__all__ = ["Selection", "Shown"]
+from ..drawing.artist import Shown
+from ..errors import UserValueError
 
-
-class Shown(NamedTuple):
-    """What is left of a prediction, on the CPU; None for what the network does not predict.
-
-    Attributes:
-        instances: see Detectron2's output format.
-        labels: (H, W), the category of each pixel among ``stuff_classes``; their number where it
-            is none of those selected.
-        panoptic: (H, W) ids of segments, and a dict for each segment that is shown.
-    """
-
-    instances: Instances | None
-    labels: torch.Tensor | None
-    panoptic: tuple[torch.Tensor, list[dict[str, Any]]] | None
+__all__ = ["Selection"]
 
 
 class Selection:
-    """Predictions from a score on, of some categories or all."""
+    """Selects predictions by their score and their category."""
 
     def __init__(self, metadata: Metadata, *, min_score: float, names: Sequence[str] = ()):
         """
         Args:
             metadata: with the categories' names.
-            min_score: of instances.
-            names: of the categories; none for all.
+            min_score: least score of instances.
+            names: names of categories; empty for all.
 
         Raises:
-            ValueError: there is no category of a name.
+            ValueError: a name is not a category.
         """
         self.min_score = min_score
         self._things = _Categories(metadata.get("thing_classes", []), names)
@@ -50,7 +37,9 @@ class Selection:
         for name in names:
             if name not in known:
                 close = get_close_matches(name, known, n=3, cutoff=0.5) or known
-                raise ValueError(f"There is no category {name!r}. There are: {', '.join(close)}.")
+                raise UserValueError(
+                    f"There is no category {name!r}. There are: {', '.join(close)}."
+                )
 
     def __call__(self, prediction: dict[str, Any]) -> Shown:
         """
@@ -78,13 +67,13 @@ class Selection:
 
 class _Categories:
     def __init__(self, names: Sequence[str], selected: Sequence[str]):
-        names = [str(name) for name in names]  # a data set of somebody's may have numbers
+        names = [str(name) for name in names]  # the names of a custom data set may be numbers
         self.names = names
         self._all = not selected
         self._numbers = torch.tensor([i for i, name in enumerate(names) if name in selected])
 
     def mark(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Whether each number is that of a category which is selected."""
+        """Return for each number whether its category is selected."""
         if self._all:
             return torch.ones_like(numbers, dtype=torch.bool)
         return torch.isin(numbers, self._numbers)

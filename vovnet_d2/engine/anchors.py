@@ -18,6 +18,7 @@ from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
 from ..data.stream import seeded
+from ..errors import UserImportError, UserValueError
 
 __all__ = [
     "Anchors",
@@ -41,8 +42,8 @@ class Anchors(NamedTuple):
     Attributes:
         sizes: for each feature map, the square roots of the areas of its anchors, in pixels.
         ratios: for each feature map, the heights over the widths.
-        strides: of the feature maps, the finest first.
-        offset: of the first anchor's centre from the image's corner, in strides.
+        strides: the strides of the feature maps, the finest first.
+        offset: the distance of the first anchor's centre from the image's corner, in strides.
     """
 
     sizes: list[list[float]]
@@ -56,19 +57,21 @@ class TrainingBoxes(NamedTuple):
     Attributes:
         corners: (N, 4), XYXY in pixels of the network's input.
         sides: (N, 2), width and height of the images that the boxes are in.
+        classes: (N,), numbers of the classes.
     """
 
     corners: Array
     sides: Array
+    classes: NDArray[np.int64]
 
 
 class Fit(NamedTuple):
     """
     Attributes:
-        anchors: those with the best mean IoU, perhaps the ones of before.
-        num_boxes: boxes that this was measured with.
-        before: the mean best IoU of the anchors of before.
-        after: that of ``anchors``.
+        anchors: the anchors with the best mean IoU, which may be the earlier ones.
+        num_boxes: the number of boxes in the measurement.
+        before: the mean best IoU of the earlier anchors.
+        after: the mean best IoU of ``anchors``.
     """
 
     anchors: Anchors
@@ -92,7 +95,7 @@ def read_anchors(cfg: CfgNode) -> Anchors:
     found = [module for module in modules if type(module) is DefaultAnchorGenerator]
     # FCOS counts its locations by a generator that the config does not describe.
     if not found or network == "FCOS" or name != DefaultAnchorGenerator.__name__:
-        raise ValueError(
+        raise UserValueError(
             f"--fit-anchors is for the anchors of {DefaultAnchorGenerator.__name__}, which "
             f"MODEL.META_ARCHITECTURE {network} with MODEL.ANCHOR_GENERATOR.NAME {name} does not "
             "learn from: leave it out."
@@ -116,10 +119,10 @@ def collect_boxes(
 
     Args:
         records: images in Detectron2's format; of many, some hundred are drawn.
-        augmentations: those of training. Here they have images without content.
+        augmentations: the augmentations of training. Here they have images without content.
     """
     chosen = random.Random(0).sample(list(records), min(len(records), _MOST_IMAGES))
-    found: list[tuple[Array, Array]] = []
+    found: list[tuple[Any, ...]] = []
     with seeded(0):
         for record in chosen:
             objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
@@ -131,16 +134,18 @@ def collect_boxes(
             augmentations(seen)
             height, width = seen.image.shape[:2]
             boxes = np.clip(seen.boxes, 0, [width, height, width, height])
-            boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)]
-            found.append((boxes, np.tile([float(width), float(height)], (len(boxes), 1))))
-    corners, sides = (np.concatenate(each) for each in zip(*found, strict=True))
-    return TrainingBoxes(corners, sides)
+            kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
+            sides = np.tile([float(width), float(height)], (len(boxes), 1))
+            classes = np.array([a["category_id"] for a in objects], np.int64)
+            found.append((boxes[kept], sides[kept], classes[kept]))
+    return TrainingBoxes(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
 
 def mean_best_iou(anchors: Anchors, boxes: TrainingBoxes) -> float:
-    """Return the mean over boxes of the IoU with the anchor that fits best, where anchors lie.
+    """Return the mean of the IoU of boxes with the anchor that fits best, where anchors lie.
 
-    Of the anchors of one shape, the one whose centre is nearest in x and in y overlaps most.
+    All classes count alike, however many boxes they have, as they do in AP. Of the anchors of one
+    shape, the one whose centre is nearest in x and in y overlaps most.
     """
     generator = DefaultAnchorGenerator(
         sizes=anchors.sizes,
@@ -159,7 +164,7 @@ def mean_best_iou(anchors: Anchors, boxes: TrainingBoxes) -> float:
             overlap = np.clip(np.minimum(high, end) - np.maximum(low, start), 0, None).prod(axis=1)
             areas = (high - low).prod(axis=1) + (right - left) * (bottom - top)
             best = np.maximum(best, overlap / (areas - overlap))
-    return float(best.mean())
+    return float(np.mean([best[boxes.classes == number].mean() for number in set(boxes.classes)]))
 
 
 def fit_anchors(anchors: Anchors, boxes: TrainingBoxes) -> Fit:
@@ -187,7 +192,7 @@ def _choices(anchors: Anchors, boxes: TrainingBoxes) -> Iterator[Anchors]:
     num_ratios = len(anchors.ratios[0])
     needed = max(sum(counts), num_ratios)
     if len(boxes.corners) < needed:
-        raise ValueError(
+        raise UserValueError(
             f"--fit-anchors needs {needed} boxes at least, and finds {len(boxes.corners)} that are "
             "a pixel wide and high: leave it out."
         )
@@ -205,7 +210,7 @@ def _cluster(values: Array, number: int) -> list[float]:
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
-        raise ImportError(
+        raise UserImportError(
             "--fit-anchors needs scikit-learn: pip install scikit-learn, or leave it out."
         ) from error
     logarithms = np.log(values)

@@ -1,9 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of both kinds, YAML files and LazyConfigs, for whatever uses a trained network."""
+"""Configs of both kinds, YAML files and LazyConfigs, for all tools that use a trained network."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,10 +13,15 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
+from ..checkpoint import VoVNetCheckpointer, check_input_convention
+from ..errors import UserValueError
+from .checks import check_all_loaded
 from .config import find_config, load_config
-from .lazy_config import instantiate, is_lazy_file, load_lazy_config, set_options, to_cfg
+from .lazy_config import instantiate, is_lazy_file, load_lazy_config, to_cfg
 
-__all__ = ["AnyConfig", "as_cfg", "build_network", "load_any_config"]
+__all__ = ["AnyConfig", "as_cfg", "build_network", "load_any_config", "load_network"]
+
+logger = logging.getLogger(__name__)
 
 AnyConfig: TypeAlias = CfgNode | DictConfig
 
@@ -23,11 +29,11 @@ AnyConfig: TypeAlias = CfgNode | DictConfig
 def load_any_config(
     config_file: str, options: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
 ) -> AnyConfig:
-    """Load a YAML file, a LazyConfig, or the config.yaml that the training of either has left.
+    """Load a YAML file, a LazyConfig, or the config.yaml of a training with one of them.
 
     Args:
         config_file: a path, or the name of a file among this package's.
-        options: ``[KEY, VALUE, ...]``, with the keys of YAML files for a LazyConfig, too.
+        options: ``[KEY, VALUE, ...]`` for a YAML file, ``["key=value", ...]`` for a LazyConfig.
         allow_unsafe_yaml: accept a YAML file that may run any code.
 
     Raises:
@@ -37,9 +43,7 @@ def load_any_config(
     path = find_config(config_file)
     if not is_lazy_file(path):
         return load_config(path, options, allow_unsafe_yaml=allow_unsafe_yaml)
-    config = load_lazy_config(path, allow_unsafe_yaml=allow_unsafe_yaml)
-    set_options(config, options)
-    return config
+    return load_lazy_config(path, options, allow_unsafe_yaml=allow_unsafe_yaml)
 
 
 def as_cfg(config: AnyConfig) -> CfgNode:
@@ -58,3 +62,34 @@ def build_network(config: AnyConfig, cfg: CfgNode) -> nn.Module:
     if not isinstance(config, DictConfig):
         return build_model(cfg)
     return instantiate(config, "model").to(cfg.MODEL.DEVICE)
+
+
+def load_network(
+    config: AnyConfig, cfg: CfgNode, *, allow_partial: bool = False, allow_pickle: bool = False
+) -> tuple[nn.Module, dict[str, list[str]]]:
+    """Build the network that ``config`` describes, and load the weights ``cfg.MODEL.WEIGHTS``.
+
+    Args:
+        cfg: see :func:`build_network`.
+        allow_partial, allow_pickle: see :class:`VoVNetCheckpointer`.
+
+    Returns:
+        the network, and the names of the categories that the weights tell.
+
+    Raises:
+        FileNotFoundError: there is no such file of weights.
+        ValueError: there are no weights, or they are not those of the whole network.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise UserValueError(
+            "There are no weights: set MODEL.WEIGHTS to a file. A training writes "
+            "OUTPUT_DIR/model_final.pth."
+        )
+    model = build_network(config, cfg)
+    checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial, allow_pickle=allow_pickle)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    if not allow_partial:
+        check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
+    if warning := check_input_convention(cfg, checkpointer.input_convention):
+        logger.warning(warning)
+    return model, checkpointer.loaded_categories

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the numbers that a network predicts stand for."""
+"""The names of the categories that a network predicts by number."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from detectron2.data.catalog import Metadata
 from ..checkpoint.checkpointer import CATEGORY_KINDS, VoVNetCheckpointer
 from ..data import register_digits
 from ..data.own import register_own_data
+from ..errors import describe
 from .checks import find_num_classes
 
 __all__ = ["category_names", "find_difference", "find_metadata"]
@@ -25,7 +26,7 @@ Names = Mapping[str, Sequence[str]]  # by kind: thing_classes, stuff_classes
 
 
 def category_names(data_sets: Sequence[str]) -> dict[str, list[str]]:
-    """Names of the categories of the first of some data sets, by kind, for its checkpoints."""
+    """Return the names of the categories of the first data set, by kind, for the checkpoints."""
     if not data_sets or data_sets[0] not in DatasetCatalog:
         return {}
     metadata = MetadataCatalog.get(data_sets[0])
@@ -35,8 +36,8 @@ def category_names(data_sets: Sequence[str]) -> dict[str, list[str]]:
 def find_difference(
     cfg: CfgNode, data_sets: Sequence[str], checkpointer: VoVNetCheckpointer
 ) -> str:
-    """Compare the names of the weights that were loaded last with those of a data set, which may
-    have as many other categories.
+    """Compare the categories of the last loaded weights with those of a data set. The numbers may
+    be equal though the names differ.
 
     Args:
         data_sets: ``DATASETS.TRAIN`` or ``DATASETS.TEST``; the first counts.
@@ -66,12 +67,12 @@ def _compare(cfg: CfgNode, data_set: str, weights: Names) -> str:
 
 
 def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:
-    """Names and colours of the categories that a config's network predicts.
+    """Return the names and colours of the categories that a config's network predicts.
 
-    They are those of the first data set in ``DATASETS.TEST``, then ``DATASETS.TRAIN``, that is
-    registered, has as many categories as the network, and names them as the weights do. Where there
-    is none, the names are those of the weights; if these do not tell, they are numbers from 0, and
-    a warning says so.
+    They come from the first data set in ``DATASETS.TEST``, then ``DATASETS.TRAIN``, that is
+    registered and has the number and the names of categories of the network and its weights.
+    Without such a data set, the names come from the weights. If the weights have no names, the
+    categories are numbers from 0, and a warning says so.
 
     Args:
         weights: :attr:`VoVNetCheckpointer.loaded_categories`.
@@ -99,7 +100,7 @@ def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:
 
 
 def _find_obstacle(cfg: CfgNode, name: str) -> str:
-    """Why a data set does not name the network's categories; empty if it does."""
+    """Return the reason why a data set does not name the categories of the network, or ""."""
     if name not in DatasetCatalog:
         return f"{name} is not registered here"
     metadata = MetadataCatalog.get(name)
@@ -107,7 +108,7 @@ def _find_obstacle(cfg: CfgNode, name: str) -> str:
         try:
             DatasetCatalog.get(name)  # some have their metadata from then on
         except Exception as error:  # anybody's code
-            return f"{name} cannot be loaded ({type(error).__name__}: {error})"
+            return f"{name} cannot be loaded ({describe(error)})"
     for kind, count in find_num_classes(cfg).items():
         if len(classes := metadata.get(kind, [])) != count:
             return f"{name} has {len(classes)} {kind} and the network {count}"

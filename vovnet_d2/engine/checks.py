@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known to fail, found before the hours of training and not after them."""
+"""Checks that find mistakes before a training starts, not hours later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
@@ -35,7 +34,12 @@ from ..data.check.registered import find_foreign_file, states_categories
 from ..data.check.values import is_number, is_text
 from ..data.cityscapes import check_cityscapes
 from ..data.voc import check_voc_set, is_voc_set
+from ..errors import UserFileNotFoundError, UserKeyError, UserValueError, describe
 from ..tiles import check_tiles
+from ..words import suggest
+from .compilation import check_compilation
+from .loggers import check_loggers
+from .main_process import in_main_process
 from .other_projects import PARTS
 from .precision import autocast_dtype
 from .semantic_data import check_label_maps
@@ -89,7 +93,7 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
 
 
 def check_network(cfg: CfgNode) -> None:
-    """The part of :func:`check_config` that holds whatever is done with the network."""
+    """Check the parts of a config that matter for every use of the network."""
     for key in ("META_ARCHITECTURE", "BACKBONE.NAME", *_used_parts(cfg)):
         node, _, name = key.rpartition(".")
         value = cfg.MODEL[node][name] if node else cfg.MODEL[name]
@@ -97,8 +101,7 @@ def check_network(cfg: CfgNode) -> None:
 
 
 def _used_parts(cfg: CfgNode) -> Iterator[str]:
-    """Yield the keys that name the parts of Detectron2's meta-architectures, as far as the network
-    has them."""
+    """Yield the keys that name the parts of the network, for Detectron2's meta-architectures."""
     kind = cfg.MODEL.META_ARCHITECTURE
     if kind in ("SemanticSegmentor", "PanopticFPN"):
         yield "SEM_SEG_HEAD.NAME"
@@ -118,43 +121,70 @@ def _used_parts(cfg: CfgNode) -> Iterator[str]:
 
 
 def check_run(cfg: CfgNode, *, training: bool) -> None:
-    """The part of :func:`check_config` that holds whatever builds the network."""
+    """Check the parts of a config that matter however the network is built."""
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if training and (batch < 1 or batch % processes):
-        raise ValueError(
+        raise UserValueError(
             f"SOLVER.IMS_PER_BATCH is {batch}: it must be a multiple of the number of processes, "
             f"which is {processes}."
         )
+    parts = cfg.SOLVER.ACCUMULATE
+    if training and (parts < 1 or batch // processes % parts):
+        raise UserValueError(
+            f"SOLVER.ACCUMULATE is {parts}: it must divide the images of a process, which are "
+            f"{batch // processes} (SOLVER.IMS_PER_BATCH {batch}, {processes} processes)."
+        )
+    if training:
+        check_loggers(cfg)
+        check_compilation(cfg)
     if cfg.TEST.AMP.ENABLED or (training and cfg.SOLVER.AMP.ENABLED):
         autocast_dtype(cfg)
     if cfg.MODEL.CHANNELS_LAST not in (None, True, False):
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.CHANNELS_LAST is {cfg.MODEL.CHANNELS_LAST!r}: choose True, False, or None for "
             "what is faster on this machine."
         )
     if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.CHANNELS_LAST:
-        raise ValueError(
+        raise UserValueError(
             "MODEL.KEYPOINT_ON needs MODEL.CHANNELS_LAST False: Detectron2's keypoint head takes "
             "contiguous maps only."
         )
+    if training and cfg.INPUT.COPY_PASTE:
+        _check_copy_paste(cfg)
     if not training:
         check_backend(cfg.TEST.BACKEND, torch.device(cfg.MODEL.DEVICE), int8=bool(cfg.TEST.INT8))
     if cfg.TEST.TILES:
         _check_tiles(cfg)
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     if cfg.TEST.AUG.ENABLED and (not is_rcnn or cfg.MODEL.KEYPOINT_ON):
-        raise ValueError(
+        raise UserValueError(
             "Detectron2 has test-time augmentation for GeneralizedRCNN without keypoints only: set "
             "TEST.AUG.ENABLED False."
         )
 
 
+def _check_copy_paste(cfg: CfgNode) -> None:
+    has_labels = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
+    if not cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or has_labels:
+        raise UserValueError(
+            f"INPUT.COPY_PASTE {cfg.INPUT.COPY_PASTE} pastes objects by their masks: it needs "
+            "MODEL.MASK_ON True, and a network that learns no keypoints and no label maps. Set "
+            "INPUT.COPY_PASTE 0 for others."
+        )
+
+
 def check_schedule(cfg: CfgNode) -> None:
-    """Look at the keys of a training that say when; warn of one that is all warm-up.
+    """Check the schedule of a training, and warn of a training that is all warm-up.
 
     Raises:
-        ValueError: the training is to end early by evaluations that it does not have.
+        ValueError: ``TEST.PATIENCE`` needs evaluations that the training does not have, or
+            ``SOLVER.EMA`` is no decay of an average.
     """
+    if not 0 <= cfg.SOLVER.EMA < 1:
+        raise UserValueError(
+            f"SOLVER.EMA is {cfg.SOLVER.EMA}: give the decay of the weights' average, below 1 "
+            "(0.9998, or 0.99 for a short training), or 0 for no average."
+        )
     if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS %d is not below SOLVER.MAX_ITER %d: the learning rate never "
@@ -164,9 +194,9 @@ def check_schedule(cfg: CfgNode) -> None:
         )
     patience = cfg.TEST.PATIENCE
     if patience < 0:
-        raise ValueError(f"TEST.PATIENCE is {patience}: give a number of evaluations, or 0.")
+        raise UserValueError(f"TEST.PATIENCE is {patience}: give a number of evaluations, or 0.")
     if patience and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
-        raise ValueError(
+        raise UserValueError(
             f"TEST.PATIENCE is {patience}, and nothing is evaluated on the way: set "
             "TEST.EVAL_PERIOD and data to evaluate on (--val-annotations, DATASETS.TEST)."
         )
@@ -177,7 +207,7 @@ def _check_keypoint_sigmas(cfg: CfgNode) -> None:
     sigmas_given = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     sigmas = sigmas_given or _COCO_KEYPOINTS
     if keypoints != sigmas:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}, and the evaluation has "
             f"{sigmas} sigmas: give one for each in TEST.KEYPOINT_OKS_SIGMAS (COCO's "
             f"{_COCO_KEYPOINTS} are there if that is empty), which says how far off a keypoint may "
@@ -196,7 +226,7 @@ def _check_keypoint_sigmas(cfg: CfgNode) -> None:
 def _check_tiles(cfg: CfgNode) -> None:
     check_tiles(cfg.TEST.TILES, cfg.TEST.TILE_OVERLAP)
     if cfg.TEST.AUG.ENABLED:
-        raise ValueError(
+        raise UserValueError(
             "TEST.TILES and TEST.AUG.ENABLED cannot be combined: Detectron2's test-time "
             "augmentation takes whole images."
         )
@@ -205,9 +235,10 @@ def _check_tiles(cfg: CfgNode) -> None:
 def _check_registered(key: str, name: str, registry: Registry) -> None:
     if name not in registry:
         names = [known for known, _ in registry]
-        close = get_close_matches(name, names, n=3)
-        hint = f" Close to it: {', '.join(close)}." if close else ""
-        raise ValueError(f"{key} {name!r} is not registered.{hint} There are: {', '.join(names)}.")
+        raise UserValueError(
+            f"{key} {name!r} is not registered.{suggest(name, names)} There are: "
+            f"{', '.join(names)}."
+        )
 
 
 def choose_device(cfg: CfgNode) -> None:
@@ -220,18 +251,19 @@ def choose_device(cfg: CfgNode) -> None:
     try:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            logger.warning("torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow.")
+            message = "torch finds no GPU: MODEL.DEVICE is set to cpu, which is slow."
+            logger.warning(message, extra={"told_by_progress_bar": True})
             cfg.MODEL.DEVICE = "cpu"
         else:
             torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.DEVICE {name!r} is no device that torch can use here: choose cuda or cpu."
         ) from error
 
 
 def parse_device(text: str) -> torch.device:
-    """The ``type`` of a command line's ``--device``: the CPU, or a GPU that torch finds.
+    """Read the value of ``--device``: the CPU, or a GPU that torch finds.
 
     Raises:
         argparse.ArgumentTypeError: it is none of these.
@@ -282,7 +314,7 @@ def check_data(cfg: CfgNode, *, training: bool) -> None:
 
 
 def check_data_sets(cfg: CfgNode, key: str) -> None:
-    """The part of :func:`check_data` that holds whatever the network.
+    """Check the data sets of a config, whatever the network is.
 
     Args:
         key: "TRAIN" or "TEST", whose data sets are to be there.
@@ -295,17 +327,16 @@ def check_data_sets(cfg: CfgNode, key: str) -> None:
 
 def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
     if required and not names:
-        raise ValueError(
+        raise UserValueError(
             f"{key} is empty: give --config-file, or {key} \"('name',)\", or files of your own "
             f"(--{'train' if key == 'DATASETS.TRAIN' else 'val'}-annotations, see --help)."
         )
     if isinstance(names, str):
-        raise ValueError(f"{key} must be a list of names: write {key} \"('{names}',)\".")
+        raise UserValueError(f"{key} must be a list of names: write {key} \"('{names}',)\".")
     for name in names:
         if name not in DatasetCatalog:
-            close = get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.4)
-            hint = f" Close to it: {', '.join(close)}." if close else ""
-            raise KeyError(
+            hint = suggest(name, DatasetCatalog.list(), cutoff=0.4)
+            raise UserKeyError(
                 f"Data set {name!r} of {key} is not registered.{hint} Data of one's own "
                 "are given with --train-annotations and the like, see --help, or registered by a "
                 "script with detectron2.data.datasets.register_coco_instances."
@@ -313,7 +344,9 @@ def _check_names(key: str, names: Sequence[str], *, required: bool) -> None:
 
 
 def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
-    """Metadata with the categories in it, which some data sets have only once they are loaded."""
+    """Return the metadata of a data set. Some data sets have their categories only once they are
+    loaded.
+    """
     metadata = MetadataCatalog.get(name)
     known = metadata.get("thing_classes") or metadata.get("stuff_classes")
     failure: Exception | None = None
@@ -325,7 +358,7 @@ def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
                 raise
             failure = error
     if missing := _find_missing(metadata, evaluated):
-        raise FileNotFoundError(_describe_missing(name, missing)) from failure
+        raise UserFileNotFoundError(_describe_missing(name, missing)) from failure
     if failure:
         raise _loading_error(name, failure, evaluated=evaluated) from failure
     if known and states_categories(name):
@@ -335,19 +368,10 @@ def _load_metadata(name: str, *, evaluated: bool) -> Metadata:
 
 def _require_named_file(name: str, split: str) -> None:
     """Refuse a file in the place of another data set; the main process reads it for all."""
-    found: str | Exception = ""
-    if comm.is_main_process():
-        try:
-            found = find_foreign_file(name)
-        except ValueError as error:
-            found = error
-    found = comm.all_gather(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    if found:
+    if found := in_main_process(lambda: find_foreign_file(name)):
         metadata = MetadataCatalog.get(name)
         file, folder = metadata.get("json_file", "FILE"), metadata.get("image_root", "FOLDER")
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name} is not what it is registered as: {found}. If these are data of your "
             f"own, leave the name out and give --{split}-annotations {file} --{split}-images "
             f"{folder}."
@@ -369,7 +393,8 @@ def load_records(name: str) -> list[dict[str, Any]]:
 
 
 def _is_of_data(error: Exception) -> bool:
-    """Return whether an error says that files cannot be used, and is no bug of the function."""
+    """Return True if an error says that files cannot be used. Other errors are bugs of the
+    function."""
     return isinstance(error, AssertionError | KeyError | OSError | ValueError) or is_of_loader(
         error
     )
@@ -385,17 +410,14 @@ def is_of_loader(error: Exception) -> bool:
     return any(module.startswith("detectron2.data.datasets.") for module in modules)
 
 
-def _loading_error(name: str, error: Exception, *, evaluated: bool) -> ValueError:
+def _loading_error(name: str, error: Exception, *, evaluated: bool) -> UserValueError:
     metadata = MetadataCatalog.get(name)
     source = next(iter(_paths(metadata, evaluated)), "the function that is registered for it")
-    # As text, a KeyError is in quotation marks.
-    reason = error.args[0] if len(error.args) == 1 else error
     hint = " tools/check_dataset.py lists all that is wrong with it." * bool(
         metadata.get("json_file")
     )
-    return ValueError(
-        f"Data set {name} cannot be loaded: {type(error).__name__} in {source}: "
-        f"{' '.join(str(reason).split())}{'.' if hint else ''}{hint}"
+    return UserValueError(
+        f"Data set {name} cannot be loaded from {source}: {describe(error)}.{hint}"
     )
 
 
@@ -428,14 +450,16 @@ def _describe_missing(name: str, missing: Sequence[str]) -> str:
 
 
 def find_num_classes(cfg: CfgNode) -> dict[str, int]:
-    """How many classes the network tells apart, by the metadata that lists them; empty for a
-    meta-architecture whose keys are not known here."""
+    """Return the number of classes of the network, by the metadata that lists their names.
+
+    The result is empty for a meta-architecture whose keys are not known here.
+    """
     nodes = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {})
     return {kind: cfg.MODEL[node].NUM_CLASSES for kind, node in nodes.items()}
 
 
 def instance_class_keys() -> list[str]:
-    """The keys of the numbers of categories of all heads that detect objects."""
+    """Return the config keys with the number of categories, for all heads that detect objects."""
     nodes = {kinds["thing_classes"] for kinds in _NUM_CLASSES.values() if "thing_classes" in kinds}
     return [f"MODEL.{node}.NUM_CLASSES" for node in sorted(nodes)]
 
@@ -444,7 +468,7 @@ def _check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) ->
     for kind, node in _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
         classes = metadata.get(kind)
         if classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
-            raise ValueError(
+            raise UserValueError(
                 f"Data set {name} of {key} has {len(classes)} categories and the network "
                 f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
             )
@@ -454,7 +478,7 @@ def _check_category_names(name: str, metadata: Metadata) -> None:
     """Refuse names that are no text, which Detectron2's loader stops at, or cannot be written."""
     for category in (*metadata.get("thing_classes", ()), *metadata.get("stuff_classes", ())):
         if not is_text(category):
-            raise ValueError(
+            raise UserValueError(
                 f"Data set {name} has a category with the name {category!r}, which must be text "
                 "that can be written. (Of a file that is given with --train-annotations, numbers "
                 "are taken as text.)"
@@ -478,9 +502,11 @@ def _check_file(name: str, metadata: Metadata) -> None:
         return
     hint = "tools/check_dataset.py lists all that is wrong with it, and writes a corrected copy."
     if twice := [number for number, count in counts.items() if count > 1]:
-        raise ValueError(f"Data set {name}: two images of {file} have the id {twice[0]!r}. {hint}")
+        raise UserValueError(
+            f"Data set {name}: two images of {file} have the id {twice[0]!r}. {hint}"
+        )
     if wrong:
-        raise ValueError(f"Data set {name}: {file} has the area {wrong[0]!r:.60}. {hint}")
+        raise UserValueError(f"Data set {name}: {file} has the area {wrong[0]!r:.60}. {hint}")
 
 
 def _check_cityscapes(name: str, metadata: Metadata) -> None:
@@ -489,7 +515,7 @@ def _check_cityscapes(name: str, metadata: Metadata) -> None:
     try:
         check_cityscapes(metadata.image_dir, metadata.gt_dir)
     except ValueError as error:
-        raise ValueError(f"Data set {name}: {error}") from error
+        raise UserValueError(f"Data set {name}: {error}") from error
 
 
 def _check_same_categories(name: str, metadata: Metadata, other: str, others: Metadata) -> None:
@@ -498,7 +524,7 @@ def _check_same_categories(name: str, metadata: Metadata, other: str, others: Me
         return
     pairs = enumerate(zip_longest(theirs, mine, fillvalue="missing"))
     if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
-        raise ValueError(
+        raise UserValueError(
             "Data sets {} and {} differ in their categories: number {} is {!r} in one and {!r} in "
             "the other. All data sets of a run must have the same, in the same order. (Given with "
             "--train-annotations and --val-annotations, they are matched by name.)".format(
@@ -524,8 +550,8 @@ def check_initialisation(
     if cfg.MODEL.WEIGHTS or resuming:
         return
     if not training:
-        raise ValueError(
-            "There are no weights to evaluate: set MODEL.WEIGHTS to a file (of a training, "
+        raise UserValueError(
+            "There are no weights to evaluate: set MODEL.WEIGHTS to a file (a training writes "
             "OUTPUT_DIR/model_final.pth), or add --resume for the newest in OUTPUT_DIR."
         )
     if is_pretrained(cfg):
@@ -534,7 +560,7 @@ def check_initialisation(
     frozen = [n for n, m in backbone.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
     if frozen:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.WEIGHTS is empty and parts of the backbone are frozen, {frozen[0]} for one: "
             "they would keep their random values, and the loss would diverge. Either give weights"
             f"{_suggest_weights(cfg)}, or train from scratch with "
@@ -552,14 +578,14 @@ def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: st
     """Refuse to infer with weights that leave parts of the network as they were initialised.
 
     Args:
-        part: what the names of the tensors that are needed begin with; all are, by default.
+        part: the beginning of the names of the tensors that are needed; by default all are.
 
     Raises:
         ValueError: the weights that ``checkpointer`` loaded last do not have all of them.
     """
     missing = [n for n in checkpointer.missing_outside_backbone if n.startswith(part)]
     if missing:
-        raise ValueError(
+        raise UserValueError(
             f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
             f"{missing[0]} for one, which would be left at random values. Train first, or give "
             "the weights of a whole model. To go on all the same, add --allow-partial (in code: "
@@ -576,7 +602,7 @@ def _suggest_weights(cfg: CfgNode) -> str:
 
 
 def _backbone_node(cfg: CfgNode) -> str:
-    """The part of ``cfg.MODEL`` that describes its backbone."""
+    """Return the part of ``cfg.MODEL`` that describes its backbone."""
     nodes = {"resnet": "RESNETS", "timm": "TIMM", "torchvision": "TORCHVISION"}
     nodes |= {"densenet67": "DENSENET67", "peleenet": "PELEENET"}
     found = [node for word, node in nodes.items() if word in cfg.MODEL.BACKBONE.NAME]

@@ -28,9 +28,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.classification import build_classification_dataset
-from ..data.stream import TrainingStream, stay_until_dismissed
+from ..data.stream import TrainingStream, goes_to_gpu
+from ..data.workers import attend_to_workers
+from ..errors import UserValueError
 from ..modeling.baselines.cifar import CifarClassifier
 from ..modeling.build import build_vovnet_classifier
+from .class_teacher import ClassTeacher, build_class_teacher
 from .hooks import BestCheckpointer
 from .memory_format import to_memory_format
 from .trainer import Trainer
@@ -44,9 +47,13 @@ Augmentation = Callable[[torch.Tensor, torch.Tensor], Batch]
 
 
 class ImageClassifier(nn.Module):
-    """What Detectron2's detectors are to a backbone: from a batch to losses or predictions.
+    """A classifier with the interface of Detectron2's detectors: it turns a batch into losses or
+    predictions.
 
     The input convention is an attribute under the same names, so that checkpoints carry it.
+
+    Attributes:
+        teacher: gives one more loss in training; None by default.
     """
 
     pixel_mean: torch.Tensor
@@ -79,6 +86,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.augmentations = augmentations
         self.label_smoothing = label_smoothing
+        self.teacher: ClassTeacher | None = None
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor] | torch.Tensor:
         """
@@ -98,7 +106,11 @@ class ImageClassifier(nn.Module):
             images, targets = augment(images, targets)
         logits = self.network(images)["linear"]
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        return {"loss_cls": loss}
+        if self.teacher is None:
+            return {"loss_cls": loss}
+        seen = images * self.pixel_std + self.pixel_mean
+        taught = self.teacher.compute_loss(seen, self.input_format, logits)
+        return {"loss_cls": loss, "loss_distillation": taught}
 
 
 class AccuracyEvaluator(DatasetEvaluator):
@@ -124,7 +136,7 @@ class AccuracyEvaluator(DatasetEvaluator):
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a classifier on the data of the ``PRETRAIN`` node; all else is :class:`Trainer`'s."""
+    """Trains a classifier on the data of the ``PRETRAIN`` node, in all else as :class:`Trainer`."""
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> ImageClassifier:
@@ -141,12 +153,20 @@ class ClassifierTrainer(Trainer):
         return to_memory_format(model.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
+    def add_teacher(cls, cfg: CfgNode, model: nn.Module, *, allow_pickle: bool) -> None:
+        """Give ``model`` the network of timm's that ``DISTILLATION`` names, if there is one."""
+        if cfg.DISTILLATION.TEACHER:
+            model.teacher = build_class_teacher(cfg)  # type: ignore[assignment]
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """timm's ``PRETRAIN.OPTIMIZER``; biases and norms are not decayed."""
+        """Build the optimizer of timm that ``PRETRAIN.OPTIMIZER`` names. Biases and norms are not
+        decayed.
+        """
         name = cfg.PRETRAIN.OPTIMIZER
         if name not in list_optimizers():
             close = get_close_matches(name, list_optimizers(), n=3, cutoff=0.4) or ["sgd", "adamw"]
-            raise ValueError(
+            raise UserValueError(
                 f"PRETRAIN.OPTIMIZER {name!r} is none of timm's. Close to it: {', '.join(close)}."
             )
         optimizer = create_optimizer_v2(
@@ -173,23 +193,25 @@ class ClassifierTrainer(Trainer):
             lambda: TrainingSampler(number),
             batch,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            pin_memory=goes_to_gpu(cfg),
             seed=max(cfg.SEED, 0),
-            pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
         )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Batch]:
         dataset = _build_dataset(cfg, dataset_name, _test_transform(cfg))
-        return DataLoader(
+        loader = DataLoader(
             dataset,
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             sampler=InferenceSampler(len(dataset)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
-            worker_init_fn=stay_until_dismissed,
         )
+        return attend_to_workers(loader)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, *, suffix: str = ""
+    ) -> AccuracyEvaluator:
         return AccuracyEvaluator()
 
     @classmethod
@@ -197,12 +219,15 @@ class ClassifierTrainer(Trainer):
         return "classification/top1" if cfg.DATASETS.TEST else None
 
     def build_hooks(self) -> list[HookBase | None]:
-        """All but the best checkpoint: a rate that falls to zero ends with the best weights."""
+        """Return the hooks of :class:`Trainer` without the hook that keeps the best checkpoint.
+
+        The learning rate falls to zero, so the last weights are the best ones.
+        """
         return [hook for hook in super().build_hooks() if not isinstance(hook, BestCheckpointer)]
 
 
 def build_network(cfg: CfgNode) -> nn.Module:
-    """The classifier that ``PRETRAIN.NETWORK`` names, for ``PRETRAIN.NUM_CLASSES`` classes."""
+    """Build the classifier ``PRETRAIN.NETWORK``, for ``PRETRAIN.NUM_CLASSES`` classes."""
     num_classes = cfg.PRETRAIN.NUM_CLASSES
     if cfg.PRETRAIN.NETWORK != "VoVNet":
         return CifarClassifier(cfg.PRETRAIN.NETWORK, num_classes=num_classes)
@@ -219,7 +244,7 @@ def _build_dataset(cfg: CfgNode, split: str, transform: Callable[..., Any]) -> A
 
 
 def _rgb_mean(cfg: CfgNode) -> tuple[float, ...]:
-    """What augmentation fills borders with."""
+    """Return the colour that augmentation fills borders with."""
     mean = [value / 255 for value in cfg.MODEL.PIXEL_MEAN]
     return tuple(mean if cfg.INPUT.FORMAT == "RGB" else reversed(mean))
 
@@ -240,7 +265,7 @@ def _training_transform(cfg: CfgNode) -> Callable[..., Any]:
             normalize=False,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise UserValueError(
             f"PRETRAIN.AUTO_AUGMENT {node.AUTO_AUGMENT!r} is none of timm's policies ({error}). "
             "Examples: rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original; or '' for none."
         ) from error

@@ -18,8 +18,8 @@ _CONVERTED: set[str] = set()
 
 
 class CategoriesByName(COCOEvaluator):
-    """Metrics of single categories go by their names, also where the ids of a file are in another
-    order than the outputs of the network."""
+    """Detectron2's evaluator, which names the metrics of single categories correctly, even if the
+    ids of a file are in another order than the outputs of the network."""
 
     _coco_api: Any
 
@@ -39,17 +39,19 @@ class PlainCOCOEvaluator(CategoriesByName):
     def __init__(self, dataset_name: str, **arguments: Any):
         """
         Args:
-            arguments: of :class:`detectron2.evaluation.COCOEvaluator`.
+            arguments: the arguments of :class:`detectron2.evaluation.COCOEvaluator`.
         """
         super().__init__(dataset_name, use_fast_impl=False, **arguments)
 
 
 def convert_anew(name: str, folder: str) -> None:
-    """Have Detectron2 write the annotation file of a data set that has none from what is registered
-    now. It takes a file of an earlier run for that otherwise, whatever has changed since.
+    """Have Detectron2 write the annotation file of a data set that has none, from what is
+    registered now.
+
+    Otherwise Detectron2 takes the file of an earlier run, whatever has changed since.
 
     Args:
-        folder: of the evaluator's files.
+        folder: the folder of the evaluator's files.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("json_file") in _CONVERTED:

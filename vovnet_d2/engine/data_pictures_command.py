@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 from detectron2.utils.logger import setup_logger
 
+from ..errors import UserImportError, UserValueError
 from .checks import check_data, check_data_sets
-from .config import load_config
+from .config import add_options_argument, load_config
 from .detection import register_data
 from .launch import run_or_exit
 from .own_data import add_own_data_arguments
@@ -40,26 +41,33 @@ def _argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "output",
         type=Path,
-        help=f"folder; or, with {', '.join(_SHEETS)}, one sheet of all pictures",
+        help=f"folder for the pictures, or a file ({', '.join(_SHEETS)}) for one sheet of all",
     )
-    parser.add_argument("--config-file", default="", help="YAML file, or its name among ours")
+    parser.add_argument(
+        "--config-file", default="", help="YAML file, or a name of this package's configs"
+    )
     parser.add_argument(
         "--dataset",
         default="",
         metavar="NAME",
-        help="registered data set (default: the first that the config trains on; for results, "
-        "evaluates on)",
+        help="registered data set (default: the first of DATASETS.TRAIN, or of DATASETS.TEST for "
+        "results)",
     )
-    parser.add_argument("--results", type=Path, metavar="FILE", help="in COCO's results format")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="results in COCO's format")
     parser.add_argument(
-        "--score-threshold", type=float, default=0.5, help="of results (default: %(default)s)"
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        help="least score of results (default: %(default)s)",
     )
     parser.add_argument(
-        "--number", type=int, default=16, metavar="N", help="of pictures (default: %(default)s)"
+        "--number",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of pictures (default: %(default)s)",
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config options; last of all"
-    )
+    add_options_argument(parser)
     add_own_data_arguments(parser)
     return parser
 
@@ -84,19 +92,19 @@ def _draw(args: argparse.Namespace, folder: str) -> None:
     """Draw what is asked for.
 
     Args:
-        folder: where converted annotations are kept.
+        folder: the folder for converted annotations.
     """
     try:
         from . import data_pictures
     except ImportError as error:
-        raise ImportError(
+        raise UserImportError(
             f"Drawing needs OpenCV and matplotlib ({error}): pip install 'vovnet_d2[demo]'."
         ) from error
 
     if args.number < 1:
-        raise ValueError(f"--number is {args.number}: it must be at least 1.")
+        raise UserValueError(f"--number is {args.number}: it must be at least 1.")
     if (args.what == "results") != (args.results is not None):
-        raise ValueError("--results and results go together: give both.")
+        raise UserValueError("--results and results go together: give both.")
     setup_logger(name="vovnet_d2")
     cfg = load_config(args.config_file, args.opts)
     key = "TEST" if args.what == "results" else "TRAIN"
@@ -122,5 +130,5 @@ def _draw(args: argparse.Namespace, folder: str) -> None:
         count = data_pictures.write_pictures(args.output, drawn)
     if not count:
         reason = "there are no results" if args.results else "none of its images can be read"
-        raise ValueError(f"Nothing is drawn of {name}: {reason}.")
+        raise UserValueError(f"Nothing is drawn of {name}: {reason}.")
     print(f"Drew {count} pictures of {name} to {args.output}.")

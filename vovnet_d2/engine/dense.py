@@ -1,7 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What Detectron2's dense detectors (RetinaNet, FCOS) keep from step to step outside their state
-dict: the average number of positive anchors, which normalises their losses, in each process."""
+"""State of Detectron2's dense detectors (RetinaNet, FCOS) that their state dicts lack.
+
+Each process keeps the average number of positive anchors, which normalises the losses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ __all__ = ["read_loss_normalizers", "write_loss_normalizers"]
 
 
 def read_loss_normalizers(model: nn.Module) -> dict[str, float]:
-    """Those of this process, by the detector's name in ``model``; empty before the first step."""
+    """Return the normalizers of this process, by the name of the detector in ``model``.
+
+    The result is empty before the first step.
+    """
     return {
         name: float(detector.loss_normalizer)
         for name, detector in _dense_detectors(model)
@@ -25,7 +30,7 @@ def read_loss_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def write_loss_normalizers(model: nn.Module, of_processes: list[dict[str, float]]) -> None:
-    """Go on with those of a training; in another number of processes, with their mean."""
+    """Restore the loss normalizers of a training. Another number of processes gets their mean."""
     if len(of_processes) == comm.get_world_size():
         of_processes = [of_processes[comm.get_rank()]]
     for name, detector in _dense_detectors(model):

@@ -15,8 +15,10 @@ from ..data import register_digits
 from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.own import register_own_data
 from ..data.voc import register_voc
+from ..errors import UserValueError
 from . import config
 from .checks import check_data, check_initialisation
+from .distillation import add_teacher_argument, teacher_options
 from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, data_of, fit_to_data, refuse_to_fit
 from .launch import launch_command
@@ -32,15 +34,18 @@ _EXAMPLE = "COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml"
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Those that all trainings share, and those for data of one's own."""
+    """Return the parser of ``tools/train_net.py``: the arguments of all trainings, and those for a
+    custom data set.
+    """
     parser = config.argument_parser()
     add_own_data_arguments(parser)
     add_fitting_arguments(parser)
+    add_teacher_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of ``tools/train_net.py``, in as many processes as it asks for.
+    """Run the command line of ``tools/train_net.py``, in as many processes as it asks for.
 
     Args:
         argv: the arguments, by default those of the program that is running.
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What each process does; see :func:`run_task`.
+    """Train or evaluate a detector in this process; see :func:`run_task`.
 
     Raises:
         ValueError: there is no config, or what is only evaluated is to be fitted to its data; for
@@ -60,14 +65,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     _require_config(args)
     refuse_to_fit(args)
+    args.opts = [*args.opts, *teacher_options(args)]
     return run_task(Task(Trainer, partial(_check, args), fit=partial(_fit, args)), args)
 
 
 def _require_config(args: argparse.Namespace) -> None:
-    """Refuse Detectron2's defaults alone, which are no detector that anybody trains."""
+    """Refuse a run without a config: nobody trains the detector of Detectron2's defaults."""
     if not args.config_file and "MODEL.BACKBONE.NAME" not in args.opts[::2]:
         data = " (--train-annotations and --val-annotations are data, and need one too)"
-        raise ValueError(
+        raise UserValueError(
             "There is no config: give --config-file, a YAML file or the name of one of ours, such "
             f"as {_EXAMPLE}{data if args.train_annotations or args.val_annotations else ''}."
         )
@@ -76,11 +82,11 @@ def _require_config(args: argparse.Namespace) -> None:
 def register_data(
     cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
 ) -> None:
-    """Make the data sets known that a config may name; complete it by those of the user's files.
+    """Register the data sets that a config may name, and complete the config by the user's files.
 
     Args:
-        args: of :func:`argument_parser`.
-        folder: where converted annotations are written; ``OUTPUT_DIR`` by default.
+        args: the arguments, from :func:`argument_parser`.
+        folder: the folder for converted annotations; ``OUTPUT_DIR`` by default.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""``TEST.DETECTIONS_PER_IMAGE``: how many detections of an image a network gives and an evaluation
-counts."""
+"""The limit ``TEST.DETECTIONS_PER_IMAGE``: the number of detections of an image that a network
+gives and an evaluation counts.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,13 @@ _COCO_IDS = {category["id"] for category in COCO_CATEGORIES if category["isthing
 def evaluated_detections(limit: int, metadata: Metadata) -> int:
     """Return how many detections of a category in an image COCO's evaluation is to count.
 
-    They are those that the network gives, but 100 for COCO's own categories: that is part of what
-    AP on COCO means, also for networks that give more (single-shot detectors give 200 to 500).
+    The evaluation counts all detections of the network. For COCO's own categories it counts 100,
+    which is part of the definition of AP on COCO, even if a network gives more (single-shot
+    detectors give 200 to 500).
 
     Args:
         limit: ``TEST.DETECTIONS_PER_IMAGE``.
-        metadata: of the data set.
+        metadata: the metadata of the data set.
     """
     ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
     return DEFAULT_LIMIT if ids.keys() == _COCO_IDS else max(limit, DEFAULT_LIMIT)
@@ -37,7 +39,7 @@ def explain_crowding(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> str:
     """Say how many objects are beyond ``TEST.DETECTIONS_PER_IMAGE``, and what to set.
 
     Args:
-        records: of a data set to evaluate on, in Detectron2's format.
+        records: the records of a data set to evaluate on, in Detectron2's format.
 
     Returns:
         a sentence without a full stop; empty if no image has more objects than that.

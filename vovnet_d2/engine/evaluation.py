@@ -26,6 +26,7 @@ from detectron2.evaluation import (
 
 from ..data.image_file import read_labels
 from ..data.own import match_categories
+from ..errors import UserValueError
 from .coco_evaluators import PlainCOCOEvaluator, convert_anew
 from .detection_limit import evaluated_detections
 from .old_numpy import old_numpy
@@ -46,13 +47,13 @@ _INSTALL = {
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> DatasetEvaluator:
-    """The evaluator for the ``evaluator_type`` in the metadata of a data set.
+    """Build the evaluator for the ``evaluator_type`` in the metadata of a data set.
 
-    Its files go to ``OUTPUT_DIR/inference``, or a folder for each data set below it where
-    ``DATASETS.TEST`` names several.
+    The files of the evaluator go to ``OUTPUT_DIR/inference``. If ``DATASETS.TEST`` has several data
+    sets, each has a folder below it.
 
     Args:
-        suffix: of the folder's name.
+        suffix: the end of the folder's name.
 
     Raises:
         ValueError: the type or ``TEST.COCO_API`` is unknown, or needs a package that is not
@@ -74,8 +75,11 @@ def check_evaluators(cfg: CfgNode) -> None:
 
 
 def main_metric(cfg: CfgNode) -> str | None:
-    """The metric that tells how good a network is, as Detectron2 flattens the names of results:
-    for example ``"segm/AP"``. Of several data sets the first counts; without any there is none."""
+    """Return the name of the metric that tells how good a network is, such as ``"segm/AP"``.
+
+    This is the form in which Detectron2 logs results. The first data set counts. Without a data set
+    the result is None.
+    """
     if not cfg.DATASETS.TEST:
         return None
     name = cfg.DATASETS.TEST[0]
@@ -101,13 +105,15 @@ _Builder = Callable[[CfgNode, str, str], DatasetEvaluator]
 def _find_builder(cfg: CfgNode, dataset_name: str) -> _Builder:
     kind = _evaluator_type(dataset_name)
     if kind not in _BUILDERS:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {dataset_name} has evaluator_type {kind!r} in its metadata, which must be "
             f"one of {', '.join(_BUILDERS)}."
         )
     package, builder = _BUILDERS[kind]
     if package and not _has(package):
-        raise ValueError(f"The evaluation of {dataset_name} needs {package}: {_INSTALL[package]}")
+        raise UserValueError(
+            f"The evaluation of {dataset_name} needs {package}: {_INSTALL[package]}"
+        )
     if kind.startswith("coco"):
         _is_faster_api_chosen(cfg)
     return builder
@@ -122,16 +128,18 @@ def _has(package: str) -> bool:
 
 
 def has_faster_coco() -> bool:
-    """Whether faster-coco-eval is installed."""
+    """Return True if faster-coco-eval is installed."""
     return _has("faster_coco_eval")
 
 
 def _is_faster_api_chosen(cfg: CfgNode) -> bool:
     api, installed = cfg.TEST.COCO_API, has_faster_coco()
     if api not in _COCO_APIS:
-        raise ValueError(f"TEST.COCO_API {api!r} is none of {', '.join(map(repr, _COCO_APIS))}.")
+        raise UserValueError(
+            f"TEST.COCO_API is {api!r}: choose from {', '.join(map(repr, _COCO_APIS))}."
+        )
     if api == "faster-coco-eval" and not installed:
-        raise ValueError(
+        raise UserValueError(
             f"TEST.COCO_API {api} needs that package: {_INSTALL['faster_coco_eval']}. With auto, "
             "pycocotools is used without it."
         )

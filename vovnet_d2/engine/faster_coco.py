@@ -18,6 +18,7 @@ from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from ..data.own import match_categories
+from ..errors import UserValueError, describe, one_line
 from .coco_evaluators import CategoriesByName
 
 __all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval", "in_detectron2"]
@@ -28,27 +29,27 @@ _LIMIT = 2**53  # ids that a double holds exactly
 
 
 class FasterCOCOeval(COCOeval_faster):
-    """faster-coco-eval's evaluation, with all categories for keypoints, too."""
+    """faster-coco-eval's evaluation, which keeps all categories for keypoints too."""
 
     def __init__(self, truth: COCO, detections: COCO, iou_type: str):
         super().__init__(truth, detections, iou_type)
-        # For keypoints it leaves out the categories without any, and Detectron2 then misses them.
+        # faster-coco-eval leaves out categories without keypoints, which Detectron2 needs.
         self.params.catIds = sorted(truth.getCatIds())
 
 
 class FasterCOCOEvaluator(CategoriesByName):
     """Detectron2's evaluator with the results of pycocotools in a fraction of its time.
 
-    Detectron2 looks the classes up in its module, so that is where they are replaced, for as long
-    as this evaluator is at work. For another limit than 100 detections it takes a class of its own,
-    whose summary is that of :class:`FasterCOCOeval`.
+    Detectron2 finds the classes of pycocotools in its own module, where this evaluator replaces
+    them while it works. For a limit other than 100 detections Detectron2 uses another class, which
+    :class:`FasterCOCOeval` replaces, too.
     """
 
     def __init__(self, dataset_name: str, *, fall_back: bool = False, **arguments: Any):
         """
         Args:
-            fall_back: whether pycocotools takes over where faster-coco-eval fails.
-            arguments: of :class:`detectron2.evaluation.COCOEvaluator`.
+            fall_back: True to let pycocotools evaluate if faster-coco-eval fails.
+            arguments: the arguments of :class:`detectron2.evaluation.COCOEvaluator`.
 
         Raises:
             ValueError: faster-coco-eval does not take the ids of the annotations.
@@ -58,15 +59,14 @@ class FasterCOCOEvaluator(CategoriesByName):
             with in_detectron2():
                 super().__init__(dataset_name, use_fast_impl=True, **arguments)
         except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"faster-coco-eval does not take the annotations of {dataset_name} ({reason}): set "
-                "TEST.COCO_API pycocotools."
+            raise UserValueError(
+                f"faster-coco-eval does not take the annotations of {dataset_name} "
+                f"({one_line(error)}): set TEST.COCO_API pycocotools."
             ) from error
         for image in self._coco_api.dataset["images"]:
-            # Of text it makes numbers where it can, which no prediction has then.
+            # faster-coco-eval turns text into numbers if it can. Predictions then have other ids.
             if not isinstance(image["id"], int) or abs(image["id"]) >= _LIMIT:
-                raise ValueError(
+                raise UserValueError(
                     f"faster-coco-eval takes no image ids such as {image['id']!r} in "
                     f"{dataset_name}: set TEST.COCO_API pycocotools."
                 )
@@ -85,10 +85,7 @@ class FasterCOCOEvaluator(CategoriesByName):
         except Exception as error:  # whatever comes from below
             if not self._fall_back:
                 raise
-            logger.warning(
-                "faster-coco-eval fails (%s: %s): pycocotools takes over.",
-                *(type(error).__name__, " ".join(str(error).split())),
-            )
+            logger.warning("faster-coco-eval fails (%s): pycocotools takes over.", describe(error))
             truth = self._coco_api
             with redirect_stdout(io.StringIO()):
                 self._coco_api = pycocotools.coco.COCO(self._metadata.json_file)

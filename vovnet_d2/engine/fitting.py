@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A training that fits its data: what of the config follows from them.
+"""The values of a config that follow from the data of a training.
 
-What a training was fitted to is kept in ``OUTPUT_DIR/fitted.json``: resumed, it has the same
-schedule and the same anchors, whatever the data have become, and without ``--epochs`` as well.
+``OUTPUT_DIR/fitted.json`` keeps the values that a training was fitted to. So a resumed training has
+the same schedule and anchors, even if the data have changed or ``--epochs`` is not repeated.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
 from ..data.mapper import build_mapper
+from ..errors import UserValueError
 from ..made import is_made_here
 from .anchors import Anchors, collect_boxes, fit_anchors, read_anchors
 from .checks import is_pretrained
@@ -53,7 +54,7 @@ _FILE = "fitted.json"
 
 
 class TrainingData(NamedTuple):
-    """What a training is fitted to, each loaded when it is needed.
+    """The data that a training is fitted to. Each function loads its part when it is needed.
 
     Attributes:
         load: returns the images that the training draws from.
@@ -70,22 +71,22 @@ def add_fitting_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--epochs`` and ``--fit-anchors``."""
     group = parser.add_argument_group(
         "a training that fits the data",
-        "of a custom data set the number of images and the batch give the schedule, warm-up, "
-        "learning rate and periods, and a table at the start says why. What the command line or a "
-        "config file of yours sets stays as it is",
+        "For a custom data set, schedule, warm-up, learning rate and periods follow from\n"
+        "the batch and the number of images. A table at the start gives the reasons.\n"
+        "Values that you set on the command line or in your config file stay.",
     )
     group.add_argument(
         "--epochs",
         type=_parse_epochs,
         metavar="N",
-        help="train until N times as many images are seen as there are, a fraction perhaps, "
-        "instead of a number of iterations; steps, warm-up, learning rate and periods follow",
+        help="length of the training in epochs, which may be a fraction, instead of iterations. "
+        "Steps, warm-up, learning rate and periods follow from it",
     )
     group.add_argument(
         "--fit-anchors",
         action="store_true",
-        help="fit the anchors' sizes and ratios to the boxes by k-means (scikit-learn); "
-        "evaluation and prediction then need OUTPUT_DIR/config.yaml, which has them",
+        help="fit the sizes and ratios of the anchors to the boxes by k-means (scikit-learn). "
+        "Evaluation and prediction then need OUTPUT_DIR/config.yaml, which has the anchors",
     )
 
 
@@ -102,9 +103,9 @@ def refuse_to_fit(args: argparse.Namespace) -> None:
         ValueError: what is only evaluated is to be fitted.
     """
     if args.eval_only and args.epochs is not None:
-        raise ValueError("--epochs is for a training: leave it out with --eval-only.")
+        raise UserValueError("--epochs is for a training: leave it out with --eval-only.")
     if args.eval_only and args.fit_anchors:
-        raise ValueError(
+        raise UserValueError(
             "--fit-anchors is for a training: with --eval-only give the config.yaml of that "
             "training, which has its anchors."
         )
@@ -124,11 +125,11 @@ def fit_to_data(
 
     Args:
         cfg: with the data sets and the batch of the run; changed in place.
-        args: with those of :func:`add_fitting_arguments`. ``args.fitted`` becomes what
-            :func:`keep_record` takes.
+        args: the arguments of :func:`add_fitting_arguments`. ``args.fitted`` is set to the record
+            for :func:`keep_record`.
         find_written: returns what the user has set.
-        data: what the config is fitted to.
-        resuming: whether a training in ``OUTPUT_DIR`` goes on.
+        data: the data that the config is fitted to.
+        resuming: True if a training in ``OUTPUT_DIR`` is resumed.
         show: gives a row of the table the name that the user's config has for its key.
 
     Returns:
@@ -147,7 +148,7 @@ def fit_to_data(
     written = find_written()
     _refuse_clashes(args, written.given, show)
     epochs = _find_epochs(args, earlier, written.given)
-    # Of the config's number of iterations nothing is left then.
+    # With a number of epochs, the config's number of iterations does not count.
     dropped = "" if epochs is None else "SOLVER.MAX_ITER"
     given = {key: where for key, where in written.given.items() if key != dropped}
     records = data.load()
@@ -188,8 +189,8 @@ def _is_custom(cfg: CfgNode) -> bool:
 def _find_epochs(
     args: argparse.Namespace, earlier: dict[str, Any], given: dict[str, str]
 ) -> Fraction | None:
-    """Return ``--epochs``, by default those of the training that goes on, unless the command line
-    has a number of iterations."""
+    """Return ``--epochs``, by default the epochs of the training that is resumed. Return None if
+    the command line has a number of iterations."""
     asked = given.get("SOLVER.MAX_ITER") == COMMAND_LINE
     if args.epochs is not None or asked or "epochs" not in earlier:
         return args.epochs
@@ -200,12 +201,12 @@ def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show)
     """Refuse options of the command line that contradict each other."""
     asked = {key for key, where in given.items() if where == COMMAND_LINE}
     if args.epochs is not None and "SOLVER.MAX_ITER" in asked:
-        raise ValueError(
+        raise UserValueError(
             "--epochs and SOLVER.MAX_ITER both say how long the training is: leave one out."
         )
     if args.fit_anchors and (clash := next((key for key in ANCHOR_KEYS if key in asked), "")):
         name = show(Row(clash, None, None, "")).key
-        raise ValueError(f"--fit-anchors and {name} both set the anchors: leave one out.")
+        raise UserValueError(f"--fit-anchors and {name} both set the anchors: leave one out.")
 
 
 def _refuse_other_anchors(
@@ -219,7 +220,7 @@ def _refuse_other_anchors(
         began, now = "with", "add it again"
     else:
         return
-    raise ValueError(
+    raise UserValueError(
         f"The training that --resume goes on with began {began} --fit-anchors, and its network has "
         f"learned for those anchors: {now}, or start without --resume."
     )
@@ -237,7 +238,7 @@ def _fit_anchors(anchors: Anchors, records: list[Record], data: TrainingData) ->
             "sizes": found.anchors.sizes,
             "ratios": found.anchors.ratios,
             "reason": f"k-means over {found.num_boxes:,} boxes as training resizes them: mean best "
-            f"IoU {found.before:.3f} before, {found.after:.3f} after",
+            f"IoU {found.before:.3f} before, {found.after:.3f} after; all classes count alike",
         }
     )[0]
 
@@ -288,7 +289,7 @@ def loading_data() -> Iterator[None]:
     try:
         yield
     except AssertionError as error:  # of Detectron2
-        raise ValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
+        raise UserValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
@@ -320,7 +321,7 @@ def _read(folder: str) -> dict[str, Any]:
             return facts
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         pass
-    raise ValueError(
+    raise UserValueError(
         f"{path} does not say how many images the training was fitted to. Write "
         '{"images": N} to it, with the number above the table in log.txt, or start anew without '
         "--resume."

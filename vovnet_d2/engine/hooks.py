@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of a training that may be interrupted at any time, and goes on as if it had not been."""
+"""Hooks of a training that can be interrupted at any time and resumed exactly."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..checkpoint.reading import read_checkpoint
+from ..data.copy_paste import CopyPaste
 from ..data.stream import TrainingStream
 from ..data.unreadable import ReadableOnly
+from ..drawing.curves import read_metrics
+from .compilation import run_eagerly
 from .interruption import Interrupted
-from .pictures import read_metrics
 
 __all__ = [
     "BestCheckpointer",
@@ -33,18 +35,34 @@ __all__ = [
     "EvalHook",
     "PreciseBN",
     "UnreadableCount",
+    "WeightsCheckpointer",
 ]
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointing(HookBase):
-    """Saves a checkpoint every ``period`` iterations, after the last, and when a signal asks the
-    training to end, which this does then. A hook of all processes, of which the first one saves."""
+    """Save a checkpoint every ``period`` iterations, after the last one, and when a signal asks the
+    training to end.
 
-    def __init__(self, checkpointer: VoVNetCheckpointer, period: int):
+    After a signal, this hook also ends the training. All processes have the hook; the first process
+    saves.
+    """
+
+    def __init__(
+        self,
+        checkpointer: VoVNetCheckpointer,
+        period: int,
+        averaged: WeightsCheckpointer | None = None,
+    ):
+        """
+        Args:
+            averaged: saves the average of the weights in addition to the weights of the last
+                iteration.
+        """
         self._checkpointer = checkpointer
         self._period = period
+        self._averaged = averaged
 
     def before_train(self) -> None:
         self._done = self._saved = self.trainer.start_iter  # iterations
@@ -59,8 +77,10 @@ class Checkpointing(HookBase):
             self.end(signal)
 
     def save_final(self) -> None:
-        """Save the state after the iteration at hand as that of a training that is over."""
+        """Save the final state of the training: the one after the current iteration."""
         self.trainer.gather_rank_states()
+        if self._averaged:
+            self._averaged.save("model_final_ema", iteration=self.trainer.iter)
         self._checkpointer.save("model_final", iteration=self.trainer.iter)
         self._saved = self.trainer.iter + 1
 
@@ -69,14 +89,17 @@ class Checkpointing(HookBase):
         self._save()
 
     def end(self, signal: str) -> NoReturn:
-        """Save, unless that has been done, and end the training in all processes."""
+        """Save, unless this iteration is saved, and end the training in all processes."""
         if self._saved < self._done:
             self.save()
         comm.synchronize()  # none ends, and has a launcher end the others, before it is saved
         raise self._interrupted(signal)
 
     def end_evaluation(self, signal: str) -> NoReturn:
-        """The same where processes do not know of each other how far they are."""
+        """Save and end as :meth:`end` does, but without waiting for the other processes.
+
+        An evaluation uses this method, because its processes do not know how far the others are.
+        """
         if self._saved < self._done:
             self._save()  # what was gathered before the evaluation still holds
         raise self._interrupted(signal)
@@ -95,15 +118,16 @@ class Checkpointing(HookBase):
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's, but that an evaluation which an interruption prevented is made up for when the
-    training is resumed, and that a training which stops early is not evaluated twice."""
+    """Detectron2's hook, with two differences. If an interruption prevents an evaluation, the
+    resumed training begins with this evaluation. A training that stops early is not evaluated
+    twice."""
 
     def __init__(self, period: int, evaluate: Callable[[], Any], metric: str | None, folder: str):
         """
         Args:
             period: see :class:`detectron2.engine.hooks.EvalHook`; as is ``evaluate``.
-            metric: a result by whose absence in ``folder/metrics.json`` it is known; None if there
-                is no such result.
+            metric: the result whose absence in ``folder/metrics.json`` shows that the evaluation is
+                missing; None if there is no such result.
         """
         super().__init__(period, evaluate)
         self._metric = metric
@@ -139,19 +163,19 @@ class EvalHook(hooks.EvalHook):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Detectron2's, but that it has the same batches each time: which ones it had does not depend
-    on how often it was run before."""
+    """Detectron2's hook, which here takes the same batches each time."""
 
     def update_stats(self) -> None:
         if isinstance(self._data_loader, TrainingStream):
             self._data_loader.place = replace(self._data_loader.place, seed=self.trainer.seed)
         self._data_iter = None
-        super().update_stats()
+        with run_eagerly(self.trainer.cfg):
+            super().update_stats()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, but that it goes on from its file when a training is resumed, and that the
-    file holds weights alone: it is there to be used, and ``--resume`` needs the newest."""
+    """Detectron2's hook, with two differences. In a resumed training, it reads the best metric from
+    its file. The file holds weights alone, as ``--resume`` needs the newest checkpoint."""
 
     def __init__(
         self,
@@ -160,16 +184,18 @@ class BestCheckpointer(hooks.BestCheckpointer):
         save_dir: str,
         val_metric: str,
         *,
+        file_prefix: str = "model_best",
         categories: Mapping[str, Sequence[str]] | None = None,
     ):
         """
         Args:
             eval_period: the period of ``EvalHook``, at least 1.
             val_metric: its result to compare, such as ``"bbox/AP"``; more is better.
+            file_prefix: the name of the file, without ``.pth``.
             categories: see :class:`VoVNetCheckpointer`.
         """
-        checkpointer = _WeightsCheckpointer(model, save_dir, categories=categories)
-        super().__init__(eval_period, checkpointer, val_metric)
+        checkpointer = WeightsCheckpointer(model, save_dir, categories=categories)
+        super().__init__(eval_period, checkpointer, val_metric, file_prefix=file_prefix)
         self._path = os.path.join(save_dir, f"{self._file_prefix}.pth")
         self._checked: int | None = None  # the iteration of the latest evaluation
 
@@ -179,8 +205,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
     def after_train(self) -> None:
         if self._checked != self.trainer.iter:  # else a training that stopped early
             super().after_train()
-        # Of an evaluation at whose end another process was gone: the writers, which come next,
-        # record it, so it is not made up for.
+        # Another process may have ended in this evaluation. The writers, which come next, record
+        # the results, so a resumed training does not repeat the evaluation.
         self._check_what_is_new()
 
     def _check_what_is_new(self) -> None:
@@ -189,13 +215,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self._best_checking()
 
     def _read_best(self) -> None:
-        """Go on from the file, where the training has been resumed."""
+        """Read the best metric from the file, if the training has been resumed."""
         if self.trainer.start_iter == 0 or not os.path.isfile(self._path):
             return
         try:
             saved = read_checkpoint(self._path)
         except ValueError as error:
-            logger.warning("%s The best checkpoint is sought anew from here on.", error)
+            logger.warning("%s The search for the best checkpoint begins anew.", error)
             return
         if saved.get("metric") == self._val_metric:
             self.best_metric, self.best_iter = saved["value"], saved["iteration"]
@@ -226,19 +252,25 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class EndOfTraining(BaseException):
-    """Ends the loop over the iterations before their number is reached; no error."""
+    """Raised to end the loop over the iterations early. It is no error."""
 
 
 class EarlyStopping(HookBase):
-    """Ends a training whose metric has not risen in ``patience`` evaluations.
+    """End a training whose metric has not risen in ``patience`` evaluations.
 
-    A hook of all processes, the last one. Checkpoints have the evaluations before the iteration
-    that they are of: what the hook decides by is the same whether the training was interrupted or
-    not.
+    All processes have this hook as their last hook. A checkpoint has the evaluations before its
+    iteration, so the hook decides the same if the training was interrupted.
     """
 
     def __init__(
-        self, checkpointing: Checkpointing, period: int, metric: str, patience: int, folder: str
+        self,
+        checkpointing: Checkpointing,
+        period: int,
+        metric: str,
+        patience: int,
+        folder: str,
+        *,
+        best: str = "model_best",
     ):
         """
         Args:
@@ -247,13 +279,15 @@ class EarlyStopping(HookBase):
             metric: its result to compare, such as ``"bbox/AP"``; more is better.
             patience: a number of evaluations, at least 1.
             folder: ``OUTPUT_DIR``.
+            best: the name of the file with the weights of the best evaluation, without ``.pth``.
         """
         self._checkpointing = checkpointing
         self._period = period
         self._metric = metric
         self._patience = patience
         self._folder = folder
-        # Of the first process: the metric by iteration, in the order of the evaluations. After a
+        self._best = best
+        # The metric by iteration, in the order of the evaluations, on the first process. After a
         # resumption with larger batches the iterations have lower numbers.
         self._values: dict[int, float] = {}
 
@@ -271,8 +305,7 @@ class EarlyStopping(HookBase):
         self.trainer.iter = start
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period == 0 and done < self.trainer.max_iter:
+        if (self.trainer.iter + 1) % self._period == 0:
             self._end_if_vain()
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,7 +316,7 @@ class EarlyStopping(HookBase):
             self._values = dict(state_dict["values"])
 
     def _end_if_vain(self) -> None:
-        """End the training in all processes, if the first one has waited long enough.
+        """End the training in all processes if the metric has not risen for long enough.
 
         Raises:
             EndOfTraining: the training ends.
@@ -303,8 +336,8 @@ class EarlyStopping(HookBase):
         raise EndOfTraining
 
     def _find_reason(self) -> str:
-        """Say why the training ends; empty if it goes on. An evaluation without the metric, as one
-        without predictions is, counts as one that has not risen."""
+        """Return why the training ends; empty if it goes on. If an evaluation lacks the metric, for
+        example without predictions, the metric counts as not risen."""
         known = {at: value for at, value in self._values.items() if math.isfinite(value)}
         if not known:
             return ""
@@ -312,28 +345,32 @@ class EarlyStopping(HookBase):
         waited = len(self._values) - 1 - list(self._values).index(best)
         if waited < self._patience:
             return ""
-        kept = os.path.isfile(os.path.join(self._folder, "model_best.pth"))
+        last = self._best.replace("best", "final")
+        kept = os.path.isfile(os.path.join(self._folder, f"{self._best}.pth"))
         return (
             f"The training ends early, after {self.trainer.iter + 1} of {self.trainer.max_iter} "
             f"iterations: in {waited} evaluations {self._metric} has not risen above the "
             f"{known[best]:.3f} after iteration {best} (TEST.PATIENCE {self._patience})."
-            + (" model_best.pth has those weights, model_final.pth the last." if kept else "")
+            + (f" {self._best}.pth has those weights, {last}.pth the last." if kept else "")
         )
 
 
 class UnreadableCount(HookBase):
-    """Puts the number of training images that were left out, over this process's workers, among the
-    metrics, from the first one on."""
+    """Log the number of training images that the workers of this process left out, from the first
+    one on.
+    """
 
     def after_step(self) -> None:
         loader = self.trainer._trainer.data_loader
         mapper = loader.mapper if isinstance(loader, TrainingStream) else None
+        if isinstance(mapper, CopyPaste):
+            mapper = mapper.mapper
         if isinstance(mapper, ReadableOnly) and mapper.count:
             self.trainer.storage.put_scalar("unreadable_images", mapper.count, smoothing_hint=False)
 
 
 class EpochCount(HookBase):
-    """Puts the epoch among the metrics: images seen over images there are."""
+    """Log the epoch: the number of images seen, divided by the number of images."""
 
     def after_step(self) -> None:
         epochs = self.trainer.count_epochs(self.trainer.iter + 1)
@@ -342,7 +379,7 @@ class EpochCount(HookBase):
 
 
 class EpochPrinter(CommonMetricPrinter):
-    """Detectron2's line of metrics, with the epoch before it."""
+    """Prints Detectron2's line of metrics, with the epoch at its start."""
 
     def __init__(self, max_iter: int):
         super().__init__(max_iter)
@@ -355,6 +392,8 @@ class _WithEpoch(logging.LoggerAdapter):
         return (msg if epoch is None else f" epoch: {epoch:.2f} {msg}"), kwargs
 
 
-class _WeightsCheckpointer(VoVNetCheckpointer):
+class WeightsCheckpointer(VoVNetCheckpointer):
+    """A checkpointer for files of weights from which no training is resumed."""
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Leave the tag, which ``--resume`` follows, with the checkpoints that can be resumed."""
+        """Do nothing, so that ``--resume`` follows the checkpoints that can be resumed."""

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a run from outside: a signal, and the loss of another process."""
+"""Signals, and the loss of another process: events that end a run from outside."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Interrupted(SystemExit):
-    """A signal asked the run to end, and what was to be saved is saved."""
+    """A signal ended the run, and its checkpoint is saved."""
 
     def __init__(self, signal: str, message: str = ""):
         super().__init__(INTERRUPTED)
@@ -45,7 +45,7 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Whether a signal has asked the run to end, for a training to look at after each step.
+    """Remember that a signal has asked the run to end. A training looks at it after each step.
 
     A second Ctrl-C, later than a second after the first, raises :class:`KeyboardInterrupt`.
     """
@@ -56,7 +56,7 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Let signals do nothing but ask."""
+        """Let a signal in this context set :attr:`signal` instead of ending the process."""
         with handle_signals(self._handle):
             yield
 
@@ -69,7 +69,7 @@ class StopRequest:
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Let signals raise :class:`Interrupted`: where there is nothing to save."""
+    """Let signals raise :class:`Interrupted`, in a context in which there is nothing to save."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number).name)
@@ -80,8 +80,8 @@ def exit_on_signal() -> Iterator[None]:
 
 @contextmanager
 def handle_signals(handler: Handler) -> Iterator[None]:
-    """Let ``handler`` take the signals, for a while. Python allows that in the main thread only;
-    in others this has no effect."""
+    """Let ``handler`` handle the signals in this context. In other threads than the main thread
+    this has no effect, as Python does not allow it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,7 +94,7 @@ def handle_signals(handler: Handler) -> Iterator[None]:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error is that of a process which another one, or its machine, has left."""
+    """Return True if an error means that another process, or its machine, is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )

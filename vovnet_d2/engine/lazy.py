@@ -15,21 +15,23 @@ import torch
 from detectron2.config import CfgNode, LazyCall
 from detectron2.data import DatasetMapper
 from detectron2.data.common import DatasetFromList
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data import register_digits
 from ..data.cityscapes import provide_cityscapes_scripts
+from ..data.copy_paste import CopyPaste
 from ..data.mapper import Mapper
 from ..data.oversampling import build_sampler
 from ..data.own import register_own_data
-from ..data.stream import TrainingStream, stay_until_dismissed
+from ..data.stream import TrainingStream, goes_to_gpu
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
+from ..data.workers import attend_to_workers
+from ..errors import UserValueError
 from .checks import (
     check_data,
     check_initialisation,
@@ -38,7 +40,8 @@ from .checks import (
     instance_class_keys,
 )
 from .coco_evaluators import convert_anew
-from .config import PROGRESS_HELP
+from .config import PICKLE_HELP, PROGRESS_HELP, base_parser
+from .distillation import add_teacher_argument
 from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, refuse_to_fit
 from .gpu_memory import explain_lack_of_memory
@@ -54,6 +57,7 @@ from .lazy_config import (
 from .lazy_fitting import fit_lazy_config
 from .memory_format import to_memory_format
 from .own_data import add_own_data_arguments, use_own_data
+from .precision import predict_in_float32
 from .rehearsal import rehearse_evaluation
 from .run import check_device, open_output_dir, report, set_up_with_detectron2, train_or_evaluate
 from .trainer import Trainer, check_stream, explain_loading
@@ -84,16 +88,24 @@ def build_train_stream(
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     repeat_threshold: float = 0.0,
+    copy_paste: float = 0.0,
 ) -> TrainingStream:
-    """As :func:`detectron2.data.build_detection_train_loader`, whose arguments these are; but a
-    training with it can be resumed exactly.
+    """Build a training loader that can be resumed exactly.
+
+    The arguments are those of :func:`detectron2.data.build_detection_train_loader`.
 
     Args:
-        repeat_threshold: images of a class that less than this share of the images has come more
-            often, by Detectron2's RepeatFactorTrainingSampler; 0 is without.
+        repeat_threshold: images of rare classes come more often, by Detectron2's
+            RepeatFactorTrainingSampler. A class is rare if less than this share of the images has
+            it; 0 repeats none.
+        copy_paste: the probability with which objects of another image are pasted into an image, as
+            :class:`~vovnet_d2.data.copy_paste.CopyPaste` does.
     """
+    records = DatasetFromList(dataset, copy=False)
+    if copy_paste:
+        mapper = CopyPaste(mapper, records, copy_paste)
     return TrainingStream(
-        DatasetFromList(dataset, copy=False),
+        records,
         lambda: build_sampler(dataset, repeat_threshold),
         total_batch_size,
         mapper=mapper,
@@ -121,7 +133,7 @@ class LazyTrainer(Trainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = instantiate(cls.config, "model")
         logger.info("Model:\n%s", model)
-        return to_memory_format(model.to(cfg.MODEL.DEVICE), cfg)
+        return to_memory_format(predict_in_float32(model.to(cfg.MODEL.DEVICE), cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -140,6 +152,8 @@ class LazyTrainer(Trainer):
         _name_unreadable_images(config.dataloader.train, cfg.DATASETS.TRAIN)
         with explain_loading():
             loader = instantiate(config, "dataloader.train")
+        if isinstance(loader, TrainingStream):
+            loader.pin_memory = goes_to_gpu(cfg)
         check_stream(cfg, loader)
         return loader
 
@@ -149,17 +163,19 @@ class LazyTrainer(Trainer):
         config.dataloader.test.dataset.names = dataset_name
         _name_unreadable_images(config.dataloader.test, [dataset_name])
         loader = instantiate(config, "dataloader.test")
-        loader.worker_init_fn = stay_until_dismissed
-        return loader
+        return attend_to_workers(loader)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        if "evaluator" in cls.config.dataloader:
-            folder = cls.config.dataloader.evaluator.get("output_dir")
-            if folder:
-                convert_anew(dataset_name, folder)
-            return instantiate(cls.config, "dataloader.evaluator")
-        return super().build_evaluator(cfg, dataset_name)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, *, suffix: str = ""
+    ) -> DatasetEvaluator:
+        config = copy.deepcopy(cls.config)
+        if "evaluator" not in config.dataloader:
+            return super().build_evaluator(cfg, dataset_name, suffix=suffix)
+        if folder := config.dataloader.evaluator.get("output_dir"):
+            config.dataloader.evaluator.output_dir = f"{folder}{suffix}"
+            convert_anew(dataset_name, f"{folder}{suffix}")
+        return instantiate(config, "dataloader.evaluator")
 
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
@@ -170,7 +186,8 @@ def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of ``tools/lazyconfig_train_net.py``, in as many processes as it asks for.
+    """Run the command line of ``tools/lazyconfig_train_net.py``, in as many processes as it asks
+    for.
 
     Args:
         argv: the arguments, by default those of the program that is running.
@@ -182,26 +199,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def lazy_argument_parser() -> argparse.ArgumentParser:
-    """Those of the arguments of ``tools/train_net.py`` that a LazyConfig has a use for; overrides
-    such as ``train.max_iter=1000`` follow them."""
-    parser = default_argument_parser(_EXAMPLES)
-    add_own_data_arguments(parser)
+    """Return the parser of ``tools/lazyconfig_train_net.py``.
+
+    It has those arguments of ``tools/train_net.py`` that apply to a LazyConfig. Overrides such as
+    ``train.max_iter=1000`` follow them.
+    """
+    parser, group = base_parser(_EXAMPLES)
     for name, effect in (
         ("--allow-partial", "load what fits of weights that do not fit the network"),
-        ("--allow-pickle", "load weights stored as Python pickles, which can run any code"),
+        ("--allow-pickle", PICKLE_HELP),
         ("--allow-unsafe-yaml", "let the config.yaml of a training call functions of any package"),
         ("--progress", PROGRESS_HELP),
     ):
-        parser.add_argument(name, action="store_true", help=effect)
+        group.add_argument(name, action="store_true", help=effect)
+    add_own_data_arguments(parser)
     add_fitting_arguments(parser)
+    add_teacher_argument(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What each process does: train or only evaluate, then write the report.
+    """Train, or only evaluate, in this process, then write the report.
 
     Args:
-        args: of :func:`lazy_argument_parser`.
+        args: the arguments, from :func:`lazy_argument_parser`.
 
     Returns:
         the results of the last evaluation, as :meth:`Trainer.test` gives them.
@@ -215,6 +236,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     register_voc()
     provide_cityscapes_scripts()
     config = load_lazy_config(args.config_file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
+    for part, file in zip(("teacher", "weights"), args.teacher or (), strict=False):
+        OmegaConf.update(config, f"train.distillation.{part}", file)
     cfg = to_cfg(config)
     with in_lazy_terms(cfg):
         _set_up(config, cfg, args)
@@ -227,11 +250,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _use_own_data(
     config: DictConfig, cfg: CfgNode, args: argparse.Namespace, *, training: bool
 ) -> None:
-    """Set the data sets and the number of categories to those of annotation files, if there are
-    any; register data sets of annotation files, also those of an earlier run."""
+    """Set the data sets and the number of categories to those of the given annotation files.
+    Register the data sets of annotation files, including those of an earlier run."""
     options = as_yaml_options(args.opts)
     if cfg.MODEL.KEYPOINT_ON and (args.train_annotations or args.val_annotations):
-        raise ValueError(
+        raise UserValueError(
             "The mapper of a LazyConfig has the keypoints that change places in a mirrored picture "
             "(keypoint_hflip_indices), which annotation files do not reach: give keypoints of your "
             "own to tools/train_net.py, with a YAML file."
@@ -242,7 +265,8 @@ def _use_own_data(
         return
     data_sets = ("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.OWN")
     write_back(config, cfg, [*data_sets, *instance_class_keys()])
-    # Detectron2's would count categories by their ids. The data set's metadata name another.
+    # Detectron2's evaluator would count categories by their ids. The metadata of the data set name
+    # another evaluator.
     config.dataloader.pop("evaluator", None)
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""LazyConfigs: from a file and overrides to a config, and what the engine reads of it."""
+"""LazyConfigs are loaded from a file and overrides, and read under the keys of YAML files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import builtins
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from detectron2.config import instantiate as detectron2_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..errors import UserError, UserKeyError, UserValueError, one_line
+from ..words import suggest
 from .config import find_config, get_value, load_config, set_value
-from .gpu_memory import GpuMemoryError
 
 __all__ = [
     "as_yaml_options",
@@ -31,7 +31,6 @@ __all__ = [
     "load_lazy_config",
     "name_of_target",
     "paths_of",
-    "set_options",
     "to_cfg",
     "write_back",
 ]
@@ -48,6 +47,7 @@ _PLAIN_TARGETS = (
 _KEYS = {
     "OUTPUT_DIR": "train.output_dir",
     "SEED": "train.seed",
+    "LOGGERS": "train.loggers",
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "MODEL.DEVICE": "train.device",
     "MODEL.CHANNELS_LAST": "train.channels_last",
@@ -57,6 +57,7 @@ _KEYS = {
     "MODEL.PIXEL_STD": "model.pixel_std",
     "INPUT.FORMAT": "model.input_format",
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
+    "INPUT.COPY_PASTE": "dataloader.train.copy_paste",
     "INPUT.MIN_SIZE_TEST": "dataloader.test.mapper.augmentations[0].short_edge_length",
     "INPUT.MAX_SIZE_TEST": "dataloader.test.mapper.augmentations[0].max_size",
     "DATASETS.OWN": "dataloader.own",
@@ -69,15 +70,25 @@ _KEYS = {
     "SOLVER.MAX_ITER": "train.max_iter",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
+    "SOLVER.COMPILE.ENABLED": "train.compile.enabled",
+    "SOLVER.COMPILE.MEMORY_BUDGET": "train.compile.memory_budget",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "train.clip_gradients.enabled",
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "train.clip_gradients.clip_type",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "train.clip_gradients.clip_value",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "train.clip_gradients.norm_type",
+    "SOLVER.ACCUMULATE": "train.accumulate",
+    "SOLVER.EMA": "train.ema",
     "SOLVER.MAX_SKIPPED_STEPS": "train.max_skipped_steps",
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "SOLVER.CHECKPOINTS_KEPT": "train.checkpointer.max_to_keep",
+    "DISTILLATION.TEACHER": "train.distillation.teacher",
+    "DISTILLATION.WEIGHTS": "train.distillation.weights",
+    "DISTILLATION.LOSS_WEIGHT": "train.distillation.loss_weight",
+    "DISTILLATION.IN_FEATURES": "train.distillation.in_features",
     "TEST.EVAL_PERIOD": "train.eval_period",
     "TEST.PATIENCE": "train.patience",
+    "TEST.BACKEND": "train.backend",
+    "TEST.INT8": "train.int8",
 }
 # The same of the heads, where the model is one of Detectron2's.
 _HEAD_KEYS = {
@@ -107,13 +118,13 @@ _HEAD_KEYS = {
 
 
 def is_lazy(content: Any) -> bool:
-    """Return whether what a YAML file holds is a LazyConfig, as a training with one saves it."""
+    """Return True if the content of a YAML file is a LazyConfig, as a training saves it."""
     model = content.get("model") if isinstance(content, dict) else None
     return isinstance(model, dict) and "_target_" in model
 
 
 def is_lazy_file(path: str) -> bool:
-    """Return whether a config file is a LazyConfig: a Python file, or one that was saved."""
+    """Return True if a config file is a LazyConfig: a Python file, or a saved config.yaml."""
     if path.endswith(".py"):
         return True
     try:
@@ -127,8 +138,8 @@ def load_lazy_config(
 ) -> DictConfig:
     """
     Args:
-        config_file: path of a Python file, or its name among this package's. It is run: load only
-            what you have read. Or the config.yaml that a training with one has saved.
+        config_file: path of a Python file, its name among this package's files, or the config.yaml
+            of a training. A Python file is run: load only files that you have read.
         overrides: ``["path.to.key=value", ...]`` in Hydra's grammar; ``+path.to.key=value`` for a
             key that is not there yet.
         allow_unsafe_yaml: let a config.yaml call functions of any package.
@@ -139,16 +150,18 @@ def load_lazy_config(
         ValueError: the file is no LazyConfig, lacks a part, or a value does not fit its key.
     """
     if not config_file:
-        raise ValueError("There is no config: give --config-file with a LazyConfig, a .py file.")
+        raise UserValueError(
+            "There is no config: give --config-file with a LazyConfig, a .py file."
+        )
     path = find_config(config_file)
     if not is_lazy_file(path):
-        raise ValueError(
+        raise UserValueError(
             f"{path} is no LazyConfig, which is a .py file: tools/train_net.py runs it."
         )
     is_code = path.endswith(".py")
     config = _load_file(path) if is_code else _load_saved(path, allow_unsafe_yaml)
     if missing := [name for name in _SECTIONS if name not in config]:
-        raise ValueError(
+        raise UserValueError(
             f"LazyConfig {path} lacks {', '.join(missing)}: it needs {', '.join(_SECTIONS)}."
         )
     for override in overrides:
@@ -162,9 +175,9 @@ def _load_file(path: str) -> DictConfig:
         return LazyConfig.load(path)
     except SyntaxError as error:
         reason = error.__cause__ or error
-        raise ValueError(f"LazyConfig {path} is not valid Python: {reason}.") from error
+        raise UserValueError(f"LazyConfig {path} is not valid Python: {reason}.") from error
     except ImportError as error:
-        raise ValueError(f"LazyConfig {path} cannot be loaded: {error}") from error
+        raise UserValueError(f"LazyConfig {path} cannot be loaded: {error}") from error
     finally:
         builtins.__import__ = original  # which Detectron2 leaves replaced after an error
 
@@ -173,7 +186,7 @@ def _load_saved(path: str, allow_unsafe: bool) -> DictConfig:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     strange = [t for t in _targets(content) if not str(t).startswith(_PLAIN_TARGETS)]
     if strange and not allow_unsafe:
-        raise ValueError(
+        raise UserValueError(
             f"{path} calls {strange[0]}, which is not of Detectron2 or this package and could do "
             "anything. If you trust the file, add --allow-unsafe-yaml, or give the .py file that "
             "the training was started with."
@@ -190,40 +203,21 @@ def _targets(node: Any) -> Iterator[Any]:
         yield from _targets(value)
 
 
-def set_options(config: DictConfig, options: Sequence[str]) -> None:
-    """Change a LazyConfig by options that have the keys of YAML files.
-
-    Args:
-        options: ``[KEY, VALUE, ...]``, such as ``["MODEL.WEIGHTS", "model_final.pth"]``.
-
-    Raises:
-        ValueError: a LazyConfig has nothing for a key.
-    """
-    keys = paths_of(to_cfg(config))
-    if len(options) % 2:
-        raise ValueError(
-            f"Config options are pairs of KEY and VALUE, but there are {len(options)} words: "
-            f"{' '.join(options)}"
-        )
-    for key, value in zip(options[::2], options[1::2], strict=True):
-        if key not in keys:
-            close = get_close_matches(key, keys, n=3) or ["MODEL.WEIGHTS", "MODEL.DEVICE"]
-            raise ValueError(
-                f"Config option {key} is not read from a LazyConfig. Close to it: "
-                f"{', '.join(close)}. Anything else is changed in its .py file."
-            )
-        OmegaConf.update(config, keys[key], yaml.safe_load(value))
-
-
 def as_yaml_options(overrides: Sequence[str]) -> list[str]:
-    """Return those overrides of a LazyConfig that YAML files have a key for, as such options."""
-    keys = {path: key for known in (_KEYS, *_HEAD_KEYS.values()) for key, path in known.items()}
+    """Return the overrides that YAML files have a key for, as options for a YAML file."""
+    keys = {path: key for key, path in _all_keys()}
     pairs = (override.lstrip("+").partition("=") for override in overrides)
     return [word for path, _, value in pairs if path in keys for word in (keys[path], value)]
 
 
+def _all_keys() -> Iterator[tuple[str, str]]:
+    """Yield the keys of YAML files, each with its path in a LazyConfig."""
+    for known in (_KEYS, *_HEAD_KEYS.values()):
+        yield from known.items()
+
+
 def write_back(config: DictConfig, cfg: CfgNode, wanted: Sequence[str]) -> None:
-    """Give a LazyConfig the values that a config has for some of the keys that both have."""
+    """Copy the values of some keys from a config to the LazyConfig."""
     for key, path in paths_of(cfg).items():
         if key in wanted:
             value = get_value(cfg, key)
@@ -233,27 +227,27 @@ def write_back(config: DictConfig, cfg: CfgNode, wanted: Sequence[str]) -> None:
 def _apply_override(config: DictConfig, override: str) -> None:
     key, equals, _ = override.partition("=")
     if not equals or override.startswith("-"):
-        raise ValueError(
+        paths = [path for yaml_key, path in _all_keys() if yaml_key == key]
+        hint = f" For {key}, write {' or '.join(f'{path}=VALUE' for path in paths)}." * bool(paths)
+        raise UserValueError(
             f"{override!r} is no override of a LazyConfig: these are words such as "
-            "train.max_iter=1000, after all other arguments."
+            f"train.max_iter=1000, after all other arguments.{hint}"
         )
     adds, key = key.startswith("+"), key.lstrip("+")
     known = set(_leaves(config))
     if not adds and key not in known and not _is_node(config, key):
-        close = get_close_matches(key, known, n=3)
-        hint = f" Close to it: {', '.join(close)}." if close else ""
-        raise KeyError(
-            f"The LazyConfig has no {key}.{hint} To give an argument that is not there, write "
-            f"+{key}=..."
+        raise UserKeyError(
+            f"The LazyConfig has no {key}.{suggest(key, known)} To give an argument that is not "
+            f"there, write +{key}=..."
         )
     before = None if adds else _select(config, key)
     try:
         LazyConfig.apply_overrides(config, [override])
     except Exception as error:  # of Hydra's parser, OmegaConf's, and KeyErrors of Detectron2
-        raise ValueError(f"Override {override}: {_one_line(error)}") from error
+        raise UserValueError(f"Override {override}: {one_line(error)}.") from error
     after = _select(config, key)
     if not _fits(after, before):
-        raise ValueError(
+        raise UserValueError(
             f"Override {override}: {after!r} is {type(after).__name__}, and {key} was {before!r}, "
             f"which is {type(before).__name__}."
         )
@@ -268,7 +262,7 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _is_node(config: DictConfig, key: str) -> bool:
-    """Whether there is something behind a key that goes through lists."""
+    """Return True if a key, which may go through lists, has a value."""
     return _select(config, key) is not None
 
 
@@ -280,7 +274,7 @@ def _select(config: DictConfig, key: str) -> Any:
 
 
 def _fits(value: Any, before: Any) -> bool:
-    """Whether a value may take the place of another: of the same kind, or either was None."""
+    """Return True if a value may replace another one: both are of one kind, or one is None."""
     if value is None or before is None:
         return True
     kinds: tuple[Any, ...] = (bool, str, Real, ListConfig, DictConfig)
@@ -295,25 +289,26 @@ def _fits(value: Any, before: Any) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == isinstance(before, bool)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def instantiate(config: DictConfig, key: str) -> Any:
-    """Build what stands behind a key.
+    """Build the object that a key describes.
 
     Raises:
-        ValueError: its arguments are not those of what it calls, or a reference leads nowhere.
+        ValueError: the called function does not have the given arguments, or a reference leads
+            nowhere.
     """
     try:
         return detectron2_instantiate(OmegaConf.select(config, key))
     except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{key} of the LazyConfig cannot be built: {_one_line(error)}") from error
+        raise UserValueError(
+            f"{key} of the LazyConfig cannot be built: {one_line(error)}."
+        ) from error
 
 
 def to_cfg(config: DictConfig) -> CfgNode:
-    """What the engine reads of a config, under the keys that YAML files have it: where files go,
-    how long the training is, which data it takes; how the model is built stays behind.
+    """Return the part of a LazyConfig that the engine reads, under the keys of YAML files.
+
+    This part says where files go, how long the training is, and which data it takes. It does not
+    say how the model is built.
 
     Raises:
         ValueError: a reference in the config leads nowhere.
@@ -327,7 +322,7 @@ def to_cfg(config: DictConfig) -> CfgNode:
         try:
             value = OmegaConf.select(config, path)
         except OmegaConfBaseException as error:
-            raise ValueError(f"{path} of the LazyConfig: {_one_line(error)}") from error
+            raise UserValueError(f"{path} of the LazyConfig: {one_line(error)}.") from error
         if value is not None or key in ("DATASETS.TRAIN", "DATASETS.TEST"):
             _set(cfg, key, value)
     warmup = OmegaConf.select(config, "lr_multiplier.warmup_length")
@@ -345,7 +340,7 @@ def name_of_target(node: DictConfig) -> str:
 
 
 def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
-    """Enough for the checks to suggest weights."""
+    """Describe the backbone well enough for the checks to suggest weights."""
     node = OmegaConf.select(config, "model.backbone.bottom_up")
     if isinstance(node, DictConfig) and name_of_target(node) == "VoVNet":
         cfg.MODEL.BACKBONE.NAME = "build_vovnet_fpn_backbone"
@@ -354,10 +349,10 @@ def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
 
 
 def paths_of(cfg: CfgNode) -> dict[str, str]:
-    """Return where a LazyConfig has what the engine reads, by the keys of YAML files.
+    """Return the paths in a LazyConfig of all that the engine reads, by the keys of YAML files.
 
     Args:
-        cfg: what :func:`to_cfg` makes of the LazyConfig.
+        cfg: the config that :func:`to_cfg` makes of the LazyConfig.
     """
     return _KEYS | _HEAD_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
 
@@ -372,12 +367,12 @@ def _set(cfg: CfgNode, key: str, value: Any) -> None:
 
 @contextmanager
 def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
-    """Errors of the engine name the keys of YAML files: have them name a LazyConfig's."""
+    """Replace the keys of YAML files in errors of the engine by the keys of a LazyConfig."""
     try:
         yield
-    except (FloatingPointError, FileNotFoundError, GpuMemoryError, KeyError, ValueError) as error:
-        message = _translate(str(error.args[0]), paths_of(cfg)) if len(error.args) == 1 else ""
-        if message in ("", error.args[0]):
+    except UserError as error:
+        message = _translate(str(error), paths_of(cfg))
+        if message == str(error):
             raise
         raise type(error)(message) from error
 

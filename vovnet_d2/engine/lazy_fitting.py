@@ -13,6 +13,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from omegaconf import DictConfig, OmegaConf
 
+from ..errors import UserValueError
 from .anchors import Anchors, per_level
 from .config import find_config, get_value
 from .fitting import ANCHOR_KEYS, TrainingData, fit_to_data, loading_data
@@ -38,7 +39,7 @@ def fit_lazy_config(
 
     Args:
         config: the LazyConfig, and ``cfg`` what :func:`to_cfg` makes of it; both are changed.
-        args: of the command line.
+        args: the arguments of the command line.
 
     Raises:
         ImportError, ValueError: see :func:`fit_to_data`.
@@ -77,7 +78,7 @@ def _load_records(config: DictConfig) -> list[dict[str, Any]]:
 def _find_augmentations(config: DictConfig) -> T.AugmentationList:
     mapper = instantiate(config, "dataloader.train.mapper")
     if not isinstance(found := getattr(mapper, "augmentations", None), T.AugmentationList):
-        raise ValueError(
+        raise UserValueError(
             "--fit-anchors needs to know what training does to its images, and "
             "dataloader.train.mapper has no `augmentations`: leave it out."
         )
@@ -86,7 +87,7 @@ def _find_augmentations(config: DictConfig) -> T.AugmentationList:
 
 def _read_anchors(config: DictConfig) -> Anchors:
     if not (path := _find_generator(config)):
-        raise ValueError(
+        raise UserValueError(
             f"--fit-anchors is for the anchors of {DefaultAnchorGenerator.__name__}, which the "
             "model of this LazyConfig does not have: leave it out."
         )
@@ -115,8 +116,8 @@ def _find_nodes(node: DictConfig, path: str, name: str) -> Iterator[str]:
 def _find_written(args: argparse.Namespace, paths: dict[str, str]) -> Written:
     """Tell a user's settings from those of the files that this package comes with.
 
-    What a file imports leaves no trace in it: in a user's file, values count as the user's that no
-    schedule of this package has.
+    A config does not show what its file has imported. So in a user's file, a value counts as the
+    user's if no schedule of this package has it.
     """
     path = find_config(args.config_file)
     options = {"allow_unsafe_yaml": args.allow_unsafe_yaml}
@@ -147,5 +148,5 @@ def _find_given(overrides: Sequence[str], paths: dict[str, str]) -> dict[str, st
 
 
 def _sets(name: str, path: str) -> bool:
-    """Return whether an override of ``name`` sets what is at ``path`` or below, or all around."""
+    """Return True if an override of ``name`` sets ``path``, a part of it, or a node that has it."""
     return f"{name}.".startswith(f"{path}.") or f"{path}.".startswith(f"{name}.")

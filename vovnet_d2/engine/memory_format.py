@@ -14,12 +14,12 @@ __all__ = ["prefers_channels_last", "to_memory_format"]
 
 
 def prefers_channels_last(device: str | torch.device) -> bool:
-    """Return whether a training on ``device`` should keep its tensors in channels-last order."""
+    """Return True if a training on ``device`` is faster in channels-last order."""
     if torch.device(device).type != "cpu":
         return True
     # Without AVX-512, oneDNN's gradients of weights are slow in this order: with oneDNN held to
     # AVX2, a step of the plain V-39-eSE took 1.12 times as long as in NCHW, with AVX-512 0.94 times
-    # (AMD EPYC, 2026-11-26: benchmarks/inference_and_training_on_cpu/what_was_tried.md).
+    # (AMD EPYC, 2026-11-26: benchmarks/training_step_on_cpu/what_was_tried.md).
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 

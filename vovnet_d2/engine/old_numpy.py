@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy as the packages of LVIS and Cityscapes know it."""
+"""Functions of earlier versions of NumPy that the packages of LVIS and Cityscapes need."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _count_nonzero = np.count_nonzero
 
 
 def old_numpy() -> AbstractContextManager[Any]:
-    """A context in which NumPy has what lvis 0.5.3 and cityscapesscripts 2.3.0, the newest, take
-    from it: ``np.float`` (gone since 1.24), ``np.in1d`` (since 2.4), and a ``np.count_nonzero``
-    whose result JSON can hold (since 2.4 it is a NumPy scalar)."""
+    """Give NumPy, in a context, the functions that lvis 0.5.3 and cityscapesscripts 2.3.0 need.
+
+    These are ``np.float`` (gone since 1.24), ``np.in1d`` (since 2.4), and a ``np.count_nonzero``
+    whose result JSON can hold (since 2.4 it is a NumPy scalar).
+    """
     return mock.patch.multiple(
         np,
         create=True,

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Config files of other projects with a VoVNet: what they ask for, in this package's keys."""
+"""Translation of the config files of other VoVNet projects into this package's keys."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from detectron2.modeling import (
     SEM_SEG_HEADS_REGISTRY,
 )
 from fvcore.common.registry import Registry
+
+from ..errors import UserValueError
 
 __all__ = ["PARTS", "translate"]
 
@@ -44,8 +46,7 @@ _FCOS_KEYS: dict[str, tuple[Any, ...]] = {
     "YIELD_PROPOSAL": (False,),
     "YIELD_BOX_FEATURES": (False,),
 }
-# Names that configs of other projects give to parts of their networks, which are nothing of the
-# kind here, and the project of each.
+# Names of parts of networks that this package lacks, with the project whose configs have them.
 _ELSEWHERE = {
     **dict.fromkeys(("BlendMask", "CondInst", "SOLOv2", "FCPose", "MEInst"), "AdelaiDet"),
     **dict.fromkeys(("OneStageRCNN", "BAText", "TextHead"), "AdelaiDet"),
@@ -84,10 +85,10 @@ _NO_PROPOSALS = "PrecomputedProposals"  # which Detectron2 takes without a regis
 
 
 def translate(loaded: CfgNode, known: CfgNode) -> bool:
-    """Change what a config file of another project says to what does the same here.
+    """Translate the keys of another project's config file into keys with the same meaning here.
 
     Args:
-        loaded: what the file and its bases hold; changed in place.
+        loaded: the content of the file and its bases; changed in place.
         known: a config with all keys that there are here.
 
     Returns:
@@ -99,7 +100,7 @@ def translate(loaded: CfgNode, known: CfgNode) -> bool:
     if not isinstance(model := loaded.get("MODEL", CfgNode()), CfgNode):
         return False  # merging it says what is wrong
     if "CONV_BODY" in model.get("BACKBONE", {}):
-        raise ValueError(
+        raise UserValueError(
             "it is of maskrcnn-benchmark (MODEL.BACKBONE.CONV_BODY), as CenterMask's first version "
             "is, whose keys are not Detectron2's. Choose a config among this package's"
         )
@@ -114,7 +115,7 @@ def translate(loaded: CfgNode, known: CfgNode) -> bool:
     obstacles = _translate_fcos(model.setdefault("FCOS", CfgNode()), loaded)
     obstacles += _unknown_keys(loaded, known)
     if obstacles:
-        raise ValueError(
+        raise UserValueError(
             f"these keys of its FCOS have no counterpart here: {', '.join(obstacles)}. Leave them "
             "out to train the FCOS that this package has"
         )
@@ -154,7 +155,7 @@ def _refuse_others(parts: dict[str, str], unknown: list[str]) -> None:
         return
     named = ", ".join(f"MODEL.{key} {name}" for key, name in missing.items())
     keys = f", and the keys {', '.join(unknown)} have no counterpart" if unknown else ""
-    raise ValueError(
+    raise UserValueError(
         f"it is of {project or 'another project'}, whose parts this package does not have: {named} "
         f"{'are' if len(missing) > 1 else 'is'} not registered{keys}. Choose a config among this "
         "package's (Mask R-CNN, RetinaNet, FCOS, semantic and panoptic FPN), or register the parts "

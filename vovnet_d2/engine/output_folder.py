@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a run writes to: what is there already is kept."""
+"""The output folder of a run. Files that are there already are kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from detectron2.utils import comm
-
+from ..errors import UserValueError
 from ..made import LIST_NAME, is_made_here, is_run, put_aside
+from .main_process import in_main_process
 
 __all__ = ["choose_folder", "keep_earlier_run", "keep_foreign_config"]
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"  # which --resume follows
 
-# What a run leaves in its folder, by which the folder of a run is known: its report, its records
-# and, of a training, its checkpoints.
+# The files by which the folder of a run is recognised: its report, its records, and the checkpoints
+# of a training.
 _REPORT = (
     *("config.yaml", "results.json", "results.md", "loss_curve.png", "predictions.png"),
     *("inference", "metrics.json", _TAG, "checkpoints.json"),
 )
 _CHECKPOINTS = (
-    *("model_final.pth", "model_best.pth", f"model_{'[0-9]' * 7}.pth"),
-    *("nonfinite_*.json", "nonfinite_*.pth"),
+    *("model_final.pth", "model_final_ema.pth", "model_best.pth", "model_best_ema.pth"),
+    *(f"model_{'[0-9]' * 7}.pth", "nonfinite_*.json", "nonfinite_*.pth"),
 )
 _BESIDES = (
     "inference_*",
@@ -37,13 +37,14 @@ _BESIDES = (
     "evaluation_[0-9]*",
     "report.html",
     "fitted.json",
+    "loggers.json",
     "events.out.tfevents.*",
 )
 _EARLIER = "earlier"
 
 
 def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
-    """Find the folder that a run writes to, the same for all processes.
+    """Return the folder that all processes of a run write to.
 
     A training takes the folder, see :func:`keep_earlier_run`. An evaluation takes it too, unless
     there are files that it would overwrite: it then writes to ``evaluation`` below, with a number
@@ -51,29 +52,25 @@ def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
 
     Args:
         folder: ``OUTPUT_DIR``.
-        resume: whether the training that the folder has goes on, if there is one.
+        resume: True if the training in the folder is resumed, if there is one.
 
     Raises:
         ValueError: a training would overwrite files that no run of this package wrote, or the
             folder of an evaluation cannot be made.
     """
-    chosen = refusal = ""
-    if comm.is_main_process():
-        try:
-            if training and not (resume and os.path.isfile(os.path.join(folder, _TAG))):
-                _refuse_foreign_run(Path(folder))
-            chosen = folder if training else _choose_for_evaluation(folder)
-            _put_foreign_logs_aside(Path(chosen))
-        except ValueError as error:
-            refusal = str(error)
-    chosen, refusal = comm.all_gather((chosen, refusal))[0]
-    if refusal:
-        raise ValueError(refusal)
-    return chosen
+
+    def choose() -> str:
+        if training and not (resume and os.path.isfile(os.path.join(folder, _TAG))):
+            _refuse_foreign_run(Path(folder))
+        chosen = folder if training else _choose_for_evaluation(folder)
+        _put_foreign_logs_aside(Path(chosen))
+        return chosen
+
+    return in_main_process(choose)
 
 
 def _put_foreign_logs_aside(folder: Path) -> None:
-    """A run appends to the log of its folder: to that of a run, and to no other file."""
+    """Rename the logs that no run wrote: a run appends only to the log of a run."""
     if not is_run(folder):
         for log in _find(folder, ("log.txt", "log.txt.rank[0-9]*")):
             kept = put_aside(folder / log)
@@ -83,7 +80,7 @@ def _put_foreign_logs_aside(folder: Path) -> None:
 def _refuse_foreign_run(folder: Path) -> None:
     found = _find(folder, (*_REPORT, *_CHECKPOINTS))
     if found and not is_run(folder):
-        raise ValueError(
+        raise UserValueError(
             f"OUTPUT_DIR {folder} has {found[0]}, which no run of this package wrote, and which "
             "would be overwritten: name another folder, or move the file away. To go on with the "
             "run that is there, add --resume."
@@ -100,7 +97,7 @@ def _choose_for_evaluation(folder: str) -> str:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(
+            raise UserValueError(
                 f"The folder {chosen} cannot be made ({error.strerror}): name another OUTPUT_DIR."
             ) from error
         break
@@ -108,15 +105,15 @@ def _choose_for_evaluation(folder: str) -> str:
 
 
 def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
-    """Move what an earlier run left in a folder to ``earlier`` below, with a number if need be. A
-    training calls it that starts anew there, when nothing speaks against its start.
+    """Move the files of an earlier run in a folder to ``earlier`` below, with a number if need be.
+    A training that starts anew in the folder calls this function after all checks.
 
     Args:
-        inputs: files that the training reads: of these, the earlier run gets a copy.
+        inputs: files that the training reads. They stay, and the earlier run gets a copy.
 
     Returns:
-        the folder that holds the earlier run now; empty if there was none. A ``config.yaml`` alone,
-        of a run that had not begun, is none.
+        the folder that holds the earlier run now; empty if there was no earlier run. A
+        ``config.yaml`` alone is no run, because that run had not begun.
     """
     here = Path(folder)
     if not {*_find(here, (*_REPORT, *_CHECKPOINTS))} - {"config.yaml"}:
@@ -136,7 +133,7 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
             shutil.copytree(path, earlier / name)
         else:
             shutil.copy2(path, earlier / name)
-    # Which of the files this package made; and the log, to which the training appends.
+    # The list of the package's files, and the log, to which the training appends.
     for name in _find(here, (LIST_NAME, "log.txt*")):
         shutil.copy2(here / name, earlier / name)
     logger.warning(
@@ -148,7 +145,8 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
 
 
 def keep_foreign_config(folder: str) -> None:
-    """Copy a ``config.yaml`` that somebody has written or changed, as Detectron2 overwrites it."""
+    """Copy a ``config.yaml`` that somebody has written or changed, because Detectron2 overwrites
+    it."""
     path = os.path.join(folder, "config.yaml")
     if os.path.isfile(path) and not is_made_here(path):
         # The file itself may be what the run is given as --config-file.

@@ -1,13 +1,13 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files on the command line: the config for them."""
+"""The config for annotation files on the command line."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from filecmp import cmp
 from itertools import chain, count
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 
-from ..checkpoint.atomic import FileNotWrittenError
+from ..data.check.reading import is_plain
 from ..data.formats import describe_formats, read_annotations, recognise, write_coco
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
+from ..errors import UserValueError
 from ..words import counted, listed
 from .checks import find_num_classes, instance_class_keys
+from .main_process import in_main_process
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
 __all__ = [
@@ -38,15 +39,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SPLITS = {"train": "own_train", "val": "own_val"}
-_LEAST_MASKS = 10  # of which all are rectangles, and not by chance
+_LEAST_MASKS = 10  # fewer masks may all be rectangles by chance
 
 
 def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "data of your own",
-        f"annotations: {describe_formats()}. The number of categories and their names come from "
-        "the files, and OUTPUT_DIR/config.yaml has all of it: with that for --config-file, "
-        "evaluation and prediction need none of these arguments",
+        describe_formats("\n") + "\nThe number of categories and their names come from the files.\n"
+        "OUTPUT_DIR/config.yaml keeps them: with that file for --config-file, evaluation\n"
+        "and prediction need none of these arguments.",
     )
     for split, use in (
         ("train", "train on"),
@@ -70,19 +71,19 @@ def add_annotation_arguments(
     Args:
         group: a parser, or a group of arguments.
         split: "train" or "val".
-        use: what the help says.
+        use: the help text.
     """
     group.add_argument(
         f"--{split}-annotations",
         f"--{split}-json",
         metavar="PATH",
-        help=f"{use}. Of a data.yaml or VOC's ImageSets the part {split!r} is taken",
+        help=f"{use}. Of a data.yaml or VOC's ImageSets, the part {split!r} is used",
     )
     group.add_argument(
         f"--{split}-images",
         metavar="FOLDER",
-        help="what the file names in them are relative to; may be left out where the annotations "
-        "say it (data.yaml, JPEGImages, Labelme)",
+        help="folder that the file names of the annotations are relative to. Leave it out if the "
+        "annotations say where the images are (data.yaml, JPEGImages, Labelme)",
     )
 
 
@@ -98,7 +99,7 @@ def find_annotations(args: argparse.Namespace, split: str) -> tuple[Path, Path |
     if path and (folder or recognise(path) != "coco"):
         return path, folder
     if path or folder:
-        raise ValueError(
+        raise UserValueError(
             f"--{split}-annotations and --{split}-images go together (but where the annotations "
             "say where their images are): give both."
         )
@@ -112,18 +113,19 @@ def use_own_data(
 
     Annotations of other formats than COCO's are converted first.
 
-    Categories to evaluate on are those of the training: of its file, or of what the config has in
-    ``DATASETS.OWN`` from an earlier run; some may be missing in the file to evaluate on.
+    An evaluation has the categories of the training, from its file or from ``DATASETS.OWN`` in the
+    config of an earlier run. The file for the evaluation may lack some of them.
 
     Args:
-        cfg: changed in place, if there are such files.
-        args: with those of :func:`add_own_data_arguments`, and ``opts``.
-        folder: where converted annotations are written; ``OUTPUT_DIR`` by default.
+        cfg: the config, which is changed in place if annotation files are given.
+        args: the arguments of :func:`add_own_data_arguments`, and ``opts``.
+        folder: the folder for converted annotations; ``OUTPUT_DIR`` by default.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: an argument is missing, or contradicts an option; the files are of no known
-            format, do not fit each other, or lack what the config's network learns from.
+        ValueError: an argument is missing or contradicts an option; the files have an unknown
+            format, do not fit each other, or lack annotations that the config's network learns
+            from.
     """
     given = {split: found for split in _SPLITS if (found := find_annotations(args, split))}
     refuse_idle_flips(cfg, args.keypoint_flips, trained_file="train" in given)
@@ -171,7 +173,7 @@ def _all_to_coco(
 ) -> dict[str, tuple[str, str]]:
     files = {split: _to_coco(split, *paths, folder) for split, paths in given.items()}
     both = [file for file, _ in files.values()]
-    if len(both) == 2 and _in_main_process(lambda: cmp(both[0], both[1], shallow=False)):
+    if len(both) == 2 and in_main_process(lambda: cmp(both[0], both[1], shallow=False)):
         logger.warning(
             "The annotations to train on and to evaluate on are the same, so the results will say "
             "nothing of other images: name parts that differ (tools/convert_dataset.py --split)."
@@ -180,10 +182,11 @@ def _all_to_coco(
 
 
 def _to_coco(split: str, path: Path, images: Path | None, folder: str) -> tuple[str, str]:
-    """Return the annotations as a file in COCO's format, and their folder of images."""
-    if images and recognise(path) == "coco":
+    """Return the annotations as a file in COCO's format and in plain UTF-8, and their folder of
+    images."""
+    if images and recognise(path) == "coco" and is_plain(path):
         return str(path), str(images)
-    return _in_main_process(lambda: _convert(split, path, images, Path(os.path.abspath(folder))))
+    return in_main_process(lambda: _convert(split, path, images, Path(os.path.abspath(folder))))
 
 
 def _convert(split: str, path: Path, images: Path | None, folder: Path) -> tuple[str, str]:
@@ -214,33 +217,20 @@ def _holds(file: Path, content: dict[str, Any]) -> bool:
         return False
 
 
-def _in_main_process(do: Callable[[], T]) -> T:
-    """Do something in the main process, for all processes: the files may be large."""
-    found: Any = None
-    if comm.is_main_process():
-        try:
-            found = do()
-        except (FileNotFoundError, FileNotWrittenError, ValueError) as error:
-            found = error
-    found = comm.all_gather(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
 def _refuse_clashes(options: list[str], splits: Iterable[str]) -> None:
     set_here = {"DATASETS.OWN", "DATASETS.TEST", KEYPOINT_KEY, *instance_class_keys()}
     if "train" in splits:
         set_here.add("DATASETS.TRAIN")
     if clashes := sorted(set_here & set(options[::2])):
-        raise ValueError(
-            f"{clashes[0]} follows from --{'/'.join(splits)}-annotations: leave one of the two out."
+        files = " and ".join(f"--{split}-annotations" for split in splits)
+        raise UserValueError(
+            f"{clashes[0]} follows from the files of {files}: remove it from the command."
         )
 
 
 def _require_detector(cfg: CfgNode) -> None:
     if "stuff_classes" in find_num_classes(cfg):
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from maps of labels, "
             "which COCO's annotation files do not have: register such data in a script that calls "
             "vovnet_d2.engine.main."
@@ -249,7 +239,7 @@ def _require_detector(cfg: CfgNode) -> None:
 
 def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
-    contents = _in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
+    contents = in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
     logger.info(
         "%s: %s, %s, %s, crowds among them: %d.",
         json,
@@ -259,7 +249,7 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
         contents.num_crowds,
     )
     if cfg.MODEL.MASK_ON and contents.num_without_mask:
-        raise ValueError(
+        raise UserValueError(
             f"{json} has {contents.num_without_mask} objects without a mask, and the config's "
             "network learns masks: choose a config of Faster R-CNN or RetinaNet, or set "
             "MODEL.MASK_ON False. If most have masks, tools/check_dataset.py lists the others."
@@ -286,12 +276,14 @@ def _warn_of_contents(cfg: CfgNode, json: str, contents: Contents) -> None:
 
 def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: bool) -> None:
     if cfg.MODEL.MASK_ON and contents.num_encoded_masks and cfg.INPUT.MASK_FORMAT != "bitmask":
-        raise ValueError(
+        raise UserValueError(
             f"{json} has {contents.num_encoded_masks} masks that are not polygons but RLE: set "
             "INPUT.MASK_FORMAT bitmask."
         )
     if not contents.num_trainable:
-        raise ValueError(f"{json} has no image with an object that is no crowd: nothing to train.")
+        raise UserValueError(
+            f"{json} has no image with an object that is no crowd: nothing to train."
+        )
     if not training:
         return
     left_out = contents.num_images - contents.num_trainable
@@ -306,7 +298,7 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
 def _match(
     json: str, contents: Contents, trained: OwnDataSet | None
 ) -> tuple[tuple[str, ...], tuple[int | str, ...]]:
-    """Find the categories of the training by their names, whatever their ids are in this file.
+    """Find the categories of the training by their names, as their ids in this file may differ.
 
     Returns:
         names in the order of the network's outputs, and their ids in this file. A name that the
@@ -320,13 +312,13 @@ def _match(
         name = extra[wrong[0]]
         close = get_close_matches(name, trained.categories, n=1, cutoff=0.5)
         hint = f" Close to it: {close[0]!r}." if close else ""
-        raise ValueError(
+        raise UserValueError(
             f"{json} has objects of category {name!r} (id {wrong[0]!r}), and {trained.json}, which "
             f"the network is trained on, has no category of that name.{hint} Categories are "
             "matched by name; their ids may differ, and those that do not occur may be missing."
         )
     if not set(found.values()) & set(trained.categories):
-        raise ValueError(f"{json} has no category with a name of those in {trained.json}.")
+        raise UserValueError(f"{json} has no category with a name of those in {trained.json}.")
     by_name = {name: number for number, name in found.items()}
     as_text = any(isinstance(number, str) for number in found)
     taken: set[int | str] = set(found)

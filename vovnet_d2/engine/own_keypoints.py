@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from ..data.keypoints import Flips, derive_flips, parse_flips
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents
+from ..errors import UserValueError
 
 __all__ = ["KEYPOINT_KEY", "find_keypoints", "refuse_idle_flips"]
 
@@ -24,7 +25,7 @@ def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) ->
     """
     Args:
         flips: ``--keypoint-flips``.
-        trained_file: whether annotations to train on are given.
+        trained_file: True if annotations to train on are given.
 
     Raises:
         ValueError: the argument is given where it says nothing.
@@ -32,9 +33,11 @@ def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) ->
     if flips is None:
         return
     if not cfg.MODEL.KEYPOINT_ON:
-        raise ValueError("--keypoint-flips is for configs with MODEL.KEYPOINT_ON: leave it out.")
+        raise UserValueError(
+            "--keypoint-flips needs a config with MODEL.KEYPOINT_ON True: leave it out."
+        )
     if not trained_file:
-        raise ValueError(
+        raise UserValueError(
             "--keypoint-flips goes with annotations to train on: an evaluation mirrors nothing, so "
             "leave it out."
         )
@@ -49,28 +52,28 @@ def find_keypoints(
     trained: OwnDataSet | None = None,
 ) -> tuple[tuple[str, ...], Flips]:
     """Return the names of keypoints and the pairs that change places in a mirrored picture, and set
-    their number in the config; there are none for a network without keypoints.
+    their number in the config. A network without keypoints has none.
 
     Args:
         json: the annotation file.
-        contents: what it holds.
+        contents: the content of the file.
         flips: ``--keypoint-flips``; None to derive the pairs from the names.
         trained: the data set of the training, whose keypoints hold.
 
     Raises:
-        ValueError: the file has no keypoints that can be used, or others than the training; a name
+        ValueError: the file has no usable keypoints, or other keypoints than the training; a name
             has no counterpart; ``flips`` does not fit the names.
     """
     if not cfg.MODEL.KEYPOINT_ON:
         return (), ()
     if contents.keypoint_problem:
-        raise ValueError(
+        raise UserValueError(
             f"{json} cannot be used for keypoints: {contents.keypoint_problem}. {_HINT}"
         )
     names = contents.keypoints
     if trained is not None:
         if names != trained.keypoints:
-            raise ValueError(
+            raise UserValueError(
                 f"{json} has the keypoints {', '.join(names)}, and the network is trained on "
                 f"{', '.join(trained.keypoints) or 'none'}: they must be the same, in one order."
             )
@@ -82,14 +85,14 @@ def find_keypoints(
             derive_flips(names, mirrored=mirrored) if flips is None else parse_flips(flips, names)
         )
     except ValueError as error:
-        raise ValueError(f"{json}: {str(error).rstrip('.')}.") from error
+        raise UserValueError(f"{json}: {str(error).rstrip('.')}.") from error
     if mirrored:
         _tell(names, found, derived=flips is None)
     return names, found
 
 
 def _tell(names: tuple[str, ...], flips: Flips, *, derived: bool) -> None:
-    """Say what a mirrored picture does with the keypoints: a wrong pair spoils a training."""
+    """Log which keypoints change places in a mirrored picture. A wrong pair spoils a training."""
     paired = {name for pair in flips for name in pair}
     staying = [name for name in names if name not in paired]
     source = "by their names; --keypoint-flips overrules this" if derived else "--keypoint-flips"

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Making weights: training a classifier, from the command line to its checkpoint."""
+"""Training of a classifier, whose checkpoint is the backbone of a detector."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..data.classification import class_names
+from ..errors import UserValueError
 from ..modeling.baselines.cifar import CIFAR_SPECS
+from . import config
 from .checks import check_initialisation
 from .classifier import ClassifierTrainer
-from .config import argument_parser
+from .distillation import teacher_options
 from .launch import launch_command
 from .run import Task, run_task
 
-__all__ = ["add_pretraining_config", "main", "run"]
+__all__ = ["add_pretraining_config", "argument_parser", "main", "run"]
 
 
 def add_pretraining_config(cfg: CfgNode) -> None:
-    """Add the keys of classification to a config. The rest of it means what it means elsewhere:
-    ``MODEL.VOVNET``, ``INPUT.FORMAT`` and ``MODEL.PIXEL_*`` what the detectors' configs say."""
+    """Add the keys of classification to a config. ``MODEL.VOVNET``, ``INPUT.FORMAT`` and
+    ``MODEL.PIXEL_*`` mean the same as in the configs of detectors."""
     cfg.PRETRAIN = node = CfgNode()
     # "digits", the embedded ones; or a folder, see build_classification_dataset. The names in
     # DATASETS are its splits.
@@ -52,19 +54,37 @@ def add_pretraining_config(cfg: CfgNode) -> None:
     node.LABEL_SMOOTHING = 0.0
     # A name of timm.optim.list_optimizers().
     node.OPTIMIZER = "sgd"
+    # DISTILLATION.TEACHER is a network of timm's here, and WEIGHTS "" stands for timm's weights.
+    # The loss is between probabilities, which the temperature softens (arXiv 1503.02531).
+    cfg.DISTILLATION.LOSS_WEIGHT = 1.0
+    cfg.DISTILLATION.TEMPERATURE = 1.0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the arguments that all trainings share, and ``--teacher``."""
+    parser = config.argument_parser("pretrain_net")
+    parser.add_argument_group("a teacher (distillation)").add_argument(
+        "--teacher",
+        nargs=1,
+        metavar="NAME",
+        help="train with a loss that compares the probabilities of the classes with those of this "
+        "network of timm's, with timm's weights or the file DISTILLATION.WEIGHTS",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of ``tools/pretrain_net.py``; as that of ``tools/train_net.py``."""
+    """Run the command line of ``tools/pretrain_net.py``, in as many processes as it asks for."""
     launch_command(run, argument_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What each process does; see :func:`run_task`.
+    """Train or evaluate a classifier in this process; see :func:`run_task`.
 
     Returns:
         on the main process, ``{"classification": {"top1": ..., "top5": ...}}`` in percent.
     """
+    args.opts = [*args.opts, *teacher_options(args)]
     return run_task(Task(ClassifierTrainer, _check, add_pretraining_config), args)
 
 
@@ -78,29 +98,37 @@ def _check(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
 def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
     """
     Raises:
-        ValueError: the input is not three channels, the network does not exist, there is not one
-            split for training and one to evaluate, or mixup cannot pair the images of a batch.
+        ValueError: a key of the optimizer is for detectors, the input is not three channels, the
+            network does not exist, there is not one split for training and one to evaluate, or
+            mixup cannot pair the images of a batch.
     """
     node = cfg.PRETRAIN
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER != "SGD" or solver.OPTIMIZER_ARGS or solver.LAYER_DECAY != 1:
+        raise UserValueError(
+            "SOLVER.OPTIMIZER, OPTIMIZER_ARGS and LAYER_DECAY are for detectors: "
+            "PRETRAIN.OPTIMIZER names the optimizer of a classifier."
+        )
     if cfg.INPUT.FORMAT not in ("BGR", "RGB") or len(cfg.MODEL.PIXEL_MEAN) != 3:
-        raise ValueError(
+        raise UserValueError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r} with {len(cfg.MODEL.PIXEL_MEAN)} values in "
             "MODEL.PIXEL_MEAN: images are read as BGR or RGB, with three."
         )
     networks = ["VoVNet", *CIFAR_SPECS]
     if node.NETWORK not in networks:
-        raise ValueError(
+        raise UserValueError(
             f"PRETRAIN.NETWORK is {node.NETWORK!r}: choose from {', '.join(networks)}."
         )
-    batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // cfg.SOLVER.ACCUMULATE
     if training and (node.MIXUP > 0 or node.CUTMIX > 0) and batch % 2:
-        raise ValueError(
-            f"Mixup pairs the images of a process's batch, which are {batch}: set "
-            "SOLVER.IMS_PER_BATCH to an even multiple of the number of processes."
+        raise UserValueError(
+            f"Mixup pairs the images that a process computes at once, which are {batch}: set "
+            "SOLVER.IMS_PER_BATCH to an even multiple of the number of processes times "
+            "SOLVER.ACCUMULATE."
         )
     for key in ("TRAIN", "TEST"):
         if len(cfg.DATASETS[key]) != 1:
-            raise ValueError(
+            raise UserValueError(
                 f"DATASETS.{key} is {cfg.DATASETS[key]!r}: name one split of PRETRAIN.DATA, such "
                 f"as \"('{'train' if key == 'TRAIN' else 'val'}',)\"."
             )
@@ -109,7 +137,7 @@ def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
 def _find_classes(cfg: CfgNode, *, training: bool) -> list[str]:
     data, (test,) = cfg.PRETRAIN.DATA, cfg.DATASETS.TEST
     if not data:
-        raise ValueError(
+        raise UserValueError(
             "PRETRAIN.DATA is empty: set it to a folder that holds train and val, with a folder of "
             "images for each class, or to digits."
         )
@@ -118,7 +146,7 @@ def _find_classes(cfg: CfgNode, *, training: bool) -> list[str]:
         (train,) = cfg.DATASETS.TRAIN
         pairs = enumerate(zip_longest(class_names(data, train), classes, fillvalue="missing"))
         if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
-            raise ValueError(
+            raise UserValueError(
                 "The classes of {} and {} in {} differ: number {}, by name, is {!r} in one and "
                 "{!r} in the other.".format(train, test, data, *unequal)
             )

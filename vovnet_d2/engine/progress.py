@@ -5,41 +5,44 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from tqdm import tqdm
 
+from .quiet import terminal_handlers
+
 __all__ = ["ProgressBar", "shorten_log"]
 
 # The first steps are slower than the others: libraries choose their algorithms in them.
 _WARMUP_STEPS = 2
 _TIMED_STEPS = 4
-# An image at test takes about so much of an image in training, which has a backward pass too.
+# The time of an image at test over its time in training, which has a backward pass too.
 _TEST_COST = 0.5
 
 
 def shorten_log(logger_name: str) -> None:
     """Show only warnings and the results of a logger in the terminal.
 
-    The log file in ``OUTPUT_DIR`` keeps every line.
+    A warning with the attribute ``told_by_progress_bar`` is not shown, because the line of
+    :class:`ProgressBar` says the same. The log file in ``OUTPUT_DIR`` keeps every line.
     """
-    for handler in logging.getLogger(logger_name).handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(_is_shown)
+    for handler in terminal_handlers(logger_name):
+        handler.addFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
+    if getattr(record, "told_by_progress_bar", False):
+        return False
     return record.levelno >= logging.WARNING or record.name == "vovnet_d2.engine.report"
 
 
 class ProgressBar(HookBase):
     """Say how long the training will take, then show a bar with the loss and the time left.
 
-    The estimate is made of the first steps, so it holds for the machine and for what else runs
-    there. It covers the remaining steps and the evaluation after the last one.
+    The estimate follows from the first steps, so it holds for this machine under its present load.
+    It covers the remaining steps and the evaluation after the last one.
     """
 
     _bar: tqdm | None = None  # also where another hook ends the training before its start
@@ -71,8 +74,8 @@ class ProgressBar(HookBase):
         test_steps = images * _TEST_COST / cfg.SOLVER.IMS_PER_BATCH
         tqdm.write(
             f"This takes about {_in_words(seconds_per_step * (left + test_steps))} on this "
-            f"machine: {left} more steps of {seconds_per_step:.2f} s, then an evaluation on "
-            f"{images} images."
+            f"machine ({cfg.MODEL.DEVICE}): {left} more steps of {seconds_per_step:.2f} s, then an "
+            f"evaluation on {images} images."
         )
         self._bar = tqdm(initial=step, total=self.trainer.max_iter, unit="step", desc="Training")
 

@@ -20,17 +20,18 @@ from detectron2.structures import pairwise_iou
 from tabulate import tabulate
 from torch import Tensor
 
+from ..atomic import atomic_write
 from ..backends import use_backend
 from ..backends.cache import export_dense_part, model_key
 from ..backends.quantized import mark_quantized
-from ..benchmark.protocol import describe_environment
-from ..checkpoint.atomic import atomic_write
 from ..data import register_digits
 from ..data.mapper import build_mapper
 from ..data.own import register_own_data
 from ..data.voc import register_voc
+from ..errors import UserKeyError, UserValueError
 from ..export.int8 import Quantizer
 from ..made import refuse_foreign
+from ..timing import describe_environment
 from .checks import check_data
 from .evaluation import build_evaluator, check_evaluators
 from .trainer import Trainer
@@ -40,7 +41,7 @@ __all__ = ["find_images", "quantize_detector", "to_markdown"]
 logger = logging.getLogger(__name__)
 
 BACKEND = "onnxruntime"
-"""The float and the quantized detector are compared in this backend."""
+"""The backend in which the float and the quantized detector are compared."""
 
 MIN_SCORE, MIN_IOU = 0.5, 0.9
 """Detections with this score are to be found again with this overlap, in the same category."""
@@ -55,7 +56,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
 
     Args:
         data_set: its name, as in ``DATASETS``.
-        number: how many images to draw; all of a smaller data set.
+        number: the number of images to draw; a smaller data set gives all.
 
     Raises:
         FileNotFoundError: files of a data set are missing.
@@ -66,7 +67,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
     register_voc()
     register_own_data(cfg.DATASETS.OWN)
     if data_set not in DatasetCatalog:
-        raise KeyError(
+        raise UserKeyError(
             f"The data set {data_set!r} of --calibration is not registered: give one of the "
             "config's DATASETS, such as "
             f"{', '.join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or 'digits_train'}."
@@ -76,7 +77,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
         check_evaluators(cfg)
     records = DatasetCatalog.get(data_set)
     if not records:
-        raise ValueError(f"The data set {data_set} has no images to calibrate on.")
+        raise UserValueError(f"The data set {data_set} has no images to calibrate on.")
     return random.Random(seed).sample(records, min(number, len(records)))
 
 
@@ -99,7 +100,7 @@ def quantize_detector(
         folder: gets ``dense.int8.onnx``, and the report ``dense.int8.json`` and ``.md``.
         keep_float: see :meth:`Quantizer.select`.
         sensitivity: on how many of the images the error of each layer is measured; 0 for none.
-        about: what else the report is to say.
+        about: further lines of the report.
 
     Returns:
         the report, as in the JSON file.
@@ -233,9 +234,9 @@ def to_markdown(report: dict[str, Any]) -> str:
     ]
     if agreement := report.get("agreement"):
         lines += [
-            f"Of {agreement['detections']} detections in float32 with a score from {MIN_SCORE} up, "
-            f"{agreement['matched']:.1%} are there in INT8 with an IoU from {MIN_IOU} up; their "
-            f"scores differ by {agreement['score difference']:.4f} on average.",
+            f"INT8 finds {agreement['matched']:.1%} of the {agreement['detections']} float32 "
+            f"detections (score at least {MIN_SCORE}) again, with an IoU of at least {MIN_IOU}. "
+            f"Their scores differ by {agreement['score difference']:.4f} on average.",
             "",
         ]
     if errors := report.get("sensitivity"):

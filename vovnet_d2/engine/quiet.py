@@ -1,14 +1,15 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of other packages that nobody who runs a command can do anything about."""
+"""The terminal does not show messages that help nobody, and shows the first line of long ones."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any
 
-__all__ = ["escape_unwritable", "hide_known_messages"]
+__all__ = ["escape_unwritable", "hide_known_messages", "shorten_long_messages", "terminal_handlers"]
 
 # The beginnings of warnings, as regular expressions.
 _WARNINGS = (
@@ -22,6 +23,12 @@ _RECORDS = {
     "torch.fx._symbolic_trace": "is_fx_tracing will return true",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
+# Loggers of the environment, the config, the model and the counts of a data set.
+_SET_UP = (
+    *("detectron2", "detectron2.engine.defaults", "detectron2.data.build"),
+    *("vovnet_d2.engine.classifier", "vovnet_d2.engine.lazy"),
+)
+_MOST_LINES = 10
 
 
 def hide_known_messages() -> None:
@@ -42,3 +49,30 @@ def escape_unwritable(*streams: Any) -> None:
 
 def _is_unknown(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_RECORDS[record.name])
+
+
+def terminal_handlers(logger_name: str) -> list[logging.Handler]:
+    """Return the handlers of a logger that write to the terminal."""
+    handlers = logging.getLogger(logger_name).handlers
+    return [h for h in handlers if getattr(h, "stream", None) is sys.stdout]
+
+
+def shorten_long_messages(logger_name: str, file: str) -> None:
+    """Show the first line of a long message about the set-up in the terminal, and name the log file
+    that has all of it."""
+    for handler in terminal_handlers(logger_name):
+        handler.setFormatter(_FirstLine(handler.formatter or logging.Formatter(), file))
+
+
+class _FirstLine(logging.Formatter):
+    def __init__(self, formatter: logging.Formatter, file: str):
+        super().__init__()
+        self._formatter, self._file = formatter, file
+
+    def format(self, record: logging.LogRecord) -> str:
+        is_of_set_up = record.name in _SET_UP  # Detectron2's formatter changes the name
+        text = self._formatter.format(record)
+        first, *others = text.splitlines()
+        if not is_of_set_up or len(others) < _MOST_LINES:
+            return text
+        return f"{first} ({len(others)} lines in {self._file})"

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation of a run, tried before its first iteration and not after the hours of training."""
+"""The evaluation of a run is tried before the first iteration, not after hours of training."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ..data.image_file import read_labels
 from ..data.record_files import check_files, has_size_of_file
 from ..data.records import check_records
 from ..data.unreadable import image_roots
+from ..errors import UserValueError, describe
 from .checks import find_num_classes, load_records
 from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
@@ -47,13 +48,13 @@ _PERFECT = 99.0  # AP of predictions that equal the annotations
 
 
 def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
-    """Look at the annotations and files of ``DATASETS.TEST``, and run the evaluators on no
-    predictions and on perfect ones, for some images. All processes call it.
+    """Check the annotations and files of ``DATASETS.TEST``. Run the evaluators without predictions
+    and with perfect predictions for some images. All processes call this function.
 
     Args:
-        cfg: its ``OUTPUT_DIR`` is not written to.
-        trainer: whose evaluators are tried: those of Detectron2 for COCO, PASCAL VOC and label
-            maps. Others are left alone.
+        cfg: the config. Nothing is written to its ``OUTPUT_DIR``.
+        trainer: the trainer whose evaluators are tried. Only Detectron2's evaluators for COCO,
+            PASCAL VOC and label maps are tried.
 
     Raises:
         ValueError: annotations cannot be used, or the evaluation fails.
@@ -63,7 +64,7 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
         check_records(records, name, num_classes=find_num_classes(cfg).get("thing_classes"))
         check_files(records, name, roots=image_roots([name]))
         if crowding := explain_crowding(cfg, records):
-            logger.warning("Of data set %s %s.", name, crowding)
+            logger.warning("Data set %s: %s.", name, crowding)
         if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "pascal_voc", "sem_seg"):
             _rehearse(cfg, trainer, name, records)
 
@@ -71,7 +72,7 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
 def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Record]) -> None:
     count = min(len(records), _MOST_IMAGES)
     spread = (records[i * len(records) // count] for i in range(count))
-    # Masks are made in the size of a record, however large that is.
+    # Masks have the size that a record gives, which could be absurdly large.
     if not (chosen := [record for record in spread if has_size_of_file(record)]):
         return
     for perfect in (False, True):
@@ -88,10 +89,9 @@ def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Rec
                 if is_lost_connection(error):  # no fault of the data
                     raise
                 what = "perfect predictions" if perfect else "no predictions"
-                reason = " ".join(str(error).split()) or "no reason given"
-                raise ValueError(
+                raise UserValueError(
                     f"Data set {name} cannot be evaluated: with {what} the evaluation ends in "
-                    f"{type(error).__name__}: {reason.rstrip('.')}. tools/check_dataset.py lists "
+                    f"{describe(error)}. tools/check_dataset.py lists "
                     "what is wrong with annotations in COCO's format."
                 ) from error
         if perfect:
@@ -171,7 +171,7 @@ def _say_if_imperfect(name: str, results: dict[str, Any], count: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tables and messages of evaluators."""
+    """Run without the tables and messages of evaluators."""
     loggers = [
         logging.getLogger(n) for n in ("detectron2.evaluation", "detectron2.data", __package__)
     ]

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its folder: results.md, results.json, and two pictures."""
+"""The files that a run leaves in its folder: results.md, results.json, and two pictures."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 from torch import nn
 
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
+from ..drawing.curves import draw_curves
 from .detection_limit import explain_crowding
-from .pictures import draw_curves, draw_predictions
+from .pictures import draw_predictions
 
 __all__ = ["format_results", "write_report"]
 
@@ -54,8 +55,8 @@ def write_report(
 
     Args:
         cfg: the config of the run.
-        model: as it is at the end of the run.
-        results: of :meth:`Trainer.test`.
+        model: the model at the end of the run.
+        results: the results of :meth:`Trainer.test`.
         args: command-line arguments; their ``command``, if there is one, goes into the report.
         seconds: wall time of the run.
         earlier_seconds: wall time of the training before this run resumed it.
@@ -77,7 +78,9 @@ def write_report(
 
 
 def _draw(draw: Callable[..., str | None], *args: Any) -> str | None:
-    """The path of a picture. One that cannot be drawn is no reason to lose the results."""
+    """Draw a picture and return its path. If that fails, log a warning and return None, so that the
+    results are not lost.
+    """
     try:
         return draw(*args)
     except Exception:
@@ -86,10 +89,10 @@ def _draw(draw: Callable[..., str | None], *args: Any) -> str | None:
 
 
 def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:
-    """Results as Markdown tables: a row for each task, a table for each set of metrics.
+    """Format results as Markdown tables: a row for each task, a table for each set of metrics.
 
     Metrics of single categories, such as ``AP-dog``, are left out. A metric that could not be
-    computed is shown as "–", and if that is all of a task, a sentence says why.
+    computed is shown as "–". If a task has no other metric, a sentence says why.
     """
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     notes = []
@@ -110,14 +113,17 @@ def format_results(cfg: CfgNode, results: dict[str, Any]) -> str:
 
 
 def _describe_crowding(cfg: CfgNode, results: dict[str, Any]) -> list[str]:
-    """Say of each data set with detections how many of its objects no result can have."""
+    """Return a sentence for each data set with more objects than a network may find."""
     data_sets = [name for name, tasks in _by_dataset(cfg, results).items() if "bbox" in tasks]
     found = {name: explain_crowding(cfg, DatasetCatalog.get(name)) for name in data_sets}
-    return [f"Of {name} {sentence}." for name, sentence in found.items() if sentence]
+    return [f"{name}: {sentence}." for name, sentence in found.items() if sentence]
 
 
 def _is_known(value: float) -> bool:
-    """COCO's metrics are NaN, and LVIS's negative, where there is nothing to compute them from."""
+    """Return True if a metric has a value.
+
+    COCO's metrics are NaN, and LVIS's negative, if there is nothing to compute them from.
+    """
     return math.isfinite(value) and value >= 0
 
 
@@ -133,7 +139,7 @@ def _explain_missing(cfg: CfgNode, dataset: str) -> str:
 
 
 def _by_dataset(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
-    """Detectron2 leaves out the name of the data set where there is one only."""
+    """Return results by the name of the data set, which Detectron2 leaves out for a single one."""
     return {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
 
 
@@ -165,7 +171,7 @@ def _format_time(seconds: float) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; None stands for it."""
+    """Replace NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return float(value) if math.isfinite(value) else None

@@ -20,10 +20,11 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from ..backends import TORCH, use_backend
+from ..atomic import remove_leftovers
+from ..backends import AUTO, TORCH, rank_backends, use_backend
 from ..checkpoint import VoVNetCheckpointer
-from ..checkpoint.atomic import FileNotWrittenError, remove_leftovers
-from ..data.unreadable import UnreadableImageError
+from ..data.workers import is_silent_worker
+from ..errors import UserError, UserValueError
 from ..made import note_made, note_run
 from ..modeling.inference import optimize_for_inference
 from .categories import find_difference
@@ -32,9 +33,10 @@ from .config import find_config, load_config
 from .fitting import keep_record
 from .gpu_memory import explain_lack_of_memory
 from .interruption import is_lost_connection
+from .main_process import in_main_process
 from .output_folder import choose_folder, keep_earlier_run, keep_foreign_config
 from .progress import ProgressBar, shorten_log
-from .quiet import escape_unwritable
+from .quiet import escape_unwritable, shorten_long_messages
 from .report import write_report
 from .scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer, report_loaded
@@ -61,7 +63,7 @@ class _Fit(Protocol):
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """A kind of training: its trainer, its checks and its config keys.
 
     Attributes:
         trainer: the class of the trainer.
@@ -77,16 +79,16 @@ class Task(NamedTuple):
 
 
 def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
-    """What each process does: train or only evaluate, then write the report.
+    """Train, or only evaluate, in this process, then write the report.
 
     Args:
-        args: of :func:`argument_parser`.
+        args: the arguments, from :func:`argument_parser`.
 
     Returns:
         the results of the last evaluation, as :meth:`Trainer.test` gives them.
 
     Raises:
-        FloatingPointError: the training diverged.
+        TrainingDivergedError: a loss is NaN or infinite.
         GpuMemoryError: a GPU has too little memory.
         FileNotFoundError, KeyError, ValueError: arguments, config, data or weights do not fit.
         FileNotWrittenError: the disk is full, say.
@@ -105,8 +107,8 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
 class Outcome(NamedTuple):
     """
     Attributes:
-        results: of the last evaluation, as :meth:`Trainer.test` gives them.
-        model: as it is at the end.
+        results: the results of the last evaluation, as :meth:`Trainer.test` gives them.
+        model: the model at the end.
         earlier_seconds: wall time of the training before it was resumed.
         length: iterations and epochs of a training; empty for an evaluation.
     """
@@ -161,12 +163,21 @@ def train_or_evaluate(
     _require_same_categories(checkpointer, cfg, allow_others=args.allow_partial)
     evaluated = model
     if cfg.TEST.BACKEND != TORCH:
-        evaluated = use_backend(model, cfg.TEST.BACKEND, int8=cfg.TEST.INT8)
+        names = _rank_together(model, cfg) if cfg.TEST.BACKEND == AUTO else cfg.TEST.BACKEND
+        evaluated = use_backend(model, names, int8=cfg.TEST.INT8)
         logger.info("Evaluating with the backend %s.", cfg.TEST.BACKEND)
     elif cfg.TEST.OPTIMIZE:
         logger.info("Evaluating what vovnet_d2.optimize_for_inference makes of the model.")
         evaluated = optimize_for_inference(model)
     return Outcome(trainer_class.test_all(cfg, evaluated), model)
+
+
+def _rank_together(model: nn.Module, cfg: CfgNode) -> list[str]:
+    """Return the backends that the first process finds, the fastest first.
+
+    Processes that measured at the same time would disturb each other, and could choose differently.
+    """
+    return in_main_process(lambda: rank_backends(model, int8=cfg.TEST.INT8))
 
 
 def _require_same_categories(
@@ -175,7 +186,7 @@ def _require_same_categories(
     if not (difference := find_difference(cfg, cfg.DATASETS.TEST, checkpointer)):
         return
     if not allow_others:
-        raise ValueError(
+        raise UserValueError(
             f"{difference} Evaluate with the config.yaml of the training that they are from. If "
             "the names mean the same, add --allow-partial."
         )
@@ -234,7 +245,7 @@ def _last_checkpoint(folder: str) -> str:
 
 
 def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
-    """The config of this run, checked and frozen; logging and seeds."""
+    """Return the config of this run, checked and frozen, and set up logging and seeds."""
     path = find_config(args.config_file) if args.config_file else ""
     load_args = {"allow_unsafe_yaml": args.allow_unsafe_yaml, "add_config": task.add_config}
     written = load_config(path, **load_args)
@@ -259,7 +270,7 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Settle ``MODEL.DEVICE``; see :func:`choose_device`.
+    """Choose and check ``MODEL.DEVICE``; see :func:`choose_device`.
 
     Raises:
         ValueError: there is no such device, or several processes cannot share it.
@@ -267,7 +278,7 @@ def check_device(cfg: CfgNode) -> None:
     choose_device(cfg)
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
-        raise ValueError(
+        raise UserValueError(
             "MODEL.DEVICE is cpu in several processes, which talk to each other through the GPUs "
             "there are: hide these with CUDA_VISIBLE_DEVICES=''."
         )
@@ -281,15 +292,17 @@ def _start_logging(output_dir: str, *, progress: bool) -> None:
         ours = setup_logger(output_dir, distributed_rank=rank, name=name)
     # One stream for the file of all loggers.
     escape_unwritable(*(getattr(handler, "stream", None) for handler in ours.handlers))
-    if progress:
-        for name in ("detectron2", "fvcore", "vovnet_d2"):
+    for name in ("detectron2", "fvcore", "vovnet_d2"):
+        shorten_long_messages(name, os.path.join(output_dir, "log.txt"))
+        if progress:
             shorten_log(name)
-    # What is told in a sentence at the end has no tracebacks on the way there.
+    # An error that ends in one sentence has no traceback before it.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_surprise)
 
 
 def _is_surprise(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    kinds = (FileNotWrittenError, FloatingPointError, torch.OutOfMemoryError, UnreadableImageError)
-    told = isinstance(error, kinds)
-    return error is None or not (told or is_lost_connection(error))
+    if error is None:
+        return True
+    told = isinstance(error, UserError | torch.OutOfMemoryError)
+    return not (told or is_lost_connection(error) or is_silent_worker(error))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate and the schedule for another batch than the config was written for."""
+"""The learning rate and the schedule are fitted to another batch than that of the config."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from ..errors import UserValueError
 from .config import get_value
 
 __all__ = ["report_scaling", "scale_to_batch", "warn_of_unscaled_batch"]
@@ -31,23 +32,24 @@ _SCALED = (
 
 
 def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
-    """Fit a config to the batch that its run has, by the linear scaling rule (arXiv 1706.02677).
+    """Fit a config to the batch of its run, by the linear scaling rule (arXiv 1706.02677).
 
     The learning rates, first and last, grow with the batch; iterations, steps, warm-up and the
-    periods of checkpoints and evaluation shrink with it, so that the number of images stays. Where
-    the options give ``SOLVER.MAX_ITER``, the other iterations keep their share of that instead.
+    periods of checkpoints and evaluation shrink with it, so that the number of images stays. If the
+    options give ``SOLVER.MAX_ITER``, the other numbers of iterations keep their share of it
+    instead.
 
     Args:
         written: the config as its file has it, for a batch of its ``SOLVER.IMS_PER_BATCH``.
-        options: command-line options, ``[KEY, VALUE, ...]``. They hold as they are, whatever the
-            scaling gives. The batch is theirs, or follows from the number of processes where
-            ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many the config was written.
+        options: command-line options, ``[KEY, VALUE, ...]``. Scaling does not change these values.
+            The options set the batch, or it follows from the number of processes if
+            ``SOLVER.REFERENCE_WORLD_SIZE`` has the number for which the config was written.
 
     Returns:
         the config with the options merged.
 
     Raises:
-        ValueError: neither tells the batch.
+        ValueError: the batch is not known, or below 1.
     """
     asked = written.clone()
     asked.merge_from_list(options)
@@ -56,14 +58,14 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
     processes = comm.get_world_size()
     if "SOLVER.IMS_PER_BATCH" not in options[::2]:
         if asked.SOLVER.REFERENCE_WORLD_SIZE < 1:
-            raise ValueError(
+            raise UserValueError(
                 "--auto-scale-lr does not know the batch: give SOLVER.IMS_PER_BATCH (the config's "
                 f"is {reference}), or SOLVER.REFERENCE_WORLD_SIZE, the number of GPUs that the "
                 "config was written for (8 in Detectron2's own)."
             )
         batch = max(1, round(reference * processes / asked.SOLVER.REFERENCE_WORLD_SIZE))
     if batch < 1:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH must be at least 1, not {batch}.")
+        raise UserValueError(f"SOLVER.IMS_PER_BATCH must be at least 1, not {batch}.")
     max_iter = asked.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in options[::2] else None
     scaled = _scale(written, batch, max_iter)
     scaled.merge_from_list(options)
@@ -73,7 +75,7 @@ def scale_to_batch(written: CfgNode, options: list[str]) -> CfgNode:
 
 
 def report_scaling(written: CfgNode, scaled: CfgNode) -> None:
-    """Log what :func:`scale_to_batch` has made of a config."""
+    """Log the values that :func:`scale_to_batch` has changed."""
     batch, reference = scaled.SOLVER.IMS_PER_BATCH, written.SOLVER.IMS_PER_BATCH
     rows = [(key, get_value(written, key), get_value(scaled, key)) for key in _SCALED]
     table = tabulate(rows, headers=["key", "config file", "this run"], tablefmt="pipe")
@@ -84,7 +86,7 @@ def _scale(cfg: CfgNode, batch: int, max_iter: int | None) -> CfgNode:
     """Scale the learning rates of a config by its batch, and all iterations by one factor.
 
     Args:
-        max_iter: what ``SOLVER.MAX_ITER`` is to be; None for as many images as the config has.
+        max_iter: the new ``SOLVER.MAX_ITER``; None for as many images as the config has.
     """
     scaled = cfg.clone()
     solver, reference = scaled.SOLVER, cfg.SOLVER.IMS_PER_BATCH
@@ -105,7 +107,7 @@ def _scale(cfg: CfgNode, batch: int, max_iter: int | None) -> CfgNode:
 
 
 def warn_of_unscaled_batch(written: CfgNode, cfg: CfgNode) -> None:
-    """Say so where the batch is not the config file's and the learning rate is."""
+    """Warn if the batch differs from that of the config file, and the learning rate does not."""
     reference, batch = written.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if batch != reference and cfg.SOLVER.BASE_LR == written.SOLVER.BASE_LR:
         logger.warning(

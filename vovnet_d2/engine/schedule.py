@@ -51,13 +51,13 @@ class Row(NamedTuple):
 
 
 class _Table:
-    """Sets keys of a config, and keeps the reasons.
+    """Sets keys of a config, and keeps a table of the values and the reasons.
 
     Attributes:
         cfg: the config of the run.
-        base: the config whose schedule is taken over.
-        given: keys that stay as ``cfg`` has them, each with who says so.
-        rows: what was set, and what stayed.
+        base: the config whose schedule is used.
+        given: keys whose values in ``cfg`` are kept, with the option or file that sets each.
+        rows: a row for each value that was set or kept.
     """
 
     def __init__(self, cfg: CfgNode, base: CfgNode, given: Mapping[str, str]):
@@ -85,15 +85,15 @@ def fit_schedule(
     """Set iterations, steps, warm-up, learning rate and periods of a config.
 
     Args:
-        cfg: the config of the run, with the batch of all its processes; changed in place.
-        base: the config whose schedule is taken over, for a batch of its own.
-        given: keys that stay as ``cfg`` has them, each with who says so, "set in FILE".
-        num_images: images that the training draws from.
-        epochs: how often to see as many images; by default this follows from ``num_images``.
-        pretrained: whether the training starts from weights.
+        cfg: the config of the run with the batch of all processes. It is changed in place.
+        base: the config whose schedule is used. The schedule is for the batch in ``base``.
+        given: keys whose values in ``cfg`` are kept, with the place of each, such as "set in FILE".
+        num_images: the number of training images.
+        epochs: the length of the training; by default it follows from ``num_images``.
+        pretrained: True if the training starts from weights.
 
     Returns:
-        the keys that say when and how fast, those that stay included.
+        a row for each key of the schedule, including the keys that are kept.
     """
     table = _Table(cfg, base, given)
     batch = cfg.SOLVER.IMS_PER_BATCH
@@ -109,7 +109,7 @@ def fit_schedule(
 
 
 def _tell_epochs(table: _Table, num_images: int) -> None:
-    """Say how many epochs the iterations are that the user has set."""
+    """Add the number of epochs to the row of ``SOLVER.MAX_ITER``, which the user has set."""
     row, solver = table.rows[-1], table.cfg.SOLVER
     seen = Fraction(solver.MAX_ITER * solver.IMS_PER_BATCH, num_images)
     table.rows[-1] = row._replace(reason=f"{row.reason}: {_epochs(seen)}")
@@ -148,7 +148,9 @@ def _put_rate(table: _Table) -> None:
 
 
 def _put_periods(table: _Table, num_images: int) -> None:
-    """Periods are rounded up: the end, which is evaluated and saved anyway, is the last of them."""
+    """Set the periods of evaluations and checkpoints. They are rounded up, because the end of a
+    training is evaluated and saved anyway.
+    """
     solver = table.cfg.SOLVER
     iterations, batch = solver.MAX_ITER, solver.IMS_PER_BATCH
     number = max(1, min(_NUM_EVALUATIONS, iterations * batch // num_images))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a run's label maps for semantic segmentation, before its first iteration."""
+"""The check of label maps for semantic segmentation, before the first iteration of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..data.check.label_maps import LabelCounts, count_labels, explain_labels
+from ..errors import UserValueError
 
 __all__ = ["check_label_maps"]
 
@@ -31,14 +32,14 @@ def check_label_maps(cfg: CfgNode, name: str) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     ignored = MetadataCatalog.get(name).get("ignore_label", head.IGNORE_VALUE)
     if ignored != head.IGNORE_VALUE:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name} has ignore_label {ignored} in its metadata and the network "
             f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE {head.IGNORE_VALUE} for pixels that are not "
             "labelled: set them to the value that the label maps have."
         )
     records = [record for record in DatasetCatalog.get(name) if "sem_seg_file_name" in record]
     if not records:
-        raise ValueError(
+        raise UserValueError(
             f"Data set {name} has no label maps (sem_seg_file_name in its records), which "
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from."
         )
@@ -48,5 +49,5 @@ def check_label_maps(cfg: CfgNode, name: str) -> None:
         counts.merge(part)
     error, note = explain_labels(counts, head.NUM_CLASSES, ignored)
     if error:
-        raise ValueError(f"Data set {name}: {error}")
+        raise UserValueError(f"Data set {name}: {error}")
     logger.info("Data set %s: %s.", name, note)

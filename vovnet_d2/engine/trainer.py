@@ -28,26 +28,24 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
+from ..data.copy_paste import CopyPaste
 from ..data.mapper import AugmentedTestMapper, Mapper, build_augmentations, build_mapper
 from ..data.oversampling import report_repeats
 from ..data.record_files import check_files
 from ..data.records import check_records
-from ..data.stream import (
-    Place,
-    TrainingStream,
-    build_detection_stream,
-    seed_all,
-    stay_until_dismissed,
-    step_seed,
-)
+from ..data.stream import Place, TrainingStream, build_detection_stream, seed_all, step_seed
 from ..data.unreadable import ReadableOnly, image_roots
+from ..data.workers import attend_to_workers
+from ..errors import UserValueError, describe, one_line
 from ..tiles import TiledDetector
+from .averaging import EMA_SUFFIX, WeightAverage, name_of_average
 from .categories import category_names, find_difference
 from .checks import find_num_classes, is_of_loader
+from .compilation import compile_backbone, explain_compilation, run_eagerly
 from .dense import read_loss_normalizers, write_loss_normalizers
+from .distillation import add_teacher
 from .evaluation import build_evaluator, main_metric
 from .hooks import (
     BestCheckpointer,
@@ -59,11 +57,20 @@ from .hooks import (
     EvalHook,
     PreciseBN,
     UnreadableCount,
+    WeightsCheckpointer,
 )
 from .interruption import Interrupted, StopRequest, exit_on_signal
+from .loggers import TrackerWriter
 from .memory_format import to_memory_format
-from .nonfinite import AgreedSteps, NonFiniteLossError, explain, write_record
-from .precision import autocast, autocast_dtype
+from .nonfinite import (
+    AgreedSteps,
+    KeptStatistics,
+    NonFiniteLossError,
+    TrainingDivergedError,
+    explain,
+    write_record,
+)
+from .precision import autocast, autocast_dtype, predict_in_float32
 from .solver import build_optimizer
 
 __all__ = ["MixedPrecisionTrainer", "Trainer"]
@@ -88,9 +95,14 @@ class MixedPrecisionTrainer(AgreedSteps):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        request: StopRequest | None = None,
+        **options: Any,
     ):
-        super().__init__(model, data_loader, optimizer, request=request)
+        """
+        Args:
+            dtype: what the forward pass computes in.
+            options: see :class:`AgreedSteps`.
+        """
+        super().__init__(model, data_loader, optimizer, **options)
         self.device = device
         self.dtype = dtype
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -103,6 +115,8 @@ class MixedPrecisionTrainer(AgreedSteps):
         self.grad_scaler.scale(loss).backward()
 
     def update(self) -> None:
+        # Gradients are clipped before the step, in which fused optimizers would unscale them.
+        self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -119,11 +133,11 @@ class MixedPrecisionTrainer(AgreedSteps):
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates what a config describes.
+    """A trainer and evaluator of the network that a config describes.
 
     Beyond :class:`DefaultTrainer` it evaluates every kind of data set that Detectron2 has an
-    evaluator for, keeps the best weights where ``TEST.EVAL_PERIOD`` is set, and runs on CPUs in
-    mixed precision and several processes too.
+    evaluator for, keeps the best weights where ``TEST.EVAL_PERIOD`` is set and the average of the
+    weights where ``SOLVER.EMA`` is, and runs on CPUs in mixed precision and several processes too.
 
     It may be interrupted at any time: resumed, it has the data, the random numbers and so, on a
     CPU, the parameters that it would have had. All randomness follows from the seed, the
@@ -132,17 +146,20 @@ class Trainer(DefaultTrainer):
     by :class:`~vovnet_d2.engine.interruption.Interrupted`.
 
     Attributes:
-        stop_signal: the one that some process was sent, by the latest step; None without one.
+        stop_signal: the name of a signal that one of the processes had got before the latest step;
+            None if there was no signal.
         earlier_seconds: wall time of the training before it was resumed, up to the checkpoint.
     """
+
+    _average: WeightAverage | None = None
 
     def __init__(self, cfg: CfgNode, *, allow_partial: bool = False, allow_pickle: bool = False):
         """
         Args:
             cfg: a config with this package's keys.
-            allow_partial: see :class:`VoVNetCheckpointer`; as is ``allow_pickle``.
+            allow_partial, allow_pickle: see :class:`VoVNetCheckpointer`.
         """
-        # Not DefaultTrainer's constructor: it settles the parts that differ here.
+        # DefaultTrainer's constructor is not called, because it builds other parts.
         TrainerBase.__init__(self)
         for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
@@ -150,26 +167,27 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         device = torch.device(cfg.MODEL.DEVICE)
         model = self.build_model(cfg)
+        self.add_teacher(cfg, model, allow_pickle=allow_pickle)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        if cfg.SOLVER.COMPILE.ENABLED:
+            budget = cfg.SOLVER.COMPILE.MEMORY_BUDGET
+            compile_backbone(model, memory_budget=budget, dynamic=not cfg.INPUT.FIXED_SIZE)
         model = create_ddp_model(
             model,
             broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # one copy of the gradients instead of two
             device_ids=[comm.get_local_rank()] if device.type == "cuda" else None,
         )
         self._request = StopRequest()
+        parts: Any = (model, data_loader, optimizer)
+        options: Any = {"request": self._request, "accumulate": cfg.SOLVER.ACCUMULATE}
         if cfg.SOLVER.AMP.ENABLED:
-            self._trainer: AgreedSteps = MixedPrecisionTrainer(
-                model,
-                data_loader,
-                optimizer,
-                device=device,
-                dtype=autocast_dtype(cfg),
-                request=self._request,
-            )
+            options |= {"device": device, "dtype": autocast_dtype(cfg)}
+            self._trainer: AgreedSteps = MixedPrecisionTrainer(*parts, **options)
         else:
-            self._trainer = AgreedSteps(model, data_loader, optimizer, request=self._request)
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+            self._trainer = AgreedSteps(*parts, **options)
+        self._statistics = KeptStatistics(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = VoVNetCheckpointer(
             model,
@@ -196,9 +214,21 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's, in its order, and the best checkpoint before the writers."""
         cfg = self.cfg
-        self._checkpointing = Checkpointing(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         period, metric = cfg.TEST.EVAL_PERIOD, self.main_metric(cfg)
         found: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        # The networks that are evaluated, each with its metric and the file of its best weights.
+        judged = [(self.model, metric, "model_best")] if metric else []
+        categories = self.checkpointer.categories
+        averaged = None
+        if cfg.SOLVER.EMA:
+            self._average = WeightAverage(self.checkpointer.model, cfg.SOLVER.EMA)
+            found.append(self._average)
+            model = self._average.model
+            averaged = WeightsCheckpointer(model, cfg.OUTPUT_DIR, categories=categories)
+            if metric:
+                judged.append((model, name_of_average(metric), "model_best_ema"))
+        period_of_checkpoints = cfg.SOLVER.CHECKPOINT_PERIOD
+        self._checkpointing = Checkpointing(self.checkpointer, period_of_checkpoints, averaged)
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             own = cfg.clone()
             own.defrost()
@@ -211,33 +241,32 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
         if comm.is_main_process():
-            if metric and period > 0:
-                best = BestCheckpointer(
-                    period,
-                    self.model,
-                    cfg.OUTPUT_DIR,
-                    metric,
-                    categories=self.checkpointer.categories,
-                )
-                found.append(best)
+            for model, name, file in judged * (period > 0):
+                best = (period, model, cfg.OUTPUT_DIR, name)
+                found.append(BestCheckpointer(*best, file_prefix=file, categories=categories))
             found.append(UnreadableCount())
             found.append(EpochCount())
             found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        if metric and period > 0 and (patience := cfg.TEST.PATIENCE) > 0:
-            found.append(
-                EarlyStopping(self._checkpointing, period, metric, patience, cfg.OUTPUT_DIR)
-            )
+        if judged and period > 0 and (patience := cfg.TEST.PATIENCE) > 0:
+            _, name, file = judged[-1]  # the average decides, as its weights are the ones to use
+            ending = (self._checkpointing, period, name, patience, cfg.OUTPUT_DIR)
+            found.append(EarlyStopping(*ending, best=file))
         return found
 
     def build_writers(self) -> list[EventWriter]:
         writers = super().build_writers()
         is_plain = [type(writer) is CommonMetricPrinter for writer in writers]
         pairs = zip(writers, is_plain, strict=True)
-        return [EpochPrinter(self.max_iter) if plain else writer for writer, plain in pairs]
+        writers = [EpochPrinter(self.max_iter) if plain else writer for writer, plain in pairs]
+        return [*writers, *(TrackerWriter(name, self.cfg) for name in self.cfg.LOGGERS)]
 
     def _test_and_keep(self) -> Results:
-        self._last_eval_results = self.test(self.cfg, self.model)
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        if self._average:
+            logger.info("Evaluating the average of the weights (SOLVER.EMA) ...")
+            results = _merge(results, self._test_as(EMA_SUFFIX, self.cfg, self._average.model))
+        self._last_eval_results = results
+        return results
 
     def _test_with_tta_and_keep(self) -> Results:
         results = self.test_with_tta(self.cfg, self.model)
@@ -245,14 +274,14 @@ class Trainer(DefaultTrainer):
         return results
 
     def _interruptible(self, evaluate: Callable[[], Results]) -> Callable[[], Results]:
-        """An evaluation that a signal ends at once."""
+        """Return an evaluation that a signal ends at once."""
 
         def run() -> Results:
             self.gather_rank_states()
             self._share_buffers()
             signal = self._request.signal
             try:
-                with exit_on_signal():
+                with exit_on_signal(), run_eagerly(self.cfg):
                     if signal is None:
                         return evaluate()
             except Interrupted as interrupted:
@@ -266,8 +295,9 @@ class Trainer(DefaultTrainer):
         """Give all processes the statistics of norms of the first one, which are what is saved:
         processes evaluate one network then."""
         if comm.get_world_size() > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+            for model in (self.model, *([self._average.model] if self._average else [])):
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in ``OUTPUT_DIR``, or start from ``MODEL.WEIGHTS``.
@@ -297,7 +327,7 @@ class Trainer(DefaultTrainer):
             the results of the last evaluation, as :meth:`test` gives them.
 
         Raises:
-            FloatingPointError: a loss is infinite or not a number; the message names likely causes.
+            TrainingDivergedError: a loss is NaN or infinite; the message names likely causes.
             FileNotWrittenError: the disk is full, say.
             Interrupted: a signal asked for it, and a checkpoint is saved.
         """
@@ -305,8 +335,8 @@ class Trainer(DefaultTrainer):
             self._trainer.data_loader.place = self._place
         elif self.start_iter > 0:
             logger.warning("The training data start anew: their loader is no TrainingStream.")
-        # Loss functions that are scripts are compiled after some calls, which changes their last
-        # bit: on a CPU, a training that was resumed would differ.
+        # torch compiles a scripted loss function after some calls, which changes its last bit. On a
+        # CPU a resumed training would differ.
         compiled = torch.device(self.cfg.MODEL.DEVICE).type != "cpu"
         try:
             with self._request.listen(), torch.jit.optimized_execution(compiled):
@@ -318,8 +348,11 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _end_workers(self) -> None:
-        """Those of the data loader, which would else outlive the run for as long as the traceback
-        of an error holds their iterator, and keep the process from ending."""
+        """End the worker processes of the data loader.
+
+        Otherwise the traceback of an error, which holds their iterator, keeps them and this process
+        alive.
+        """
         iterator = self._trainer._data_loader_iter_obj
         self._trainer._data_loader_iter_obj = None
         # torch's iterator over several workers has this method, and no public one.
@@ -328,23 +361,22 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
-        # Not found beforehand: the hook PreciseBN puts others in their place.
-        statistics = [buffer for norm in self._norms for buffer in norm.buffers()]
-        before = [buffer.clone() for buffer in statistics]
+        self._statistics.keep()
         try:
-            super().run_step()
+            with explain_compilation(self.cfg):
+                super().run_step()
         except NonFiniteLossError as error:
-            # Norms have averaged over what was not finite.
-            for buffer, value in zip(statistics, before, strict=True):
-                buffer.copy_(value)
+            self._statistics.restore()  # which are not finite now
             images = comm.gather(self._image_names())
             record = self._record_nonfinite(error, images)
             if self._skipped_steps >= self.cfg.SOLVER.MAX_SKIPPED_STEPS:
-                raise FloatingPointError(self._explain_nonfinite(error, images, record)) from error
+                raise TrainingDivergedError(
+                    self._explain_nonfinite(error, images, record)
+                ) from error
             self._skipped_steps += 1
             logger.warning(
                 "Iteration %d is skipped, number %d of the %d that SOLVER.MAX_SKIPPED_STEPS "
-                "allows: %s What is known of it is in %s.",
+                "allows: %s The record is in %s.",
                 *(self.iter, self._skipped_steps, self.cfg.SOLVER.MAX_SKIPPED_STEPS, error, record),
             )
 
@@ -354,12 +386,12 @@ class Trainer(DefaultTrainer):
 
     @property
     def seed(self) -> int:
-        """Of all randomness: ``SEED``, or if that is -1, one that was drawn at the beginning."""
+        """Return the seed of all random numbers: ``SEED``, or a random seed if that is -1."""
         return self._place.seed
 
     def count_epochs(self, iterations: int) -> float | None:
-        """Return how often as many images as the training draws from are seen after a number of
-        iterations; None where the loader does not tell their number."""
+        """Return the number of epochs after a number of iterations; None if the loader does not
+        tell the number of images."""
         loader = self._trainer.data_loader
         if not isinstance(loader, TrainingStream):
             return None
@@ -377,7 +409,9 @@ class Trainer(DefaultTrainer):
     # What a checkpoint holds beyond Detectron2's
 
     def gather_rank_states(self) -> None:
-        """Get what processes do not have in common, before one of them saves; all call it."""
+        """Gather the state that differs between processes, before one of them saves. All processes
+        call this.
+        """
         self._rank_states = comm.gather(read_loss_normalizers(self.checkpointer.model))
 
     def state_dict(self) -> dict[str, Any]:
@@ -406,7 +440,7 @@ class Trainer(DefaultTrainer):
         if self._place is not saved:
             self._say_that_the_batch_is_another(saved)
         if batch_size != saved.batch_size:
-            # Iterations are counted in the batches of this run, and its rates hold.
+            # Iterations are counted in batches of this run, and its learning rates apply.
             self.iter = saved.num_samples // batch_size - 1
             self.scheduler.last_epoch = self.iter + 1
             self.scheduler.base_lrs = base_rates
@@ -434,7 +468,7 @@ class Trainer(DefaultTrainer):
         return write_record(self.cfg.OUTPUT_DIR, self.iter, **facts)
 
     def _image_names(self) -> list[str]:
-        """Those of this step in this process."""
+        """Return the names of the images of this step in this process."""
         loader = self._trainer.data_loader
         if not isinstance(loader, TrainingStream):
             return []
@@ -449,7 +483,7 @@ class Trainer(DefaultTrainer):
             return f"Training diverged at iteration {self.iter}. {error}"
         iteration = self.iter
         state = f"nonfinite_{iteration:07d}"
-        # To which the parameters, the optimizer and the schedule belong:
+        # The iteration that the parameters, the optimizer and the schedule belong to:
         self.iter = self._trainer.iter = iteration - 1
         self.checkpointer.write(state, iteration=self.iter)
         self.iter = self._trainer.iter = iteration
@@ -478,7 +512,7 @@ class Trainer(DefaultTrainer):
         """
         batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference < 0 or (reference and batch % reference):
-            raise ValueError(
+            raise UserValueError(
                 f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must divide SOLVER.IMS_PER_BATCH, "
                 f"which is {batch}, or be 0 for no scaling."
             )
@@ -486,7 +520,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return to_memory_format(super().build_model(cfg), cfg)
+        return to_memory_format(predict_in_float32(super().build_model(cfg), cfg), cfg)
+
+    @classmethod
+    def add_teacher(cls, cfg: CfgNode, model: nn.Module, *, allow_pickle: bool) -> None:
+        """Attach the teacher that ``DISTILLATION`` names to ``model``, if there is one."""
+        if cfg.DISTILLATION.TEACHER:
+            add_teacher(model, cfg, allow_pickle=allow_pickle)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -494,8 +534,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        """Where this is overridden, as for a mapper of one's own, :func:`build_detection_stream`
-        with it keeps that a training can be resumed exactly."""
+        """Build the stream of training samples.
+
+        To use another mapper, override this method and call :func:`build_detection_stream` with it.
+        The training can then still be resumed exactly.
+        """
         mapper = ReadableOnly(
             build_mapper(cfg, is_train=True),
             roots=image_roots(cfg.DATASETS.TRAIN),
@@ -504,6 +547,8 @@ class Trainer(DefaultTrainer):
         with explain_loading():
             stream = build_detection_stream(cfg, mapper=mapper)
         check_stream(cfg, stream)
+        if cfg.INPUT.COPY_PASTE:
+            stream.mapper = CopyPaste(mapper, stream.dataset, cfg.INPUT.COPY_PASTE)
         return stream
 
     @classmethod
@@ -513,8 +558,7 @@ class Trainer(DefaultTrainer):
             mapper = Mapper(cfg, False, augmentations=[])
         readable = ReadableOnly(mapper, roots=image_roots([dataset_name]))
         loader = build_detection_test_loader(cfg, dataset_name, mapper=readable)
-        loader.worker_init_fn = stay_until_dismissed
-        return loader
+        return attend_to_workers(loader)
 
     @classmethod
     def main_metric(cls, cfg: CfgNode) -> str | None:
@@ -522,8 +566,11 @@ class Trainer(DefaultTrainer):
         return main_metric(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return build_evaluator(cfg, dataset_name)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, *, suffix: str = ""
+    ) -> DatasetEvaluator:
+        """See :func:`vovnet_d2.engine.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, suffix=suffix)
 
     @classmethod
     def test(
@@ -543,19 +590,27 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Results:
-        """As :meth:`test`, with the augmentation of ``TEST.AUG``; tasks end with ``_TTA``."""
+        """Evaluate as :meth:`test` does, with the augmentation of ``TEST.AUG``.
+
+        The names of the tasks end with ``_TTA``.
+        """
         logger.info("Evaluating with test-time augmentation ...")
-        evaluators = [build_evaluator(cfg, name, suffix="_TTA") for name in cfg.DATASETS.TEST]
         aug = cfg.TEST.AUG
         mapper = AugmentedTestMapper(aug.MIN_SIZES, aug.MAX_SIZE, flip=aug.FLIP)
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model, mapper), evaluators)
+        return cls._test_as("_TTA", cfg, GeneralizedRCNNWithTTA(cfg, model, mapper))
+
+    @classmethod
+    def _test_as(cls, suffix: str, cfg: CfgNode, model: nn.Module) -> Results:
+        """Evaluate as :meth:`test` does; the names of tasks and folders end with ``suffix``."""
+        evaluators = [cls.build_evaluator(cfg, name, suffix=suffix) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) == 1:
-            return _rename(results)
-        return {name: _rename(tasks) for name, tasks in results.items()}
+            return _rename(results, suffix)
+        return {name: _rename(tasks, suffix) for name, tasks in results.items()}
 
     @classmethod
     def test_all(cls, cfg: CfgNode, model: nn.Module) -> Results:
-        """:meth:`test`, and :meth:`test_with_tta` where ``TEST.AUG`` asks for it."""
+        """Evaluate by :meth:`test`, and by :meth:`test_with_tta` if ``TEST.AUG`` asks for it."""
         results = cls.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results = _merge(results, cls.test_with_tta(cfg, model))
@@ -575,10 +630,9 @@ def explain_loading() -> Iterator[None]:
         # Detectron2's assertion is for where nothing is left to train on.
         if not isinstance(error, AssertionError) and not is_of_loader(error):
             raise
-        reason = str(error.args[0]) if len(error.args) == 1 else str(error)
-        what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        raise ValueError(
-            f"The data to train on cannot be loaded: {what}{' '.join(reason.split()).rstrip('.')}. "
+        reason = one_line(error) if isinstance(error, AssertionError) else describe(error)
+        raise UserValueError(
+            f"The data to train on cannot be loaded: {reason}. "
             "tools/check_dataset.py lists what is wrong with annotations in COCO's format."
         ) from error
 
@@ -605,12 +659,12 @@ def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
         report_repeats(cfg, loader.dataset, names)
 
 
-def _rename(tasks: Results) -> Results:
-    return {f"{task}_TTA": metrics for task, metrics in tasks.items()}
+def _rename(tasks: Results, suffix: str) -> Results:
+    return {f"{task}{suffix}": metrics for task, metrics in tasks.items()}
 
 
 def _merge(results: Results, more: Results) -> Results:
-    """The tasks of both, with one data set or several."""
+    """Merge the tasks of two results, with one data set or several."""
     common = {key: results[key] | more[key] for key in results.keys() & more.keys()}
     return {**results, **more, **common}
 

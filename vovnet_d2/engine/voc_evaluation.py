@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectron2's evaluation of PASCAL VOC, for annotations with fractions of pixels and test sets
-without objects of some classes."""
+"""Detectron2's evaluation of PASCAL VOC, also for coordinates with fractions and for classes
+without objects."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):
-    """A :class:`PascalVOCDetectionEvaluator` that reads coordinates as they are written, where
-    Detectron2's fails on fractions, and whose mean is over the classes that the test set has, as
-    COCO's is. Detectron2's gives the others an AP of 0."""
+    """A :class:`PascalVOCDetectionEvaluator` that takes coordinates with fractions.
+
+    The mean AP is over the classes that the test set has objects of, as in COCO's evaluation. In
+    Detectron2's own evaluator, the other classes count with an AP of 0.
+    """
 
     def evaluate(self) -> dict[str, Any] | None:
         @cache  # each file is needed for every class and threshold

@@ -25,9 +25,9 @@ COMMAND_LINE = "set on the command line"
 class Written(NamedTuple):
     """
     Attributes:
-        base: the config without what its user has set: that of a file of this package or of
-            Detectron2's, or Detectron2's defaults.
-        given: the keys that the user has set, and where: "set in FILE".
+        base: the config without the values of the user. It is the config of a file of this package
+            or of Detectron2, or Detectron2's defaults.
+        given: the keys that the user has set, with the place of each, such as "set in FILE".
     """
 
     base: CfgNode
@@ -41,7 +41,7 @@ def find_written(
     allow_unsafe_yaml: bool = False,
     add_config: Callable[[CfgNode], None] | None = None,
 ) -> Written:
-    """Tell a user's settings from those of the files that this package comes with.
+    """Separate the settings of a user from those in the files of this package.
 
     Args:
         config_file: see :func:`load_config`, which takes it; as are the others.
@@ -76,13 +76,13 @@ def _split(path: str, given: dict[str, str]) -> list[str]:
 
 
 def is_shipped(path: str) -> bool:
-    """Return whether a config file is one that this package or Detectron2 comes with."""
+    """Return True if a config file belongs to this package or to Detectron2."""
     folders = [find_config_folder(), Path(detectron2.__file__).parent / "model_zoo" / "configs"]
     return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 class _Untagged(yaml.SafeLoader):
-    """Reads the keys of a file whose values may have tags; what these would make is left out."""
+    """Reads the keys of a file, and leaves out values with tags."""
 
 
 _Untagged.add_multi_constructor("", lambda loader, suffix, node: None)

@@ -1,8 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Models out of Detectron2: ONNX, TorchScript, torch.export and AOTInductor, held against eager.
+"""Export of models to ONNX, TorchScript, torch.export and AOTInductor, compared with eager mode.
 
-A target says what is exported, a format into what; parity compares the two, a report tells.
+A target is the part of a model to export, and a format is the kind of file. The report has the
+differences between the file and the model.
 """
 
 from .formats import FORMATS, check_format, export, load

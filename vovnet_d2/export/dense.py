@@ -17,9 +17,9 @@ __all__ = ["DensePart", "find_dense_head", "prediction_name"]
 class DensePart(Backbone):
     """The backbone, its FPN and the dense head of a detector as one network.
 
-    The dense head is the head of RetinaNet, FCOS, SSD and RefineDet, or the one of a region
-    proposal network. It reads feature maps and returns feature maps, so that one graph holds all of
-    it. A detector without such a head has its backbone and FPN alone.
+    The dense head is the head of RetinaNet, FCOS, SSD, RefineDet or a region proposal network. It
+    reads feature maps and returns feature maps, so that one graph can hold everything. Of a
+    detector without such a head, this is the backbone and the FPN.
     """
 
     def __init__(self, model: Any):
@@ -38,7 +38,7 @@ class DensePart(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """
         Args:
-            images: (N, C, H, W), normalised, with sides that the backbone takes.
+            images: (N, C, H, W), normalised and padded for the backbone.
 
         Returns:
             the feature maps by name, then the predictions of the head, named by
@@ -64,5 +64,5 @@ def find_dense_head(model: Any) -> tuple[nn.Module | None, tuple[str, ...]]:
 
 
 def prediction_name(kind: int, feature: str) -> str:
-    """Name a prediction by its place among what the head returns and by its feature map."""
+    """Name a prediction by its index in the output of the head and by its feature map."""
     return f"head{kind}_{feature}"

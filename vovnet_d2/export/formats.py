@@ -1,10 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The file formats: how each is written, what is in it, and how it is run."""
+"""The file formats: how each is written and run, and the operators in its graph."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import operator
 import warnings
 from collections import Counter
@@ -19,12 +20,15 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
+from ..errors import UserImportError, UserValueError
 from .targets import BackboneTarget, DetectorTarget, ExportTarget
 
 __all__ = ["FORMATS", "ExportedFile", "Format", "Program", "export", "load", "load_onnxruntime"]
 
+logger = logging.getLogger(__name__)
+
 OPSET = 20
-"""Of ONNX: the newest that both of torch's exporters write; from 19 on, convolutions may deform."""
+"""The newest opset of ONNX that both exporters of torch write; deformable convolution needs 19."""
 
 _TAKES_ONE_PIXEL = hasattr(symbolic_shapes, "backed_size_oblivious")
 
@@ -41,9 +45,10 @@ Program = Callable[..., tuple[torch.Tensor, ...]]
 class ExportedFile:
     """
     Attributes:
-        exporter: what of torch wrote it.
-        operators: name to number of the graph's nodes, those in subgraphs included, constants not.
-        opset: of ONNX.
+        exporter: the exporter of torch that wrote it.
+        operators: number of nodes by their names, in the graph and its subgraphs, without
+            constants.
+        opset: the opset of an ONNX file.
     """
 
     path: Path
@@ -57,9 +62,9 @@ class Format:
     """
     Attributes:
         write: exports a target to a path.
-        read: loads what was written, to run on a device.
-        packages: what has to be installed beside torch.
-        detectors: whether it takes whole detectors.
+        read: loads the file, to run on a device.
+        packages: the packages that it needs, except torch.
+        detectors: True if it takes whole detectors.
     """
 
     suffix: str
@@ -76,26 +81,26 @@ def export(target: ExportTarget, format: str, path: Path) -> ExportedFile:
         format: a key of :data:`FORMATS`.
 
     Raises:
-        ValueError: an unknown format, or one that does not take this target.
+        ValueError: the format is unknown, or does not take this target.
         ModuleNotFoundError: the format needs a package that is not installed.
     """
     check_format(format, type(target))
     try:
         with warnings.catch_warnings(), torch.no_grad(), _sizes_of_any_parity():
-            # What tracing fixes by mistake shows in the comparison with eager at other sizes.
+            # The comparison with eager mode at other sizes shows mistakes of a trace.
             warnings.simplefilter("ignore")
             return FORMATS[format].write(target, path)
     except RuntimeError as error:
         others = [name for name in formats_for(type(target)) if name != format]
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserValueError(
             f"This model cannot be exported as {format} ({reason}). Other formats to try: "
             f"{', '.join(others)}."
         ) from error
 
 
 def load(format: str, path: Path, device: torch.device | str = "cpu") -> Program:
-    """What :func:`export` wrote, as a function from tensors to a tuple of tensors."""
+    """Load a file of :func:`export` as a function from tensors to a tuple of tensors."""
     return FORMATS[format].read(path, torch.device(device))
 
 
@@ -108,22 +113,23 @@ def formats_for(target: type[ExportTarget]) -> list[str]:
 
 
 def check_format(format: str, target: type[ExportTarget]) -> None:
-    """
+    """Check that a format takes a target, and that its packages are installed.
+
     Raises:
         ValueError, ModuleNotFoundError: see :func:`export`.
     """
     if format not in FORMATS:
-        raise ValueError(f"Unknown format {format!r}: choose from {', '.join(FORMATS)}.")
+        raise UserValueError(f"Unknown format {format!r}: choose from {', '.join(FORMATS)}.")
     choices = formats_for(target)
     if format not in choices:
-        raise ValueError(
-            f"{format} does not take a whole detector, as torch.export cannot follow how many "
-            f"boxes a picture has: choose from {', '.join(choices)}, or export the part backbone "
-            "or fpn."
+        raise UserValueError(
+            f"{format} does not take a whole detector, because torch.export cannot follow a "
+            f"varying number of boxes: choose from {', '.join(choices)}, or export the part "
+            "backbone or fpn."
         )
     missing = [name for name in FORMATS[format].packages if not importlib.util.find_spec(name)]
     if missing:
-        raise ModuleNotFoundError(
+        raise UserImportError(
             f"Exporting as {format} needs {', '.join(missing)}: pip install 'vovnet_d2[export]'."
         )
 
@@ -134,8 +140,8 @@ def check_format(format: str, target: type[ExportTarget]) -> None:
 def _sizes_of_any_parity() -> AbstractContextManager[Any]:
     """Let torch up to 2.11 export a pooling layer for odd and even sizes, as newer versions do.
 
-    Its function for the size of the result looks at the remainder of the division, although
-    Python's division rounds down already. So the program holds for sizes of one parity only.
+    Its function for the size of the result looks at the remainder of a division. So the exported
+    program would take only odd or only even sizes.
     """
     try:
         from torch import _meta_registrations
@@ -157,7 +163,7 @@ def _dynamic_shapes(target: BackboneTarget) -> dict[str, dict[int, Any]] | None:
 
 def _export_program(target: ExportTarget) -> ExportedProgram:
     assert isinstance(target, BackboneTarget)
-    # Otherwise torch excludes feature maps of one pixel.
+    # Without this setting, torch excludes feature maps of one pixel.
     settings = {"backed_size_oblivious": True} if _TAKES_ONE_PIXEL else {}
     with symbolic_shapes.patch(settings):  # type: ignore[attr-defined]
         return torch.export.export(
@@ -278,8 +284,8 @@ def load_onnxruntime(
 
     Args:
         path: the file, or its content.
-        providers: execution providers with their options, tried before CUDA's, which is taken on a
-            GPU, and before the CPU's.
+        providers: execution providers with their options. They are tried first, then CUDA on a GPU,
+            then the CPU.
     """
     import onnxruntime
 
@@ -291,6 +297,12 @@ def load_onnxruntime(
     available = onnxruntime.get_available_providers()
     chosen = [p for p in wanted if (p if isinstance(p, str) else p[0]) in available]
     session = onnxruntime.InferenceSession(path, options, [*chosen, "CPUExecutionProvider"])
+    if device.type == "cuda" and session.get_providers()[0] == "CPUExecutionProvider":
+        logger.warning(
+            "ONNX Runtime computes on the CPU, not on %s: onnxruntime-gpu with its CUDA libraries "
+            "has the CUDAExecutionProvider, which is missing or fails here.",
+            device,
+        )
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -312,4 +324,4 @@ FORMATS = {
     "torch_export": Format(".pt2", _write_program, _read_program),
     "aotinductor": Format(".aoti.pt2", _write_compiled, _read_compiled),
 }
-"""Name of a format to what writes and reads it. OpenVINO and TensorRT read the ONNX file."""
+"""The formats by name. OpenVINO and TensorRT read the ONNX file."""

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserValueError
 from .formats import load_onnxruntime
 
 __all__ = ["KEEP_FLOAT", "Quantizer"]
 
 KEEP_FLOAT = ("stage5", "fpn_outputs", "ese")
-"""What stays in float by default. The last stage and the outputs of FPN lose the most accuracy
-(NVIDIA's INT8 of PETR with V-99-eSE keeps them in float16, too); eSE works on single pixels."""
+"""The parts that stay in float by default. The last stage and the outputs of FPN lose the most
+accuracy: NVIDIA's INT8 version of PETR with V-99-eSE keeps them in float16. eSE has little work."""
 
 _PLURALS = {"fpn_outputs": "fpn_output", "fpn_laterals": "fpn_lateral"}
-"""Names of groups of layers, and what the names of these layers begin with."""
+"""Names of groups of layers, and the beginning of the names of their layers."""
 
 _OPERATORS = ["Conv", "Relu"]  # an activation moves into the quantized convolution before it
 
@@ -32,14 +33,13 @@ _OPERATORS = ["Conv", "Relu"]  # an activation moves into the quantized convolut
 class Quantizer:
     """Quantizes convolutions of an ONNX file, by ranges of values that are measured on images.
 
-    Weights are symmetric with a scale for each output channel, in 7 bits: the sum of two products
-    of 8 bits does not fit into the 16 bits that processors without VNNI have for it. Activations
-    are in 8 bits with one scale and zero point. The file is in the QDQ form, which ONNX Runtime and
-    OpenVINO both run in INT8.
+    Weights have 7 bits and a scale for each output channel, because the sum of two products of 8
+    bits does not fit into the 16 bits of processors without VNNI. Activations have 8 bits, one
+    scale and one zero point. ONNX Runtime and OpenVINO both run the QDQ form of the file in INT8.
 
     Attributes:
-        layers: name of each layer with a convolution, in the order of the graph, to the names of
-            the graph's nodes that compute it.
+        layers: the names of the nodes of each layer with a convolution, by the name of the layer,
+            in the order of the graph.
     """
 
     def __init__(self, path: Path, images: Iterable[Tensor]):
@@ -59,31 +59,30 @@ class Quantizer:
 
     @cached_property
     def _ranges(self) -> Any:
-        # Measured when needed: mistakes in the names of layers are found in less than the minutes
-        # that this takes.
+        # Measured when needed: this takes minutes, and wrong names of layers are found before.
         return self._measure()
 
     def select(self, keep_float: Sequence[str] | None = None) -> list[str]:
-        """Return the layers to quantize: all but those of some groups.
+        """Return the layers to quantize: all except some groups.
 
         Args:
             keep_float: names of groups (``"stem"``, ``"stage2"`` to ``"stage5"``,
                 ``"fpn_laterals"``, ``"fpn_outputs"``, ``"head"``, ``"ese"``), or of layers and
-                modules; by default those of :data:`KEEP_FLOAT` that the network has.
+                modules; by default :data:`KEEP_FLOAT`, as far as the network has them.
 
         Raises:
-            ValueError: one of them is in no layer's name, or nothing would be left to quantize.
+            ValueError: no layer has one of these names, or no layer is left to quantize.
         """
         groups = KEEP_FLOAT if keep_float is None else keep_float
         for group in groups if keep_float is not None else ():
             if not any(_is_in(layer, group) for layer in self.layers):
-                raise ValueError(
+                raise UserValueError(
                     f"There is no {group} in the network to be kept in float: choose from "
                     f"{', '.join(self._groups())}, or the layers that --sensitivity lists."
                 )
         chosen = [name for name in self.layers if not any(_is_in(name, g) for g in groups)]
         if not chosen:
-            raise ValueError(
+            raise UserValueError(
                 f"With {', '.join(groups)} in float nothing is left to quantize: name fewer layers."
             )
         return chosen
@@ -126,14 +125,14 @@ class Quantizer:
         return quantizer.model.model
 
     def sensitivity(self, images: Sequence[Tensor]) -> dict[str, float]:
-        """Measure the error that each layer alone makes when it is quantized.
+        """Measure the error of the network if one layer is quantized, for each layer.
 
         Args:
-            images: as those of the calibration; a few are enough.
+            images: a few images like those of the calibration.
 
         Returns:
-            for each layer the root mean square error of the network's outputs, divided by their
-            root mean square, of the output that has the largest; the worst layer first.
+            for each layer the largest relative error of an output: its root mean square error
+            divided by its root mean square. The worst layer comes first.
         """
         expected = _run(self._model, images)
         errors = {}
@@ -144,7 +143,7 @@ class Quantizer:
 
 
 class _Images:
-    """The images of a calibration, as ONNX Runtime asks for them."""
+    """Gives the images of a calibration to ONNX Runtime."""
 
     def __init__(self, images: Iterable[Tensor], input_name: str):
         self._images = iter(images)
@@ -157,12 +156,12 @@ class _Images:
 
 
 def _measure_ranges(path: Path, images: Iterable[Tensor], input_name: str) -> Any:
-    """Measure the least and the largest value of what each convolution reads and returns."""
+    """Measure the least and the largest value of each input and output of a convolution."""
     from onnxruntime.quantization import create_calibrator
 
     images = iter(images)
     if (first := next(images, None)) is None:
-        raise ValueError("There are no images to calibrate on.")
+        raise UserValueError("There are no images to calibrate on.")
     with tempfile.TemporaryDirectory() as folder:
         calibrator = create_calibrator(
             path, _OPERATORS, augmented_model_path=str(Path(folder, "augmented.onnx"))
@@ -183,7 +182,7 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _layer_name(weight: str) -> str:
-    """Name the layer that a weight of the graph belongs to, as the detector names it."""
+    """Return the name, in the detector, of the layer that a weight of the graph belongs to."""
     return weight.removeprefix("backbone.").removesuffix(".weight")
 
 

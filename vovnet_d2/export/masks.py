@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pasting masks into a picture, in operators that every back end has."""
+"""Pasting of masks into an image, by operators that every back end has."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def paste_masks(
     width: int,
     threshold: float = 0.5,
 ) -> torch.Tensor:
-    """What Detectron2's ``paste_masks_in_image`` computes, as two matrix products: its bilinear
-    sampling grid is separable. (Traced, that function loops over boxes, and its ONNX graph is
-    invalid: the branch without boxes has another type.)
+    """Compute Detectron2's ``paste_masks_in_image`` as two matrix products.
+
+    This is possible because the bilinear sampling grid is separable. Detectron2's function cannot
+    be exported to ONNX: its graph has a branch for no boxes with another type.
 
     Args:
         masks: (N, M, M), probabilities within the boxes.
-        boxes: (N, 4), x0, y0, x1, y1 in pixels of the picture.
-        height: of the picture, as is ``width``; while tracing, a tensor with one number.
+        boxes: (N, 4), x0, y0, x1, y1 in pixels of the image.
+        height, width: the size of the image; tensors with one number in a trace.
 
     Returns:
         (N, height, width), boolean.
@@ -36,7 +37,7 @@ def paste_masks(
 
 
 def _bilinear_weights(low: torch.Tensor, high: torch.Tensor, size: int, cells: int) -> torch.Tensor:
-    """(N, size, cells): how much each cell between ``low`` and ``high`` counts for each pixel."""
+    """Return the weights (N, size, cells) of the cells between ``low`` and ``high`` for pixels."""
     centres = torch.arange(size, device=low.device) + 0.5
     positions = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5
     distances = positions[:, :, None] - torch.arange(cells, device=low.device)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How far the outputs of an exported model are from the model's own."""
+"""Comparison of the outputs of an exported model with those of the original model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchvision.ops import box_iou
 __all__ = ["DetectionDifference", "MapDifference", "compare"]
 
 MAP_TOLERANCE = 1e-4
-"""Of maps: the largest difference, relative to the map's largest value."""
+"""The largest difference of a feature map, relative to its largest value."""
 
 MIN_IOU, SCORE_TOLERANCE = 0.99, 1e-3
-"""What makes two detections of one class the same."""
+"""Two detections of one class are the same within these limits."""
 
 FIELD_TOLERANCE = 1e-2
-"""Of other fields of a detection, such as masks and keypoints: as of maps; of boolean masks, the
-share of pixels that differ."""
+"""The largest relative difference of other fields of a detection, such as keypoints, and the
+largest share of pixels of boolean masks that differ."""
 
 Outputs = Mapping[str, torch.Tensor]
 
@@ -31,7 +31,7 @@ class MapDifference:
     """
     Attributes:
         absolute: the largest difference; infinite if the shapes differ.
-        relative: the same, divided by the largest absolute value expected.
+        relative: the largest difference divided by the largest expected absolute value.
     """
 
     absolute: float
@@ -46,13 +46,13 @@ class MapDifference:
 class DetectionDifference:
     """
     Attributes:
-        expected: number of detections of the model itself.
-        found: number of the exported model's.
-        matched: number of those that are the same, one to one.
-        iou: the least of the matched boxes.
+        expected: number of detections of the original model.
+        found: number of detections of the exported model.
+        matched: number of detections that both have.
+        iou: the least IoU of matched boxes.
         box: the largest difference of their coordinates, in pixels.
         score: the largest difference of their scores.
-        fields: the difference of everything else, as of maps.
+        fields: the relative differences of all other fields.
     """
 
     expected: int
@@ -74,14 +74,15 @@ Difference = MapDifference | DetectionDifference
 
 
 def compare(actual: Outputs, expected: Outputs) -> dict[str, Difference]:
-    """
+    """Compare the outputs of two models.
+
     Args:
-        actual: outputs of an exported model by name.
-        expected: those of the model itself.
+        actual: outputs of the exported model by name.
+        expected: outputs of the original model by name.
 
     Returns:
-        detections as a whole under "detections", in whatever order they come; the difference of
-        any other output under its name.
+        the difference of all detections, in any order, under "detections", and of any other output
+        under its name.
     """
     if "pred_boxes" in expected:
         return {"detections": _compare_detections(actual, expected)}
@@ -126,7 +127,7 @@ def _compare_field(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _match(actual: Outputs, expected: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the same detections in both. NMS leaves no two that match the same one."""
+    """Return the indices of the detections that both have. NMS leaves one match for each."""
     iou = box_iou(actual["pred_boxes"], expected["pred_boxes"])
     same = iou >= MIN_IOU
     same &= actual["pred_classes"][:, None] == expected["pred_classes"]

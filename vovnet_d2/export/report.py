@@ -1,13 +1,12 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Exporting with a check: each file is run beside the model, and the outcome is written down."""
+"""Export to files, with a report of the differences between each file and the model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ..benchmark.protocol import describe_environment, ratios, time_interleaved
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
 from ..made import note_made, refuse_foreign
+from ..timing import describe_environment, package_version, ratios, time_interleaved
 from .formats import FORMATS, ExportedFile, Program, export, load
 from .parity import DetectionDifference, Difference, MapDifference, compare
 from .targets import ExportTarget
@@ -43,15 +42,16 @@ def export_and_check(
     Args:
         formats: keys of ``FORMATS``.
         folder: gets the files, ``<name>.<suffix>``, and the report, ``<name>.json`` and ``.md``.
-        images: what :meth:`ExportTarget.inputs_from` takes, of several sizes.
-        about: what else the report is to say.
+        images: batches of several sizes for :meth:`ExportTarget.inputs_from`.
+        about: more lines for the report.
 
     Returns:
-        the report, as in the JSON file.
+        the content of the JSON file.
 
     Raises:
-        ModuleNotFoundError, ValueError: see :func:`export`; or one of the files exists, and this
-            package did not make it.
+        ModuleNotFoundError: see :func:`export`.
+        ValueError: see :func:`export`; or one of the files exists, and this package did not make
+            it.
     """
     paths = {format: folder / (name + FORMATS[format].suffix) for format in formats}
     json_path, markdown = folder / f"{name}.json", folder / f"{name}.md"
@@ -84,7 +84,11 @@ def export_and_check(
 def _environment(device: torch.device, formats: Sequence[str]) -> dict[str, str]:
     return {
         **describe_environment(device),
-        **{package: version(package) for name in formats for package in FORMATS[name].packages},
+        **{
+            package: package_version(package)
+            for name in formats
+            for package in FORMATS[name].packages
+        },
         "dtype": "float32",
         "timing": f"{WARMUP} rounds of warm-up, median of {REPEATS}, interleaved with eager",
     }
@@ -138,7 +142,7 @@ def _check_one(
 
 
 def _summarise(differences: dict[str, Difference]) -> str:
-    """In words: detections, and the largest differences of all maps."""
+    """Describe the differences of detections and the largest difference of all feature maps."""
     parts = []
     maps = [d for d in differences.values() if isinstance(d, MapDifference)]
     if maps:

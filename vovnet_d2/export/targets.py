@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What can be exported: a part of a model, as a function from tensors to tensors."""
+"""The parts of a model that can be exported, as functions from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
+from ..errors import UserValueError
 from ..modeling.inference import optimize_for_inference
 from .dense import DensePart
 from .masks import paste_masks
@@ -26,19 +27,19 @@ from .masks import paste_masks
 __all__ = ["PARTS", "BackboneTarget", "DetectorTarget", "ExportTarget", "select_target"]
 
 PARTS = ("backbone", "fpn", "dense", "detector")
-"""What of a detector can be exported: VoVNet alone, with its FPN, with its dense head too (see
-:class:`~.dense.DensePart`), or everything."""
+"""The parts of a detector: the backbone without FPN, with FPN, with FPN and dense head (see
+:class:`~.dense.DensePart`), or the whole detector."""
 
 
 class ExportTarget(ABC):
-    """A module to export, its contract, and the model that it has to agree with.
+    """A module to export, and the model that it has to agree with.
 
     Attributes:
-        description: one line for people.
-        module: takes tensors, returns a tuple of tensors; a copy, ready for inference.
-        input_names: of its inputs, as ``output_names`` of its outputs.
+        description: a line for the report.
+        module: a copy for inference that takes tensors and returns a tuple of tensors.
+        input_names, output_names: the names of its inputs and outputs.
         example: inputs to trace it with.
-        batched: whether it takes several images at once.
+        batched: True if it takes several images at once.
     """
 
     description: str
@@ -50,21 +51,20 @@ class ExportTarget(ABC):
 
     @abstractmethod
     def eager(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the model itself returns, unoptimised, for inputs of the exported module."""
+        """Return the outputs of the original model for inputs of the exported module."""
 
     @abstractmethod
     def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Inputs of the exported module, with all done that the module does not do itself.
+        """Turn images into inputs of the exported module.
 
         Args:
-            images: (N, C, H, W), raw pixels in the order of channels that the model expects; N is
-                1 unless the target is ``batched``.
+            images: (N, C, H, W), raw pixels with the channel order of the model; N is 1 unless the
+                target is ``batched``.
         """
 
 
 class BackboneTarget(ExportTarget):
-    """A backbone, with or without FPN: (N, C, H, W) to its maps, all of N, H and W dynamic unless
-    a shape is given."""
+    """A backbone, with or without FPN, from images (N, C, H, W) to its feature maps."""
 
     batched = True
     input_names = ("images",)
@@ -80,23 +80,22 @@ class BackboneTarget(ExportTarget):
     ):
         """
         Args:
-            backbone: any whose ``forward`` returns a dict of maps.
-            pixel_mean: (C, 1, 1), as is ``pixel_std``.
-            preprocessing: whether the module takes raw pixels and normalises them, or takes them
-                normalised.
-            shape: the only N, H and W that the module is to take, as TensorRT and other compilers
-                want it; None for any.
+            backbone: a backbone whose ``forward`` returns a dict of feature maps.
+            pixel_mean, pixel_std: (C, 1, 1) each.
+            preprocessing: whether the module normalises images itself.
+            shape: fixed N, H and W, as TensorRT and other compilers need them; None for any.
 
         Raises:
-            ValueError: a height or width that the backbone does not take.
+            ValueError: the backbone does not take this height or width.
         """
-        # FPN adds upsampled maps: they fit where its strides divide the sides.
+        # The strides of FPN must divide the sides, so that upsampled feature maps fit.
         self.divisor = max(backbone.size_divisibility, 1)
         self.shape = shape
         if shape and any(side < 32 or side % self.divisor for side in shape[1:]):
-            raise ValueError(
-                f"An image of {shape[1]}x{shape[2]} is not what the backbone takes: give a height "
-                f"and width from 32 up that are multiples of {self.divisor}."
+            multiples = f" that are multiples of {self.divisor}" if self.divisor > 1 else ""
+            raise UserValueError(
+                f"The backbone does not take an image of {shape[1]}x{shape[2]}: give a height and "
+                f"width from 32 up{multiples}."
             )
         self.preprocessing = preprocessing
         self._normalize = _Normalize(pixel_mean, pixel_std)
@@ -104,8 +103,8 @@ class BackboneTarget(ExportTarget):
         optimized = optimize_for_inference(backbone, memory_format=torch.contiguous_format)
         self.module = _Maps(first, optimized).eval()
         self._model = _Maps(first, copy.deepcopy(backbone)).eval()
-        # No two sides alike, nor like the batch or the channels: an exporter may take two numbers
-        # that are equal for one.
+        # Batch, channels, height and width differ, because an exporter may take equal numbers for
+        # the same one.
         batch, *size = shape or (2, 3 * self.divisor + 64, 4 * self.divisor + 64)
         images = torch.rand((batch, len(pixel_mean), *size), device=pixel_mean.device) * 255
         self.example = self.inputs_from(images)
@@ -124,7 +123,7 @@ class BackboneTarget(ExportTarget):
             return self._model(*inputs)
 
     def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See :class:`ExportTarget`; what is over the next multiple of the sides is cut off."""
+        """See :class:`ExportTarget`; the sides are cropped to a multiple of the divisor."""
         height, width = (size // self.divisor * self.divisor for size in images.shape[-2:])
         images = images[..., :height, :width]
         return (images if self.preprocessing else self._normalize(images),)
@@ -157,9 +156,9 @@ class _Maps(nn.Module):
 
 
 class DetectorTarget(ExportTarget):
-    """A whole detector by Detectron2's :class:`TracingAdapter`: one image to its detections.
+    """A whole detector, from one image to its detections, by Detectron2's :class:`TracingAdapter`.
 
-    Any meta-architecture that takes Detectron2's inputs and whose outputs are made of tensors.
+    The outputs of the meta-architecture must consist of tensors.
     """
 
     batched = False
@@ -168,15 +167,15 @@ class DetectorTarget(ExportTarget):
         """
         Args:
             model: the detector.
-            preprocessing: whether the module takes a raw image of any size, and normalises and pads
-                it; or takes it normalised, its sides multiples of the backbone's
-                ``size_divisibility``.
-            postprocessing: whether the module also takes the height and width that boxes, keypoints
-                and masks are to be in, and pastes the masks; or leaves boxes in pixels of the image
-                and masks in their boxes, as Detectron2's ``do_postprocess=False``.
+            preprocessing: whether the module normalises and pads images itself. If False, the sides
+                of an image must be multiples of ``size_divisibility`` of the backbone.
+            postprocessing: whether the module also takes the height and width of the result, scales
+                boxes and keypoints to them, and pastes the masks. If False, boxes are in pixels of
+                the image, and masks are in their boxes, as with ``do_postprocess=False`` in
+                Detectron2.
 
         Raises:
-            ValueError: some of the outputs are not tensors.
+            ValueError: some outputs are not tensors.
         """
         self.postprocessing = postprocessing
         self._preprocess = None if preprocessing else model.preprocess_image
@@ -198,7 +197,7 @@ class DetectorTarget(ExportTarget):
         return self._model(*inputs)
 
     def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See :class:`ExportTarget`; the result is to be in twice the image's size."""
+        """See :class:`ExportTarget`; the result has twice the size of the image."""
         (image,) = images
         size = tuple(torch.tensor(2 * side) for side in image.shape[-2:])
         if self._preprocess is not None:
@@ -214,9 +213,9 @@ class DetectorTarget(ExportTarget):
         try:
             self.module(*self.example)
         except ValueError as error:
-            raise ValueError(
-                f"{type(self.module.model).__name__} cannot be exported whole, as not all that it "
-                "returns are tensors: export its part backbone or fpn."
+            raise UserValueError(
+                f"{type(self.module.model).__name__} cannot be exported whole, because some of its "
+                "outputs are not tensors: export its part backbone or fpn."
             ) from error
         return tuple(_leaf_names(self.module.outputs_schema))
 
@@ -228,10 +227,10 @@ def _take_as_preprocessed(batched_inputs: list[dict[str, torch.Tensor]]) -> Imag
 
 
 def _infer(model: Any, image: torch.Tensor, *size: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model returns for an image; while it is traced, with our masks.
+    """Run a model on an image; in a trace :func:`paste_masks` pastes the masks.
 
     Args:
-        size: height and width of the result, or nothing to do without post-processing.
+        size: height and width of the result, or nothing for no post-processing.
     """
     inputs = {"image": image, **dict(zip(("height", "width"), size, strict=False))}
     is_rcnn = isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN)
@@ -242,7 +241,7 @@ def _infer(model: Any, image: torch.Tensor, *size: torch.Tensor) -> list[dict[st
 
 
 def _postprocess(instances: Instances, height: Any, width: Any) -> Instances:
-    """Detectron2's, but for the masks."""
+    """Apply Detectron2's ``detector_postprocess``, with masks pasted by :func:`paste_masks`."""
     if not instances.has("pred_masks"):
         return detector_postprocess(instances, height, width)
     instances.roi_masks = instances.pred_masks[:, 0]
@@ -256,7 +255,7 @@ def _postprocess(instances: Instances, height: Any, width: Any) -> Instances:
 
 
 def _leaf_names(schema: Schema, name: str = "") -> Iterator[str]:
-    """The keys of what a :class:`TracingAdapter` flattened, in its order."""
+    """Yield the names of the outputs of a :class:`TracingAdapter`, in their order."""
     if isinstance(schema, DictSchema):
         for key, part in zip(schema.keys, schema.schemas, strict=True):
             yield from _leaf_names(part, key)
@@ -277,28 +276,28 @@ def select_target(
     postprocessing: bool = True,
     shape: tuple[int, int, int] | None = None,
 ) -> ExportTarget:
-    """
+    """Return a part of a detector as a target.
+
     Args:
         model: a detector of Detectron2's.
         part: one of :data:`PARTS`.
-        preprocessing: see :class:`BackboneTarget` and :class:`DetectorTarget`, as for
-            ``postprocessing``, which a backbone has none of.
+        preprocessing: see :class:`BackboneTarget` and :class:`DetectorTarget`.
+        postprocessing: see :class:`DetectorTarget`; other parts ignore it.
         shape: see :class:`BackboneTarget`.
 
     Raises:
-        ValueError: an unknown part, one that the model does not have, or a shape that it does not
-            take.
+        ValueError: the part is unknown, the model does not have it, or it does not take the shape.
     """
     if part not in PARTS:
-        raise ValueError(f"Unknown part {part!r}: choose from {', '.join(PARTS)}.")
+        raise UserValueError(f"Unknown part {part!r}: choose from {', '.join(PARTS)}.")
     if part == "detector":
         if shape:
-            raise ValueError("A whole detector takes images of any size: export its part fpn.")
+            raise UserValueError("A whole detector takes images of any size: export its part fpn.")
         return DetectorTarget(model, preprocessing=preprocessing, postprocessing=postprocessing)
     backbone = model.backbone
     has_fpn = isinstance(backbone, FPN)
     if part == "fpn" and not has_fpn:
-        raise ValueError(
+        raise UserValueError(
             f"The backbone of the model, {type(backbone).__name__}, has no FPN: export its part "
             "backbone."
         )

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a CPU that is kept between images instead of being returned and fetched anew."""
+"""Settings of the C library that keep freed memory of a CPU for the next image."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from functools import cache
 
 __all__ = ["keep_freed_memory"]
 
-# Of glibc's malloc.h.
+# The values of M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX in glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory, for this process as a whole and without a bound.
+    """Have the C library keep freed memory, for the whole process and without a bound.
 
     By default glibc returns each feature map of more than a few MiB to the system when it is freed,
-    and the next one is fetched page by page, which takes as long as a tenth to a third of an
-    inference. The process then holds what it needed at most, as torch does on GPUs. So it is for a
-    program to call, and no other function of this package does, but those that measure.
+    and the next one is fetched page by page, which takes a tenth to a third of the time of an
+    inference. With these settings the process keeps the most memory that it has needed, as torch
+    does on GPUs. A program may call this. In this package the demo and the benchmarks do.
 
     Returns:
-        whether it could be set: with other C libraries nothing is changed.
+        True if the C library accepts the settings. Only glibc does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to arguments: the backbones as Detectron2 builds them by name.
+"""The builders that Detectron2 finds by name: each turns a config into the arguments of a backbone.
 
-Of the rest of the package's modeling only the meta-architectures read a config, in ``from_config``.
+Elsewhere in ``modeling``, only the meta-architectures read a config, in ``from_config``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
+from ..errors import UserKeyError, UserValueError
 from .baselines.densenet import DenseNet67
 from .baselines.peleenet import PeleeNet
 from .baselines.timm_backbone import TimmBackbone
@@ -46,25 +47,27 @@ logger = logging.getLogger(__name__)
 
 
 def build_vovnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VoVNet:
-    """VoVNet as ``MODEL.VOVNET`` describes it; ``MODEL.BACKBONE.FREEZE_AT`` stages are frozen.
+    """Build the VoVNet that ``MODEL.VOVNET`` describes, and freeze its first stages.
+
+    ``MODEL.BACKBONE.FREEZE_AT`` is the number of stages to freeze.
 
     Raises:
         KeyError: ``add_vovnet_config`` was not called.
-        ValueError: a value that does not exist; the message names the choices.
+        ValueError: a key has a value that does not exist; the message names the choices.
     """
     arguments = _vovnet_arguments(cfg, input_shape)
     return VoVNet(**arguments, out_features=cfg.MODEL.VOVNET.OUT_FEATURES)
 
 
 def build_vovnet_classifier(cfg: CfgNode, input_shape: ShapeSpec, num_classes: int) -> VoVNet:
-    """The network of :func:`build_vovnet_backbone` with a classifier, which returns "linear"."""
+    """Build the classifier of :func:`build_vovnet_backbone`'s network, which returns "linear"."""
     return VoVNet(**_vovnet_arguments(cfg, input_shape), num_classes=num_classes)
 
 
 def _vovnet_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-    # Another project's MODEL.VOVNET lacks keys of ours until add_vovnet_config adds them.
+    # MODEL.VOVNET of another project lacks our keys until add_vovnet_config adds them.
     if "STAGE5_DILATION" not in cfg.MODEL.get("VOVNET", {}):
-        raise KeyError(
+        raise UserKeyError(
             "The config has no MODEL.VOVNET of vovnet_d2: call vovnet_d2.add_vovnet_config(cfg) "
             "right after get_cfg()."
         )
@@ -87,9 +90,9 @@ def _find_spec(node: CfgNode) -> VoVNetSpec:
     try:
         return get_spec(node.CONV_BODY, **{k: v for k, v in overrides.items() if v is not None})
     except ValueError as error:
-        # A field's name is its key's, in capitals.
+        # The key of a field has the same name in capitals.
         message = re.sub(r"VoVNetSpec\.\w+", lambda m: _key(m[0]), str(error))
-        raise ValueError(message) from error
+        raise UserValueError(message) from error
 
 
 def _key(field: str) -> str:
@@ -113,19 +116,24 @@ def _build_retinanet_fpn(cfg: CfgNode, bottom_up: Backbone, in_feature: str) -> 
 
 
 def build_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """VoVNet with FPN, P6 by max-pooling of P5: for Faster, Mask, Keypoint and Cascade R-CNN."""
+    """Build VoVNet with FPN for Faster, Mask, Keypoint and Cascade R-CNN; P6 is a max-pooled P5."""
     return _build_fpn(cfg, build_vovnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 def build_retinanet_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """VoVNet with FPN, P6 and P7 by strided convolutions from
-    ``MODEL.VOVNET.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
+    """Build VoVNet with FPN, for RetinaNet.
+
+    P6 and P7 come from ``MODEL.VOVNET.TOP_BLOCK_IN_FEATURE`` by strided convolutions.
+    """
     bottom_up = build_vovnet_backbone(cfg, input_shape)
     return _build_retinanet_fpn(cfg, bottom_up, cfg.MODEL.VOVNET.TOP_BLOCK_IN_FEATURE)
 
 
 def build_fcos_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """VoVNet with FPN and ``MODEL.FCOS.TOP_LEVELS`` levels made from P5: for FCOS."""
+    """Build VoVNet with FPN, for FCOS.
+
+    ``MODEL.FCOS.TOP_LEVELS`` is the number of further levels, which come from P5.
+    """
     bottom_up = build_vovnet_backbone(cfg, input_shape)
     top_block = strided_top_block(
         bottom_up, cfg.MODEL.FPN.OUT_CHANNELS, "p5", cfg.MODEL.FCOS.TOP_LEVELS
@@ -137,14 +145,14 @@ def build_fcos_vovnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The network of timm's that ``MODEL.TIMM`` names."""
+    """Build the network of timm that ``MODEL.TIMM`` names."""
     node = cfg.MODEL.TIMM
     return TimmBackbone(
         node.NAME,
         in_channels=input_shape.channels,
         out_features=node.OUT_FEATURES,
         norm=node.NORM,
-        # MODEL.WEIGHTS, of a training that is evaluated for example, would replace them.
+        # MODEL.WEIGHTS would replace the weights of timm.
         pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         arguments=node.ARGUMENTS,
@@ -152,25 +160,27 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """timm's network with FPN, as :func:`build_vovnet_fpn_backbone` has it."""
+    """Build a network of timm with the FPN of :func:`build_vovnet_fpn_backbone`."""
     return _build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """timm's network with FPN, P6 and P7 by strided convolutions from
-    ``MODEL.TIMM.TOP_BLOCK_IN_FEATURE``: for RetinaNet."""
+    """Build a network of timm with FPN, for RetinaNet.
+
+    P6 and P7 come from ``MODEL.TIMM.TOP_BLOCK_IN_FEATURE`` by strided convolutions.
+    """
     bottom_up = build_timm_backbone(cfg, input_shape)
     return _build_retinanet_fpn(cfg, bottom_up, cfg.MODEL.TIMM.TOP_BLOCK_IN_FEATURE)
 
 
 def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:
-    """The network of torchvision's that ``MODEL.TORCHVISION`` names.
+    """Build the network of torchvision that ``MODEL.TORCHVISION`` names.
 
     Raises:
-        ValueError: the input has not three channels, which torchvision's networks take.
+        ValueError: the input does not have three channels, which torchvision's networks need.
     """
     if input_shape.channels != 3:
-        raise ValueError(
+        raise UserValueError(
             f"torchvision's networks take images of 3 channels, not {input_shape.channels}: timm "
             "has networks that take any number (build_timm_backbone)."
         )
@@ -179,19 +189,19 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Torchvis
         node.NAME,
         node.NODES,
         norm=node.NORM,
-        # MODEL.WEIGHTS, of a training that is evaluated for example, would replace them.
+        # MODEL.WEIGHTS would replace the weights of torchvision.
         pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
 
 
 def build_densenet67_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DenseNet67:
-    """DSOD's own backbone, with ``MODEL.DENSENET67.NORM``; ``FREEZE_AT`` does not apply."""
+    """Build DSOD's own backbone, with ``MODEL.DENSENET67.NORM``. ``FREEZE_AT`` does not apply."""
     return DenseNet67(in_channels=input_shape.channels, norm=cfg.MODEL.DENSENET67.NORM)
 
 
 def build_peleenet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PeleeNet:
-    """PeleeNet as ``MODEL.PELEENET`` describes it."""
+    """Build the PeleeNet that ``MODEL.PELEENET`` describes."""
     return PeleeNet(
         in_channels=input_shape.channels,
         norm=cfg.MODEL.PELEENET.NORM,
@@ -215,7 +225,7 @@ _BUILDERS: tuple[Callable[[CfgNode, ShapeSpec], Backbone], ...] = (
 
 
 def _foreign_builders() -> dict[str, str]:
-    """Our names that somebody else registered, each with the module that did."""
+    """Return the names of our builders that another package registered, with its module."""
     registered = dict(BACKBONE_REGISTRY)
     return {
         builder.__name__: getattr(registered[builder.__name__], "__module__", "unknown")
@@ -228,8 +238,8 @@ def register_backbones(*, override: bool = False) -> None:
     """Register the builders in Detectron2's ``BACKBONE_REGISTRY``; importing the package does it.
 
     Args:
-        override: take the names from another VoVNet package that registered them first. Without
-            it, theirs stay in force and :func:`vovnet_d2.add_vovnet_config` raises an error.
+        override: replace builders that another VoVNet package registered under the same names. If
+            False, these stay, and :func:`vovnet_d2.add_vovnet_config` raises an error.
     """
     foreign = _foreign_builders()
     for builder in _BUILDERS:
@@ -243,13 +253,14 @@ def register_backbones(*, override: bool = False) -> None:
 
 
 def require_own_builders() -> None:
-    """
+    """Check that no other package has registered the names of our builders.
+
     Raises:
-        KeyError: another package holds one of our names; says who, and how to choose.
+        KeyError: another package has; the message says which one, and how to choose.
     """
     if foreign := _foreign_builders():
         owners = ", ".join(f"{name} (by {module})" for name, module in foreign.items())
-        raise KeyError(
+        raise UserKeyError(
             f"Registered by another package before vovnet_d2 was imported: {owners}. To use "
             "vovnet_d2's, call vovnet_d2.register_backbones(override=True) before "
             "add_vovnet_config(cfg); to keep theirs, do not call add_vovnet_config."

@@ -17,16 +17,16 @@ __all__ = ["ConvNormAct"]
 
 
 class ConvNormAct(Conv2d):
-    """Detectron2's convolution with norm and activation, which takes several feature maps, too.
+    """Detectron2's convolution with norm and activation, which also takes several feature maps.
 
-    In training, :mod:`.training_step` computes what it can compute in less time or memory.
+    In training, :mod:`.training_step` saves time and memory.
     """
 
     def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
         """
         Args:
-            maps: one feature map or several, each (N, channels, H, W); their channels together are
-                ``in_channels``.
+            maps: one feature map or several, each (N, channels, H, W), with ``in_channels``
+                channels in all.
         """
         if not torch.jit.is_scripting():
             return self._run(maps)

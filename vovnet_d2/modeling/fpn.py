@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What stands on top of VoVNet: Detectron2's FPN and its top levels."""
+"""Detectron2's FPN and its top levels, on top of VoVNet."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from detectron2.modeling import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
+from ..errors import UserValueError
+
 __all__ = ["LastLevelP6", "attach_fpn", "strided_top_block"]
 
 
 class LastLevelP6(nn.Module):
-    """P6 from one feature by a 3x3 convolution of stride 2 (:paper:`FCOS` with one top level)."""
+    """The top level P6, a 3x3 convolution of stride 2 (:paper:`FCOS` with one top level)."""
 
     num_levels = 1
 
@@ -35,26 +37,28 @@ class LastLevelP6(nn.Module):
 def strided_top_block(
     bottom_up: Backbone, fpn_channels: int, in_feature: str, num_levels: int = 2
 ) -> nn.Module | None:
-    """Top levels made by strided convolutions, for RetinaNet and FCOS.
+    """Build top levels by strided convolutions, for RetinaNet and FCOS.
 
     Args:
         bottom_up: the backbone under the FPN.
-        fpn_channels: width of the FPN's maps.
-        in_feature: what the levels are made from: a map of ``bottom_up`` ("stage5", as
-            :paper:`RetinaNet` has it) or the FPN's last ("p5").
+        fpn_channels: number of channels of the feature maps of the FPN.
+        in_feature: the input of the first level: a feature map of ``bottom_up`` ("stage5", as in
+            :paper:`RetinaNet`) or the last one of the FPN ("p5").
         num_levels: 2 for P6 and P7, 1 for P6, 0 for none.
 
     Raises:
-        ValueError: another number of levels, or a feature that does not exist.
+        ValueError: the number of levels is another one, or ``in_feature`` does not exist.
     """
     if num_levels not in (0, 1, 2):
-        raise ValueError(f"Number of top levels is {num_levels}: choose 0, 1 (P6) or 2 (P6, P7).")
+        raise UserValueError(
+            f"Number of top levels is {num_levels}: choose 0, 1 (P6) or 2 (P6, P7)."
+        )
     if num_levels == 0:
         return None
     channels = {name: shape.channels for name, shape in bottom_up.output_shape().items()}
     channels["p5"] = fpn_channels
     if in_feature not in channels:
-        raise ValueError(
+        raise UserValueError(
             f"Top levels cannot be made from {in_feature!r}: choose from {', '.join(channels)}; "
             "a stage must be among the backbone's OUT_FEATURES."
         )
@@ -71,30 +75,31 @@ def attach_fpn(
     fuse_type: str = "sum",
     top_block: nn.Module | None,
 ) -> FPN:
-    """Detectron2's :class:`FPN` over ``bottom_up``; see there for the arguments.
+    """Build Detectron2's :class:`FPN` on ``bottom_up``; see there for the arguments.
 
     Raises:
-        ValueError: ``in_features`` is empty, names a map that ``bottom_up`` does not return, or
-            maps whose strides do not double from one to the next; or ``top_block`` needs a level
-            that they do not give.
+        ValueError: ``in_features`` is empty or names a feature map that ``bottom_up`` does not
+            return, the strides do not double from one to the next, or ``top_block`` needs a
+            level that is not there.
     """
     available = bottom_up.output_shape()
     missing = [name for name in in_features if name not in available]
     if missing or not in_features:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing) or 'nothing'}, but the backbone "
             f"returns {', '.join(available)}: choose from these, or add to "
             "the backbone's OUT_FEATURES."
         )
     strides = [available[name].stride for name in in_features]
     if any(following != 2 * stride for stride, following in pairwise(strides)):
-        raise ValueError(
-            f"MODEL.FPN.IN_FEATURES is {', '.join(in_features)}, of strides {strides}: FPN needs "
-            "maps of doubling stride (with STAGE5_DILATION 2, stage5 has stage4's)."
+        raise UserValueError(
+            f"MODEL.FPN.IN_FEATURES is {', '.join(in_features)}, with strides {strides}: FPN needs "
+            "feature maps whose strides double (with STAGE5_DILATION 2, stage5 has the stride of "
+            "stage4)."
         )
     levels = [f"p{int(math.log2(stride))}" for stride in strides]
     if top_block is not None and top_block.in_feature not in (*available, *levels):
-        raise ValueError(
+        raise UserValueError(
             f"The top levels are made from {top_block.in_feature!r}, but the FPN over "
             f"{', '.join(in_features)} has {', '.join(levels)}: add the stage that is missing to "
             "MODEL.FPN.IN_FEATURES."

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A backbone or a detector made ready for inference."""
+"""Preparation of a backbone or a detector for inference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .folding import fold_norms
+from ..errors import UserValueError
+from .fusion import fuse_norms
 from .onednn import pack_convolutions
 
 __all__ = ["optimize_for_inference"]
@@ -21,7 +22,7 @@ __all__ = ["optimize_for_inference"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.inference_mode(False)  # in which weights would not tell of their changes
+@torch.inference_mode(False)  # tensors of inference mode do not count their changes
 def optimize_for_inference(
     model: nn.Module,
     *,
@@ -29,43 +30,43 @@ def optimize_for_inference(
     memory_format: torch.memory_format = torch.channels_last,
     compile: bool = False,
 ) -> nn.Module:
-    """A copy of a model, with its weights as they are now, that only infers, with the same
-    interface and the same results.
+    """Return a copy of a model for inference, with the same interface and the same results.
 
-    Every batch norm behind a convolution that nothing else reads becomes part of it, as
-    :func:`.folding.fold_norms` tells. In float32, results are about as exact as the model's own:
-    maps are at most twice as far from those of float64 (root mean square). On a CPU, convolutions
-    are oneDNN's with weights laid out beforehand, so that nothing is compiled and any size runs at
-    full speed from its first image on. Graphs (export, tracing, ``torch.compile``) get plain
-    operators. Weights are not to be changed through ``data``. A program that infers on a CPU can
-    call :func:`.allocation.keep_freed_memory` first, which is faster where memory is no matter.
+    Batch norms are fused into convolutions; see :func:`.fusion.fuse_norms`. In float32, feature
+    maps are at most twice as far from float64 as those of the model (root mean square). On a CPU,
+    oneDNN computes the convolutions with weights that are packed beforehand. Nothing is compiled
+    for that, so images of any size run at full speed at once. Graphs (export, tracing,
+    ``torch.compile``) get plain operators.
+
+    Do not change the weights of the copy through ``data``. On a CPU, a program with memory to spare
+    can first call :func:`.allocation.keep_freed_memory`, which makes inference faster.
 
     Args:
-        model: a backbone, or a detector of Detectron2's with one. It is left as it is.
-        dtype: what the backbone computes in: float32, bfloat16 or float16. Its input and its maps
-            are float32 all the same, as are a detector's heads, whose boxes need it. The maps of a
-            V-19-slim-eSE that had learned to tell handwritten digits, 89 % of unseen ones right,
-            were off by 0.7 % (bfloat16) and 0.09 % (float16) of their root mean square at most,
-            and each of 397 images was told as in float32.
-        memory_format: layout of the weights, which the maps then follow.
-        compile: whether torch.compile takes the backbone, at its first call and with sizes left
-            open. On a CPU it takes a minute and gains nothing; what it gains on a GPU has not been
-            measured yet. Compiled for one size alone and with frozen weights, which is not offered
-            here, V-19-slim-dw-eSE is faster on a CPU by an eighth, larger ones by 2 to 6 %
-            (benchmarks/inference_and_training_on_cpu).
+        model: a backbone, or a detector of Detectron2's with a backbone. It is not changed.
+        dtype: the dtype of the backbone: float32, bfloat16 or float16. Its input, its feature maps
+            and the heads of a detector stay in float32, because boxes need it. In a V-19-slim-eSE
+            trained on handwritten digits, feature maps change by at most 0.7 % (bfloat16) or 0.09 %
+            (float16) of their root mean square, and no predicted digit changes.
+        memory_format: memory format of the weights, which feature maps take from them.
+        compile: let torch.compile compile the backbone at its first call, for all sizes. On a CPU
+            this takes a minute and gains nothing; the gain on a GPU has not been measured. For
+            images of one size, call ``model.backbone.compile()`` on the result instead, in a
+            process with ``TORCHINDUCTOR_FREEZING=1`` in its environment and without gradients. On a
+            CPU, a V-19-slim-dw-eSE then takes an eighth less time, and larger networks 2 to 6 %
+            less (benchmarks/inference_and_training_on_cpu).
 
     Raises:
         ValueError: another ``dtype``.
     """
     if dtype not in _DTYPES:
         choices = ", ".join(map(str, _DTYPES))
-        raise ValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
-    # In float32 first, so that nothing that is folded is rounded to less.
+        raise UserValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
+    # Norms are fused in float32, and the result is cast.
     model = copy.deepcopy(model).eval().requires_grad_(False).float()
-    fold_norms(model)
+    fuse_norms(model)
     model.to(memory_format=memory_format)
     for module in model.modules():
-        if isinstance(module, BaseKeypointRCNNHead):  # which takes its maps to be contiguous
+        if isinstance(module, BaseKeypointRCNNHead):  # it needs contiguous feature maps
             module.to(memory_format=torch.contiguous_format)
     backbone = getattr(model, "backbone", model)
     if dtype != torch.float32:
@@ -87,7 +88,7 @@ def _cast_input(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> tuple[torch.Tensor, ...]:
-    # One after the other, as torch takes twice as long for both at once on a CPU. The backbone
+    # Two calls, because one call for both takes torch twice as long on a CPU. The backbone itself
     # refuses integers.
     return tuple(
         x.to(dtype).contiguous(memory_format=memory_format) if x.is_floating_point() else x

@@ -16,17 +16,19 @@ from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torchvision.ops import deform_conv2d
 
+from ..errors import UserValueError
 from .convolution import ConvNormAct
 from .tracing import call_as_one_node, is_traced
 
 __all__ = [
     "NORMS",
+    "ConvTranspose2d",
     "DeformableConv2d",
     "DepthwiseSeparableConv2d",
     "EffectiveSE",
     "bottleneck",
     "conv_norm_act",
-    "downsample",
+    "max_pool",
 ]
 
 Norm = str | Callable[[int], nn.Module]
@@ -36,13 +38,12 @@ NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naive
 
 
 def _make_norm(norm: Norm, channels: int) -> nn.Module | None:
-    """Detectron2's ``get_norm``, with errors that name the choices and GN for any width."""
+    """Build a norm as Detectron2's ``get_norm`` does, with GN for any number of channels."""
     if isinstance(norm, str) and norm not in NORMS:
         choices = ", ".join(repr(name) for name in NORMS)
-        raise ValueError(f"Unknown norm {norm!r}: choose from {choices}, or pass a callable.")
+        raise UserValueError(f"Unknown norm {norm!r}: choose from {choices}, or pass a callable.")
     if norm == "GN":
-        # 32 groups as everywhere in Detectron2; the slim variants' 80 and 112 channels do not
-        # divide by 32 and take the largest number of groups that divides both, 16.
+        # Detectron2 uses 32 groups, which do not divide 80 and 112 channels of slim variants.
         return nn.GroupNorm(math.gcd(32, channels), channels)
     return get_norm(norm, channels)
 
@@ -58,8 +59,9 @@ def conv_norm_act(
     conv_class: type[Conv2d] = ConvNormAct,
     **conv_args: int | bool,
 ) -> Conv2d:
-    """Convolution, norm and ReLU; the map keeps its size at stride 1. A bias stands only where no
-    norm follows.
+    """Build a convolution with norm and ReLU. The feature map keeps its size at stride 1.
+
+    There is a bias only if no norm follows.
 
     Args:
         norm: a name of :data:`NORMS` or a callable from a channel number to a module.
@@ -75,18 +77,37 @@ def conv_norm_act(
         dilation=dilation,
         bias=norm == "",
         norm=_make_norm(norm, out_channels),
-        activation=nn.ReLU(inplace=True),  # not a function, which TorchScript cannot call
+        activation=nn.ReLU(inplace=True),  # TorchScript cannot call a function here
         **conv_args,
     )
     weight_init.c2_msra_fill(conv)
     return conv
 
 
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """Transposed convolution with a norm, like :class:`detectron2.layers.Conv2d`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, norm: Norm):
+        """
+        Args:
+            kernel_size: also the stride, and the factor by which the feature map grows.
+        """
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=kernel_size, bias=norm == ""
+        )
+        self.norm = get_norm(norm, out_channels)
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        x = super().forward(input, output_size)
+        return x if self.norm is None else self.norm(x)
+
+
 class DepthwiseSeparableConv2d(nn.Sequential):
     """A 3x3 depthwise convolution, then a 1x1 convolution with norm and ReLU.
 
-    Nothing stands between the two. Detectron2's layer of this name has no stride and gives the
-    depthwise convolution a bias, which published VoVNet weights do not have.
+    There is no norm or activation between the two. Detectron2's layer of this name has no stride,
+    and its depthwise convolution has a bias, which published VoVNet weights lack.
     """
 
     def __init__(
@@ -112,8 +133,8 @@ class DepthwiseSeparableConv2d(nn.Sequential):
             groups=in_channels,
             bias=False,
         )
-        # Each output sees the 9 inputs of its own channel and no ReLU follows, so variance is kept
-        # by 1 / fan_in; fan_out would count the other channels' filters and make it vanish.
+        # An output reads the 9 inputs of its channel and no ReLU follows, so 1 / fan_in keeps the
+        # variance. fan_out would count the filters of all channels and make the output vanish.
         nn.init.kaiming_normal_(depthwise.weight, nonlinearity="linear")
         pointwise = conv_norm_act(in_channels, out_channels, 1, norm=norm)
         super().__init__(OrderedDict(depthwise=depthwise, pointwise=pointwise))
@@ -123,22 +144,22 @@ class DeformableConv2d(Conv2d):
     """Deformable convolution (:paper:`deformconv`, modulated: :paper:`deformconv2`) with the
     arguments of :class:`detectron2.layers.Conv2d`.
 
-    A convolution of its own, zero-initialised, predicts the offsets (and masks): at first the
-    layer computes what the plain convolution does, times one half where modulated.
+    A second convolution, initialised with zeros, predicts the offsets and masks. At first the layer
+    returns the result of the plain convolution, or half of it if modulated.
     """
 
     def __init__(self, *args, modulated: bool = False, deformable_groups: int = 1, **kwargs):
         """
         Args:
             modulated: whether each tap is also scaled by a predicted mask in (0, 1).
-            deformable_groups: number of groups of input channels with offsets of their own.
+            deformable_groups: number of groups of input channels; each group has its own offsets.
 
         Raises:
             ValueError: ``deformable_groups`` does not divide the input channels.
         """
         super().__init__(*args, **kwargs)
         if deformable_groups < 1 or self.in_channels % deformable_groups:
-            raise ValueError(
+            raise UserValueError(
                 f"deformable_groups is {deformable_groups}: it must divide the layer's "
                 f"{self.in_channels} input channels."
             )
@@ -175,7 +196,7 @@ class DeformableConv2d(Conv2d):
         return x
 
 
-@torch.fx.wrap  # A symbolic trace records the call, as it has no dtype to look at.
+@torch.fx.wrap  # A symbolic trace records the call, because its tensors have no dtype.
 def _deformable_convolution(
     x: torch.Tensor,
     offset: torch.Tensor,
@@ -186,8 +207,8 @@ def _deformable_convolution(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> torch.Tensor:
-    """Compute torchvision's deformable convolution in at least 32 bits, whatever ``x`` has."""
-    # torchvision's kernels lack bfloat16, and on the CPU autocast, too.
+    """Compute torchvision's deformable convolution in at least 32 bits."""
+    # torchvision's kernels do not support bfloat16, nor autocast on a CPU.
     dtype = torch.promote_types(x.dtype, torch.float32)
     return deform_conv2d(
         x.to(dtype),
@@ -204,7 +225,7 @@ def _deformable_convolution(
 def bottleneck(
     in_channels: int, out_channels: int, *, norm: Norm, stride: int = 1, dilation: int = 1
 ) -> nn.Sequential:
-    """A 1x1 convolution to half the output's width, then a 3x3 (VoVNet paper, Table 3)."""
+    """Build a 1x1 convolution to half of the output channels, then a 3x3 (VoVNet, Table 3)."""
     half = out_channels // 2
     return nn.Sequential(
         OrderedDict(
@@ -215,8 +236,11 @@ def bottleneck(
 
 
 class EffectiveSE(nn.Module):
-    """Effective squeeze-excitation (CenterMask, section 3.3): channels weighted by one
-    fully-connected layer of their averages and a hard sigmoid, without SE's reduction."""
+    """Effective squeeze-excitation (CenterMask, section 3.3).
+
+    One fully-connected layer on the averages of the channels and a hard sigmoid give each channel
+    its weight. SE has two layers with fewer channels between them.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -233,20 +257,20 @@ class EffectiveSE(nn.Module):
         return x * gate if residual is None else residual + x * gate
 
 
-def downsample(x: torch.Tensor) -> torch.Tensor:
-    """3x3 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil((H-1)/2), ceil((W-1)/2)).
+def max_pool(x: torch.Tensor) -> torch.Tensor:
+    """Apply 3x3 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil((H-1)/2), ceil((W-1)/2)).
 
-    It is ``max_pool2d(x, 3, 2, ceil_mode=True)``. Graphs, as export back ends lack this mode, get
-    the same to the bit for maps without negative values, such as those that come from a ReLU: one
-    row and column of zeros is seen only by windows that ceil mode would let stand over the edge.
+    This is ``max_pool2d(x, 3, 2, ceil_mode=True)``. Export back ends lack this mode, so a graph
+    gets a padding of one row and one column of zeros. The result is the same to the bit for feature
+    maps without negative values, such as the output of a ReLU.
     """
     if not torch.jit.is_scripting():
-        return _downsample(x)
+        return _max_pool(x)
     return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
 
 
-def _downsample(x: torch.Tensor) -> torch.Tensor:
-    """Compute what :func:`downsample` returns, outside of TorchScript."""
+def _max_pool(x: torch.Tensor) -> torch.Tensor:
+    """Compute what :func:`max_pool` returns, outside of TorchScript."""
     if is_traced():
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel_size=3, stride=2)
     return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)

@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions of inference on a CPU: oneDNN's own order of the weights, ReLU fused.
+"""Convolutions of oneDNN for inference on a CPU, with packed weights and fused ReLU.
 
-They are the operators that torch.compile puts in, called without compiling, at any size. Where they
-do not apply (on a GPU, in a graph, with gradients, in mixed precision), the plain ones are called.
+torch.compile uses the same operators. Here they are called without compilation and for any size. On
+a GPU, in a graph, with gradients and in mixed precision, plain operators are called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .training_step import needs_gradient
 
 __all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
 
-_SIZES = 64  # of maps, for which a layer remembers the order of its weight
+_SIZES = 64  # sizes of feature maps for which a layer keeps its packed weight
 
 
 class PackedConv2d(ConvNormAct):
@@ -39,11 +39,13 @@ class PackedConv2d(ConvNormAct):
         return y if fused or self.activation is None else self.activation(y)
 
     def relu(self, x: Tensor) -> Tensor:
-        """ReLU of what it makes of ``x``, where it has no activation of its own."""
+        """Return the output for ``x`` after a ReLU, if the convolution has no activation of its
+        own.
+        """
         return self._convolve((x,), "relu") if self._is_packable((x,)) else F.relu_(self(x))
 
     def _is_packable(self, maps: Sequence[Tensor]) -> bool:
-        if is_followed(*maps):  # first, as a placeholder of torch.fx has none of the rest
+        if is_followed(*maps):  # first, because a placeholder of torch.fx has no dtype
             return False
         dtype = self.weight.dtype
         for x in maps:
@@ -52,7 +54,7 @@ class PackedConv2d(ConvNormAct):
         return (
             self.norm is None
             and self.weight.device.type == "cpu"
-            and not self.weight.is_inference()  # which would not tell of its changes
+            and not self.weight.is_inference()  # such a tensor does not count its changes
             and dtype in _supported_dtypes()
             and not torch.is_autocast_enabled("cpu")
             and not needs_gradient(self.weight, self.bias, *maps)
@@ -61,15 +63,15 @@ class PackedConv2d(ConvNormAct):
     def _convolve(self, maps: Sequence[Tensor], activation: str) -> Tensor:
         x = maps[0] if len(maps) == 1 else torch.cat(list(maps), dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        params = (self.padding, self.stride, self.dilation, self.groups)
         return torch.ops.mkldnn._convolution_pointwise.default(
-            x, self._packed_weight(x.shape), self.bias, *geometry, activation, [], ""
+            x, self._packed_weight(x.shape), self.bias, *params, activation, [], ""
         )
 
     def _packed_weight(self, shape: torch.Size) -> Tensor:
-        """The weight as oneDNN wants it for a map of this shape.
+        """Return the weight as oneDNN packs it for a feature map of this shape.
 
-        There are many sizes of maps and very few orders of weights: each order is made once.
+        Many sizes of feature maps share one packed weight, which is stored once.
         """
         packed = self._packed_before()
         if (known := packed.get(shape)) is not None:
@@ -79,7 +81,7 @@ class PackedConv2d(ConvNormAct):
             *(self.padding, self.stride, self.dilation, self.groups),
             shape,
         )
-        for other in list(packed.values()):  # other threads may add to it
+        for other in list(packed.values()):  # a copy, because other threads may add entries
             if _same_order(other, weight):
                 weight = other
         if len(packed) >= _SIZES:
@@ -88,7 +90,7 @@ class PackedConv2d(ConvNormAct):
         return weight
 
     def _packed_before(self) -> dict[torch.Size, Tensor]:
-        """By the shape of the map, of the weight as it is now."""
+        """Return the packed weights by the shape of the feature map; none if the weight changed."""
         weight = self.weight
         known, version, packed = self.__dict__.get("_packed", (None, None, None))
         if known is not weight or version != weight._version:
@@ -97,7 +99,7 @@ class PackedConv2d(ConvNormAct):
         return packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        # Puts other values behind the same parameter.
+        # Casts and moves replace the values of a parameter, but not the parameter.
         self.__dict__.pop("_packed", None)
         return super()._apply(*args, **kwargs)
 
@@ -108,7 +110,7 @@ class PackedConv2d(ConvNormAct):
 
 
 class PackedSequential(nn.Sequential):
-    """Modules in turn, of which convolutions take the ReLU that follows them with them."""
+    """A sequence of modules whose convolutions compute the ReLU that follows them."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -143,7 +145,7 @@ def _takes(conv: nn.Module, relu: nn.Module | None) -> bool:
 
 
 def _is_relu(activation: Any) -> bool:
-    """Return whether ``activation`` is ReLU and no more."""
+    """Return True if ``activation`` is a plain ReLU."""
     if type(activation) is nn.ReLU:
         return not has_hooks(activation)
     return activation in (F.relu_, F.relu)
@@ -153,8 +155,7 @@ def _is_relu(activation: Any) -> bool:
 def _supported_dtypes() -> set[torch.dtype]:
     """Return the dtypes for which this build of torch has the operators and this CPU runs them.
 
-    The operators are private, so a version of torch may lack them or call them otherwise. The plain
-    convolutions are used then.
+    The operators are private in torch. If a version lacks them, plain convolutions are used.
     """
     return {dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _works(dtype)}
 
@@ -171,7 +172,7 @@ def _works(dtype: torch.dtype) -> bool:
             return False
         conv = PackedConv2d(1, 1, 1, device="cpu", dtype=dtype)
         with torch.no_grad():
-            for side in (1, 2):  # the second one compares the orders of the weight
+            for side in (1, 2):  # the second call compares the weight's memory layouts
                 x = torch.ones(1, 1, side, side, device="cpu", dtype=dtype)
                 conv._convolve((x,), "none")
     except (AttributeError, RuntimeError, TypeError):
@@ -187,9 +188,9 @@ def _same_order(first: Tensor, second: Tensor) -> bool:
 def pack_convolutions(model: nn.Module) -> None:
     """Make every convolution of ``model`` a :class:`PackedConv2d`.
 
-    Subclasses of ``nn.Conv2d`` that are not known compute something of their own, and stay.
+    Unknown subclasses of ``nn.Conv2d`` stay, because they may compute something else.
     """
-    # By the class alone: hooks, names and shared modules stay as they are.
+    # Only the class changes, so hooks, names and shared modules stay as they are.
     for module in model.modules():
         if type(module) is nn.Sequential:
             module.__class__ = PackedSequential

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The variants of VoVNet as data: what a network is, apart from how it is built.
+"""The variants of VoVNet as data.
 
 VoVNet (v1): :paper:`VoVNet` arXiv 1904.09730, Table 1. VoVNetV2 (eSE): :paper:`CenterMask`
 arXiv 1911.06667, section 3.3.
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
+
+from ..errors import UserValueError
 
 __all__ = ["STAGE_NAMES", "VOVNET_SPECS", "VoVNetSpec", "get_spec"]
 
@@ -27,22 +29,22 @@ class VoVNetSpec:
 
     Attributes:
         stage_mid_channels: width of the 3x3 convolutions inside the OSA blocks of stages 2 to 5.
-        stage_out_channels: width of each stage's output, stages 2 to 5.
+        stage_out_channels: width of the outputs of stages 2 to 5.
         blocks_per_stage: number of OSA blocks in stages 2 to 5.
         layers_per_block: number of 3x3 convolutions in an OSA block.
         stem_channels: widths of the stem's three convolutions.
-        stem: ``"strided"``, convolutions of stride 2, 1, 2 as all published PyTorch weights have
-            it; or ``"pooled"``, strides 2, 1, 1 and a max-pooling at the start of stage2, as the
-            paper's Table 1 has it.
-        residual: whether a block whose input is as wide as its output (all but the first of a
-            stage) adds its input to the result.
-        ese: effective squeeze-excitation in every block, in each stage's last, or in none.
-        depthwise: whether 3x3 convolutions (the stem's first aside) are depthwise-separable.
-        bottleneck: whether a 1x1 convolution to half the stage's mid width precedes each 3x3
-            (the paper's Table 3).
+        stem: ``"strided"`` for convolutions of stride 2, 1, 2, as in all published PyTorch weights;
+            ``"pooled"`` for strides 2, 1, 1 and a max-pooling at the start of stage2, as in Table 1
+            of the paper.
+        residual: whether every block except the first of a stage adds its input to its result.
+        ese: the blocks with effective squeeze-excitation: ``"all"``, the ``"last"`` of each stage,
+            or ``"none"``.
+        depthwise: whether 3x3 convolutions, except the first one, are depthwise-separable.
+        bottleneck: whether a 1x1 convolution to half of ``stage_mid_channels`` precedes each 3x3
+            convolution (Table 3 of the paper).
 
     Raises:
-        ValueError: a field with a value outside its choices or range.
+        ValueError: the value of a field is outside its choices or range.
     """
 
     stage_mid_channels: tuple[int, int, int, int]
@@ -61,15 +63,15 @@ class VoVNetSpec:
             value = getattr(self, name)
             if hint is bool:
                 if not isinstance(value, bool):
-                    raise ValueError(f"VoVNetSpec.{name} is {value!r}: expected True or False.")
+                    raise UserValueError(f"VoVNetSpec.{name} is {value!r}: expected True or False.")
             elif hint in (Stem, ESEPlacement):
                 if value not in get_args(hint):
-                    raise ValueError(
+                    raise UserValueError(
                         f"VoVNetSpec.{name} is {value!r}: choose from {', '.join(get_args(hint))}."
                     )
             elif hint is int:
                 if not _is_positive_int(value):
-                    raise ValueError(
+                    raise UserValueError(
                         f"VoVNetSpec.{name} is {value!r}: expected a positive integer."
                     )
             else:
@@ -79,15 +81,17 @@ class VoVNetSpec:
                     or len(value) != count
                     or not all(map(_is_positive_int, value))
                 ):
-                    raise ValueError(
+                    raise UserValueError(
                         f"VoVNetSpec.{name} is {value!r}: expected {count} positive integers."
                     )
                 # Lists come from YAML; a tuple keeps the spec hashable.
                 object.__setattr__(self, name, tuple(value))
         if self.depthwise and self.bottleneck:
-            raise ValueError("VoVNetSpec: depthwise and bottleneck exclude each other; set one.")
+            raise UserValueError(
+                "VoVNetSpec: depthwise and bottleneck exclude each other; set one."
+            )
         if self.bottleneck and any(mid % 2 for mid in self.stage_mid_channels):
-            raise ValueError(
+            raise UserValueError(
                 f"VoVNetSpec.stage_mid_channels is {self.stage_mid_channels}: a bottleneck halves "
                 "these widths, so they must be even."
             )
@@ -132,29 +136,30 @@ VOVNET_SPECS: dict[str, VoVNetSpec] = {
     "V-57-eSE": replace(_V57, ese="all"),
     "V-99-eSE": replace(_V99, ese="all"),
 }
-"""Name of a variant to its spec: the only home of the widths (the papers' Table 1)."""
+"""The specs of the variants by name. No other place has their widths (Table 1 of the papers)."""
 
 
 def get_spec(spec: str | VoVNetSpec, **overrides: Any) -> VoVNetSpec:
-    """
+    """Return the spec of a variant, with other values for some fields.
+
     Args:
         spec: the name of a variant, a key of :data:`VOVNET_SPECS`; or a spec.
-        overrides: fields of :class:`VoVNetSpec` to set differently.
+        overrides: fields of :class:`VoVNetSpec` with their values.
 
     Raises:
-        ValueError: no variant of that name, no field of that name, or a value out of range.
+        ValueError: there is no such variant or field, or a value is out of range.
     """
     if isinstance(spec, str):
         if spec not in VOVNET_SPECS:
             close = get_close_matches(spec, VOVNET_SPECS, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
+            raise UserValueError(
                 f"Unknown VoVNet variant {spec!r}.{hint} Choose from: {', '.join(VOVNET_SPECS)}."
             )
         spec = VOVNET_SPECS[spec]
     known = {field.name for field in fields(VoVNetSpec)}
     if unknown := sorted(overrides.keys() - known):
-        raise ValueError(
+        raise UserValueError(
             f"VoVNetSpec has no field {', '.join(unknown)}. Its fields: {', '.join(sorted(known))}."
         )
     return replace(spec, **overrides)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a layer finds out that somebody follows its call, and so should see plain operators."""
+"""Functions that tell a layer whether its call is traced and needs plain operators."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["call_as_one_node", "has_hooks", "is_followed", "is_symbolic", "is_tr
 
 
 def is_symbolic(x: Any) -> bool:
-    """Return whether ``x`` is a placeholder of ``torch.fx.symbolic_trace``, which has no values."""
+    """Return True if ``x`` is a placeholder of ``torch.fx.symbolic_trace``."""
     return isinstance(x, Proxy)
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Return whether this call is compiled, exported or traced, and so should show plain operators.
+    """Return True if this call is compiled, exported or traced.
 
     Args:
-        tensors: the inputs of the call, among which a placeholder of ``torch.fx`` may be.
+        tensors: the inputs of the call. Some may be placeholders of ``torch.fx``.
     """
     return (
         torch.compiler.is_compiling()
@@ -34,11 +34,10 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def is_followed(*tensors: Any) -> bool:
-    """Return whether this call is traced, or something else looks at its operators one by one.
+    """Return True if this call is traced, or if something else sees its operators one by one.
 
-    The transforms of torch.func and forward-mode differentiation do; dispatch modes, such as
-    torch's FlopCounterMode and FakeTensorMode; and subclasses of tensors, such as DTensor. They
-    know plain operators best.
+    Transforms of torch.func, forward-mode differentiation, dispatch modes such as FlopCounterMode
+    and FakeTensorMode, and subclasses of tensors such as DTensor do. They need plain operators.
 
     Args:
         tensors: the inputs of the call.
@@ -52,13 +51,13 @@ def is_followed(*tensors: Any) -> bool:
     )
 
 
-# Private in torch: where they are missing, modes and transforms see what is run.
+# These are private in torch. If they are missing, modes and transforms see other operators.
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether somebody wants to know of the calls of ``module`` or of all modules."""
+    """Return True if ``module`` has hooks, or if there are hooks on all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -68,7 +67,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-# Private in torch: where they are missing, hooks on all modules see those that are called.
+# These are private in torch. If they are missing, hooks on all modules may miss some calls.
 _GLOBAL_HOOKS = [
     getattr(nn.modules.module, f"_global_{kind}_hooks", {})
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -78,8 +77,8 @@ _GLOBAL_HOOKS = [
 def call_as_one_node(module: nn.Module, x: Tensor) -> Tensor:
     """Call ``module``, and let a symbolic trace record the call as one node.
 
-    The trace records only the modules of ``torch.nn`` as one node. Other norms, such as
-    Detectron2's FrozenBatchNorm2d, look at their input's values and cannot be traced into.
+    A trace records modules of ``torch.nn`` as one node and follows the code of all others. The code
+    of Detectron2's FrozenBatchNorm2d looks at the values of its input, which a trace cannot follow.
     """
     if not isinstance(x, Proxy):
         return module(x)

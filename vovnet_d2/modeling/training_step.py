@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step computes otherwise than the plain network, in less memory and time.
+"""Functions for a training step that need less memory and time than plain operators.
 
-Whoever follows the operators of a call gets the plain ones. What else was tried, and what each
-part gives, is in benchmarks/inference_and_training_on_cpu/what_was_tried.md.
+benchmarks/training_step_on_cpu/what_was_tried.md says what each part saves, and what else was
+tried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Params = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records what is done with these tensors."""
+    """Return True if autograd records operators on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -41,13 +41,16 @@ def convolve(conv: Any, maps: Tensor | list[Tensor]) -> Tensor:
 
 
 class _ConvolutionOfSeveral(torch.autograd.Function):
-    """A convolution that keeps the feature maps for the backward pass, which are kept anyway, and
-    not their concatenation."""
+    """A convolution of the concatenation of several feature maps.
+
+    It keeps the feature maps for the backward pass, which are kept anyway, and not their
+    concatenation.
+    """
 
     @staticmethod
     def forward(params: _Params, weight: Tensor, bias: Tensor | None, *maps: Tensor) -> Tensor:
-        # Autocast would remember what it makes of a parameter here, where nothing is recorded, and
-        # take it where a gradient is wanted.
+        # Autograd records nothing here. Without detach, autocast would keep its copy of a parameter
+        # and use it later where a gradient is needed.
         bias = None if bias is None else bias.detach()
         return F.conv2d(torch.cat(maps, dim=1), weight.detach(), bias, *params)
 
@@ -63,7 +66,7 @@ class _ConvolutionOfSeveral(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.params
         _, for_weight, for_bias, *for_maps = ctx.needs_input_grad
         shape, bias_dtype = ctx.bias or (None, None)
-        # Under autocast the convolution took its operands in another type than they have.
+        # Autocast may have cast the operands of the convolution.
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_y,
             torch.cat(maps, dim=1).to(grad_y.dtype),
@@ -85,7 +88,7 @@ class _ConvolutionOfSeveral(torch.autograd.Function):
 
 
 def normalize(norm: Any, x: Tensor) -> Tensor:
-    """Call ``norm``, or, for a frozen batch norm in training, scale and shift ``x`` in place."""
+    """Apply ``norm`` to ``x``; a frozen batch norm in training scales and shifts ``x`` in place."""
     frozen = type(norm) is FrozenBatchNorm2d and not has_hooks(norm)
     if frozen and not is_followed(x) and needs_gradient(x):
         scale, shift = _constants(norm, x.dtype)
@@ -94,9 +97,9 @@ def normalize(norm: Any, x: Tensor) -> Tensor:
 
 
 def _constants(norm: FrozenBatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, each (channels, 1, 1), computed anew only after a buffer's change."""
+    """Return scale and shift, each (channels, 1, 1), which are kept until a buffer changes."""
     buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    # Tensors that were made in inference mode do not tell of their changes.
+    # Tensors of inference mode do not count their changes.
     if any(buffer.is_inference() for buffer in buffers):
         return _compute_constants(norm, dtype)
     state = (dtype, norm.eps, *(buffer._version for buffer in buffers))
@@ -121,5 +124,5 @@ class _Known(NamedTuple):
     constants: tuple[Tensor, Tensor]
 
 
-# Not in the norms themselves, whose copies and pickles are to be Detectron2's.
+# Copies and pickles of norms stay those of Detectron2, because the constants are kept here.
 _KNOWN: WeakKeyDictionary[FrozenBatchNorm2d, _Known] = WeakKeyDictionary()

@@ -6,7 +6,8 @@ VoVNet: :paper:`VoVNet` arXiv 1904.09730, sections 3 and 4. VoVNetV2: :paper:`Ce
 1911.06667, section 3.3.
 """
 
-# No annotations as strings here: torch.fx would write them, as names, into the code of a trace.
+# There is no `from __future__ import annotations`, because torch.fx would write annotations that
+# are strings into the code of a trace.
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,9 @@ from detectron2.modeling import Backbone
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UserValueError
 from ..layouts import rename_keys
+from .activation_checkpointing import checkpointed
 from .layers import (
     DeformableConv2d,
     DepthwiseSeparableConv2d,
@@ -27,9 +30,8 @@ from .layers import (
     Norm,
     bottleneck,
     conv_norm_act,
-    downsample,
+    max_pool,
 )
-from .recomputation import recomputed
 from .specs import STAGE_NAMES, VoVNetSpec, get_spec
 from .tracing import is_symbolic
 
@@ -53,12 +55,13 @@ class VoVNetStem(CNNBlockBase):
         """
         Args:
             channels: widths of the three convolutions.
-            last_stride: stride of the third, 2 for the strided stem, 1 for the pooled one.
+            last_stride: stride of the third convolution: 2 for the strided stem, 1 for the pooled
+                one.
             layer: makes the second and third convolution from their widths and stride.
-            norm: norm of the first; see :func:`conv_norm_act`.
+            norm: norm of the first convolution; see :func:`conv_norm_act`.
         """
         super().__init__(in_channels, channels[2], 2 * last_stride)
-        # The first sees the image, of few channels: it is a full convolution in every variant.
+        # An image has few channels, so the first convolution is a full one in every variant.
         self.conv1 = conv_norm_act(in_channels, channels[0], 3, norm=norm, stride=2)
         self.conv2 = layer(channels[0], channels[1])
         self.conv3 = layer(channels[1], channels[2], stride=last_stride)
@@ -68,8 +71,10 @@ class VoVNetStem(CNNBlockBase):
 
 
 class OSABlock(CNNBlockBase):
-    """One-shot aggregation (VoVNet paper, section 3.2): a chain of convolutions whose outputs are
-    concatenated once, with the block's input, and brought to ``out_channels`` by a 1x1 convolution.
+    """One-shot aggregation (VoVNet paper, section 3.2).
+
+    The outputs of a chain of convolutions are concatenated once, together with the input of the
+    block. A 1x1 convolution reduces them to ``out_channels``.
     """
 
     def __init__(
@@ -93,8 +98,8 @@ class OSABlock(CNNBlockBase):
             layer: makes a convolution of the chain from its widths.
             norm: norm of the 1x1 convolutions; see :func:`conv_norm_act`.
             stride: 2 to begin with a max-pooling, or 1.
-            reduction: whether a 1x1 convolution brings the input to ``mid_channels`` before the
-                chain (depthwise variants). The concatenation takes the input itself.
+            reduction: whether a 1x1 convolution reduces the input to ``mid_channels`` before the
+                chain (depthwise variants). The concatenation still has the input itself.
             residual: whether the (pooled) input is added to the result; needs
                 ``in_channels == out_channels``.
             ese: whether effective squeeze-excitation follows the aggregation.
@@ -110,11 +115,9 @@ class OSABlock(CNNBlockBase):
         self.aggregation = conv_norm_act(aggregated, out_channels, 1, norm=norm)
         self.ese = EffectiveSE(out_channels) if ese else None
 
-    downsample = staticmethod(downsample)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.stride == 2:
-            x = self.downsample(x)
+            x = max_pool(x)
         features = [x]
         y = self.reduction(x)
         for layer in self.layers:
@@ -152,33 +155,33 @@ class VoVNet(Backbone):
             in_channels: number of channels of the input.
             norm: a norm that Detectron2 knows by name ("FrozenBN", "BN", "SyncBN", "GN", ...; ""
                 is none), or a callable from a channel number to a module.
-            out_features: names of the maps to return: any of "stem", "stage2" to "stage5" and,
-                with ``num_classes``, "linear". By default the last there is. Stages beyond the
-                last one asked for are not built.
-            num_classes: if given, global average pooling and a fully-connected layer of this many
-                outputs follow stage5, and the network is a classifier.
+            out_features: names of the feature maps to return: any of "stem", "stage2" to "stage5"
+                and, with ``num_classes``, "linear". By default the last one. Later stages are not
+                built.
+            num_classes: if given, the network is a classifier: global average pooling and a
+                fully-connected layer with this number of outputs follow stage5.
             freeze_at: number of stages to freeze; see :meth:`freeze`. MMDetection's
                 ``frozen_stages`` is one less: its -1 freezes nothing.
-            norm_eval: whether batch norms normalise by their running statistics in training, too,
-                and leave these as they are, while their weights and biases are trained.
-            stage5_dilation: 1, or 2 to keep stage5 at stage4's resolution with dilated
+            norm_eval: whether batch norms use their running statistics in training and do not
+                update them. Their weights and biases are still trained.
+            stage5_dilation: 1, or 2 to keep stage5 at the resolution of stage4 with dilated
                 convolutions (output stride 16).
-            stage_with_dcn: for each of the stages 2 to 5, whether its 3x3 convolutions are
-                deformable.
+            stage_with_dcn: whether the 3x3 convolutions of a stage are deformable, for each of the
+                stages 2 to 5.
             with_modulated_dcn: whether deformable convolutions are modulated (DCNv2).
             deformable_groups: groups of channels that share the offsets of such a convolution.
-            checkpoint_blocks: whether training keeps the stem's and each OSA block's input alone
-                and computes them a second time in the backward pass.
+            checkpoint_blocks: whether training keeps only the input of the stem and of each OSA
+                block, and runs these a second time in the backward pass.
 
         Raises:
-            ValueError: an unknown variant, norm or feature, a number out of range, or a
-                combination that does not exist; the message names the choices.
+            ValueError: a variant, norm or feature is unknown, a number is out of range, or a
+                combination does not exist; the message names the choices.
         """
         super().__init__()
         spec = get_spec(spec)
         _check_arguments(spec, in_channels, num_classes, stage5_dilation, stage_with_dcn)
         if deformable_groups < 1:
-            raise ValueError(f"deformable_groups is {deformable_groups}: give at least 1.")
+            raise UserValueError(f"deformable_groups is {deformable_groups}: give at least 1.")
         self.spec = spec
         self.num_classes = num_classes
         self.checkpoint_blocks = checkpoint_blocks
@@ -218,16 +221,15 @@ class VoVNet(Backbone):
             self._shapes[name] = ShapeSpec(channels=channels, stride=stride)
         if num_classes is not None and "linear" in self._out_features:
             self.linear = nn.Linear(channels, num_classes)
-            # Small initial logits, as Detectron2's ResNet and "Accurate, Large Minibatch SGD",
-            # section 5.1, have it.
+            # Initial logits are small, as in Detectron2's ResNet and in "Accurate, Large Minibatch
+            # SGD", section 5.1.
             nn.init.normal_(self.linear.weight, std=0.01)
             nn.init.zeros_(self.linear.bias)
         self.freeze(freeze_at)
         self.train()  # for norm_eval
 
     def train(self, mode: bool = True) -> "VoVNet":
-        """Set the training mode, as :meth:`torch.nn.Module.train` does, but for the batch norms
-        where ``norm_eval`` is set."""
+        """Set the training mode; with ``norm_eval`` batch norms stay in evaluation mode."""
         super().train(mode)
         for module in self.modules() if self.norm_eval else ():
             if isinstance(module, _BatchNorm):
@@ -237,12 +239,11 @@ class VoVNet(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: (N, C, H, W), H and W of any size from 32 up. Where the strides do not divide them,
-                a map has its size rounded up at each convolution and down at each pooling of an
-                odd size.
+            x: (N, C, H, W), with H and W of at least 32. If a stride does not divide a size,
+                convolutions round it up, and pooling of an odd size rounds it down.
 
         Returns:
-            the maps asked for in ``out_features``, each (N, channels, about H / stride, about
+            the feature maps of ``out_features``, each (N, channels, about H / stride, about
             W / stride), and "linear" of shape (N, num_classes).
         """
         if not torch.jit.is_scripting():
@@ -258,9 +259,11 @@ class VoVNet(Backbone):
         """Compute what :meth:`forward` returns, outside of TorchScript."""
         symbolic = is_symbolic(x)
         if not symbolic and x.dim() != 4:
-            raise ValueError(f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}.")
+            raise UserValueError(
+                f"VoVNet takes an input of shape (N, C, H, W), got {tuple(x.shape)}."
+            )
         if not symbolic and not x.is_floating_point():
-            raise ValueError(
+            raise UserValueError(
                 f"VoVNet takes an input of floating-point numbers, got {x.dtype}: convert it, for "
                 "example by x.float()."
             )
@@ -271,7 +274,7 @@ class VoVNet(Backbone):
             stage = getattr(self, name)
             if recompute:
                 for block in [stage] if name == "stem" else stage:
-                    x = recomputed(block, x)
+                    x = checkpointed(block, x)
             else:
                 x = stage(x)
             if name in self._out_features:
@@ -281,12 +284,14 @@ class VoVNet(Backbone):
         return outputs
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each map that :meth:`forward` returns ("linear" has none)."""
+        """Return the channels and the stride of each feature map that :meth:`forward` returns
+        ("linear" has none).
+        """
         return {name: self._shapes[name] for name in self._out_features if name != "linear"}
 
     def freeze(self, freeze_at: int = 0) -> "VoVNet":
-        """Freeze the first stages: their parameters take no gradient and their batch norms become
-        :class:`detectron2.layers.FrozenBatchNorm2d`. Nothing else is touched.
+        """Freeze the first stages: their parameters get ``requires_grad=False`` and their batch
+        norms become :class:`detectron2.layers.FrozenBatchNorm2d`.
 
         Args:
             freeze_at: 0 or less freezes nothing, 1 the stem, 2 the stem and stage2, up to 5, all
@@ -296,10 +301,10 @@ class VoVNet(Backbone):
             the network itself.
 
         Raises:
-            ValueError: ``freeze_at`` above 5.
+            ValueError: ``freeze_at`` is above 5.
         """
         if freeze_at > 5:
-            raise ValueError(
+            raise UserValueError(
                 f"freeze_at is {freeze_at}: choose 0 (nothing), 1 (stem), 2 (stem and stage2), "
                 "3, 4 or 5 (up to stage5)."
             )
@@ -312,17 +317,18 @@ class VoVNet(Backbone):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Published and timm names are understood here, where every loader of every project passes.
+        # Names of published weights and of timm are translated here, because every loader of every
+        # project calls this method.
         renamed = rename_keys([k[len(prefix) :] for k in state_dict if k.startswith(prefix)])
         error_messages = args[-1]
         for old, new in renamed.items():
             tensor = state_dict.pop(prefix + old)
             if state_dict.setdefault(prefix + new, tensor) is not tensor:
                 error_messages.append(
-                    f"{prefix + new} is there twice, also as {prefix + old}: remove one of them."
+                    f"The state dict has {prefix + new} twice, also as {prefix + old}: remove one."
                 )
-        # A BatchNorm counts batches, a FrozenBN may not, and loads what was trained as either: the
-        # count, which only a BatchNorm without momentum would use, may be missing or left over.
+        # The weights may come from a network with another norm, so the number of batches may be
+        # missing or superfluous. Only a BatchNorm without momentum uses it.
         for name, module in self.named_modules():
             if hasattr(module, "num_batches_tracked"):
                 count = f"{prefix}{name}.num_batches_tracked"
@@ -335,7 +341,7 @@ class VoVNet(Backbone):
 
 
 def _layer_factory(spec: VoVNetSpec, norm: Norm) -> LayerFactory:
-    """What makes a 3x3 layer of this architecture from its widths."""
+    """Return a function that builds a 3x3 layer of this architecture from its widths."""
     if spec.depthwise:
         return partial(DepthwiseSeparableConv2d, norm=norm)
     if spec.bottleneck:
@@ -346,7 +352,7 @@ def _layer_factory(spec: VoVNetSpec, norm: Norm) -> LayerFactory:
 def _make_stage(
     spec: VoVNetSpec, index: int, in_channels: int, *, stride: int, layer: LayerFactory, norm: Norm
 ) -> nn.Sequential:
-    """The OSA blocks of stage ``index + 2``; the first takes ``stride`` and a new width."""
+    """Build the OSA blocks of stage ``index + 2``. Only the first one gets ``stride``."""
     mid, out = spec.stage_mid_channels[index], spec.stage_out_channels[index]
     blocks = []
     for number in range(spec.blocks_per_stage[index]):
@@ -373,11 +379,13 @@ def _check_out_features(out_features: Sequence[str] | None, num_classes: int | N
     if out_features is None:
         return choices[-1:]
     if isinstance(out_features, str) or not out_features:
-        raise ValueError(f"out_features is {out_features!r}: give a list of {', '.join(choices)}.")
+        raise UserValueError(
+            f"out_features is {out_features!r}: give a list of {', '.join(choices)}."
+        )
     for name in out_features:
         if name not in choices:
             hint = " Set num_classes to have 'linear'." if name == "linear" else ""
-            raise ValueError(
+            raise UserValueError(
                 f"VoVNet has no feature {name!r}: choose from {', '.join(choices)}.{hint}"
             )
     return list(out_features)
@@ -391,17 +399,19 @@ def _check_arguments(
     stage_with_dcn: Sequence[bool],
 ) -> None:
     if in_channels < 1:
-        raise ValueError(f"in_channels is {in_channels}: an input has at least one channel.")
+        raise UserValueError(f"in_channels is {in_channels}: an input has at least one channel.")
     if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}: give at least 1, or None for a backbone.")
+        raise UserValueError(
+            f"num_classes is {num_classes}: give at least 1, or None for a backbone."
+        )
     if stage5_dilation not in (1, 2):
-        raise ValueError(f"stage5_dilation is {stage5_dilation}: choose 1 or 2.")
+        raise UserValueError(f"stage5_dilation is {stage5_dilation}: choose 1 or 2.")
     if len(stage_with_dcn) != len(STAGE_NAMES):
-        raise ValueError(
+        raise UserValueError(
             f"stage_with_dcn is {list(stage_with_dcn)}: give four booleans, for stages 2 to 5."
         )
     if any(stage_with_dcn) and (spec.depthwise or spec.bottleneck):
-        raise ValueError(
+        raise UserValueError(
             "stage_with_dcn: depthwise and bottleneck variants have no deformable convolutions; "
             "choose a variant of full 3x3 convolutions or set it to False for every stage."
         )

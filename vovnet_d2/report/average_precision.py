@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Average precision by class and size, and the curves whose areas it is, by COCO's rules."""
+"""Average precision by class and size, and the curves of precision over recall, by COCO's rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["METRICS", "AveragePrecision", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
-# Metric to IoU threshold (None: the mean over .50, .55, ..., .95) and range of areas.
+# Each metric has an IoU threshold (None: the mean over .50, .55, ..., .95) and a range of areas.
 METRICS: dict[str, tuple[float | None, str]] = {
     "AP": (None, "all"),
     "AP50": (0.5, "all"),
@@ -39,15 +39,15 @@ Curves = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """Of one task: "bbox", "segm" or "keypoints".
+    """The average precision of one task: "bbox", "segm" or "keypoints".
 
     Attributes:
-        recalls: (R,) at which precision is given, from 0 to 1.
+        recalls: (R,), from 0 to 1; the precision is given at these recalls.
         precision: (T, R, K, A), for IoU thresholds, recalls, categories and ranges of areas; -1
             where a category has no objects.
         thresholds: (T,) of IoU, or of object keypoint similarity.
         areas: the names of the ranges.
-        category_ids: K of them.
+        category_ids: the ids of the K categories.
         counts: annotated objects by category id.
     """
 
@@ -60,8 +60,8 @@ class AveragePrecision:
     counts: dict[int, int]
 
     def metrics(self, category_id: int | None = None) -> dict[str, float]:
-        """In percent, of a category or, with None, the mean over those that have objects; NaN
-        where there are none."""
+        """Return the metrics in percent of a category, or with None their mean over the categories
+        that have objects; NaN where there are none."""
         chosen = self._of_category(category_id)
         return {
             name: 100 * _mean_of_known(self._at(chosen[..., self.areas.index(area)], threshold))
@@ -70,8 +70,8 @@ class AveragePrecision:
         }
 
     def curves(self, category_id: int | None = None) -> Curves:
-        """Precision (R,) at the recalls, for "AP50", "AP75" and "AP": each curve's mean is the
-        metric of its name. NaN where there are no objects."""
+        """Return the precision (R,) at the recalls for "AP50", "AP75" and "AP". The mean of a curve
+        is the metric of its name; it is NaN where there are no objects."""
         chosen = self._of_category(category_id)[..., self.areas.index("all")]
         curves = {}
         for name in ("AP50", "AP75", "AP"):
@@ -97,17 +97,18 @@ def _mean_of_known(values: NDArray[np.float64]) -> float:
 def evaluate(
     detections: Detections, task: str, api: str = "auto", *, limit: int = DEFAULT_LIMIT
 ) -> AveragePrecision:
-    """Evaluate as the run did: with Detectron2's function, which takes the area of masks for masks.
+    """Evaluate with Detectron2's function, as the run did. It measures the sizes of masks by their
+    area.
 
     Args:
-        api: ``TEST.COCO_API`` of the run. Where faster-coco-eval is not installed, or fails at
-            what pycocotools takes, such as ids that are text, that gives the same numbers.
+        api: ``TEST.COCO_API`` of the run. If faster-coco-eval is not installed or fails, for
+            example for ids that are text, pycocotools is used, which gives the same numbers.
         limit: how many detections of a category in an image count.
     """
     if api != "pycocotools" and has_faster_coco():
         try:
             return _evaluate(detections, task, limit, fast=True)
-        except Exception:  # whatever it runs into, as in the evaluation of the run
+        except Exception:  # pycocotools may still work, as in the evaluation of the run
             logger.info("pycocotools evaluates, as faster-coco-eval fails.")
     return _evaluate(detections, task, limit, fast=False)
 
@@ -132,7 +133,7 @@ def _evaluate(detections: Detections, task: str, limit: int, *, fast: bool) -> A
     return AveragePrecision(
         task=task,
         recalls=params.recThrs,
-        precision=coco_eval.eval["precision"][..., -1],  # of the most detections per image
+        precision=coco_eval.eval["precision"][..., -1],  # for the most detections per image
         thresholds=params.iouThrs,
         areas=list(params.areaRngLbl),
         category_ids=list(params.catIds),
@@ -141,7 +142,7 @@ def _evaluate(detections: Detections, task: str, limit: int, *, fast: bool) -> A
 
 
 def _with_task(detections: Detections, task: str) -> list[dict[str, Any]]:
-    """Copies, as the evaluation adds to what it is given."""
+    """Copy the predictions that have the task, because the evaluation changes them."""
     key = {"segm": "segmentation"}.get(task, task)
     return [dict(p) for p in detections.predictions if key in p]
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The predictions of an evaluation, beside the annotations that they are compared with."""
+"""The predictions of an evaluation, and the annotations that they are compared with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 
 from ..data.own import match_categories
+from ..errors import UserFileNotFoundError, UserValueError, describe
 from .run_folder import MissingPart, RunFolder, read_run
 
 __all__ = ["Detections", "read_detections", "register_files"]
@@ -26,7 +27,7 @@ class Detections:
     """
     Attributes:
         truth: the annotations.
-        predictions: in COCO's results format, their categories those of the annotations.
+        predictions: in COCO's results format, with the categories of the annotations.
         image_files: path by image id.
     """
 
@@ -36,12 +37,13 @@ class Detections:
 
     @property
     def class_names(self) -> dict[int, str]:
-        """By category id, in the order of ids."""
+        """Return the names of the classes by category id, in the order of the ids."""
         return {i: str(self.truth.cats[i]["name"]) for i in sorted(self.truth.cats)}
 
     @property
     def tasks(self) -> list[str]:
-        """What can be evaluated: boxes, and what else the predictions have."""
+        """Return the tasks that can be evaluated: boxes, and masks and keypoints if they are
+        predicted."""
         found = {"bbox": True}
         for prediction in self.predictions:
             found["segm"] = found.get("segm", False) or "segmentation" in prediction
@@ -50,7 +52,7 @@ class Detections:
 
 
 def register_files(folder: Path, annotations: Path | None, images: Path | None) -> None:
-    """Let files stand for the data set that a run was evaluated on.
+    """Register files in the place of the data set that a run was evaluated on.
 
     Args:
         folder: ``OUTPUT_DIR`` of the run.
@@ -63,13 +65,13 @@ def register_files(folder: Path, annotations: Path | None, images: Path | None) 
             exactly one.
     """
     if annotations is None or images is None:
-        raise ValueError("--annotations and --images go together: give both.")
+        raise UserValueError("--annotations and --images go together: give both.")
     for path in (annotations, images):
         if not path.exists():
-            raise FileNotFoundError(f"There is no {path}.")
+            raise UserFileNotFoundError(f"There is no {path}.")
     names = read_run(folder).test_sets
     if len(names) != 1:
-        raise ValueError(
+        raise UserValueError(
             "--annotations and --images stand for one data set, but config.yaml in "
             f"{folder} has DATASETS.TEST {names}: register them in a script that calls "
             "vovnet_d2.report.write_page."
@@ -82,14 +84,15 @@ def register_files(folder: Path, annotations: Path | None, images: Path | None) 
     try:
         _find_images(name)
     except MissingPart as error:
-        raise ValueError(f"--annotations {annotations}: {error}") from error
+        raise UserValueError(f"--annotations {annotations}: {error}") from error
 
 
 def read_detections(run: RunFolder, dataset: str, suffix: str = "") -> Detections:
-    """What a run predicted for a data set, which has to be registered.
+    """Read what a run predicted for a data set, which has to be registered.
 
     Args:
-        suffix: "_TTA" for the evaluation with test-time augmentation.
+        suffix: "_TTA" for the evaluation with test-time augmentation, "_EMA" for the evaluation of
+            the averaged weights.
 
     Raises:
         MissingPart: predictions or annotations are not there, or do not belong together.
@@ -98,7 +101,7 @@ def read_detections(run: RunFolder, dataset: str, suffix: str = "") -> Detection
     predictions = _read_predictions(path, path.relative_to(run.path))
     image_files = _find_images(dataset)
     metadata = MetadataCatalog.get(dataset)
-    # What the evaluator made of a data set that has no such file.
+    # The evaluator converts a data set that has no such file.
     converted = path.parent / f"{dataset}_coco_format.json"
     truth = _read_truth(Path(metadata.get("json_file") or converted), dataset)
     match_categories(truth, metadata)
@@ -138,9 +141,9 @@ def _find_images(dataset: str) -> dict[int, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             records = DatasetCatalog.get(dataset)
-    except Exception as error:  # a data set is a function of anybody's
+    except Exception as error:  # anybody may write the function of a data set
         raise MissingPart(
-            f"The data set {dataset} cannot be read here ({type(error).__name__}: {error})."
+            f"The data set {dataset} cannot be read here ({describe(error)})."
         ) from error
     return {record["image_id"]: record["file_name"] for record in records}
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Curves as SVG that goes into a page and takes its colours from the page's style sheet."""
+"""Curves are drawn as SVG in the colours of the page's style sheet."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..engine.pictures import SCORES, Series
+from ..drawing.curves import SCORES, Series
 from .average_precision import Curves
 
 __all__ = ["draw_precision_recall", "draw_training", "sparkline"]
 
-# Colours told apart by those who do not see all of them (Okabe and Ito's), as the drawing has them
-# and as the style sheet calls them: it has others for dark pages.
+# Okabe and Ito's colours, which colour-blind people can tell apart, and their names in the style
+# sheet, which has others for dark pages.
 _SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 _INK, _GRID = "#111111", "#bbbbbb"
 _VARIABLES = {
@@ -30,10 +30,10 @@ _VARIABLES = {
     _GRID: "var(--rule)",
     **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, start=1)},
 }
-_DASHES = ["-", "--", "-.", ":"]  # with the second round through the colours, and so on
+_DASHES = ["-", "--", "-.", ":"]  # lines that share a colour have other dashes
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text is not converted to outlines
     "svg.hashsalt": "vovnet_d2",
     "text.parse_math": False,
     "text.color": _INK,
@@ -50,12 +50,12 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 _SIZE = (4.3, 3.2)  # inches; narrow, so that it can be read on a telephone
-_CHARACTERS = 60  # of a legend, beside each other
-_MAX_POINTS = 400  # of a curve: more than its pixels only make the page heavy
+_CHARACTERS = 60  # characters in a row of a legend
+_MAX_POINTS = 400  # more points of a curve than its pixels only make the page heavy
 
 
 def draw_training(series: Series) -> dict[str, Markup]:
-    """Title to figure: of the losses, the learning rate and the metrics, as far as they are there.
+    """Draw the losses, the learning rate and the metrics that a run has.
 
     A curve of many points is drawn by the medians of neighbours.
     """
@@ -98,7 +98,7 @@ def _thin(points: np.ndarray) -> np.ndarray:
 
 
 def draw_precision_recall(recalls: np.ndarray, curves: Curves, labels: Sequence[str]) -> Markup:
-    """Precision over recall, a line for each curve."""
+    """Draw precision over recall, with a line for each curve."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure()
         styles = _line_styles(len(curves))
@@ -106,14 +106,15 @@ def draw_precision_recall(recalls: np.ndarray, curves: Curves, labels: Sequence[
             axes.plot(recalls, values, dashes, color=color, label=label)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("recall")
-        axes.set_ylabel("precision")
+        axes.set_xlabel("recall →")
+        axes.set_ylabel("precision →")
         _add_legend(axes)
         return _to_svg(figure)
 
 
 def sparkline(recalls: np.ndarray, values: np.ndarray) -> str:
-    """The points of an SVG polyline of a curve in a unit square of 100 by 100, y downwards."""
+    """Return the points of an SVG polyline of a curve in a square of 100 by 100, with y
+    downwards."""
     return " ".join(
         f"{100 * x:.3g},{100 * (1 - y):.3g}" for x, y in zip(recalls, values, strict=True)
     )
@@ -131,7 +132,7 @@ def _line_styles(count: int) -> list[tuple[str, str]]:
 
 
 def _add_legend(axes: Axes) -> None:
-    """Below the axes, where it hides no curve."""
+    """Put the legend below the axes, where it hides no curve."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     longest = max(len(str(line.get_label())) for line in axes.get_lines())
@@ -145,7 +146,7 @@ def _to_svg(figure: Figure) -> Markup:
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every figure, and not referred to
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # all figures have the same ids
     svg = re.sub(r"font-family: [^;\"]*(; )?", "", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(f": {color}", f": {variable}")

@@ -1,10 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of single images: what is annotated beside what was predicted.
-
-Masks are part of the picture; boxes, keypoints and labels go over it as SVG, which stays sharp and
-has every script that the browser has. Detectron2's Visualizer draws all into pixels.
-"""
+"""Pictures of single images: what is annotated, and what was predicted."""
 
 from __future__ import annotations
 
@@ -13,71 +9,45 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.check.masks import has_mask
 from ..data.image_file import read_image
+from ..drawing.artist import Artist, Shown
+from ..drawing.shown import objects
 from .detections import Detections
 from .matching import Annotation, ImageMatches
 
-__all__ = ["Mark", "Picture", "Tile", "draw_tile"]
+__all__ = ["Tile", "draw_tile", "judge"]
 
-# The longer side of a picture in its own units, and the height of its labels in them.
-_LONG_SIDE, _LABEL = 560, 22
+_LONG_SIDE = 560  # pixels of the longer side of a picture
 _QUALITY = 82
-_OPACITY = 0.4  # of masks
 
-# As in the curves, told apart by those who do not see all colours; the style sheet has them too,
-# and labels say the same in words.
-_COLORS = {"correct": (0, 158, 115), "confused": (240, 228, 66), "alone": (213, 94, 0)}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """An object or a prediction, in the units of its picture.
-
-    Attributes:
-        kind: "correct", "confused" (the class is another) or "alone" (without a match).
-        box: X, Y, W, H.
-        label_place: X, Y of the start of the label's baseline.
-        points: visible keypoints, X and Y each.
-    """
-
-    kind: str
-    label: str
-    box: tuple[float, float, float, float]
-    label_place: tuple[float, float]
-    points: list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """
-    Attributes:
-        uri: a JPEG picture as a data URI, with masks.
-        width, height: of the area that ``marks`` are placed in.
-    """
-
-    uri: str
-    width: float
-    height: float
-    marks: list[Mark]
+# Colour-blind people can tell these colours apart. The style sheet has them too, and labels say
+# the same in words.
+_KINDS = ("correct", "confused", "alone")
+_ARTIST = Artist(
+    Metadata(thing_classes=list(_KINDS), thing_colors=[[0, 158, 115], [240, 228, 66], [213, 94, 0]])
+)
 
 
 @dataclass(frozen=True)
 class Tile:
     """
     Attributes:
-        name: of the image's file.
-        truth, predicted: None if the image cannot be read.
+        name: the file name of the image.
+        truth: a JPEG picture of the annotations as a data URI; empty if the image cannot be read.
+        predicted: a picture of the predictions in the same form.
     """
 
     name: str
-    truth: Picture | None
-    predicted: Picture | None
+    truth: str
+    predicted: str
     matches: ImageMatches
 
 
@@ -85,71 +55,67 @@ def draw_tile(detections: Detections, matches: ImageMatches) -> Tile:
     path = detections.image_files.get(matches.image_id, f"image {matches.image_id}")
     name = os.path.basename(path)
     try:
-        image = read_image(path, "RGB")
+        image = read_image(path)
     except (FileNotFoundError, ValueError):
-        return Tile(name, None, None, matches)
-    found = dict(matches.pairs)
-    sought = {j: i for i, j in matches.pairs}
-    truth = _draw(detections, image, matches.objects, found, matches.predictions)
-    predicted = _draw(detections, image, matches.predictions, sought, matches.objects)
-    return Tile(name, truth, predicted, matches)
+        return Tile(name, "", "", matches)
+    given = detections.truth.imgs[matches.image_id]
+    if image.shape[:2] != (given["height"], given["width"]):  # replaced since, so masks do not fit
+        hidden = [{**item, "segmentation": None} for item in matches.objects]
+        shown = [{**item, "segmentation": None} for item in matches.predictions]
+        matches = ImageMatches(matches.image_id, hidden, shown, matches.pairs)
+    found = {i: matches.predictions[j] for i, j in matches.pairs}
+    sought = {j: matches.objects[i] for i, j in matches.pairs}
+    names = detections.class_names
+    predictions = [found.get(i) for i in range(len(matches.objects))]
+    things = [sought.get(j) for j in range(len(matches.predictions))]
+    truth = _draw(image, matches.objects, predictions, names)
+    return Tile(name, truth, _draw(image, matches.predictions, things, names), matches)
 
 
-def _draw(
-    detections: Detections,
-    image: NDArray[np.uint8],
-    items: Sequence[Annotation],
-    partners: dict[int, int],
-    others: Sequence[Annotation],
-) -> Picture:
-    """Items (annotations or predictions) by what their matches among the others are."""
-    height, width = image.shape[:2]
-    scale = _LONG_SIDE / max(height, width)
-    pixels = image.astype(np.float32)
-    marks = []
-    for k, item in enumerate(items):
-        partner = others[partners[k]] if k in partners else None
-        mark = _mark(item, partner, detections.class_names, scale, width * scale)
-        if has_mask(item):
-            mask = detections.truth.annToMask(item).astype(bool)
-            if mask.shape == pixels.shape[:2]:  # not so if the image was replaced since
-                pixels[mask] += _OPACITY * (np.array(_COLORS[mark.kind]) - pixels[mask])
-        marks.append(mark)
-    uri = _to_data_uri(Image.fromarray(pixels.astype(np.uint8)), min(scale, 1.0))
-    return Picture(uri, width * scale, height * scale, marks)
+class Judgement(NamedTuple):
+    """
+    Attributes:
+        kind: "correct", "confused" (the class is another) or "alone" (without a match).
+        label: the class, and what went wrong.
+    """
+
+    kind: str
+    label: str
 
 
-def _mark(
-    item: Annotation,
-    partner: Annotation | None,
-    names: dict[int, str],
-    scale: float,
-    width: float,
-) -> Mark:
+def judge(item: Annotation, partner: Annotation | None, names: dict[int, str]) -> Judgement:
+    """Say how an object was predicted, or which object a prediction shows.
+
+    Args:
+        item: an annotation, or a prediction, which has a "score".
+        partner: the match of the item; None without one.
+        names: the categories by their ids.
+    """
     predicted = "score" in item
     label = names[item["category_id"]] + (f" {item['score']:.0%}" if predicted else "")
     if partner is None:
-        kind, label = "alone", f"{label}: {'nothing there' if predicted else 'missed'}"
-    elif partner["category_id"] != item["category_id"]:
+        return Judgement("alone", f"{label}: {'nothing there' if predicted else 'missed'}")
+    if partner["category_id"] != item["category_id"]:
         verb = "is" if predicted else "taken for"
-        kind, label = "confused", f"{label}: {verb} {names[partner['category_id']]}"
-    else:
-        kind = "correct"
-    x, y, w, h = (scale * float(side) for side in item["bbox"])
-    # Above the box, or in it at the top of the picture; and not over the right edge.
-    place = (
-        max(0.0, min(x, width - 0.64 * _LABEL * len(label))),
-        y - 5 if y > _LABEL + 5 else y + _LABEL,
-    )
-    keypoints = np.array(item.get("keypoints") or [], dtype=float).reshape(-1, 3)
-    points = [(scale * float(px), scale * float(py)) for px, py, seen in keypoints if seen > 0]
-    return Mark(kind, label, (x, y, w, h), place, points)
+        return Judgement("confused", f"{label}: {verb} {names[partner['category_id']]}")
+    return Judgement("correct", label)
 
 
-def _to_data_uri(image: Image.Image, scale: float) -> str:
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
+def _draw(
+    image: NDArray[np.uint8],
+    items: Sequence[Annotation],
+    partners: Sequence[Annotation | None],
+    names: dict[int, str],
+) -> str:
+    """Draw items, annotations or predictions, in the colours of how they were matched."""
+    found = [judge(item, partner, names) for item, partner in zip(items, partners, strict=True)]
+    marked = [
+        {**item, "category_id": _KINDS.index(kind)}
+        for item, (kind, _) in zip(items, found, strict=True)
+    ]
+    size = image.shape[:2]
+    shown = objects(marked, [label for _, label in found], size, BoxMode.XYWH_ABS)
+    drawn = _ARTIST.draw(image, Shown(shown), scale=_LONG_SIDE / max(size))
     file = io.BytesIO()
-    image.save(file, format="JPEG", quality=_QUALITY)
+    Image.fromarray(drawn[:, :, ::-1]).save(file, format="JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

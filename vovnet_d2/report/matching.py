@@ -1,14 +1,15 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which prediction is which object: the confusion matrix, and how well each image went.
+"""Predictions are matched with objects, for the confusion matrix and the ranking of images.
 
 Predictions below a score threshold are left out. In each image, the pairs of a prediction and an
-object whose boxes overlap with an IoU of at least 0.5 are gone through from the greatest IoU down
-(of equal ones the greater score first), and both become a match if neither has one yet. Classes do
-not matter for this: a match of different classes is a confusion. Predictions without a match that
-lie by half or more in a crowd of their class are left out, as are crowds, as COCO does.
+object whose boxes overlap with an IoU of at least 0.5 are taken in order, from the greatest IoU to
+the least, and among equal ones from the greatest score. A pair becomes a match if neither has a
+match yet. Classes do not matter here: a match of different classes is a confusion. As in COCO's
+evaluation, crowds are left out, and so are unmatched predictions that lie by half or more in a
+crowd of their class.
 
-This is not the matching of AP, which is made class by class, and for every score.
+AP has another matching, which is made class by class and for every score.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class ImageMatches:
     """
     Attributes:
         objects: annotations other than crowds.
-        predictions: those that count.
-        pairs: indices into ``objects`` and ``predictions`` of what was matched.
+        predictions: the predictions that count.
+        pairs: the matches, as indices into ``objects`` and ``predictions``.
     """
 
     image_id: int
@@ -46,7 +47,7 @@ class ImageMatches:
 
     @property
     def correct(self) -> int:
-        """Matches of the same class."""
+        """Count the matches of the same class."""
         return sum(
             self.objects[i]["category_id"] == self.predictions[j]["category_id"]
             for i, j in self.pairs
@@ -66,8 +67,8 @@ class ImageMatches:
 
     @property
     def f1(self) -> float | None:
-        """Harmonic mean of precision and recall; None where there is nothing and nothing was
-        predicted."""
+        """Return the harmonic mean of precision and recall; None where there are no objects and no
+        predictions."""
         total = len(self.objects) + len(self.predictions)
         return 2 * self.correct / total if total else None
 
@@ -116,7 +117,8 @@ def _match(
 def _overlaps(
     objects: list[Annotation], predictions: list[Annotation], *, crowds: bool = False
 ) -> NDArray[np.float64]:
-    """IoU of boxes, (objects, predictions); with crowds over the area of the prediction."""
+    """Return the IoU of boxes, (objects, predictions). For crowds the overlap is divided by the
+    area of the prediction."""
     if not objects or not predictions:
         return np.zeros((len(objects), len(predictions)))
     boxes = [[item["bbox"] for item in items] for items in (predictions, objects)]
@@ -129,8 +131,8 @@ def confusion_matrix(
     """
     Returns:
         (K + 1, K + 1) numbers of objects, by their category in the rows and by the predicted one
-        in the columns. The last row is background: predictions where there is no object; the last
-        column objects that were not found.
+        in the columns. The last row counts predictions where there is no object. The last column
+        counts objects that were not found.
     """
     place = {category_id: k for k, category_id in enumerate(category_ids)}
     background = len(place)
@@ -148,8 +150,8 @@ def confusion_matrix(
 
 
 def rank_images(images: Iterable[ImageMatches]) -> list[ImageMatches]:
-    """From the best image to the worst, by F1; of equal ones first where more is correct, then
-    where fewer errors are. Images without objects and predictions are left out."""
+    """Sort images from the best to the worst F1, then by more correct predictions, then by fewer
+    errors. Images without objects and predictions are left out."""
     return sorted(
         (image for image in images if image.f1 is not None),
         key=lambda image: (

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page: everything put together, into one file that needs no other."""
+"""Write the page of a run, as one file that needs no other file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from ..checkpoint.atomic import atomic_write
+from ..atomic import atomic_write
 from ..data import register_digits
 from ..data.check.crowding import DEFAULT_LIMIT
 from ..data.own import OwnDataSet, register_own_data
+from ..drawing.curves import SCORES
 from ..engine.detection_limit import evaluated_detections
-from ..engine.pictures import SCORES
+from ..errors import UserFileNotFoundError, UserValueError
 from ..made import refuse_foreign
 from .average_precision import METRICS, AveragePrecision, evaluate
 from .detections import Detections, read_detections
@@ -35,20 +36,26 @@ __all__ = ["write_page"]
 logger = logging.getLogger(__name__)
 
 _TASKS = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}
-_NUM_IMAGES = 6  # of the best, and as many of the worst
+# The evaluations of a data set, by the suffix of their tasks and folders.
+_EVALUATIONS = {
+    "": "",
+    "_TTA": ", with test-time augmentation",
+    "_EMA": ", with the average of the weights",
+}
+_NUM_IMAGES = 6  # pictures of the best images, and as many of the worst
 _NUM_CONFUSIONS = 8
-_MANY_CLASSES = 24  # more curves than these are folded
+_MANY_CLASSES = 24  # further curves are hidden until the reader opens them
 
 
 @dataclass(frozen=True)
 class _Table:
     columns: Sequence[str]
-    rows: list[tuple[str, list[str]]]  # what a row is about, and its cells
+    rows: list[tuple[str, list[str]]]  # the name of a row, and its cells
 
 
 @dataclass(frozen=True)
 class _Precision:
-    """What is shown of a task."""
+    """The average precision of a task, in the form that the page shows."""
 
     title: str
     table: _Table
@@ -60,13 +67,14 @@ class _Precision:
 class _Confusion:
     names: list[str]
     counts: list[list[int]]
-    shares: list[list[int]]  # of the row, in percent
+    shares: list[list[int]]  # percent for each cell of the row
     most_frequent: list[tuple[str, str, int]]
 
 
 @dataclass
 class _Evaluation:
-    """What is shown of a data set. ``missing`` says why the rest is not there."""
+    """An evaluation on a data set, in the form that the page shows. ``missing`` says why a part is
+    not there."""
 
     title: str
     missing: str = ""
@@ -79,15 +87,15 @@ class _Evaluation:
 
 
 def write_page(folder: Path, output: Path | None = None, *, score_threshold: float = 0.5) -> Path:
-    """Write a page about a run. What the run did not leave is missing there, with a sentence.
+    """Write a page about a run. A sentence says which files the run did not leave.
 
-    The data sets of ``DATASETS.TEST`` have to be registered, as the digits and Detectron2's are, or
-    in its ``DATASETS.OWN``.
+    The data sets of ``DATASETS.TEST`` have to be registered, or be in the config's
+    ``DATASETS.OWN``. The digits and Detectron2's data sets are registered.
 
     Args:
         folder: ``OUTPUT_DIR`` of a run, finished or not.
         output: by default ``report.html`` in that folder.
-        score_threshold: of the predictions that are shown and counted in the confusion matrix;
+        score_threshold: least score of predictions on images and in the confusion matrix;
             average precision takes all.
 
     Returns:
@@ -95,19 +103,21 @@ def write_page(folder: Path, output: Path | None = None, *, score_threshold: flo
 
     Raises:
         FileNotFoundError: there is no such folder, or none for the output.
-        ValueError: it is not that of a run, the threshold is not from 0 to 1, or the page exists,
-            and this package did not make it.
+        ValueError: the folder is not the output of a run, the threshold is not from 0 to 1, or the
+            page exists, and this package did not make it.
     """
     if not 0 <= score_threshold <= 1:
-        raise ValueError(f"The score threshold is {score_threshold}: it goes from 0 to 1.")
+        raise UserValueError(f"The score threshold is {score_threshold}: it goes from 0 to 1.")
     run = read_run(folder)
     output = output or folder / "report.html"
     if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
+        raise UserFileNotFoundError(
+            f"There is no folder {output.parent} to write {output.name} to."
+        )
     refuse_foreign([output])
     register_digits()
     own = map(OwnDataSet.from_config, run.setting("DATASETS.OWN", []))
-    # Files that were named with --annotations stand for theirs.
+    # The files of --annotations take the place of the data set's files.
     register_own_data([o.to_config() for o in own if o.name not in DatasetCatalog])
     page = _render(run, score_threshold)
     with atomic_write(output) as partial:
@@ -133,7 +143,7 @@ def _render(run: RunFolder, score_threshold: float) -> str:
         training=draw_training(run.series),
         evaluations=[
             _show_evaluation(run, dataset, suffix, score_threshold)
-            for suffix in ("", "_TTA")
+            for suffix in _EVALUATIONS
             for dataset in run.test_sets
             if not suffix or run.predictions_file(dataset, suffix).is_file()
         ],
@@ -159,12 +169,11 @@ def _describe_status(run: RunFolder) -> str:
     return f"training, not at its end: {run.iterations} of {planned} iterations"
 
 
-# Results as they were recorded
+# Recorded results
 
 
 def _last_results(run: RunFolder) -> Results:
-    """Of the last evaluation in metrics.json, where they are flattened to
-    ``[data set/]task/metric``."""
+    """Return the results of the last evaluation in metrics.json."""
     results: Results = {}
     for main in (name for name in run.series if name.endswith(SCORES)):
         prefix = main.rpartition("/")[0]
@@ -175,14 +184,14 @@ def _last_results(run: RunFolder) -> Results:
             if name.startswith(f"{prefix}/")
         }
         usual = {name: values.pop(name) for name in METRICS if name in values}
-        metrics: dict[str, float | None] = {**usual, **values}  # JSON has APl first
+        metrics: dict[str, float | None] = {**usual, **values}  # JSON sorts APl before APm and APs
         dataset = dataset or next(iter(run.test_sets), "")
         results.setdefault(dataset, {})[task] = metrics
     return results
 
 
 def _headlines(results: Results) -> list[tuple[str, str]]:
-    """What sums the tasks of the first data set up, and its value."""
+    """Return the main metric of each task of the first data set."""
     found = []
     for task, metrics in next(iter(results.values()), {}).items():
         main = next((name for name in ("AP", "PQ", "mIoU", "IoU", "top1") if name in metrics), "")
@@ -192,7 +201,8 @@ def _headlines(results: Results) -> list[tuple[str, str]]:
 
 
 def _tabulate_results(results: Results) -> list[_Table]:
-    """A table for each set of metrics; those of single classes, as ``AP-dog``, are left out."""
+    """Make a table for each set of metrics, without metrics of single classes such as
+    ``AP-dog``."""
     tables: dict[tuple[str, ...], _Table] = {}
     for dataset, tasks in results.items():
         for task, metrics in tasks.items():
@@ -219,20 +229,24 @@ def _tabulate_recorded_classes(tasks: dict[str, dict[str, float | None]]) -> _Ta
 
 
 def _format(value: object) -> str:
-    """COCO's metrics are NaN or None, and LVIS's negative, where they could not be computed."""
+    """Write a metric, or a dash where COCO's is NaN or None, or LVIS's is negative."""
     known = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
     return f"{value:.1f}" if known else "–"
 
 
-# Evaluations, computed anew from the predictions
+# Evaluations, which are computed anew from the predictions
 
 
 def _show_evaluation(
     run: RunFolder, dataset: str, suffix: str, score_threshold: float
 ) -> _Evaluation:
-    title = f"{dataset}, with test-time augmentation" if suffix else dataset
-    recorded = run.results.get(dataset, {})
-    recorded = {task: metrics for task, metrics in recorded.items() if suffix or "_TTA" not in task}
+    title = f"{dataset}{_EVALUATIONS[suffix]}"
+    others = tuple(other for other in _EVALUATIONS if other not in ("", suffix))
+    recorded = {
+        task: metrics
+        for task, metrics in run.results.get(dataset, {}).items()
+        if task.endswith(suffix) and not task.endswith(others)
+    }
     try:
         detections = read_detections(run, dataset, suffix)
     except MissingPart as error:
@@ -264,7 +278,7 @@ def _show_evaluation(
 
 
 def _ends(ranked: list[ImageMatches]) -> tuple[list[ImageMatches], list[ImageMatches]]:
-    """The first few, and the last few from the last on; none of them twice."""
+    """Return the first images, and the last ones from the worst on. No image is in both."""
     first = ranked[: min(_NUM_IMAGES, (len(ranked) + 1) // 2)]
     return first, ranked[len(first) :][-_NUM_IMAGES:][::-1]
 
@@ -296,7 +310,7 @@ def _cells(count: int, values: Iterable[float]) -> list[str]:
 
 
 def _show_confusion(matrix: NDArray[np.int64], detections: Detections) -> _Confusion:
-    """Without the classes that neither occur nor are predicted."""
+    """Leave out the classes that neither occur nor are predicted."""
     background = len(matrix) - 1
     used = [k for k in range(background) if matrix[k].any() or matrix[:, k].any()]
     used.append(background)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a run left in its folder, read without trusting it to be complete."""
+"""Read the files that a run left in its folder. Any of them may be missing or incomplete."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from ..drawing.curves import Series, read_metrics
 from ..engine.lazy_config import is_lazy, to_cfg
-from ..engine.pictures import Series, read_metrics
+from ..errors import UserFileNotFoundError, UserValueError
 
 __all__ = ["MissingPart", "RunFolder", "read_run"]
 
 _FILES = ("config.yaml", "metrics.json", "results.json")
 
-# Of a data set, by task, by metric; None where a metric could not be computed.
+# Values by data set, task and metric; None where a metric could not be computed.
 Results = dict[str, dict[str, dict[str, float | None]]]
 
 
 class MissingPart(Exception):
-    """What a part of the page is made from is not there; the message says so to its reader."""
+    """A part of the page cannot be made. The message tells the reader why."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class RunFolder:
     Attributes:
         config_text: config.yaml, if there is one.
         config: its values, empty if they cannot be read.
-        facts: name to value: weights, command, versions, ... as results.json has them.
-        results: of the last evaluation of the run, as results.json has them.
-        series: of metrics.json, as :func:`read_metrics` gives them.
+        facts: weights, command, versions and so on by name, from results.json.
+        results: the results of the last evaluation, from results.json.
+        series: the values in metrics.json, from :func:`read_metrics`.
         notes: sentences about files that are missing or cannot be read.
     """
 
@@ -48,7 +49,7 @@ class RunFolder:
     notes: tuple[str, ...]
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The config's value of a dotted key, such as ``"SOLVER.MAX_ITER"``."""
+        """Return the value of a dotted key of the config, such as ``"SOLVER.MAX_ITER"``."""
         node: Any = self.config
         for name in key.split("."):
             if not isinstance(node, dict) or name not in node:
@@ -63,12 +64,13 @@ class RunFolder:
 
     @property
     def iterations(self) -> int:
-        """How many are known to be done."""
+        """Return the number of iterations that are known to be done."""
         points = self.series.get("total_loss", [])
         return points[-1][0] + 1 if points else 0
 
     def predictions_file(self, dataset: str, suffix: str = "") -> Path:
-        """Where :func:`build_evaluator` lets COCO's evaluator write; see there for ``suffix``."""
+        """Return the file that COCO's evaluator wrote. See :func:`build_evaluator` for
+        ``suffix``."""
         folder = self.path / f"inference{suffix}"
         if len(self.test_sets) > 1:
             folder = folder / dataset
@@ -79,20 +81,20 @@ def read_run(folder: Path) -> RunFolder:
     """
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is not that of a run.
+        ValueError: the folder is not the output of a run.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
+        raise UserFileNotFoundError(f"There is no folder {folder}.")
     if not any((folder / name).is_file() for name in _FILES):
-        raise ValueError(
-            f"{folder} is no folder of a run, which would hold one of {', '.join(_FILES)}: give "
+        raise UserValueError(
+            f"{folder} is not the folder of a run, which holds one of {', '.join(_FILES)}: give "
             "the OUTPUT_DIR of a training or an evaluation."
         )
     notes: list[str] = []
     text, config = _read_config(folder / "config.yaml", notes)
     facts, results = _read_results(folder / "results.json", notes)
     metrics = folder / "metrics.json"
-    series = read_metrics(str(metrics)) if metrics.is_file() else {}
+    series = read_metrics(metrics) if metrics.is_file() else {}
     return RunFolder(folder, text, config, facts, results, series, tuple(notes))
 
 
@@ -105,10 +107,10 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str | None, dict[str, An
         config = yaml.safe_load(text)
     except yaml.YAMLError:
         config = None
-    if is_lazy(config):  # of which the page reads what both kinds of config have
+    if is_lazy(config):  # the page reads only values that both kinds of config have
         config = yaml.safe_load(to_cfg(OmegaConf.create(config)).dump())
     if not isinstance(config, dict):
-        notes.append("config.yaml is no plain YAML mapping: it is shown, and not used.")
+        notes.append("config.yaml is not a plain YAML mapping: it is shown but not used.")
         config = {}
     return text, config
 
@@ -117,7 +119,7 @@ def _read_results(path: Path, notes: list[str]) -> tuple[dict[str, str], Results
     if not path.is_file():
         notes.append(
             "There is no results.json, which a run writes when it ends: weights, command and "
-            "environment are not known, and results are those of the last evaluation on the way."
+            "environment are not known, and the results are from the last evaluation on the way."
         )
         return {}, {}
     try:

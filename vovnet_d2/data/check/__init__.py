@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a data set in COCO's format, found before a training trips over it."""
+"""Data sets in COCO's format are checked before a training."""
 
 from .check import Source, check_data_sets, find_registered, require_free, write_fixed
 from .label_maps import check_label_set, is_label_set

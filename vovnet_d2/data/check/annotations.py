@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations: their ids and references, boxes, masks and keypoints."""
+"""Annotations are repaired: their ids and references, boxes, masks and keypoints."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from .conventions import boxes_agree
 from .masks import TOLERANCE, is_empty_mask, mask_area, mask_box, repair_mask
 from .problems import Findings
-from .values import Numbering, are_numbers, as_id, is_number, is_whole
+from .values import Numbering, are_numbers, as_id, is_box, is_number, is_whole
 
-__all__ = ["repair_annotations"]
+__all__ = ["Linked", "link_annotations", "repair_annotations", "repair_ids"]
 
 Record = dict[str, Any]
+Linked = tuple[str, Record, Record]
+"""The place of an annotation in words, the annotation, and its image."""
 
-# What Detectron2's filter_empty_instances takes for empty.
+# Detectron2's filter_empty_instances takes such a side for empty.
 _EMPTY = 1e-5
-# The stride of the finest map that detectors with an FPN look at.
+# The stride of the finest feature map of a detector with an FPN.
 _TINY = 4
 
 
@@ -39,14 +44,46 @@ def repair_annotations(
             dropped.
         categories: the repaired categories by the ids that stand in the file.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``.
-        findings: what is wrong is added here.
-        masks: whether the set is for a network that learns masks, so that objects without one are
+        findings: gets the problems.
+        masks: True for a network that learns masks, so that objects without one are
             dropped.
 
     Returns:
-        what of them can be trained on, with the ids of ``images`` and ``categories``.
+        the annotations that can be trained on, with the ids of ``images`` and ``categories``.
     """
-    found: list[tuple[str, Record, Record]] = []
+    found = [
+        (where, annotation, image)
+        for where, annotation, image in link_annotations(annotations, images, categories, findings)
+        if _repair_segmentation(annotation, image, where, findings) or not masks
+    ]
+    found = list(_complete_masks(found, findings, masks=masks))
+    found = [entry for entry in found if _repair_box(*entry, findings)]
+    for where, annotation, image in found:
+        _repair_area(annotation, image, where, findings)
+        _note_tiny_box(annotation, image, resize, where, findings)
+    _repair_keypoints(found, {c["id"]: c for c in categories.values()}, findings)
+    repair_ids(found, findings)
+    return list(_without_repetitions(found, findings))
+
+
+# References
+
+
+def link_annotations(
+    annotations: list[Record],
+    images: Mapping[int | str, Record | None],
+    categories: Mapping[int | str, Record],
+    findings: Findings,
+) -> list[Linked]:
+    """Find the image and the category of each annotation, and repair its "iscrowd".
+
+    Args:
+        annotations, images, categories, findings: see :func:`repair_annotations`.
+
+    Returns:
+        copies of the annotations whose image and category can be used, with the ids of these.
+    """
+    found = []
     for where, annotation, image in _with_images(annotations, images, findings):
         category = _find(annotation, "category_id", categories, where, findings)
         if category is None:
@@ -54,24 +91,13 @@ def repair_annotations(
             continue
         annotation |= {"image_id": image["id"], "category_id": category["id"]}
         _repair_flags(annotation, where, findings)
-        if _repair_segmentation(annotation, image, where, findings) or not masks:
-            found.append((where, annotation, image))
-    found = list(_complete_masks(found, findings, masks=masks))
-    found = [entry for entry in found if _repair_box(*entry, findings)]
-    for where, annotation, image in found:
-        _repair_area(annotation, image, where, findings)
-        _note_tiny_box(annotation, image, resize, where, findings)
-    _repair_keypoints(found, {c["id"]: c for c in categories.values()}, findings)
-    _repair_ids(found, findings)
-    return list(_without_repetitions(found, findings))
-
-
-# References
+        found.append((where, annotation, image))
+    return found
 
 
 def _with_images(
     annotations: list[Record], images: Mapping[int | str, Record | None], findings: Findings
-) -> Iterator[tuple[str, Record, Record]]:
+) -> Iterator[Linked]:
     for index, original in enumerate(annotations):
         where = f"annotation {original.get('id', f'at position {index}')!r:.40}"
         key = as_id(original.get("image_id"))
@@ -106,9 +132,9 @@ def _find(
 
 def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:
     crowd = annotation.get("iscrowd")
-    if isinstance(crowd, bool) or crowd not in (0, 1):
+    if crowd not in (0, 1):
         findings.add("iscrowd", f"{where}: {crowd!r:.40}")
-        crowd = int(crowd is True)
+        crowd = 0
     if ignore := annotation.pop("ignore", 0):
         findings.add("ignore", f"{where}: {ignore!r:.40}")
         crowd = 1
@@ -121,7 +147,7 @@ def _repair_flags(annotation: Record, where: str, findings: Findings) -> None:
 
 
 def _repair_segmentation(annotation: Record, image: Record, where: str, findings: Findings) -> bool:
-    """Leave the mask repaired, or none where it cannot be used; return False if there was one."""
+    """Repair the mask, or remove it; return False if a mask was removed."""
     value = annotation.pop("segmentation", None)
     if is_empty_mask(value):
         return True
@@ -134,10 +160,8 @@ def _repair_segmentation(annotation: Record, image: Record, where: str, findings
     return True
 
 
-def _complete_masks(
-    found: list[tuple[str, Record, Record]], findings: Findings, *, masks: bool
-) -> Iterator[tuple[str, Record, Record]]:
-    """A batch of objects with and without masks stops Mask R-CNN; other networks need none."""
+def _complete_masks(found: list[Linked], findings: Findings, *, masks: bool) -> Iterator[Linked]:
+    """Report or drop objects without masks, as a batch with and without masks stops Mask R-CNN."""
     any_masks = any("segmentation" in annotation for _, annotation, _ in found)
     for entry in found:
         missing = (masks or any_masks) and "segmentation" not in entry[1]
@@ -151,12 +175,13 @@ def _complete_masks(
 
 
 def _repair_box(where: str, annotation: Record, image: Record, findings: Findings) -> bool:
-    """Whether the annotation stays, with its box in the image and around the mask."""
+    """Bring the box into the image and around the mask; return False if the annotation is
+    dropped."""
     height, width = image["height"], image["width"]
     mask = annotation.get("segmentation")
     around = mask_box(mask, height, width) if mask else None
     box = annotation.get("bbox")
-    if not are_numbers(box) or len(box) != 4:
+    if not is_box(box):
         findings.add("box", f"{where}: {box!r:.60}")
         box = around
     elif not min(box[2:]) > 0:
@@ -172,7 +197,7 @@ def _repair_box(where: str, annotation: Record, image: Record, findings: Finding
     if max(abs(a - b) for a, b in zip(_corners(box), _corners(clipped), strict=True)) > TOLERANCE:
         findings.add("box_outside", f"{where}: {box} in an image of {width} x {height}")
         box = clipped
-    if around and not _agree(box, around):
+    if around and not boxes_agree(np.array(around), np.array(box)):
         findings.add("box_and_mask", f"{where}: {box}, the mask {around}")
         box = around
     annotation["bbox"] = box
@@ -189,13 +214,6 @@ def _clip(box: list[float], height: int, width: int) -> list[float]:
     x1, x2 = (min(max(x, 0), width) for x in (x1, x2))
     y1, y2 = (min(max(y, 0), height) for y in (y1, y2))
     return [x1, y1, x2 - x1, y2 - y1]
-
-
-def _agree(box: list[float], other: list[float]) -> bool:
-    """Whether no edge is off by more than two pixels, or a tenth of the side in large boxes."""
-    sides = [box[2], box[3]] * 2
-    pairs = zip(_corners(box), _corners(other), sides, strict=True)
-    return all(abs(a - b) <= max(2, 0.1 * side) for a, b, side in pairs)
 
 
 def _note_tiny_box(
@@ -223,7 +241,7 @@ def _repair_area(annotation: Record, image: Record, where: str, findings: Findin
 
 
 def _repair_keypoints(
-    found: list[tuple[str, Record, Record]], categories: Mapping[int, Record], findings: Findings
+    found: list[Linked], categories: Mapping[int, Record], findings: Findings
 ) -> None:
     declared = {
         key: 3 * len(category["keypoints"])
@@ -275,7 +293,8 @@ def _repair_points(
 # Ids
 
 
-def _repair_ids(found: list[tuple[str, Record, Record]], findings: Findings) -> None:
+def repair_ids(found: list[Linked], findings: Findings) -> None:
+    """Give each annotation a whole number of its own for its id."""
     numbering = Numbering(as_id(annotation.get("id")) for _, annotation, _ in found)
     seen: set[int] = set()
     for where, annotation, _ in found:
@@ -293,9 +312,7 @@ def _repair_ids(found: list[tuple[str, Record, Record]], findings: Findings) -> 
         annotation["id"] = number
 
 
-def _without_repetitions(
-    found: list[tuple[str, Record, Record]], findings: Findings
-) -> Iterator[Record]:
+def _without_repetitions(found: list[Linked], findings: Findings) -> Iterator[Record]:
     known: defaultdict[tuple[Any, ...], set[str]] = defaultdict(set)
     for where, annotation, _ in found:
         mask = json.dumps(annotation.get("segmentation"))

@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The check of whole data sets: each alone, then one against another.
+"""Whole data sets are checked: each alone, then pairs of them.
 
-A set is gone through once, and repaired on the way: each rule says what it found, and leaves a
-record that satisfies it or none. The check throws that copy away, ``--fix`` writes it.
+One pass checks a set and repairs a copy of it. Each rule notes what it found, and keeps a record
+that satisfies the rule, or drops the record. The check discards the copy, and ``--fix`` writes it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ...checkpoint.atomic import atomic_write
-from ...words import counted
+from ...atomic import atomic_write
+from ...errors import UserFileNotFoundError, UserKeyError, UserValueError
+from ...words import counted, suggest
 from .annotations import repair_annotations
 from .crowding import DEFAULT_LIMIT, measure_crowding
 from .files import ImageFile, resolve_inside
-from .frames import Frame, interpret_annotations, size_of
+from .frames import Frame, interpret_annotations
 from .leakage import compare_files
 from .masks import is_box_mask
 from .problems import PROBLEMS, Findings
@@ -36,11 +36,12 @@ from .records import (
     note_contents,
     repair_categories,
     repair_images,
+    size_of,
 )
 from .registered import find_foreign_file, states_categories
 from .values import as_id
 
-# What most annotations of a set have only if something is wrong with all of them.
+# If most annotations have one of these problems, they have a common cause.
 _GEOMETRY = ["box_outside", "box_beyond", "box_and_mask", "degenerate_box", "polygon_outside"]
 _GEOMETRY += ["empty_mask", "unknown_category", "unknown_image"]
 _LEAST = 10
@@ -57,14 +58,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set is.
+    """The files of a data set.
 
     Attributes:
-        name: in the report.
-        json_file: the annotation file, or what was converted.
+        name: the name of the set in the report.
+        json_file: the annotation file, or the file or folder that was converted.
         image_root: the folder of images.
-        content: what was converted, in COCO's format; None to read ``json_file``.
-        foreign: in how far the file is not what the name stands for; empty if it is.
+        content: converted annotations in COCO's format; None to read ``json_file``.
+        foreign: how the file differs from the data set that has this name; empty if it does not.
     """
 
     name: str
@@ -76,12 +77,12 @@ class Source:
 
 @dataclass
 class CheckedSet:
-    """A data set and what was found.
+    """A data set and what was found in it.
 
     Attributes:
-        source: where it is.
-        findings: its problems.
-        counts: of the lists in the file as it stands.
+        source: the files of the data set.
+        findings: the problems that were found.
+        counts: the lengths of the lists in the file, before corrections.
         fixed: the corrected content; None if the file cannot be read.
         files: the image files of ``fixed``, by ``file_name``.
         refusal: why no corrected copy is written; empty if one can be.
@@ -96,26 +97,26 @@ class CheckedSet:
 
 
 def find_registered(name: str) -> Source:
-    """A data set that is registered with Detectron2 and has an annotation file in COCO's format.
+    """Find a data set that is registered with Detectron2 and has an annotation file in COCO's
+    format.
 
     Raises:
-        KeyError: none of that name is registered.
-        ValueError: it is of another format.
+        KeyError: no data set of that name is registered.
+        ValueError: the data set has another format.
     """
     if name not in DatasetCatalog:
-        close = get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.4)
-        hint = f" Close to it: {', '.join(close)}." if close else ""
-        raise KeyError(f"Data set {name!r} is not registered.{hint}")
+        hint = suggest(name, DatasetCatalog.list(), cutoff=0.4)
+        raise UserKeyError(f"Data set {name!r} is not registered.{hint}")
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if json_file and not os.path.exists(json_file):
-        # Some are built by this. Where it fails, the check tells what is missing.
+        # Loading builds some data sets. If it fails, the check tells what is missing.
         with suppress(AssertionError, KeyError, OSError, ValueError):
             DatasetCatalog.get(name)
     if not json_file or metadata.get("image_root") is None:
-        raise ValueError(
-            f"Data set {name} has no annotation file in COCO's format: it is a "
-            f"{metadata.get('evaluator_type', 'data set of another kind')}."
+        raise UserValueError(
+            f"Data set {name} has no annotation file in COCO's format: its evaluator_type is "
+            f"{metadata.get('evaluator_type')!r}."
         )
     foreign = ""
     with suppress(ValueError):  # of a file that cannot be read, which the check tells
@@ -128,21 +129,21 @@ def check_data_sets(
 ) -> tuple[list[CheckedSet], dict[tuple[str, str], Findings]]:
     """
     Args:
-        sources: the data sets; the one that is trained on before the one it is measured with.
+        sources: the data sets, the training set before the validation set.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``, in pixels.
-        masks: whether they are for a network that learns masks.
+        masks: True for a network that learns masks.
 
     Returns:
-        each set with its problems, and the problems between each two sets by their names.
+        each set with its problems, and the problems of each pair of sets by their names.
 
     Raises:
         FileNotFoundError: an annotation file or a folder of images is missing.
     """
     for source in sources:
         if source.content is None and not source.json_file.is_file():
-            raise FileNotFoundError(f"There is no annotation file {source.json_file}.")
+            raise UserFileNotFoundError(f"There is no annotation file {source.json_file}.")
         if not source.image_root.is_dir():
-            raise FileNotFoundError(f"There is no folder of images {source.image_root}.")
+            raise UserFileNotFoundError(f"There is no folder of images {source.image_root}.")
     checked = [_check(source, resize, masks=masks) for source in sources]
     between = {
         (one.source.name, other.source.name): _compare(one, other)
@@ -206,7 +207,8 @@ def _frames(
 
 
 def _find_cause(findings: Findings, num_annotations: int) -> str:
-    """Say what is wrong with most annotations alike, which no repair of each can mend."""
+    """Name the problem that most annotations have, as then single repairs do not help; empty
+    without."""
     for problem in _GEOMETRY:
         count = findings.counts[problem]
         if count >= _LEAST and count >= num_annotations / 2:
@@ -219,7 +221,8 @@ def _find_cause(findings: Findings, num_annotations: int) -> str:
 def _without_unused_supercategories(
     categories: list[dict[str, Any]], used: set[int], findings: Findings
 ) -> list[dict[str, Any]]:
-    """Leave out what stands for no class, as Roboflow writes it before the classes."""
+    """Leave out categories that stand for no class. Roboflow writes such a category before the
+    classes."""
     unused = find_unused_supercategories(categories, used)
     for category in unused:
         others = sum(other.get("supercategory") == category["name"] for other in categories)
@@ -238,7 +241,7 @@ def _note_crowding(
 
 
 def _note_box_masks(annotations: list[dict[str, Any]], findings: Findings, *, masks: bool) -> None:
-    """Say where all masks are rectangles: a few may be drawn by hand."""
+    """Note if all masks are rectangles. A few rectangles may be right."""
     given = [a for a in annotations if a.get("segmentation") and not a["iscrowd"]]
     if len(given) >= _LEAST and all(is_box_mask(a["segmentation"], a["bbox"]) for a in given):
         name = "box_masks" if masks else "box_masks_unused"
@@ -277,13 +280,14 @@ def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
 
 
 def _category_names(checked: CheckedSet) -> dict[str, int]:
-    """Ids by names."""
+    """Return the ids of the categories by their names."""
     assert checked.fixed is not None
     return {category["name"]: category["id"] for category in checked.fixed["categories"]}
 
 
 def _take_categories(checked: CheckedSet, first: CheckedSet) -> None:
-    """Give a set the categories of another one, with that one's ids; names stay what they are."""
+    """Give a set the categories and ids of another set. Each annotation keeps the name of its
+    category."""
     assert checked.fixed is not None
     assert first.fixed is not None
     names = {number: name for name, number in _category_names(checked).items()}
@@ -311,31 +315,31 @@ def require_free(path: Path) -> None:
         ValueError: the path is taken.
     """
     if path.exists():
-        raise ValueError(f"{path} exists already: choose another name for the corrected copy.")
+        raise UserValueError(f"{path} exists already: choose another name for the corrected copy.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path} to.")
+        raise UserFileNotFoundError(f"There is no folder {path.parent} to write {path} to.")
 
 
 def write_fixed(checked: CheckedSet, path: Path) -> str:
     """Write the corrected copy of a set's annotation file, whole or not at all.
 
     Returns:
-        what it has, and what was dropped, in a sentence.
+        a sentence with the numbers of images, annotations and categories that were kept.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        FileNotWrittenError: the disk is full, say.
+        FileNotWrittenError: the file cannot be written, for example on a full disk.
         ValueError: the path is taken, or nothing is left to write.
     """
     require_free(path)
     fixed = checked.fixed
     if checked.refusal:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not written, as {checked.source.json_file} cannot be corrected safely: "
-            f"{checked.refusal}. Mend what writes the file."
+            f"{checked.refusal}. Fix what writes the file."
         )
     if fixed is None or all(annotation["iscrowd"] for annotation in fixed["annotations"]):
-        raise ValueError(
+        raise UserValueError(
             f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."
         )
     with atomic_write(path) as partial:

@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the numbers of boxes and polygons mean: COCO's x, y, width, height in pixels, or another
-order or unit, which the masks, the areas or the sizes of the images give away.
+"""The order and the unit of the numbers in boxes and polygons are found out: x, y, width, height in
+pixels, as COCO has them, or others. The masks, the areas or the sizes of the images show them.
 
-One cause is found for a whole set, before any annotation is looked at alone.
+One convention is found for a whole set, before single annotations are checked.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .values import are_numbers, is_number
+from .masks import box_of
+from .values import are_numbers, is_box, is_number
 
 __all__ = [
     "COCO",
     "Convention",
     "Sample",
+    "boxes_agree",
     "find_conventions",
     "find_polygon_convention",
     "polygons_of",
@@ -40,11 +42,11 @@ ORDERS: dict[str, Callable[[Array], Array]] = {
         b[0] - b[2] / 2, b[1] - b[3] / 2, b[2], b[3]
     ),
 }
-# Units by the numbers that stand for a whole side of the image; 0 for pixels.
+# The number that stands for a whole side of the image, by unit; 0 for pixels.
 UNITS = {"pixels": 0.0, "fractions of the size": 1.0, "percent": 100.0, "thousandths": 1000.0}
 
 _MIN_BOXES = 3
-# A share of all boxes that is enough to speak for a reading, or too few to speak for COCO's.
+# The share of boxes that must fit a reading, and the share below which COCO's reading is doubted.
 _NEARLY_ALL, _FEW = 0.98, 0.75
 _AGREE = 0.9
 _MIN_SIDE = 16  # pixels of an image in which no object is a pixel wide
@@ -56,13 +58,13 @@ def _stack(*columns: Array) -> Array:
 
 @dataclass(frozen=True)
 class Sample:
-    """An annotation, as it stands, and its image.
+    """An annotation as it is in the file, and its image.
 
     Attributes:
         box: four finite numbers.
-        size: width and height of the image that the annotations speak of.
-        mask_box: x, y, width, height around its polygons; None without any.
-        area: its "area"; None without one.
+        size: width and height of the image to which the annotations refer.
+        mask_box: x, y, width, height around the polygons; None without polygons.
+        area: the "area" of the annotation; None without one.
     """
 
     box: Sequence[float]
@@ -103,8 +105,8 @@ COCO = Convention("x, y, width, height", "pixels")
 
 
 def find_conventions(samples: Sequence[Sample]) -> list[Convention]:
-    """Return the readings of the boxes that fit: COCO's alone where nothing speaks against it, one
-    other, or several that cannot be told apart."""
+    """Return the readings of the boxes that fit. That is only COCO's if nothing contradicts it, and
+    else another reading, or several that cannot be distinguished."""
     if len(samples) < _MIN_BOXES:
         return [COCO]
     boxes = np.array([s.box for s in samples], dtype=float).T
@@ -130,14 +132,18 @@ def _candidates(boxes: Array, sizes: Array) -> list[Convention]:
 
 def _by_masks(shapes: dict[Convention, Array], masks: Array) -> list[Convention]:
     known = np.isfinite(masks[0])
-    shares = {c: _agree(shape[:, known], masks[:, known]).mean() for c, shape in shapes.items()}
+    shares = {
+        c: boxes_agree(shape[:, known], masks[:, known]).mean() for c, shape in shapes.items()
+    }
     if shares[COCO] >= 0.5:
         return [COCO]
     best = max(shares, key=lambda c: shares[c])
     return [best] if shares[best] >= _AGREE else [COCO]
 
 
-def _agree(shape: Array, masks: Array) -> NDArray[np.bool_]:
+def boxes_agree(shape: Array, masks: Array) -> NDArray[np.bool_]:
+    """Return True for boxes whose edges differ from the others by at most two pixels, or by a tenth
+    of the side of the large boxes ``masks``. Both are (4, N) or (4,): x, y, width, height."""
     corners, others = _corners(shape), _corners(masks)
     limit = np.maximum(2, 0.1 * np.concatenate([masks[2:], masks[2:]]))
     return np.asarray((np.abs(corners - others) <= limit).all(axis=0))
@@ -183,8 +189,8 @@ def _same_area(shape: Array, areas: Array) -> float:
 
 
 def find_polygon_convention(samples: Sequence[Sample]) -> str:
-    """Say how the polygons of annotations are written: "" for COCO's x, y, ... in pixels,
-    "fractions" or "y, x"."""
+    """Return how the polygons of annotations are written: "fractions", "y, x", or an empty text for
+    COCO's x, y, ... in pixels."""
     known = [s for s in samples if s.mask_box is not None]
     if len(known) < _MIN_BOXES:
         return ""
@@ -196,28 +202,25 @@ def find_polygon_convention(samples: Sequence[Sample]) -> str:
         return "fractions"
     swapped = around[[1, 0, 3, 2]]
     fits, swapped_fits = (_fit(shape, sizes).mean() for shape in (around, swapped))
-    agree, swapped_agree = (_agree(boxes, shape).mean() for shape in (around, swapped))
+    agree, swapped_agree = (boxes_agree(boxes, shape).mean() for shape in (around, swapped))
     by_sizes = fits < _FEW and swapped_fits >= _NEARLY_ALL
     return "y, x" if by_sizes or (agree < 0.5 and swapped_agree >= _AGREE) else ""
 
 
 def sample_of(annotation: dict[str, Any], size: tuple[float, float]) -> Sample | None:
-    """What :func:`find_conventions` looks at; None if the box is no four numbers."""
+    """Return the sample of an annotation for :func:`find_conventions`; None if its box is not four
+    numbers."""
     box = annotation.get("bbox")
-    if not are_numbers(box) or len(box) != 4:
+    if not is_box(box):
         return None
     polygons = polygons_of(annotation)
-    around = None
-    if polygons:
-        xs = [x for p in polygons for x in p[::2]]
-        ys = [y for p in polygons for y in p[1::2]]
-        around = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    around = box_of(polygons) if polygons else None
     area = annotation.get("area")
     return Sample(box, size, around, area if is_number(area) and area > 0 else None)
 
 
 def polygons_of(annotation: dict[str, Any]) -> list[list[float]]:
-    """The well-formed polygons of an annotation."""
+    """Return the well-formed polygons of an annotation."""
     mask = annotation.get("segmentation")
     if not isinstance(mask, list):
         return []

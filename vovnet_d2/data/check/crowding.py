@@ -12,19 +12,19 @@ from ...words import counted
 __all__ = ["DEFAULT_LIMIT", "Crowding", "measure_crowding"]
 
 DEFAULT_LIMIT = 100
-"""The detections of an image that Detectron2's networks give and COCO's evaluation counts, unless
-``TEST.DETECTIONS_PER_IMAGE`` says otherwise."""
+"""The number of detections per image that Detectron2's networks give and that COCO's evaluation
+counts, unless ``TEST.DETECTIONS_PER_IMAGE`` has another value."""
 
 
 class Crowding(NamedTuple):
-    """What of a data set lies beyond a limit of detections per image.
+    """The objects of a data set beyond a limit of detections per image.
 
     Attributes:
-        limit: detections per image.
-        images: with more objects than that.
-        beyond: objects beyond the limit, over all images.
-        objects: all there are.
-        most: objects in one image.
+        limit: the number of detections per image.
+        images: the number of images with more objects than the limit.
+        beyond: the number of objects beyond the limit, over all images.
+        objects: the number of all objects.
+        most: the largest number of objects in an image.
     """
 
     limit: int
@@ -34,7 +34,7 @@ class Crowding(NamedTuple):
     most: int
 
     def __str__(self) -> str:
-        """Say it in a sentence without a full stop, and what to set."""
+        """Return a sentence without a full stop that says what to set."""
         images, have = counted(self.images, "images"), "has" if self.images == 1 else "have"
         return (
             f"{images} {have} more than {self.limit} objects, so {self.beyond:,} of the "
@@ -46,8 +46,8 @@ class Crowding(NamedTuple):
 def measure_crowding(counts: Iterable[int], limit: int) -> Crowding | None:
     """
     Args:
-        counts: of objects, crowds aside, in each image.
-        limit: detections per image.
+        counts: the number of objects in each image, without crowds.
+        limit: the number of detections per image.
 
     Returns:
         None if no image has more objects than that.

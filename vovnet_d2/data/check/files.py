@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Image files on disk: where their paths lead, and what reading them gives."""
+"""Image files are found by their names, and read."""
 
 from __future__ import annotations
 
@@ -16,46 +16,40 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ..image_file import read_header, read_image
+from ...errors import UserValueError, one_line
+from ..image_file import ImageHeader, read_header, read_image
 
 __all__ = ["ImageFile", "inspect_files", "is_dark", "resolve_inside"]
 
 _DARK = 16  # what 12 bits reach in the upper 8 of 16
-# Thumbnails flatter than this look like each other, whatever they show.
+# Thumbnails of less contrast look alike, whatever they show.
 _FLAT = 4.0
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """What a file gave.
+class ImageFile(ImageHeader):
+    """An image file whose pixels were read.
 
     Attributes:
-        problem: why it cannot be read; empty if it can.
-        size: width and height as training sees them, after the rotation that EXIF asks for.
-        stored_size: before it.
-        orientation: EXIF's, 1 to 8.
-        deep: whether a pixel has more than 8 bits per channel.
-        dark: whether such a picture has no value beyond 12 bits.
-        digest: SHA-256 of the bytes.
-        look: 256 bits, equal or almost so for pictures that look alike, as 4 words; None for
-            pictures without contrast.
+        problem: why the file cannot be read; empty if it can.
+        dark: True if a picture of 16 bits has only values of up to 12 bits.
+        digest: the SHA-256 of the bytes.
+        look: 256 bits as 4 words. Pictures that look alike have equal or almost equal bits. None
+            for pictures without contrast.
     """
 
     problem: str = ""
-    size: tuple[int, int] = (0, 0)
-    stored_size: tuple[int, int] = (0, 0)
-    orientation: int = 1
-    deep: bool = False
     dark: bool = False
     digest: str = ""
     look: NDArray[np.uint64] | None = None
 
 
 def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
-    """Find the file of an image by its name in an annotation file, which must not lead elsewhere.
+    """Find the file of an image by its name in an annotation file. The name must not lead out of
+    the folder.
 
-    The name is what is checked. A file or folder that is a symbolic link may lead anywhere: it is
-    the user who made the link, as DVC, git-annex and pools of images on clusters do.
+    Only the name is checked. A symbolic link may lead anywhere, as the user has made it: DVC,
+    git-annex and shared folders of clusters do so.
 
     Args:
         root: the folder of a data set's images.
@@ -65,17 +59,17 @@ def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
         the path of the file.
 
     Raises:
-        ValueError: the name leads out of ``root``, by ".." or as an absolute path; or is no path.
+        ValueError: the name leads out of ``root`` by ".." or as an absolute path, or is no path.
     """
     if "\0" in name:
-        raise ValueError(f"file_name {name!r} is no path.")
+        raise UserValueError(f"file_name {name!r} is no path.")
     folder, parts = os.path.realpath(root), Path(name).parts
-    # The system takes ".." from where a link before it leads.
+    # The system resolves a link before it takes a ".." behind the link.
     resolved = 1 + max((index for index, part in enumerate(parts) if part == ".."), default=-1)
     head = os.path.join(folder, *parts[:resolved])
     path = Path(os.path.realpath(head) if resolved else head, *parts[resolved:])
     if not any(path.is_relative_to(inside) for inside in (folder, os.path.abspath(root))):
-        raise ValueError(
+        raise UserValueError(
             f"file_name {name!r} leads out of the image folder {root}, to {path}: it is not read."
         )
     return str(path)
@@ -85,7 +79,7 @@ def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:
     """Read and decode each file as training does, several at a time.
 
     Args:
-        title: what the progress bar is headed with.
+        title: the heading of the progress bar.
     """
     unique = list(dict.fromkeys(paths))
     # Decoding and hashing let other threads run.
@@ -101,12 +95,9 @@ def _inspect(path: str) -> ImageFile:
         pixels = read_image(path, "RGB")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except Exception as error:  # Pillow's decoders raise what comes to them
-        return ImageFile(problem=" ".join(str(error).split()) or type(error).__name__)
-    height, width = pixels.shape[:2]
-    sizes = (width, height), header.stored_size
-    deep = header.bits > 8
-    dark = deep and is_dark(pixels)
-    return ImageFile("", *sizes, header.orientation, deep, dark, digest, _look(pixels))
+        return ImageFile((0, 0), problem=one_line(error))
+    dark = header.bits > 8 and is_dark(pixels)
+    return ImageFile(**vars(header), dark=dark, digest=digest, look=_look(pixels))
 
 
 def is_dark(pixels: NDArray[np.uint8]) -> bool:
@@ -115,7 +106,7 @@ def is_dark(pixels: NDArray[np.uint8]) -> bool:
 
 
 def _look(pixels: NDArray[np.uint8]) -> NDArray[np.uint64] | None:
-    """The signs of the horizontal differences in a thumbnail of 17 x 16 greys ("dHash")."""
+    """Return the signs of the horizontal differences in a thumbnail of 17 x 16 greys ("dHash")."""
     small = Image.fromarray(pixels).convert("L").resize((17, 16), Image.Resampling.BOX)
     greys = np.asarray(small, dtype=float)
     if greys.std() < _FLAT:

@@ -1,15 +1,16 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What all annotations of a set have in common before each is looked at alone: the order and unit
-of their numbers, the size of the pictures that they were made for, and how these were turned."""
+"""Faults that all annotations of a set share are found and corrected: another order or unit of the
+numbers, another size of the pictures, or pictures that were turned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .conventions import (
     COCO,
@@ -23,12 +24,13 @@ from .conventions import (
 from .files import ImageFile
 from .orientation import TurnedFile, compare_readings, judge, turn_annotation
 from .problems import Findings
-from .values import are_numbers, as_id, is_number, is_whole
+from .values import are_numbers, as_id, is_box, is_number
 
-__all__ = ["Frame", "interpret_annotations", "size_of"]
+__all__ = ["Frame", "interpret_annotations"]
 
 Record = dict[str, Any]
 Size = tuple[int, int]
+Array = NDArray[Any]
 
 _RESIZED = 0.05  # a smaller change of size is a mistake in the numbers
 _MAX_COMPARED = 200
@@ -36,12 +38,12 @@ _MAX_COMPARED = 200
 
 @dataclass(frozen=True)
 class Frame:
-    """An image that annotations speak of.
+    """An image with annotations.
 
     Attributes:
-        name: ``file_name``.
-        path: its file.
-        file: what that gave.
+        name: the ``file_name`` of the image.
+        path: the path of the file.
+        file: the content of the file.
         given: width and height in the annotation file; None if these are no sizes.
     """
 
@@ -52,15 +54,8 @@ class Frame:
 
     @property
     def size(self) -> Size:
-        """Width and height that the numbers of annotations are to be compared with."""
+        """Return the width and height to which the numbers of the annotations refer."""
         return self.given or self.file.size
-
-
-def size_of(image: Record) -> Size | None:
-    width, height = image.get("width"), image.get("height")
-    if is_whole(width) and is_whole(height) and width > 0 and height > 0:
-        return width, height
-    return None
 
 
 def interpret_annotations(
@@ -70,11 +65,11 @@ def interpret_annotations(
     Args:
         annotations: as they stand in the file.
         frames: the images that can be used, by the ids that stand in the file.
-        findings: what all annotations have in common is added here.
+        findings: gets what all annotations have in common.
 
     Returns:
-        the annotations as COCO's format has them, for the pictures as they are read; and why no
-        corrected copy can be written, empty if one can.
+        the annotations in COCO's format for the pictures as they are read, and the reason why no
+            corrected copy can be written; the reason is empty if one can.
     """
     pairs = [(a, frames.get(as_id(a.get("image_id")))) for a in annotations]  # type: ignore[arg-type]
     pairs = _interpret_polygons(pairs, findings)
@@ -107,17 +102,18 @@ def _interpret_polygons(pairs: _Pairs, findings: Findings) -> _Pairs:
         if not polygons_of(annotation) or not isinstance(mask, list):
             return annotation
         scale = frame.size if convention == "fractions" else (1, 1)
-        rewritten = [_rewrite_polygon(p, convention, scale) for p in mask]
+        step = -1 if convention == "y, x" else 1
+        rewritten = [_map_points(p, lambda points: (points * scale)[:, ::step]) for p in mask]
         return annotation | {"segmentation": rewritten}
 
     return [(rewrite(a, frame) if frame else a, frame) for a, frame in pairs]
 
 
-def _rewrite_polygon(polygon: Any, convention: str, scale: Size) -> Any:
+def _map_points(polygon: Any, change: Callable[[Array], Array]) -> Any:
+    """Change the points of a polygon, an array (N, 2). What is malformed stays as it is."""
     if not are_numbers(polygon) or len(polygon) % 2:
         return polygon
-    points = np.reshape(polygon, (-1, 2)) * scale
-    return (points[:, ::-1] if convention == "y, x" else points).reshape(-1).tolist()
+    return change(np.reshape(polygon, (-1, 2))).reshape(-1).tolist()
 
 
 def _interpret_boxes(pairs: _Pairs, findings: Findings) -> tuple[_Pairs, str]:
@@ -152,7 +148,7 @@ def _to_coco(reading: Convention, samples: list[Sample]) -> list[list[float]]:
 def _tell_apart(
     readings: list[Convention], samples: dict[int, Sample], pairs: _Pairs
 ) -> list[Convention]:
-    """Compare the edges of the boxes with the pictures: some are enough."""
+    """Choose the reading whose edges lie where the pictures change. A sample of boxes is enough."""
     chosen = list(samples)[:: max(1, len(samples) // _MAX_COMPARED)]
     by_path: dict[str, list[int]] = {}
     for i in chosen:
@@ -167,11 +163,11 @@ def _tell_apart(
     return readings if best is None else [readings[best]]
 
 
-# Size
+# Size of the pictures
 
 
 def _fit_to_files(pairs: _Pairs, findings: Findings) -> _Pairs:
-    """Scale the annotations of pictures that were resized since."""
+    """Scale the annotations of pictures that were resized after they had been annotated."""
     resized = [(i, a, f) for i, a, f in _each(pairs) if _scale_of(f)]
     boxes = [(s.box, f) for _, a, f in resized if (s := sample_of(a, f.size))]
     reaches = [(box[0] + box[2], box[1] + box[3], f) for box, f in boxes]
@@ -191,7 +187,8 @@ def _fit_to_files(pairs: _Pairs, findings: Findings) -> _Pairs:
 
 
 def _scale_of(frame: Frame) -> tuple[float, float] | None:
-    """From the annotations' size to the file's; None if the picture was not resized as a whole."""
+    """Return the factors from the annotations' size to the file's; None if the picture was not
+    resized as a whole."""
     if frame.given is None or frame.given in (frame.file.size, frame.file.stored_size):
         return None
     x, y = (new / old for new, old in zip(frame.file.size, frame.given, strict=True))
@@ -204,12 +201,12 @@ def _scale_of(frame: Frame) -> tuple[float, float] | None:
 def _scale(annotation: Record, scale: tuple[float, float]) -> Record:
     scaled = dict(annotation)
     x, y = scale
-    if are_numbers(box := annotation.get("bbox")) and len(box) == 4:
+    if is_box(box := annotation.get("bbox")):
         scaled["bbox"] = [n * s for n, s in zip(box, (x, y, x, y), strict=True)]
     if is_number(area := annotation.get("area")):
         scaled["area"] = area * x * y
     if isinstance(mask := annotation.get("segmentation"), list):
-        scaled["segmentation"] = [_times(p, scale) for p in mask]
+        scaled["segmentation"] = [_map_points(p, lambda points: points * scale) for p in mask]
     points = annotation.get("keypoints")
     if are_numbers(points) and len(points) % 3 == 0:
         triples = np.reshape(points, (-1, 3)) * (x, y, 1)
@@ -219,13 +216,7 @@ def _scale(annotation: Record, scale: tuple[float, float]) -> Record:
     return scaled
 
 
-def _times(polygon: Any, scale: tuple[float, float]) -> Any:
-    if not are_numbers(polygon) or len(polygon) % 2:
-        return polygon
-    return (np.reshape(polygon, (-1, 2)) * scale).reshape(-1).tolist()
-
-
-# Orientation
+# Orientation of the pictures
 
 
 def _turn(pairs: _Pairs, frames: Mapping[int | str, Frame], findings: Findings) -> list[Record]:
@@ -235,11 +226,11 @@ def _turn(pairs: _Pairs, frames: Mapping[int | str, Frame], findings: Findings) 
             boxes.setdefault(frame.path, []).append(sample.box)
     turned = {
         frame.path: TurnedFile(
-            frame.path,
-            frame.file.orientation,
             frame.file.stored_size,
-            frame.given,
-            boxes.get(frame.path, []),
+            frame.file.orientation,
+            path=frame.path,
+            given_size=frame.given,
+            boxes=boxes.get(frame.path, []),
         )
         for frame in frames.values()
         if frame.file.orientation != 1
@@ -252,7 +243,7 @@ def _turn(pairs: _Pairs, frames: Mapping[int | str, Frame], findings: Findings) 
         elif verdicts[frame.path] == "unclear" and boxes.get(frame.path):
             findings.add("turn_unclear", where)
         elif frame.given == frame.file.stored_size != frame.file.size:
-            findings.add("image_size", f"{where}: the size is of before the rotation")
+            findings.add("image_size", f"{where}: the size is that before the rotation")
     return [
         turn_annotation(a, turned[f.path]) if f and verdicts.get(f.path) == "stored" else a
         for a, f in pairs

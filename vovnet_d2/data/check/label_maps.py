@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Maps of labels for semantic segmentation: whether their values are the numbers of classes."""
+"""Label maps for semantic segmentation: their values are compared with the numbers of classes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
+from ...errors import UserFileNotFoundError
+from ...words import listed
 from ..image_file import read_header, read_labels
 
 __all__ = ["LabelCounts", "check_label_set", "count_labels", "explain_labels", "is_label_set"]
@@ -24,14 +26,14 @@ _MAX_EXAMPLES = 5
 
 @dataclass
 class LabelCounts:
-    """What a set of label maps holds.
+    """The values in a set of label maps.
 
     Attributes:
-        files: the number of maps that were read.
-        pixels: the number of pixels of each value, over all maps.
-        first: the first file that has a value.
-        problems: sentences about files that cannot be used, the first few.
-        num_problems: how many there are.
+        files: the number of label maps that were read.
+        pixels: the number of pixels of each value, over all label maps.
+        first: for each value the first file that has it.
+        problems: sentences about the first few files that cannot be used.
+        num_problems: the number of files that cannot be used.
     """
 
     files: int = 0
@@ -52,7 +54,7 @@ class LabelCounts:
             self.first.setdefault(value, file)
 
     def merge(self, other: LabelCounts) -> None:
-        """Add what another part of the same set holds."""
+        """Add the counts of another part of the same set."""
         self.files += other.files
         self.pixels.update(other.pixels)
         self.first = other.first | self.first
@@ -77,7 +79,8 @@ def count_labels(records: Sequence[Mapping[str, Any]], title: str) -> LabelCount
 
 
 def is_label_set(name: str) -> bool:
-    """Whether a data set is registered as label maps without annotations in COCO's format."""
+    """Return whether a data set is registered as label maps without annotations in COCO's
+    format."""
     if name not in DatasetCatalog:
         return False
     metadata = MetadataCatalog.get(name)
@@ -91,13 +94,13 @@ def check_label_set(name: str) -> tuple[str, bool]:
         a report, and whether the maps can be used.
 
     Raises:
-        FileNotFoundError: the data set is not where it is registered.
+        FileNotFoundError: the files of the data set are missing.
     """
     metadata = MetadataCatalog.get(name)
     try:
         records = [r for r in DatasetCatalog.get(name) if "sem_seg_file_name" in r]
     except (AssertionError, OSError) as error:
-        raise FileNotFoundError(f"Data set {name} cannot be loaded: {error}") from error
+        raise UserFileNotFoundError(f"Data set {name} cannot be loaded: {error}") from error
     counts = count_labels(records, name)
     ignored = metadata.get("ignore_label", 255)
     problem, note = explain_labels(counts, len(metadata.stuff_classes), ignored)
@@ -113,7 +116,7 @@ def _inspect(record: Mapping[str, Any]) -> tuple[dict[int, int], str]:
     size = labels.shape[::-1]
     try:
         picture_size = read_header(record["file_name"]).size
-    except Exception:  # the check of pictures, or reading them, says what is wrong
+    except (FileNotFoundError, ValueError):  # the check of the pictures reports it
         picture_size = size
     if size != picture_size:
         return {}, (
@@ -128,12 +131,12 @@ def explain_labels(counts: LabelCounts, num_classes: int, ignored: int) -> tuple
     """Compare the values of label maps with the numbers of classes.
 
     Args:
-        num_classes: of the network: values from 0 to one less are classes.
+        num_classes: number of classes of the network, which are the values from 0 on.
         ignored: the value of pixels that are not labelled.
 
     Returns:
-        what makes the maps unfit for this network, in a sentence, and what is worth knowing;
-        empty if there is nothing.
+        a sentence that says why the network cannot learn from the label maps, and a note on them;
+            each is empty if there is nothing to say.
     """
     if counts.num_problems:
         more = counts.num_problems - 1
@@ -144,9 +147,9 @@ def explain_labels(counts: LabelCounts, num_classes: int, ignored: int) -> tuple
     if wrong:
         where = counts.first[wrong[0]]
         return (
-            f"label maps have values that are no class, {_list(wrong)} ({where} is the first file "
-            f"with {wrong[0]}): the classes are 0 to {num_classes - 1}, and {ignored} is not "
-            f"labelled. {_convention(values, num_classes, ignored)}",
+            f"label maps have values that are not classes: {listed(wrong, most=10)} ({where} is "
+            f"the first file with {wrong[0]}): the classes are 0 to {num_classes - 1}, and "
+            f"{ignored} is not labelled. {_convention(values, num_classes, ignored)}",
             "",
         )
     if values == [0] and num_classes > 1 and ignored in counts.pixels:
@@ -160,11 +163,11 @@ def explain_labels(counts: LabelCounts, num_classes: int, ignored: int) -> tuple
         return f"label maps have no pixel of a class: all have the value {ignored}.", ""
     unused = sorted(set(range(num_classes)) - set(values))
     note = f"the label maps have {len(values)} of the {num_classes} classes"
-    return "", note + (f"; without a pixel are {_list(unused)}" if unused else "")
+    return "", note + (f"; without a pixel are {listed(unused, most=10)}" if unused else "")
 
 
 def _convention(values: list[int], num_classes: int, ignored: int) -> str:
-    """The way of writing labels that these values come from."""
+    """Guess from the values how the labels were written, and say how to correct them."""
     if values[-1] == num_classes and values[0] >= 1:
         return "These are counted from 1: subtract 1 from all of them."
     if values[-1] == num_classes and values[0] == 0:
@@ -177,13 +180,9 @@ def _convention(values: list[int], num_classes: int, ignored: int) -> str:
     if 1 < len(values) <= num_classes and values[-1] <= 255 and values[-1] > 2 * num_classes:
         return (
             f"There are {len(values)} values, so they are probably grey values that stand for the "
-            f"classes in their order: write {_list(list(range(len(values))))} for {_list(values)}."
+            f"classes in their order: write {listed(range(len(values)), most=10)} for "
+            f"{listed(values, most=10)}."
         )
     if 255 in values and ignored != 255 and max(v for v in values if v != 255) < num_classes:
         return "If 255 is not labelled, set MODEL.SEM_SEG_HEAD.IGNORE_VALUE 255."
     return "The network needs more classes, or the maps other numbers."
-
-
-def _list(values: Sequence[int]) -> str:
-    shown = ", ".join(map(str, values[:10]))
-    return f"{shown}, ..." if len(values) > 10 else shown

@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that two data sets share: what is trained on must not be what is measured with."""
+"""Pictures that two data sets share are found, as a network must not be tested on its training
+pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from .problems import Findings
 
 __all__ = ["compare_files", "near_pairs"]
 
-# Of 256 bits. Pictures that have nothing in common differ in about 128, with a standard deviation
-# of 8 for independent bits; a copy at another size or JPEG quality in a handful.
+# Bits of 256. Unrelated pictures differ in about 128 bits, with a standard deviation of 8 if the
+# bits are independent. A copy at another size or JPEG quality differs in a few.
 _NEAR = 16
 _ROWS = 256  # compared at a time, so that memory stays small
 _NUM_SAMPLES = 500  # images of a set that are compared with the others of the set
@@ -27,12 +28,12 @@ def compare_files(
 ) -> set[str]:
     """
     Args:
-        mine: the files of the set that is trained on, by name.
-        others: those of the set that it is measured with.
-        findings: what they share is added here.
+        mine: the files of the training set, by name.
+        others: the files of the validation set, by name.
+        findings: gets the problems.
 
     Returns:
-        the names in ``mine`` of files that are also in ``others``, byte for byte.
+        the names in ``mine`` of files whose bytes are also in ``others``.
     """
     by_digest = {file.digest: name for name, file in others.items()}
     leaked = {name for name, file in mine.items() if file.digest in by_digest}
@@ -47,7 +48,7 @@ def compare_files(
 def _add_near_duplicates(
     mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile], findings: Findings
 ) -> None:
-    """Count the images, however many of the other set each looks like."""
+    """Count each image once, even if it looks like several images of the other set."""
     near: defaultdict[str, list[str]] = defaultdict(list)
     for name, other in near_pairs(mine, others):
         near[other].append(name)
@@ -60,7 +61,7 @@ def _add_near_duplicates(
 
 
 def _look_alike(files: Mapping[str, ImageFile]) -> bool:
-    """Return whether most images of a set look like several others of the same set."""
+    """Return True if most images of a set look like several other images of the same set."""
     step = max(1, len(files) // _NUM_SAMPLES)
     sample = dict(list(files.items())[::step])
     counts = Counter(name for name, other in near_pairs(sample, files) if name != other)
@@ -82,7 +83,8 @@ def near_pairs(
 
 
 def _ones(words: np.ndarray) -> np.ndarray:
-    """Return numbers whose sum over the last axis is how many bits of the words are set."""
+    """Return numbers whose sum over the last axis is the number of bits that are set in the
+    words."""
     if hasattr(np, "bitwise_count"):
         return np.bitwise_count(words)
     return np.unpackbits(words.view(np.uint8), axis=-1)  # NumPy 1

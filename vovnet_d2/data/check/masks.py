@@ -1,23 +1,27 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Polygons and run-length encodings, checked before pycocotools sees them: malformed ones make it
-read beyond its memory."""
+"""Polygons and run-length encodings are checked before pycocotools reads them. pycocotools reads
+beyond its memory if they are malformed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ...errors import UserValueError
 from .problems import Findings
 from .values import are_numbers, is_whole
 
 __all__ = [
     "Mask",
+    "box_of",
     "decode_counts",
+    "find_rle_problem",
     "has_mask",
     "is_box_mask",
     "is_empty_mask",
@@ -29,18 +33,19 @@ __all__ = [
 Mask = list[list[float]] | dict[str, Any]
 
 TOLERANCE = 1.0
-"""By how many pixels boxes and polygons may reach beyond the image: roundings do."""
+"""The number of pixels by which rounding may move a box or polygon beyond the image."""
 
 
 def is_empty_mask(value: Any) -> bool:
-    """Whether a ``segmentation`` is there only in name: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
+    """Return whether a ``segmentation`` is empty: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
     if isinstance(value, list):
         return all(isinstance(polygon, list) and not polygon for polygon in value)
     return value is None or value in ({}, "")
 
 
 def has_mask(annotation: Mapping[str, Any]) -> bool:
-    """Whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three points."""
+    """Return whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three
+    points."""
     mask = annotation.get("segmentation")
     if isinstance(mask, Mapping):
         return bool(mask)
@@ -54,7 +59,7 @@ def has_mask(annotation: Mapping[str, Any]) -> bool:
 
 
 def is_box_mask(mask: Any, box: Sequence[float]) -> bool:
-    """Return whether a mask, polygons or RLE, is a rectangle and so says no more than its box."""
+    """Return True if a mask, polygons or RLE, is a rectangle and so tells no more than its box."""
     if isinstance(mask, Mapping):
         try:
             runs = decode_counts(mask.get("counts"))
@@ -71,11 +76,11 @@ def is_box_mask(mask: Any, box: Sequence[float]) -> bool:
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:
     """
     Args:
-        value: an annotation's ``segmentation``, which is there.
-        where: the annotation, in words.
+        value: the ``segmentation`` of an annotation, which is not empty.
+        where: the place of the annotation, in words.
 
     Returns:
-        what of it is a mask of that image; None if nothing is.
+        the part of the value that is a mask of the image; None if nothing is.
     """
     if isinstance(value, dict):
         return _repair_rle(value, height, width, where, findings)
@@ -97,7 +102,7 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
         findings.add("polygon_outside", f"{where}: by {max(reach):.1f} pixels")
     else:
         clipped = polygons
-    kept = [p for p in clipped if min(_box([p])[2:]) > 0]
+    kept = [p for p in clipped if min(box_of([p])[2:]) > 0]
     if polygons and not kept:
         findings.add("empty_mask", where)
     return kept or None
@@ -130,49 +135,62 @@ def _clip(polygon: list[float], height: int, width: int) -> list[float]:
 def _repair_rle(
     rle: dict[str, Any], height: int, width: int, where: str, findings: Findings
 ) -> Mask | None:
-    size = rle.get("size")
-    if not (isinstance(size, list) and len(size) == 2 and all(map(is_whole, size))):
-        findings.add("rle", f'{where}: "size" is {size!r:.40}')
+    problem, sentence = find_rle_problem(rle, height, width)
+    if problem:
+        findings.add(problem, f"{where}: {sentence}")
         return None
-    if size != [height, width]:
-        findings.add("rle_size", f"{where}: {size} in an image of {[height, width]}")
-        return None
-    try:
-        counts = decode_counts(rle.get("counts"))
-    except ValueError as error:
-        findings.add("rle", f"{where}: {error}")
-        return None
-    if sum(counts) != height * width:
-        findings.add("rle", f"{where}: {sum(counts)} pixels in an image of {height * width}")
-        return None
-    if not any(counts[1::2]):
+    if not any(decode_counts(rle["counts"])[1::2]):
         findings.add("empty_mask", where)
         return None
-    return {"size": size, "counts": rle["counts"]}
+    return {"size": rle["size"], "counts": rle["counts"]}
+
+
+def find_rle_problem(rle: Mapping[str, Any], height: int, width: int) -> tuple[str, str]:
+    """Return why an RLE cannot be the mask of an object in an image of this size: a key of
+    :data:`PROBLEMS`, and the fault in words. Both are empty if the RLE can be used."""
+    size = rle.get("size")
+    if not (
+        isinstance(size, list | tuple)
+        and len(size) == 2
+        and all(isinstance(n, Integral) for n in size)
+    ):
+        return "rle", f'"size" is {size!r:.40}'
+    if list(size) != [height, width]:
+        return "rle_size", f"size {list(size)} in an image of {[height, width]}"
+    try:
+        pixels = sum(decode_counts(rle.get("counts")))
+    except ValueError as error:
+        return "rle", str(error)
+    if pixels != height * width:
+        return "rle", f"{pixels} pixels in an image of {height * width}"
+    return "", ""
 
 
 def decode_counts(counts: Any) -> list[int]:
-    """The runs of an RLE, written as numbers or in COCO's compressed text.
+    """Return the runs of an RLE, which is a list of numbers or COCO's compressed text.
 
-    That text holds each run, from the fourth on its difference to the last but one, in groups of
-    five bits from the lowest up: a character is 48 plus the group, plus 32 if more follow; the
-    highest bit of the last group is the sign.
+    The text holds the runs one after another. From the fourth run on it holds the difference to the
+    run before the previous one. Each number is written in groups of five bits, the lowest first. A
+    character is 48 plus the group, plus 32 if more groups follow. The highest bit of the last group
+    is the sign.
 
     Raises:
-        ValueError: it is neither, or a run is negative.
+        ValueError: ``counts`` is neither, or a run is negative.
     """
+    if isinstance(counts, bytes):  # as pycocotools gives the text
+        counts = counts.decode()
     if isinstance(counts, list):
         if not all(map(is_whole, counts)) or any(run < 0 for run in counts):
-            raise ValueError("runs that are no whole numbers from 0 on")
+            raise UserValueError("runs that are not whole numbers from 0 on")
         return counts
     if not isinstance(counts, str):
-        raise ValueError(f'"counts" is a {type(counts).__name__}')
+        raise UserValueError(f'"counts" is a {type(counts).__name__}')
     runs: list[int] = []
     value = shift = 0
     for character in counts:
         group = ord(character) - 48
         if not 0 <= group < 64 or shift > 60:
-            raise ValueError(f"{character!r} is no part of a compressed RLE")
+            raise UserValueError(f"{character!r} is not part of a compressed RLE")
         value |= (group & 31) << shift
         shift += 5
         if group & 32:
@@ -182,23 +200,23 @@ def decode_counts(counts: Any) -> list[int]:
         if len(runs) > 2:
             value += runs[-2]
         if value < 0:
-            raise ValueError("a run below 0")
+            raise UserValueError("a run below 0")
         runs.append(value)
         value = shift = 0
     if shift:
-        raise ValueError("a compressed RLE that ends within a run")
+        raise UserValueError("a compressed RLE that ends within a run")
     return runs
 
 
 def mask_box(mask: Mask, height: int, width: int) -> list[float]:
-    """The tight box as x, y, width, height."""
+    """Return the tight box of a mask as x, y, width, height."""
     if isinstance(mask, list):
-        return _box(mask)
+        return box_of(mask)
     return mask_util.toBbox(_encode(mask, height, width)).tolist()
 
 
 def mask_area(mask: Mask, height: int, width: int) -> float:
-    """The number of pixels."""
+    """Return the number of pixels."""
     return float(mask_util.area(_encode(mask, height, width)))
 
 
@@ -209,7 +227,8 @@ def _encode(mask: Mask, height: int, width: int) -> dict[str, Any]:
     return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
-def _box(polygons: list[list[float]]) -> list[float]:
+def box_of(polygons: list[list[float]]) -> list[float]:
+    """Return the tight box of polygons as x, y, width, height."""
     xs = [x for polygon in polygons for x in polygon[::2]]
     ys = [y for polygon in polygons for y in polygon[1::2]]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""File names that are written a little otherwise than the files are called: by Windows, as URLs,
-from another folder, with another suffix, in another case or Unicode form."""
+"""Files are found by names that differ a little from theirs: with backslashes, as URLs, from
+another folder, with another suffix, case or Unicode form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
 
 class NearNames:
-    """The files below a folder, to be found by names that are almost theirs."""
+    """Finds files below a folder by names that are almost right."""
 
     def __init__(self, root: str | os.PathLike[str]):
         self._root = os.fspath(root)
 
     @cached_property
     def _by_key(self) -> dict[str, list[str]]:
-        """Names relative to the folder, by the plain form of their last part without a suffix."""
+        """Return the names relative to the folder, by the plain form of the file name without a
+        suffix."""
         found: defaultdict[str, list[str]] = defaultdict(list)
         for folder, folders, files in os.walk(self._root):
             folders.sort()
@@ -40,8 +41,8 @@ class NearNames:
             name: ``file_name`` of an image for which there is no file.
 
         Returns:
-            the name, relative to the folder, of the one file that must be meant; None if there is
-            none, or several are as near.
+            the name, relative to the folder, of the one file that must be meant. None if there is
+                no such file, or if several are equally near.
         """
         meant = _plain(name)
         if not meant or not (near := self._by_key.get(_key(meant), [])):
@@ -55,7 +56,7 @@ class NearNames:
 
 
 def _plain(name: str) -> str:
-    """With slashes, without the parts of a URL, and in Unicode's composed form."""
+    """Write a name with slashes, without the parts of a URL, and in Unicode's composed form."""
     text = name.strip()
     if "://" in text:
         text = unquote(urlsplit(text).path)
@@ -72,7 +73,7 @@ def _key(name: str) -> str:
 
 
 def _one_ends_the_other(candidate: str, meant: str) -> bool:
-    """Whether the folders of one path are the last ones of the other's: train/a.jpg is no
+    """Return True if one path ends with the folders of the other one: train/a.jpg is not
     val/a.jpg."""
     ours, theirs = (PurePosixPath(path).parent.parts for path in (candidate, meant))
     pairs = zip(reversed(ours), reversed(theirs), strict=False)
@@ -80,7 +81,7 @@ def _one_ends_the_other(candidate: str, meant: str) -> bool:
 
 
 def _contradict(root: str, meant: str) -> bool:
-    """Whether the folder of images is that of another split than a name speaks of."""
+    """Return True if the folder of images and the name belong to different splits."""
     ours = {split for part in PurePosixPath(root).parts[-2:] if (split := _split_of(part))}
     theirs = {s for part in PurePosixPath(meant).parent.parts if (s := _split_of(part))}
     return bool(ours and theirs) and not ours & theirs
@@ -91,7 +92,7 @@ def _split_of(part: str) -> str:
 
 
 def _score(candidate: str, meant: str) -> tuple[int, bool, bool]:
-    """How many folders before the last part agree, then whether suffix and case do."""
+    """Return how many folders before the file agree, then whether suffix and case do."""
     ours, theirs = (PurePosixPath(path) for path in (candidate, meant))
     folders = 0
     for one, other in zip(reversed(ours.parts[:-1]), reversed(theirs.parts[:-1]), strict=False):

@@ -1,21 +1,22 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that EXIF turns: whether their annotations are for the picture as it is stored, or as it
-is read, which is turned."""
+"""Annotations of pictures that EXIF turns are for the picture as it is stored, or as it is read,
+which is turned. This module finds out which, and turns annotations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 from numpy.typing import NDArray
+from PIL import Image
 
-from ..image_file import read_image
-from .masks import decode_counts
-from .values import are_numbers
+from ..image_file import TURNS, ImageHeader, read_image
+from .masks import decode_counts, find_rle_problem
+from .values import are_numbers, is_box
 
 __all__ = ["TurnedFile", "compare_readings", "judge", "turn_annotation", "turn_box"]
 
@@ -25,36 +26,27 @@ _MIN_SCORE = 3.0  # standard errors by which one reading must be better
 _REACH = 2  # pixels to either side of a box's edge
 
 
-@dataclass(frozen=True)
-class TurnedFile:
+@dataclass(frozen=True, kw_only=True)
+class TurnedFile(ImageHeader):
     """A picture whose EXIF orientation is not 1.
 
     Attributes:
-        path: its file.
-        orientation: EXIF's, 2 to 8.
-        stored_size: width and height of the picture as it is stored.
-        given_size: the annotations' width and height of it; None if they have none.
-        boxes: of its objects, each x, y, width, height in the annotations' pixels.
+        path: the path of the file.
+        given_size: width and height in the annotations; None if they have none.
+        boxes: the boxes of objects in the annotations: x, y, width, height in pixels.
     """
 
-    path: str
-    orientation: int
-    stored_size: tuple[int, int]
-    given_size: tuple[int, int] | None
-    boxes: list[Box]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        width, height = self.stored_size
-        return (height, width) if self.orientation >= 5 else (width, height)
+    path: str = ""
+    given_size: tuple[int, int] | None = None
+    boxes: list[Box] = field(default_factory=list)
 
 
 def judge(files: Iterable[TurnedFile]) -> dict[str, str]:
-    """Say for each file, by its path, what its annotations are for: "stored", "turned" or
-    "unclear".
+    """Say for each path whether the annotations are for the "stored" or the "turned" picture, or
+    whether that is "unclear".
 
-    The size in the annotations tells it where turning changes the size and no box contradicts. For
-    the other files, all together, the edges of the boxes are compared with the pictures.
+    The size in the annotations tells it if turning changes the size and no box contradicts. For all
+    other files together, the edges of the boxes are compared with the pictures.
     """
     verdicts: dict[str, str] = {}
     silent: list[TurnedFile] = []
@@ -87,11 +79,11 @@ def compare_readings(files: Sequence[tuple[str, list[list[Box]]]]) -> int | None
     """Find the reading of boxes whose edges lie where the pictures change.
 
     Args:
-        files: paths, each with the readings of its boxes: as many boxes in each reading.
+        files: paths, each with several readings of the same boxes.
 
     Returns:
-        the index of the reading that is better than each other by three standard errors; None if
-        there is none, or there are fewer than three boxes.
+        the index of the reading that is better than every other one by three standard errors. None
+            if there is no such reading, or if there are fewer than three boxes.
     """
     scores: list[list[float]] = []
     for path, readings in files:
@@ -116,7 +108,8 @@ def compare_readings(files: Sequence[tuple[str, list[list[Box]]]]) -> int | None
 
 
 def _contrast(grey: NDArray[np.float32], box: Box) -> float:
-    """The mean change of grey across the edges of a box, in units of the picture's own changes."""
+    """Return the mean change of grey across the edges of a box, divided by the picture's own
+    changes."""
     height, width = grey.shape
     x, y, w, h = box
     left, right = (int(np.clip(round(v), 0, width)) for v in (x, x + w))
@@ -127,7 +120,7 @@ def _contrast(grey: NDArray[np.float32], box: Box) -> float:
     for at, limit, lines in ((left, width, grey[top:bottom]), (right, width, grey[top:bottom]),
                              (top, height, grey[:, left:right].T),
                              (bottom, height, grey[:, left:right].T)):  # fmt: skip
-        if _REACH <= at <= limit - _REACH:  # an edge along the picture's own tells nothing
+        if _REACH <= at <= limit - _REACH:  # an edge at the border of the picture tells nothing
             before = lines[:, at - _REACH : at].mean(axis=1)
             changes.append(float(np.abs(lines[:, at : at + _REACH].mean(axis=1) - before).mean()))
     return float(np.mean(changes)) / (float(grey.std()) + 1e-3) if changes else 0.0
@@ -137,7 +130,7 @@ def _contrast(grey: NDArray[np.float32], box: Box) -> float:
 
 
 def turn_box(box: Box, file: TurnedFile) -> list[float]:
-    """The box in the picture as it is read, of one in the picture as it is stored."""
+    """Turn a box of the picture as it is stored into one of the picture as it is read."""
     x, y, w, h = box
     corners = _turn_points([x, y, x + w, y + h], file, file.stored_size)
     x1, x2 = sorted(corners[::2])
@@ -162,9 +155,9 @@ def _turn_points(points: list[float], file: TurnedFile, size: tuple[float, float
 
 
 def turn_annotation(annotation: dict[str, Any], file: TurnedFile) -> dict[str, Any]:
-    """The annotation for the picture as it is read. What is malformed stays as it is."""
+    """Turn an annotation along with its picture. What is malformed stays as it is."""
     turned = dict(annotation)
-    if are_numbers(box := annotation.get("bbox")) and len(box) == 4:
+    if is_box(box := annotation.get("bbox")):
         turned["bbox"] = turn_box(box, file)
     mask = annotation.get("segmentation")
     if isinstance(mask, list):
@@ -189,22 +182,11 @@ def turn_annotation(annotation: dict[str, Any], file: TurnedFile) -> dict[str, A
 
 def _turn_rle(rle: dict[str, Any], file: TurnedFile) -> dict[str, Any]:
     width, height = file.stored_size
-    try:
-        counts = decode_counts(rle.get("counts"))
-    except ValueError:
+    if find_rle_problem(rle, height, width)[0]:
         return rle
-    if rle.get("size") != [height, width] or sum(counts) != height * width:
-        return rle
+    counts = decode_counts(rle["counts"])
     flat = np.repeat(np.arange(len(counts)) % 2, counts).astype(np.uint8)
     mask = flat.reshape(width, height).T
-    turned = {
-        2: mask[:, ::-1],
-        3: mask[::-1, ::-1],
-        4: mask[::-1],
-        5: mask.T,
-        6: mask[::-1].T,
-        7: mask[::-1, ::-1].T,
-        8: mask.T[::-1],
-    }[file.orientation]
+    turned = np.asarray(Image.fromarray(mask).transpose(TURNS[file.orientation]))
     encoded = mask_util.encode(np.asfortranarray(turned))
     return {"size": list(turned.shape), "counts": encoded["counts"].decode()}

@@ -1,11 +1,12 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The problems that a data set can have, and the collection of those that one has."""
+"""The problems that a data set can have, and those that were found in one."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from .crowding import DEFAULT_LIMIT
@@ -16,10 +17,10 @@ _MAX_EXAMPLES = 5
 
 
 class Severity(str, Enum):
-    """How bad a problem is.
+    """The severity of a problem.
 
-    An error stops training or evaluation, or makes them silently wrong. With a warning, training
-    loses or alters the record without a word. A note is fine, and good to know.
+    An error stops training or evaluation, or makes the result silently wrong. A warning means that
+    training silently loses or alters the record. A note is harmless.
     """
 
     ERROR = "error"
@@ -31,42 +32,46 @@ class Severity(str, Enum):
 
 
 class Problem(NamedTuple):
-    """A kind of problem: how bad, what it is, and what the corrected copy does about it."""
+    """A kind of problem: its severity, its title, and what the corrected copy does about it."""
 
     severity: Severity
     title: str
     repair: str = ""
 
 
-def _error(title: str, repair: str = "") -> Problem:
-    return Problem(Severity.ERROR, title, repair)
-
-
-def _warning(title: str, repair: str = "") -> Problem:
-    return Problem(Severity.WARNING, title, repair)
-
-
-def _note(title: str) -> Problem:
-    return Problem(Severity.NOTE, title)
-
+_error = partial(Problem, Severity.ERROR)
+_warning = partial(Problem, Severity.WARNING)
+_note = partial(Problem, Severity.NOTE)
 
 PROBLEMS: dict[str, Problem] = {
     # the file
     "json": _error("the annotation file cannot be read"),
-    "encoding": _error("the annotation file is not plain UTF-8", "written as UTF-8"),
-    "section": _error("lists of the file that are missing or no lists", "taken as empty"),
-    "record": _error("entries that are no objects", "dropped"),
+    "encoding": _warning(
+        "the annotation file is not plain UTF-8: the tools here take it, but Detectron2's loader "
+        "and pycocotools stop at it",
+        "written as UTF-8",
+    ),
+    "section": _error("lists of the file that are missing or not lists", "taken as empty"),
+    "record": _error("entries that are not objects", "dropped"),
     "empty": _error("nothing to train on"),
     "foreign_file": _error(
-        "files that are not the data set of that name: give data of your own by "
+        "annotation files of other data than the name says: give such data by "
         "--train-annotations and --train-images, or --val-annotations and --val-images"
     ),
     # categories
     "category_id": _error("categories without an id", "dropped"),
-    "category_id_type": _error("category ids that are no whole numbers", "numbered"),
-    "duplicate_category_id": _error("categories with one id", "the last kept, as pycocotools does"),
+    "category_id_type": _error(
+        "category ids that are not whole numbers of up to 63 bits, or not all text", "numbered"
+    ),
+    "category_ids_text": _note(
+        "category ids that are text: fine here, but other tools may need numbers"
+    ),
+    "large_id": _note("ids of more than 53 bits: fine here, but other tools may round them"),
+    "duplicate_category_id": _error(
+        "categories that share an id", "the last kept, as pycocotools does"
+    ),
     "category_name": _error("categories without a name that can be written", "named by their ids"),
-    "duplicate_category_name": _warning("categories with one name", "the id added to the name"),
+    "duplicate_category_name": _warning("categories that share a name", "the id added to the name"),
     "category_gaps": _note("category ids are not 1, 2, 3, ...: fine, Detectron2 maps them"),
     "unused_category": _note("categories without annotations"),
     "unused_supercategory": _warning(
@@ -77,14 +82,14 @@ PROBLEMS: dict[str, Problem] = {
     # images
     "image_id": _error("images without an id", "dropped"),
     "image_id_type": _error(
-        "image ids that are not whole numbers of up to 53 bits, or not all text", "numbered"
+        "image ids that are not whole numbers of up to 63 bits, or not all text", "numbered"
     ),
     "image_ids_text": _note("image ids that are text: fine here, but other tools may need numbers"),
     "duplicate_image_id": _error(
-        "different images with one id, whose annotations cannot be told apart", "dropped"
+        "different images that share an id, so that annotations cannot be assigned", "dropped"
     ),
-    "repeated_image": _error("images listed twice, with one id", "one kept"),
-    "duplicate_file_name": _warning("images of one file, with several ids", "made one"),
+    "repeated_image": _error("images that are listed twice with the same id", "one kept"),
+    "duplicate_file_name": _warning("images that share a file under several ids", "made one"),
     "file_name": _error("images without a file name", "dropped"),
     "path_outside": _error("paths that leave the image folder", "dropped"),
     "near_name": _error(
@@ -94,9 +99,10 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "missing_file": _error("image files that are missing", "dropped"),
     "unreadable_file": _error("image files that cannot be read", "dropped"),
+    "no_size": _error("images without a whole width and height above 0", "taken from the file"),
     "image_size": _error("sizes that differ from the file's", "taken from the file"),
     "annotations_turned": _error(
-        "annotations of pictures as they are stored, which EXIF turns before training sees them",
+        "annotations of the stored pictures, which EXIF turns before training sees them",
         "turned with the pictures",
     ),
     "turn_unclear": _warning(
@@ -105,12 +111,12 @@ PROBLEMS: dict[str, Problem] = {
         "stored pictures, remove their EXIF orientation)"
     ),
     "resized": _error(
-        "annotations of pictures at another size, which were resized since", "scaled"
+        "annotations for another size of the pictures, which were resized later", "scaled"
     ),
-    "deep_pixels": _note("images of 16 bits, of which reading takes the upper 8"),
+    "deep_pixels": _note("images of 16 bits: reading takes the upper 8"),
     "dark_pixels": _warning(
-        "images of 16 bits with values in the lower 12 alone, which are almost black in the upper "
-        "8: spread the values to 0 to 65535, or write 8 bits"
+        "images of 16 bits that use only the lower 12, so the upper 8 are almost black: spread "
+        "the values to 0 to 65535, or write 8 bits"
     ),
     "same_content": _note("image files that equal another of the set"),
     "no_annotations": _note(
@@ -118,14 +124,14 @@ PROBLEMS: dict[str, Problem] = {
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
     ),
     # annotations
-    "annotation_id": _error("annotation ids that are missing or no whole numbers", "numbered"),
-    "duplicate_annotation_id": _error("annotations with one id", "numbered anew"),
+    "annotation_id": _error("annotation ids that are missing or not whole numbers", "numbered"),
+    "duplicate_annotation_id": _error("annotations that share an id", "numbered anew"),
     "annotation_id_zero": _warning(
         "annotation ids of 0, which pycocotools takes for no match", "numbered anew"
     ),
     "no_image_id": _error("annotations without the id of an image", "dropped"),
     "unknown_image": _warning("annotations of images that are not listed", "dropped"),
-    "lost_with_image": _note("annotations of images that cannot be used, which go with these"),
+    "lost_with_image": _note("annotations of images that cannot be used; they are dropped too"),
     "unknown_category": _error("annotations of categories that are not listed", "dropped"),
     "reference_type": _error(
         "references to ids that are text where the ids are numbers, or numbers where they are text",
@@ -133,7 +139,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "ignore": _error('annotations with "ignore", which Detectron2 refuses', "made crowds"),
     "iscrowd": _error('"iscrowd" missing (evaluation stops) or neither 0 nor 1', "0"),
-    "crowd": _note("crowds: training leaves them out, evaluation forgives what is found there"),
+    "crowd": _note("crowds: training leaves them out, and evaluation ignores detections there"),
     "repeated_annotation": _warning("annotations that repeat another", "dropped"),
     # all annotations together
     "box_convention": _error(
@@ -146,12 +152,12 @@ PROBLEMS: dict[str, Problem] = {
         "polygons that are not x, y, ... in pixels, all for one reason", "rewritten"
     ),
     "systematic": _error(
-        "one problem with most of the annotations, so one cause: it is to be mended where the file "
-        "is made, and not at each annotation"
+        "one problem with most of the annotations, so they have one cause: fix the program that "
+        "writes the file, and not each annotation"
     ),
     # boxes
     "box": _error(
-        "boxes that are missing or no four numbers", "taken from the mask, or else dropped"
+        "boxes that are missing or not four numbers", "taken from the mask, or else dropped"
     ),
     "degenerate_box": _warning(
         "boxes without width and height above 0", "taken from the mask, or else dropped"
@@ -167,7 +173,7 @@ PROBLEMS: dict[str, Problem] = {
     "polygon": _warning(
         "polygons of an odd count of numbers or of fewer than three points", "dropped"
     ),
-    "polygon_numbers": _error("polygons with what is no number", "dropped"),
+    "polygon_numbers": _error("polygons with a value that is not a number", "dropped"),
     "polygon_outside": _warning("polygons that reach beyond the image", "clipped"),
     "rle": _error("RLE that is malformed", "dropped"),
     "rle_size": _error("RLE of another size than the image", "dropped"),
@@ -189,7 +195,7 @@ PROBLEMS: dict[str, Problem] = {
     "rle_masks": _note("RLE masks of objects: for Mask R-CNN set INPUT.MASK_FORMAT bitmask"),
     # keypoints
     "keypoints": _error(
-        "keypoints that are missing, no numbers, or of the wrong length", "marked as not labelled"
+        "keypoints that are missing, not numbers, or of the wrong length", "marked as not labelled"
     ),
     "keypoint_outside": _warning("keypoints beyond the image", "marked as not labelled"),
     "num_keypoints": _error('"num_keypoints" missing or wrong', "counted"),
@@ -199,29 +205,29 @@ PROBLEMS: dict[str, Problem] = {
         "evaluation counts by default"
     ),
     # between two sets
-    "leaked_file": _error("image files that another set has, too", "dropped from the first set"),
+    "leaked_file": _error("image files that are also in another set", "dropped from the first set"),
     "near_duplicate": _note(
         "images of the second set that look like one of the first: look at these pairs"
     ),
     "all_alike": _note(
-        "images of the second set that look like one of the first, but so do the images of the "
-        "first among each other, as those of a fixed camera: looks do not tell copies there. Make "
-        "sure that the sets are of other times or places; an evaluation says nothing of other "
+        "images of the second set that look like one of the first. The images of the first set "
+        "also look like each other, as from a fixed camera, so that looks do not show copies. Make "
+        "sure that the sets are of other times or places; an evaluation says nothing about other "
         "cameras"
     ),
-    "same_name": _note("file names that another set has, too, for other pictures"),
+    "same_name": _note("file names that are also in another set, for other pictures"),
     "categories_differ": _error("categories of names that another set does not have"),
     "category_ids_differ": _warning(
-        "categories of another set's names, under other ids or not all of them",
-        "those of the first set taken",
+        "categories with the names of another set, but under other ids or not all of them",
+        "the categories of the first set taken",
     ),
 }
-"""Every problem that is looked for. Those without a repair have to be mended by hand, notes aside:
-these are no problems."""
+"""All problems that the check looks for. A problem without a repair must be fixed by hand. Notes
+are no problems."""
 
 
 class Findings:
-    """How often each problem was met, with the first examples of it."""
+    """Counts the problems that were found, with the first examples of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -235,7 +241,7 @@ class Findings:
             examples.append(where)
 
     def found(self, *severities: Severity) -> list[str]:
-        """The problems that were met, of these severities, in the table's order."""
+        """Return the problems of these severities that were found, in the table's order."""
         return [
             name
             for name, problem in PROBLEMS.items()

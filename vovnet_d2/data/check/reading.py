@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An annotation file as lists of records, whatever it holds."""
+"""An annotation file is read as lists of records, even if parts of it are malformed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from typing import Any
 
 from .problems import Findings
 
-__all__ = ["SECTIONS", "read_annotation_file"]
+__all__ = ["SECTIONS", "is_plain", "read_annotation_file"]
 
 SECTIONS = ("categories", "images", "annotations")
+
+
+def is_plain(path: Path) -> bool:
+    """Return whether a JSON file is in UTF-8 without a byte order mark, as other tools need it."""
+    with path.open("rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | None:
     """
     Args:
         path: a file in COCO's format.
-        findings: what is wrong with the file is added here.
+        findings: gets the problems of the file.
 
     Returns:
-        its content, in which each of :data:`SECTIONS` is a list of dicts; None if it cannot be
-        read.
+        the content, in which each of :data:`SECTIONS` is a list of dicts; None if the file cannot
+            be read.
     """
     try:
         data = path.read_bytes()
@@ -46,11 +52,11 @@ def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | Non
 def _explain(path: Path, error: Exception) -> str:
     match error:
         case UnicodeDecodeError():
-            return f"{path} is not {error.encoding}: byte {error.start} is no part of a character"
+            return f"{path} is not {error.encoding}: byte {error.start} is not part of a character"
         case json.JSONDecodeError():
             end = "at its end, so it may be truncated" if error.pos >= len(error.doc) - 1 else ""
             place = end or f"at line {error.lineno}, column {error.colno}"
-            return f"{path} is no JSON {place}: {error.msg}"
+            return f"{path} is not JSON {place}: {error.msg}"
         case RecursionError():
             return f"{path} is nested too deeply"
         case MemoryError():

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Categories and images: ids, names, files and sizes."""
+"""Categories and images are repaired: ids, names, files and sizes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from ..image_file import read_header
 from .files import ImageFile, inspect_files, resolve_inside
 from .names import NearNames
 from .problems import Findings
-from .values import Numbering, as_id, is_number, is_text, is_whole
+from .values import Numbering, as_id, is_id, is_number, is_text, is_whole
 
 __all__ = [
     "find_unused_supercategories",
+    "has_file_name",
+    "has_size",
     "note_contents",
     "repair_categories",
     "repair_images",
+    "size_of",
+    "unique_images",
 ]
 
 Record = dict[str, Any]
@@ -29,21 +33,21 @@ Record = dict[str, Any]
 def _group_by_id(
     records: list[Record], kind: str, findings: Findings
 ) -> dict[int | str, list[Record]]:
-    """Records by the ids that they mean, each with a whole number for its id; images that all have
-    text for ids keep it."""
+    """Group records by the ids that they mean. Each gets a whole number for its id; records that
+    all have text for ids keep it."""
     groups: defaultdict[int | str, list[Record]] = defaultdict(list)
     numbering = Numbering(as_id(record.get("id")) for record in records)
     raw_ids = [record.get("id") for record in records]
-    all_text = kind == "image" and all(isinstance(raw, str) and raw.strip() for raw in raw_ids)
+    all_text = all(isinstance(raw, str) and raw.strip() for raw in raw_ids)
     if all_text and records:
-        findings.add("image_ids_text", f"{raw_ids[0]!r:.40} for one", len(records))
+        findings.add(f"{kind}_ids_text", f"{raw_ids[0]!r:.40} for one", len(records))
     for index, (record, raw) in enumerate(zip(records, raw_ids, strict=True)):
         meant = as_id(raw)
         if meant is None:
             findings.add(f"{kind}_id", f"{kind} at position {index}: {raw!r:.40}")
             continue
         if not is_whole(raw) and not all_text:
-            findings.add(f"{kind}_id_type", f"{kind} {raw!r:.40}")
+            findings.add("large_id" if is_id(raw) else f"{kind}_id_type", f"{kind} {raw!r:.40}")
         groups[meant].append(record | {"id": raw if all_text else numbering.of(meant)})
     return dict(groups)
 
@@ -70,7 +74,7 @@ def repair_categories(records: list[Record], findings: Findings) -> dict[int | s
             category["name"] = f"category {category['id']}"
     _repair_names(list(found.values()), findings)
     ids = sorted(category["id"] for category in found.values())
-    if ids and ids != list(range(1, len(ids) + 1)):
+    if ids and is_id(ids[0]) and ids != list(range(1, len(ids) + 1)):
         findings.add("category_gaps", f"{len(ids)} categories with ids from {ids[0]} to {ids[-1]}")
     return found
 
@@ -92,7 +96,7 @@ def find_unused_supercategories(records: list[Record], used: Container[Any]) -> 
     """Return the categories without annotations that others name as their supercategory.
 
     Args:
-        records: of the categories, with names.
+        records: the categories, with names.
         used: the ids of the categories that have annotations.
     """
     pairs = [(record.get("supercategory"), record["name"]) for record in records]
@@ -110,15 +114,13 @@ def repair_images(
     Args:
         records: as they stand in the file.
         root: the folder of the images.
-        title: what the progress bar is headed with.
+        title: the heading of the progress bar.
 
     Returns:
         images by the ids that stand in the file, with None for one that cannot be used; and their
         files by the images' own ids. Each file belongs to one image.
     """
-    found: dict[int | str, Record | None] = {}
-    for meant, group in _group_by_id(records, "image", findings).items():
-        found[meant] = _choose(group, findings)
+    found = unique_images(records, findings)
     names = NearNames(root)
     _drop_unless(found, lambda image: _find_path(image, root, names, findings))
     _merge_by_file(found, root, findings)
@@ -128,6 +130,12 @@ def repair_images(
     _drop_unless(found, lambda image: _repair_size(image, files[image["id"]], findings))
     kept = {image["id"]: files[image["id"]] for image in found.values() if image}
     return found, kept
+
+
+def unique_images(records: list[Record], findings: Findings) -> dict[int | str, Record | None]:
+    """Return images by the ids that stand in the file, with None for an id of different images."""
+    groups = _group_by_id(records, "image", findings)
+    return {meant: _choose(group, findings) for meant, group in groups.items()}
 
 
 def _drop_unless(found: dict[int | str, Record | None], keep: Callable[[Record], bool]) -> None:
@@ -148,13 +156,19 @@ def _choose(group: list[Record], findings: Findings) -> Record | None:
     return None
 
 
-def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
-    """Whether the image has a file, with the name that this has."""
+def has_file_name(image: Record, findings: Findings) -> bool:
     name = image.get("file_name")
-    where = f"image {image['id']}"
-    if not isinstance(name, str) or not name.strip():
-        findings.add("file_name", f"{where}: {name!r:.40}")
+    if isinstance(name, str) and name.strip():
+        return True
+    findings.add("file_name", f"image {image['id']}: {name!r:.40}")
+    return False
+
+
+def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
+    """Find the file of an image, and give the image its name; return False if there is none."""
+    if not has_file_name(image, findings):
         return False
+    name, where = image["file_name"], f"image {image['id']}"
     try:
         path = resolve_inside(root, name)
     except ValueError as error:
@@ -172,16 +186,15 @@ def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) 
 
 
 def _rename(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
-    """Whether there is one file that must be meant, inside the folder."""
+    """Give the image the name of the one file that must be meant; return False if there is none."""
     near = names.find(image["file_name"])
     if near is None:
         return False
     try:
         header = read_header(resolve_inside(root, near))
-    except Exception:  # outside the folder, or no picture
+    except (FileNotFoundError, ValueError):  # outside the folder, or no picture
         return False
-    given = image.get("width"), image.get("height")
-    if all(map(is_whole, given)) and given not in (header.size, header.stored_size):
+    if (given := size_of(image)) and given not in (header.size, header.stored_size):
         return False  # a file of that name, but another picture
     where = f"image {image['id']}: {image['file_name']!r:.100} is {near!r:.100}"
     findings.add("near_name", where)
@@ -202,30 +215,44 @@ def _merge_by_file(found: dict[int | str, Record | None], root: Path, findings: 
 
 
 def _repair_size(image: Record, file: ImageFile, findings: Findings) -> bool:
-    """Whether the image stays, with the size of its file."""
+    """Give the image the size of its file; return False if the file cannot be read."""
     if file.problem:
         findings.add("unreadable_file", f"{image['file_name']}: {file.problem:.200}")
         return False
-    given = (image.get("width"), image.get("height"))
-    if given == file.size and all(map(is_whole, given)):
-        return True
-    sizes = " and ".join(f"{w!r:.20} x {h!r:.20}" for w, h in (given, file.size))
-    where = f"{image['file_name']}: {sizes}, in the JSON file and the image"
-    # Of before the rotation that EXIF asks for: see frames.py.
-    if given != file.stored_size or not all(map(is_whole, given)):
+    given = size_of(image) if has_size(image, findings) else None
+    # frames.py handles a size from before the rotation that EXIF asks for.
+    if given and given not in (file.size, file.stored_size):
+        sizes = " and ".join(f"{w} x {h}" for w, h in (given, file.size))
+        where = f"{image['file_name']}: {sizes}, in the JSON file and the image"
         findings.add("image_size", where)
     image["width"], image["height"] = file.size
     return True
 
 
+def has_size(image: Record, findings: Findings) -> bool:
+    if size_of(image):
+        return True
+    width, height = image.get("width"), image.get("height")
+    findings.add("no_size", f"image {image['id']}: {width!r:.20} x {height!r:.20}")
+    return False
+
+
+def size_of(image: Record) -> tuple[int, int] | None:
+    """Return width and height of an image in the file; None if these are no sizes."""
+    width, height = image.get("width"), image.get("height")
+    if is_whole(width) and is_whole(height) and width > 0 and height > 0:
+        return width, height
+    return None
+
+
 def note_contents(
     images: Mapping[int, Record], files: Mapping[int, ImageFile], findings: Findings
 ) -> None:
-    """Notes about files that can be used."""
+    """Note what is special about files that can be used."""
     first: dict[str, str] = {}
     for key, file in files.items():
         name = images[key]["file_name"]
-        if file.deep:
+        if file.bits > 8:
             findings.add("deep_pixels", name)
         if file.dark:
             findings.add("dark_pixels", name)

@@ -1,9 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Registered data sets whose files are other data, such as a file of one's own in COCO's place.
+"""Registered data sets are refused if their files hold other data, such as custom annotations under
+COCO's names.
 
-Detectron2's own names ("coco_2017_train", "lvis_v1_val", ...) state the categories. Its loaders
-stop at a file that has others or, for LVIS and for keypoints, train on wrong names.
+Detectron2 registers the categories of its own names ("coco_2017_train", "lvis_v1_val", ...). Its
+loaders stop at a file with other categories or, for LVIS and for keypoints, train on wrong names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from ...errors import UserValueError
 from ...words import counted, listed
 from .problems import Findings
 from .reading import read_annotation_file
@@ -27,8 +29,8 @@ _LARGE = 2**24  # bytes
 
 
 def states_categories(name: str) -> bool:
-    """Return whether one of Detectron2's loaders reads a data set from a file whose categories the
-    metadata state already. (A loader of the user's may choose among the categories of its file.)"""
+    """Return True if a loader of Detectron2 reads a data set whose categories are in the metadata
+    already. A loader of the user may choose among the categories of its file."""
     metadata = MetadataCatalog.get(name)
     by_detectron2 = getattr(DatasetCatalog[name], "__module__", "").startswith(_LOADERS)
     return by_detectron2 and bool(metadata.get("thing_classes")) and bool(_files(metadata))
@@ -41,8 +43,8 @@ def find_foreign_file(name: str) -> str:
         name: a data set for which :func:`states_categories` holds.
 
     Returns:
-        which file has other categories, and which ones, in a sentence without a full stop; empty if
-        the files are what the name stands for.
+        a sentence without a full stop that names the file and its categories; empty if the files
+            have the categories of the data set.
 
     Raises:
         ValueError: a file cannot be read.
@@ -50,22 +52,24 @@ def find_foreign_file(name: str) -> str:
     metadata = MetadataCatalog.get(name)
     for key, path in _files(metadata).items():
         panoptic = key == "panoptic_json"
-        # COCO's own files are large, so that only those that seem to be others are read whole.
+        # COCO's own files are large. A large file is read whole only if its categories differ.
         found = _find_categories(path) if path.stat().st_size > _LARGE else None
         if found is not None and not _compare(path, found, metadata, panoptic=panoptic):
             continue
         findings = Findings()
         content = read_annotation_file(path, findings)
         if content is None:
-            raise ValueError(f"Data set {name} cannot be loaded: {findings.examples['json'][0]}.")
+            raise UserValueError(
+                f"Data set {name} cannot be loaded: {findings.examples['json'][0]}."
+            )
         if difference := _compare(path, content["categories"], metadata, panoptic=panoptic):
             return difference
     return ""
 
 
 def _find_categories(path: Path) -> list[dict[str, Any]] | None:
-    """Return what stands behind the last "categories" of a file, without reading all before it;
-    None where that is no list of objects."""
+    """Return the list after the last "categories" in a file, without parsing the text before it.
+    None if that is no list of objects."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(b"[", max(data.rfind(b'"categories"'), 0))
         end = data.find(b'"annotations"', start)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The findings for readers and for machines."""
+"""The findings are reported as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Between = Mapping[tuple[str, str], Findings]
 
 
 def count_problems(checked: Sequence[CheckedSet], between: Between) -> int:
-    """The errors and warnings, each as often as it was met; notes are no problems."""
+    """Count all errors and warnings that were found. Notes are not counted."""
     return sum(
         found.counts[problem]
         for found in (*(s.findings for s in checked), *between.values())
@@ -28,7 +28,7 @@ def count_problems(checked: Sequence[CheckedSet], between: Between) -> int:
 def format_report(checked: Sequence[CheckedSet], between: Between, *, fixing: bool = False) -> str:
     """
     Args:
-        fixing: whether to say what the corrected copy does about each problem.
+        fixing: True to say what the corrected copy changes for each problem.
     """
     lines = []
     for one in checked:
@@ -48,7 +48,7 @@ def _format(findings: Findings, fixing: bool) -> list[str]:
         problem, count = PROBLEMS[name], findings.counts[name]
         lines.append(f"  {problem.severity:<8}{count:>7}  {problem.title}")
         if fixing and problem.severity != Severity.NOTE:
-            repair = problem.repair or "to be mended by hand"
+            repair = problem.repair or "to be fixed by hand"
             lines.append(f"{'':17}-> {repair}")
         examples = [_printable(example) for example in findings.examples[name]]
         lines += [f"{'':19}{example}" for example in examples]
@@ -58,7 +58,7 @@ def _format(findings: Findings, fixing: bool) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """File names come from outside: nothing in them moves the cursor or breaks a line."""
+    """Escape what would move the cursor or break a line, as file names come from outside."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and ids as JSON files hold them."""
+"""Numbers and ids of JSON files are checked and converted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
-__all__ = ["Numbering", "are_numbers", "as_id", "is_number", "is_text", "is_whole"]
+__all__ = [
+    "Numbering",
+    "are_numbers",
+    "as_id",
+    "is_box",
+    "is_id",
+    "is_number",
+    "is_text",
+    "is_whole",
+]
 
-_LIMIT = 2**53  # what a double, and so each reader of JSON, holds exactly
+_LIMIT = 2**53  # a double, and so every reader of JSON, holds smaller whole numbers exactly
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number; True and False are none."""
+    """Return whether a value is a finite number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LIMIT
 
 
@@ -23,7 +32,7 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is text that can be written: JSON holds halves of characters, too."""
+    """Return True if a value is text that can be encoded. Half of a surrogate pair cannot."""
     if not isinstance(value, str) or not value.strip():
         return False
     try:
@@ -37,10 +46,19 @@ def are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(map(is_number, values))
 
 
+def is_box(value: Any) -> TypeGuard[list[float]]:
+    return are_numbers(value) and len(value) == 4
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a whole number of at most 63 bits, as evaluators hold ids."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def as_id(value: Any) -> int | str | None:
     """Return the id that is meant: 7 by ``7``, ``7.0`` and ``"7"``; other text stays, ``"007"``
-    too; fractions and numbers of more than 53 bits are taken as text; None if there is no id."""
-    if is_number(value) and value == int(value):
+    too; fractions and numbers of more than 63 bits are taken as text; None if there is no id."""
+    if is_id(value) or (is_number(value) and value == int(value)):
         return int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):
@@ -49,12 +67,12 @@ def as_id(value: Any) -> int | str | None:
         return None
     text = value.strip()
     digits = text.removeprefix("-")
-    canonical = digits.isascii() and digits.isdigit() and len(digits) < 16
-    return int(text) if canonical and str(int(text)) == text else text
+    canonical = digits.isascii() and digits.isdigit() and len(digits) < 20
+    return int(text) if canonical and str(int(text)) == text and is_id(int(text)) else text
 
 
 class Numbering:
-    """Whole numbers for ids: themselves where they are ones, others that are free where not."""
+    """Gives ids that are whole numbers: a number stays, other ids get a free one."""
 
     def __init__(self, ids: Iterable[int | str | None]) -> None:
         self._next = max((i for i in ids if isinstance(i, int)), default=0)

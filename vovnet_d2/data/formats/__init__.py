@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations of many formats, read into COCO's and written from it."""
+"""Annotations of many formats are read into COCO's."""
 
 from .notes import Notes
 from .split import split_content

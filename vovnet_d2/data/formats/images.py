@@ -1,16 +1,18 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of images, and the files around it."""
+"""The folder of images and the files of annotations are searched and read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from ...errors import UserFileNotFoundError, UserValueError
 from ..check.names import NearNames
 from ..image_file import read_header
+from .labelled import LabelledImage
 from .notes import read_each
 
 __all__ = ["IMAGE_SUFFIXES", "ImageFolder", "last_part", "list_files", "read_text", "slashed"]
@@ -19,7 +21,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 
 class ImageFolder:
-    """Finds images by what annotation files call them.
+    """Finds images by their names in annotation files.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -27,12 +29,12 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder of images {root}.")
+            raise UserFileNotFoundError(f"There is no folder of images {root}.")
         self.root = root
         self._near = NearNames(root)
 
     def find(self, *names: str) -> str | None:
-        """Return the first of some names that leads to a file, relative to the folder.
+        """Return the path of the first name that leads to a file, relative to the folder.
 
         Args:
             names: paths as another system wrote them, or without a suffix.
@@ -57,29 +59,30 @@ class ImageFolder:
             ValueError: a file is no picture.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(self._try_size, names))
-        return read_each(zip(names, found, strict=True), self._require_size)
+            started = [pool.submit(self._size, name) for name in names]
+            return read_each(started, Future.result)
 
-    def _try_size(self, name: str) -> tuple[int, int] | None:
+    def fill_sizes(self, images: Sequence[LabelledImage]) -> None:
+        """Read the sizes of images that have none, which is (0, 0), see :meth:`sizes`."""
+        missing = [image for image in images if not all(image.size)]
+        found = self.sizes([image.file_name for image in missing])
+        for image, size in zip(missing, found, strict=True):
+            image.size = size
+
+    def _size(self, name: str) -> tuple[int, int]:
         try:
             return read_header(self.root / name).size
-        except Exception:  # whatever a decoder raises
-            return None
-
-    def _require_size(self, found: tuple[str, tuple[int, int] | None]) -> tuple[int, int]:
-        name, size = found
-        if size is None:
-            raise ValueError(
-                f"{self.root / name} is not a picture that can be read: mend it, or take it and "
-                "its annotations away."
-            )
-        return size
+        except (FileNotFoundError, ValueError) as error:
+            raise UserValueError(
+                f"{self.root / name} is not a picture that can be read: replace it, or take it "
+                "and its annotations away."
+            ) from error
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the files of some suffixes below a folder, in order; hidden ones are left out.
+    """List the files of some suffixes below a folder, in order, without hidden files.
 
-    Folders that are symbolic links are gone into, once.
+    Symbolic links to folders are followed, but each folder is listed once.
     """
     found: list[Path] = []
     seen = set()
@@ -100,25 +103,25 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not in UTF-8, or UTF-16 with a mark.
+        ValueError: the file is neither in UTF-8 nor in UTF-16 with a byte order mark.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserFileNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
+        raise UserValueError(
             f"{path}, line {line}, is not in UTF-8 (byte {data[error.start]:#04x}): save the file "
             "as UTF-8."
         ) from error
 
 
 def slashed(path: str) -> str:
-    """Return a path of any system with slashes, without "./" in front."""
+    """Return a path of any system with slashes and without a leading "./"."""
     return path.strip().replace("\\", "/").removeprefix("./")
 
 

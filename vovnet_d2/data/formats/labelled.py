@@ -1,41 +1,30 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images with their objects: what all formats hold, between each of them and COCO's."""
+"""Every format is first read into images with their objects, and then converted to COCO's."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from ..check.masks import is_empty_mask
-from ..check.values import are_numbers
 from .exact import exact
-from .notes import Notes
 
-__all__ = ["LabelledImage", "LabelledObject", "box_around", "from_coco", "to_coco"]
+__all__ = ["LabelledImage", "LabelledObject", "box_around", "to_coco"]
 
 Content = dict[str, Any]
 """The content of a file in COCO's format is a dictionary of this type."""
-
-_HELD = {
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd"),
-    "images": ("id", "file_name", "height", "width"),
-    "categories": ("id", "name"),
-}
 
 
 @dataclass
 class LabelledObject:
     """
     Attributes:
-        name: of the class.
+        name: the name of the class.
         box: x, y, width and height in pixels.
-        polygons: x, y, x, y, ... in pixels, each of three points or more; empty for a box alone.
-        is_crowd: whether training leaves the object out and evaluation forgives what is found
-            there.
+        polygons: x, y, x, y, ... in pixels, each with three points or more; empty for a box alone.
+        is_crowd: True if training leaves the object out, and evaluation ignores detections there.
     """
 
     name: str
@@ -48,9 +37,9 @@ class LabelledObject:
 class LabelledImage:
     """
     Attributes:
-        file_name: relative to the folder of images, with slashes.
+        file_name: the path relative to the folder of images, with slashes.
         size: width and height in pixels.
-        objects: in the order of the file.
+        objects: the objects in the order of the file.
     """
 
     file_name: str
@@ -59,7 +48,7 @@ class LabelledImage:
 
     @property
     def stem(self) -> str:
-        """The file name without its suffix, by which most formats name their own files."""
+        """Return the file name without its suffix, by which most formats name their files."""
         return str(PurePosixPath(self.file_name).with_suffix(""))
 
 
@@ -76,9 +65,10 @@ def to_coco(images: Iterable[LabelledImage], names: Sequence[str] | None = None)
     """Put images into COCO's format.
 
     Args:
-        images: in any order. The result has them by file name, with ids from 1.
-        names: of the classes, in order, whose ids count from 1. By default the classes are those
-            that occur, by name.
+        images: the images in any order. The result has them in the order of their names, with ids
+            from 1.
+        names: the names of the classes in the order of their ids, which count from 1. By default
+            the names that occur, in alphabetical order.
     """
     ordered = sorted(images, key=lambda image: image.file_name)
     if names is None:
@@ -121,90 +111,3 @@ def _polygon_area(polygon: Sequence[float]) -> float:
     xs, ys = polygon[::2], polygon[1::2]
     following = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
     return abs(sum(x * next_y - next_x * y for x, y, next_x, next_y in following)) / 2
-
-
-def from_coco(content: Content, notes: Notes) -> tuple[list[LabelledImage], list[str]]:
-    """Take images out of COCO's format.
-
-    Args:
-        content: of a file, as :func:`to_coco` returns it or with more in it.
-        notes: what is lost is added here.
-
-    Returns:
-        the images, in their order, and the names of the classes by the order of their ids.
-
-    Raises:
-        ValueError: a file name leads out of the folder of images, or two images are told apart by
-            their suffixes alone, or two classes have one name.
-    """
-    _note_unheld(content, notes)
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    names = {category["id"]: str(category["name"]) for category in categories}
-    if len(set(names.values())) < len(names):
-        twice = next(n for n in names.values() if list(names.values()).count(n) > 1)
-        raise ValueError(f"Two categories have the name {twice!r}: give each its own.")
-    objects: defaultdict[Any, list[LabelledObject]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        where = f"annotation {annotation['id']}"
-        found = LabelledObject(
-            names[annotation["category_id"]],
-            list(annotation["bbox"]),
-            _polygons_of(annotation.get("segmentation"), where, notes),
-            bool(annotation.get("iscrowd", 0)),
-        )
-        objects[annotation["image_id"]].append(found)
-    for image_id in objects.keys() - {image["id"] for image in content["images"]}:
-        notes.add("images are not listed, and their objects are lost", f"image id {image_id}")
-    images = [
-        LabelledImage(
-            _inside(image["file_name"]), (image["width"], image["height"]), objects[image["id"]]
-        )
-        for image in content["images"]
-    ]
-    _require_stems(images)
-    return images, list(names.values())
-
-
-def _require_stems(images: Sequence[LabelledImage]) -> None:
-    stems = Counter(image.stem for image in images)
-    if twice := [stem for stem, count in stems.items() if count > 1]:
-        raise ValueError(
-            f"Two images are called {twice[0]!r} but for their suffixes, and the format names "
-            "its own files by the rest: rename one."
-        )
-
-
-def _note_unheld(content: Content, notes: Notes) -> None:
-    for section, held in _HELD.items():
-        for record in content[section]:
-            for key, value in record.items():
-                if key not in held and value not in (None, "", [], {}):
-                    what = f'{section} whose "{key}" is lost'
-                    notes.add(what, f"{section} id {record.get('id')}")
-
-
-def _polygons_of(mask: Any, where: str, notes: Notes) -> list[list[float]]:
-    if isinstance(mask, dict) and mask:
-        notes.add("RLE masks are lost, and their boxes kept (no such format has RLE)", where)
-    if not isinstance(mask, list) or is_empty_mask(mask):
-        return []
-    kept = [polygon for polygon in mask if _is_polygon(polygon)]
-    if len(kept) < len(mask):
-        notes.add("objects lose polygons of fewer than three points", where)
-    return kept
-
-
-def _is_polygon(value: Any) -> bool:
-    return are_numbers(value) and len(value) >= 6 and len(value) % 2 == 0
-
-
-def _inside(file_name: str) -> str:
-    """Return a file name with slashes: other files are written under names made from it."""
-    name = file_name.replace("\\", "/")
-    path, drive = PurePosixPath(name), PureWindowsPath(name).drive
-    if path.is_absolute() or drive or ".." in path.parts or not path.name:
-        raise ValueError(
-            f"file_name {file_name!r} leads to no file in the folder of images: write the "
-            "names relative to that folder, as tools/check_dataset.py --fix does."
-        )
-    return str(path)

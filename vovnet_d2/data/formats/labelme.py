@@ -2,27 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelme: a JSON file for each image, with shapes in pixels.
 
-Shapes of one label and one ``group_id`` are parts of one object, as Labelme's own converter to COCO
-has it.
+Shapes with the same label and ``group_id`` are parts of one object, as in Labelme's own converter
+to COCO.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..check.values import is_number, is_whole
+from ...errors import UserFileNotFoundError, UserValueError
+from ..check.records import size_of
+from ..check.values import is_number
 from .exact import exact
 from .images import ImageFolder, last_part, list_files, read_text, slashed
-from .labelled import Content, LabelledImage, LabelledObject, box_around, from_coco, to_coco
+from .labelled import Content, LabelledImage, LabelledObject, box_around, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_labelme", "read", "write"]
+__all__ = ["find_images", "is_labelme", "read"]
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _POLYGONS = ("polygon", "oriented_rectangle")
@@ -31,20 +32,22 @@ _BEGINNING = 1 << 16  # bytes
 
 
 def is_labelme(path: Path) -> bool:
-    """Return whether a path is a JSON file with Labelme's shapes, or a folder of such files."""
+    """Return True if a path is a JSON file with Labelme's shapes, or a folder of such files."""
     if path.is_dir():
         return any(map(_has_shapes, list_files(path, [".json"])))
     return path.suffix.lower() == ".json" and _has_shapes(path)
 
 
 def _has_shapes(file: Path) -> bool:
-    """Look at the beginning of a file alone, which may be a large one of COCO's."""
+    """Return True if the beginning of a file has shapes. A file of COCO may be too large to read
+    whole."""
     with open(file, "rb") as stream:
-        return bool(re.search(rb'"shapes"\s*:', stream.read(_BEGINNING)))
+        beginning = stream.read(_BEGINNING).replace(b"\0", b"")  # every second byte in UTF-16
+    return bool(re.search(rb'"shapes"\s*:', beginning))
 
 
 def find_images(path: Path, part: str | None) -> Path | None:
-    """Return the folder that the first file says its image is in, or the one of the files."""
+    """Return the folder of the image that the first file names, or the folder of the files."""
     folder = path if path.is_dir() else path.parent
     first = list_files(path, [".json"])[0] if path.is_dir() else path
     image = first.parent / slashed(str(_load(first).get("imagePath", "")))
@@ -53,7 +56,7 @@ def find_images(path: Path, part: str | None) -> Path | None:
 
 
 def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
-    """Read a file of Labelme's, or all below a folder, into COCO's format.
+    """Read a file of Labelme, or all such files below a folder, into COCO's format.
 
     Raises:
         FileNotFoundError: there is no folder of images.
@@ -63,27 +66,26 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
     files = list_files(path, [".json"]) if path.is_dir() else [path]
     folder = ImageFolder(images)
     records = read_each(files, partial(_read_image, root, folder, notes))
-    missing = [index for index, record in enumerate(records) if not all(record.size)]
-    sizes = folder.sizes([records[index].file_name for index in missing])
-    for index, size in zip(missing, sizes, strict=True):
-        records[index].size = size
+    folder.fill_sizes(records)
     return to_coco(records)
 
 
 def _load(file: Path) -> dict[str, Any]:
     text = read_text(file)
     if not text.strip():
-        raise ValueError(f"{file} is empty: take it away, or label its image again.")
+        raise UserValueError(f"{file} is empty: take it away, or label its image again.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         place = getattr(error, "lineno", 1)
-        raise ValueError(
-            f"{file}, line {place}, is no JSON ({getattr(error, 'msg', error)}): mend the file, or "
-            "take it away."
+        raise UserValueError(
+            f"{file}, line {place}, is not JSON ({getattr(error, 'msg', error)}): fix the file, "
+            "or take it away."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise ValueError(f'{file} has no list of "shapes", so it is not Labelme\'s: take it away.')
+        raise UserValueError(
+            f'{file} has no list of "shapes", so it is not Labelme\'s: take it away.'
+        )
     return content
 
 
@@ -98,10 +100,8 @@ def _read_image(root: Path, images: ImageFolder, notes: Notes, file: Path) -> La
         group = shape.get("group_id")
         key = number if group is None else (found.name, str(group))
         objects[key] = _join(objects[key], found) if key in objects else found
-    width, height = content.get("imageWidth"), content.get("imageHeight")
-    size = (0, 0)
-    if is_whole(width) and is_whole(height) and min(width, height) > 0:
-        size = (width, height)
+    sides = {"width": content.get("imageWidth"), "height": content.get("imageHeight")}
+    size = size_of(sides) or (0, 0)
     inside = str(content.get("imagePath") or "")
     suffix = PurePosixPath(last_part(inside)).suffix or ".jpg"
     stem = file.relative_to(root).with_suffix("").as_posix()
@@ -109,7 +109,7 @@ def _read_image(root: Path, images: ImageFolder, notes: Notes, file: Path) -> La
     name = images.find(meant, stem, inside, last_part(inside))
     if name is None:
         if not all(size):
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"{file} has no image size, and there is no image {meant!r} in {images.root}."
             )
         notes.add("images are not in the folder of images", f"{meant} of {file}")
@@ -118,10 +118,10 @@ def _read_image(root: Path, images: ImageFolder, notes: Notes, file: Path) -> La
 
 def _read_shape(shape: Any, where: str, notes: Notes) -> LabelledObject | None:
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
-        raise ValueError(f"{where} has no label: give the shape one, or take it away.")
+        raise UserValueError(f"{where} has no label: give the shape one, or take it away.")
     points = shape.get("points")
     if not isinstance(points, list) or not all(map(_is_point, points)):
-        raise ValueError(f'{where}: "points" is {points!r:.60}, and must be a list of [x, y].')
+        raise UserValueError(f'{where}: "points" is {points!r:.60}, and must be a list of [x, y].')
     kind = shape.get("shape_type") or "polygon"
     name, crowd = str(shape["label"]).strip(), bool((shape.get("flags") or {}).get(_CROWD))
     if kind in _WITHOUT_AREA:
@@ -134,7 +134,7 @@ def _read_shape(shape: Any, where: str, notes: Notes) -> LabelledObject | None:
         polygon = [float(number) for number in chain(*points)]
         return LabelledObject(name, box_around([polygon]), [polygon], crowd)
     if len(points) != 2 or kind not in ("rectangle", "circle", "mask"):
-        raise ValueError(
+        raise UserValueError(
             f"{where} is of type {kind!r} with {len(points)} points, which is no rectangle, "
             "circle, mask (two points each) or polygon: draw it again."
         )
@@ -161,46 +161,3 @@ def _join(one: LabelledObject, other: LabelledObject) -> LabelledObject:
         corners += [x, y, float(exact(x) + exact(width)), float(exact(y) + exact(height))]
     polygons = one.polygons + other.polygons
     return LabelledObject(one.name, box_around([corners]), polygons, one.is_crowd)
-
-
-# Writing
-
-
-def write(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write a folder for each part, with a file for each image."""
-    for part, content in parts.items():
-        for image in from_coco(content, notes)[0]:
-            _write_image(folder / part / f"{image.stem}.json", image, notes)
-
-
-def _write_image(file: Path, image: LabelledImage, notes: Notes) -> None:
-    shapes = []
-    for number, found in enumerate(image.objects):
-        where = f"{file.name}, object {number}"
-        if found.polygons and box_around(found.polygons) != found.box:
-            notes.add("boxes that are not those of their polygons are lost", where)
-        group = number if len(found.polygons) > 1 else None
-        x, y, width, height = map(exact, found.box)
-        corners = [x, y, x + width, y + height]
-        for polygon in found.polygons or [list(map(float, corners))]:
-            points = [polygon[i : i + 2] for i in range(0, len(polygon), 2)]
-            shapes.append(
-                {
-                    "label": found.name,
-                    "points": points,
-                    "group_id": group,
-                    "shape_type": "polygon" if found.polygons else "rectangle",
-                    "flags": {_CROWD: True} if found.is_crowd else {},
-                }
-            )
-    content: dict[str, Any] = {
-        "version": "5.0.0",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": PurePosixPath(image.file_name).name,
-        "imageData": None,
-        "imageHeight": image.size[1],
-        "imageWidth": image.size[0],
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,11 +1,13 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Notes collect what a conversion changed or left out, and the problems that stop it."""
+"""Changes and losses of a conversion are collected, and so are the problems that stop it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from ...errors import UserValueError
 
 __all__ = ["Notes", "read_each"]
 
@@ -39,16 +41,16 @@ def read_each(items: Iterable[T], read: Callable[[T], R], what: str = "files") -
     """Read all items, and refuse the whole with one sentence if some cannot be read.
 
     Args:
-        what: the items, in words.
+        what: the name of the items in the message.
 
     Raises:
-        ValueError: the sentence is that of the first item, and counts the others.
+        ValueError: the message is that of the first item, and counts the others.
     """
     results: list[R] = []
     problems = list(_try_each(items, read, results))
     if problems:
         others = f" {len(problems) - 1} more {what} have problems." if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{others}")
+        raise UserValueError(f"{problems[0]}{others}")
     return results
 
 

@@ -1,37 +1,38 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""CSV as Open Images has it: a row for each box, in fractions of the image's sides.
+"""CSV of Open Images has a row for each box, in fractions of the image's sides.
 
-Labels are codes ("/m/01g317") whose names a file beside it has ("class-descriptions.csv"), or the
-names themselves. A box around a group of objects (``IsGroupOf``) becomes a crowd.
+Labels are names, or codes ("/m/01g317") whose names are in another file of the same folder
+("class-descriptions.csv"). A box around a group of objects (``IsGroupOf``) becomes a crowd.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .exact import exact, fraction_texts, read_number
+from ...errors import UserFileNotFoundError, UserValueError
+from .exact import read_number
 from .images import ImageFolder, read_text
-from .labelled import Content, LabelledImage, LabelledObject, from_coco, to_coco
+from .labelled import Content, LabelledImage, LabelledObject, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_open_images", "read", "write"]
+__all__ = ["find_images", "is_open_images", "read"]
 
 _SIDES = ("XMin", "XMax", "YMin", "YMax")
 _NEEDED = ("ImageID", "LabelName", *_SIDES)
 _COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", *_SIDES, "IsGroupOf")
 _DESCRIPTIONS = "class-descriptions"
-_MOST = 2  # a fraction beyond is none: pixels were meant
+_MOST = 2  # larger numbers are pixels and not fractions
 
 
 class _Row(NamedTuple):
-    """A box as its row has it: ``box`` is the fractions of :data:`_SIDES`."""
+    """A row of the file: ``box`` has the fractions in the order of :data:`_SIDES`."""
 
     image: str
     label: str
@@ -46,7 +47,7 @@ def is_open_images(path: Path) -> bool:
 
 
 def find_images(path: Path, part: str | None) -> Path | None:
-    """Return None: the file does not say where its images are."""
+    """Return None, as the file does not say where its images are."""
     return None
 
 
@@ -60,7 +61,7 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
     folder = ImageFolder(images)
     rows = read_each(_read_table(path), _read_row, "rows")
     if not rows:
-        raise ValueError(f"{path} has no row below its header: nothing is annotated.")
+        raise UserValueError(f"{path} has no row below its header: nothing is annotated.")
     first = {row.image: row for row in reversed(rows)}
     files = dict(read_each(first.values(), partial(_find, folder), "images"))
     unique = list(dict.fromkeys(files.values()))
@@ -84,14 +85,14 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         for row in reader:
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}, is no CSV: {error}.") from error
+        raise UserValueError(f"{path}, line {reader.line_num}, is not CSV: {error}.") from error
 
 
 def _require_columns(path: Path, columns: list[str]) -> None:
     if missing := [column for column in _NEEDED if column not in columns]:
-        raise ValueError(
-            f"{path}, line 1, has no column {', '.join(missing)}: the header is that of Open "
-            f"Images, {','.join(_COLUMNS)}, of which {', '.join(_NEEDED)} are needed."
+        raise UserValueError(
+            f"{path}, line 1, has no column {', '.join(missing)}: the header of Open Images is "
+            f"{','.join(_COLUMNS)}, and {', '.join(_NEEDED)} are needed."
         )
 
 
@@ -99,10 +100,10 @@ def _read_row(line: tuple[str, dict[str, Any]]) -> _Row:
     where, row = line
     for column in ("ImageID", "LabelName"):
         if not (row[column] or "").strip():
-            raise ValueError(f"{where}, has no {column}: fill it in, or take the row away.")
+            raise UserValueError(f"{where}, has no {column}: fill it in, or take the row away.")
     box = [read_number(row[side], f"{where}, column {side},") for side in _SIDES]
     if max(map(abs, box)) > _MOST:
-        raise ValueError(
+        raise UserValueError(
             f"{where}, has {row[_SIDES[0]]}, {row[_SIDES[1]]}, {row[_SIDES[2]]}, {row[_SIDES[3]]} "
             "for a box: these are fractions of the image's sides, from 0 to 1."
         )
@@ -111,11 +112,11 @@ def _read_row(line: tuple[str, dict[str, Any]]) -> _Row:
 
 
 def _find(folder: ImageFolder, row: _Row) -> tuple[str, str]:
-    """Return the name of an image in the table, and its file's in the folder."""
+    """Return the name of an image in the table, and the name of its file in the folder."""
     found = folder.find(row.image)
     if found is None:
-        raise FileNotFoundError(
-            f"{row.where}, is of image {row.image!r}, of which there is none, or more than one, in "
+        raise UserFileNotFoundError(
+            f"{row.where}, is of image {row.image!r}, which is missing or ambiguous in "
             f"{folder.root}: the ImageID is the name of the file, with or without its suffix."
         )
     return row.image, found
@@ -138,10 +139,10 @@ def _pixels(box: Any, size: tuple[int, int]) -> list[float]:
 
 
 def _read_descriptions(path: Path) -> dict[str, str]:
-    """Read the names of labels from the one file of descriptions beside a file of boxes."""
+    """Read the names of labels from the file of descriptions in the folder of the boxes."""
     files = sorted(path.parent.glob(f"*{_DESCRIPTIONS}*.csv"))
     if len(files) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"{path.parent} has several files of names, {files[0].name} and {files[1].name} for "
             "two: leave the one that belongs to the boxes."
         )
@@ -149,34 +150,3 @@ def _read_descriptions(path: Path) -> dict[str, str]:
         return {}
     rows = csv.reader(io.StringIO(read_text(files[0]), newline=""))
     return {row[0].strip(): row[1].strip() for row in rows if len(row) >= 2 and row[1].strip()}
-
-
-# Writing
-
-
-def write(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write a file of boxes for each part, and the names of the classes, in their order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, content in parts.items():
-        images, names = from_coco(content, notes)
-        with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            for image in images:
-                writer.writerows(_rows_of(image, notes))
-                if not image.objects:
-                    notes.add("images without objects are lost", image.file_name)
-        used = {found.name for image in images for found in image.objects}
-        for name in sorted(set(names) - used):
-            notes.add(f"classes without objects in {part} are lost", name)
-
-
-def _rows_of(image: LabelledImage, notes: Notes) -> Iterator[list[Any]]:
-    for number, found in enumerate(image.objects, 1):
-        if found.polygons:
-            notes.add("masks are lost, and their boxes kept", f"{image.file_name}, object {number}")
-        width, height = map(Decimal, image.size)
-        x, y, across, down = map(exact, found.box)
-        fractions = x / width, (x + across) / width, y / height, (y + down) / height
-        box = fraction_texts(fractions, lambda box: _pixels(box, image.size), found.box)
-        yield [image.stem, "", found.name, 1, *box, int(found.is_crowd)]

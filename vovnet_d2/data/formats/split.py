@@ -1,11 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Splitting a data set into parts whose classes have equal shares and whose pictures differ.
+"""A data set is split into parts with balanced classes. Pictures that look alike stay in one part.
 
-Pictures that look alike stay together, as a test on the twin of a training picture measures
-nothing. The classes are balanced as K. Sechidis, G. Tsoumakas and I. Vlahavas do, "On the
-Stratification of Multi-Label Data", ECML PKDD 2011: the rarest class is dealt out first, each time
-to the part that lacks most of it.
+A test on a picture that looks like a training picture would measure nothing. The classes are
+balanced as in K. Sechidis, G. Tsoumakas and I. Vlahavas, "On the Stratification of Multi-Label
+Data", ECML PKDD 2011: images of the rarest class come first, and each goes to the part that lacks
+most of this class.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserValueError
 from ..check.files import ImageFile, inspect_files, resolve_inside
 from ..check.leakage import near_pairs
 from .labelled import Content
@@ -31,16 +32,16 @@ def split_content(
     """Split a data set.
 
     Args:
-        content: in COCO's format.
-        images: the folder of images, all of which are read.
-        shares: of the images, by the name of the part; they add up to 1.
-        seed: the same seed gives the same parts.
+        content: the data set in COCO's format.
+        images: the folder of images. All images are read.
+        shares: the share of the images of each part, by the name of the part. The sum is 1.
+        seed: the seed of the random order. The same seed gives the same parts.
 
     Returns:
         the parts in COCO's format, with all categories in each.
 
     Raises:
-        ValueError: a part would be empty: too many pictures look alike.
+        ValueError: a part would be empty, as too many pictures look alike.
     """
     records = sorted(content["images"], key=lambda image: image["file_name"])
     names = [image["file_name"] for image in records]
@@ -54,17 +55,17 @@ def split_content(
     chosen = _deal_out(groups, labels, shares, random.Random(seed))
     if empty := [part for part in shares if part not in chosen.values()]:
         largest = max(map(len, groups))
-        raise ValueError(
-            f"The {len(names)} images make {len(groups)} groups that look alike, the largest of "
-            f"{largest}, and groups stay together: nothing is left for {empty[0]!r}. Split by "
-            "hand, by the place or day of the pictures, say."
+        raise UserValueError(
+            f"The {len(names)} images make {len(groups)} groups of images that look alike. The "
+            f"largest has {largest} images. Groups stay together, so nothing is left for "
+            f"{empty[0]!r}: split by hand, for example by the place or day of the pictures."
         )
     return {part: _take(content, {n for n, p in chosen.items() if p == part}) for part in shares}
 
 
 def find_groups(files: Mapping[str, ImageFile]) -> list[list[str]]:
-    """Group pictures: two that look alike, or are equal, are in one group, and so are those that
-    look like either."""
+    """Group pictures. Two pictures that are equal or look alike are in one group, together with all
+    pictures that look like either."""
     leader = {name: name for name in files}
 
     def find(name: str) -> str:
@@ -93,7 +94,7 @@ def _deal_out(
     """Return the part of each image."""
     left = [(names, Counter(label for name in names for label in labels[name])) for names in groups]
     rng.shuffle(left)
-    left.sort(key=lambda group: -len(group[0]))  # what is large fits nowhere later
+    left.sort(key=lambda group: -len(group[0]))  # a large group fits nowhere later
     totals = sum((counts for _, counts in left), Counter[Any]())
     lacking = {
         part: Counter({label: share * count for label, count in totals.items()})

@@ -1,8 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The formats of annotations: how each is known, read and written.
+"""The formats of annotations are recognised and read.
 
-Three libraries read such files, and none of them is used (tried in November 2026):
+Three libraries read such files. They were tried in November 2026, and are not used for these
+reasons:
 
 - supervision 0.31 (MIT) gives boxes as float32 and polygons as the pixels of a mask, loses VOC's
   "difficult", stops at a byte order mark in Labelme's files, and has no CSV of Open Images.
@@ -15,12 +16,13 @@ Three libraries read such files, and none of them is used (tried in November 202
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ...checkpoint.atomic import atomic_write
+from ...atomic import atomic_write
+from ...errors import UserFileNotFoundError, UserValueError
 from ..own_files import read_coco
 from . import labelme, open_images, voc, yolo
 from .labelled import Content
@@ -41,12 +43,11 @@ __all__ = [
 class Format:
     """
     Attributes:
-        title: what the format is called.
-        example: what is to be given as its path.
-        matches: returns whether a path, which is there, is of this format.
-        find_images: returns the folder of images of a path and a part, if the files say it.
+        title: the name of the format.
+        example: the path that a user gives, in words.
+        matches: returns True if an existing path has this format.
+        find_images: returns the folder of images for a path and a part, or None.
         read: reads a path, with a folder of images and a part, into COCO's format.
-        write: writes parts, in COCO's format, to a folder.
     """
 
     title: str
@@ -54,16 +55,15 @@ class Format:
     matches: Callable[[Path], bool]
     find_images: Callable[[Path, str | None], Path | None]
     read: Callable[[Path, Path, str | None, Notes], Content]
-    write: Callable[[Path, Mapping[str, Content], Notes], None]
 
 
 class Annotations(NamedTuple):
     """
     Attributes:
-        content: what was read, in COCO's format.
+        content: the annotations in COCO's format.
         images: the folder that file names are relative to.
-        title: of the format.
-        notes: what was changed or left out, a line for each kind.
+        title: the name of the format.
+        notes: a line for each kind of change or loss in the conversion.
     """
 
     content: Content
@@ -72,7 +72,7 @@ class Annotations(NamedTuple):
     notes: list[str]
 
     def describe(self) -> str:
-        """Say in one line what was read, and the order of the categories."""
+        """Return a line with the numbers of images and objects and the order of the categories."""
         counts = [len(self.content[section]) for section in ("images", "annotations")]
         names = ", ".join(f"{c['id']} {c['name']}" for c in self.content["categories"])
         return (
@@ -89,17 +89,11 @@ def _read_coco(path: Path, images: Path, part: str | None, notes: Notes) -> Cont
     return read_coco(str(path))
 
 
-def _write_coco(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, content in parts.items():
-        write_coco(content, folder / f"{part}.json")
-
-
 def write_coco(content: Content, path: Path) -> None:
     """Write a file in COCO's format, whole or not at all.
 
     Raises:
-        FileNotWrittenError: the disk is full, say.
+        FileNotWrittenError: the file cannot be written, for example on a full disk.
     """
     with atomic_write(path) as partial:
         Path(partial).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -108,56 +102,55 @@ def write_coco(content: Content, path: Path) -> None:
 FORMATS: dict[str, Format] = {
     "voc": Format(
         "PASCAL VOC XML",
-        "a folder of .xml files, or a list in ImageSets/Main",
-        *(voc.is_voc, voc.find_images, voc.read, voc.write),
+        "a folder of .xml files, the folder that holds Annotations, or a list in ImageSets/Main",
+        *(voc.is_voc, voc.find_images, voc.read),
     ),
     "labelme": Format(
         "Labelme JSON",
         "a folder of .json files",
-        *(labelme.is_labelme, labelme.find_images, labelme.read, labelme.write),
+        *(labelme.is_labelme, labelme.find_images, labelme.read),
     ),
     "csv": Format(
         "CSV of Open Images",
         "a .csv file",
-        *(open_images.is_open_images, open_images.find_images),
-        *(open_images.read, open_images.write),
+        *(open_images.is_open_images, open_images.find_images, open_images.read),
     ),
     "yolo": Format(
         "YOLO text",
-        "a data.yaml, or a folder of .txt files",
-        *(yolo.is_yolo, yolo.find_images, yolo.read, yolo.write),
+        "a data.yaml, or a folder of .txt files with classes.txt in it or above it",
+        *(yolo.is_yolo, yolo.find_images, yolo.read),
     ),
     "coco": Format(
         "COCO JSON",
         "a .json file",
-        *(_is_coco, lambda path, part: None, _read_coco, _write_coco),
+        *(_is_coco, lambda path, part: None, _read_coco),
     ),
 }
-"""The formats by their short names. The first that matches is taken: COCO's is the one of a file
-that is none of the others."""
+"""The formats by their short names. The first format that matches is used. COCO matches every file
+that is left over."""
 
 
-def describe_formats() -> str:
-    """List the formats and what is given as their paths, in words."""
-    return "; ".join(f"{known.title}: {known.example}" for known in FORMATS.values())
+def describe_formats(separator: str = "; ") -> str:
+    """List the formats and the paths to give for them, in words."""
+    return separator.join(f"{known.title}: {known.example}" for known in FORMATS.values())
 
 
 def recognise(path: Path) -> str:
-    """Find out the format of annotations.
+    """Return the format of annotations.
 
     Returns:
         a key of :data:`FORMATS`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is of no format that is known.
+        ValueError: the format is unknown.
     """
     if not path.exists():
-        raise FileNotFoundError(f"There is no annotation file {path}.")
+        raise UserFileNotFoundError(f"There is no annotation file {path}.")
     for key, known in FORMATS.items():
         if known.matches(path):
             return key
-    raise ValueError(f"{path} has no annotations of a known format ({describe_formats()}).")
+    raise UserValueError(f"{path} has no annotations of a known format ({describe_formats()}).")
 
 
 def read_annotations(path: Path, images: Path | None, part: str | None = None) -> Annotations:
@@ -165,18 +158,18 @@ def read_annotations(path: Path, images: Path | None, part: str | None = None) -
 
     Args:
         path: a file or folder.
-        images: the folder of images; None for the one that the annotations name.
-        part: "train" or "val", say, where the annotations have several parts; None for all.
+        images: the folder of images; None for the folder that the annotations name.
+        part: a part of the annotations, such as "train" or "val"; None for all parts.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: the annotations are of no known format, or something in them is wrong.
+        ValueError: the format of the annotations is unknown, or they have a fault.
     """
     path = path.absolute()  # some formats look at the folders above
     known, notes = FORMATS[recognise(path)], Notes()
     folder = images or known.find_images(path, part)
     if folder is None:
-        raise ValueError(
+        raise UserValueError(
             f"{path} is {known.title}, which does not say where its images are: give their folder."
         )
     content = known.read(path, folder, part, notes)

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO: a text file for each image, with a line for each box or polygon in fractions of the image's
-sides, and the names of the classes in data.yaml or classes.txt.
+"""YOLO has a text file for each image, with a line for each box or polygon in fractions of the
+image's sides. The names of the classes are in data.yaml or classes.txt.
 
 An image without a text file has no objects, as in Ultralytics' training.
 """
@@ -9,34 +9,35 @@ An image without a text file has no objects, as in Ultralytics' training.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import takewhile
+from itertools import cycle, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import yaml
 
-from .exact import exact, fraction_texts, read_number
+from ...errors import UserFileNotFoundError, UserValueError, one_line
+from .exact import read_number
 from .images import IMAGE_SUFFIXES, ImageFolder, list_files, read_text, slashed
-from .labelled import Content, LabelledImage, LabelledObject, box_around, from_coco, to_coco
+from .labelled import Content, LabelledImage, LabelledObject, box_around, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_yolo", "read", "write"]
+__all__ = ["find_images", "is_yolo", "read"]
 
 _YAML = (".yaml", ".yml")
 _NAMES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
 _NO_LABELS = (*_NAMES, "train.txt", "val.txt", "valid.txt", "test.txt")
-_MOST = 2  # a fraction beyond is none: pixels were meant
+_MOST = 2  # larger numbers are pixels and not fractions
 
 
 class _Classes(NamedTuple):
     """
     Attributes:
-        file: has the names.
-        names: of the classes, in order.
-        num_keypoint_values: numbers after the box of each line.
+        file: the file with the names.
+        names: the names of the classes, in the order of their numbers.
+        num_keypoint_values: how many numbers follow the box in each line.
     """
 
     file: Path
@@ -52,15 +53,15 @@ class _Pair(NamedTuple):
 
 
 def is_yolo(path: Path) -> bool:
-    """Return whether a path is a data.yaml, or a folder with one or with text files."""
+    """Return True if a path is a data.yaml, or a folder with a data.yaml or with text files."""
     if path.is_file():
         return path.suffix.lower() in _YAML
     return path.is_dir() and bool(_find_yaml(path) or list_files(path, [".txt"]))
 
 
 def find_images(path: Path, part: str | None) -> Path | None:
-    """Return the folder of images: what data.yaml says, or "images" where the labels are in
-    "labels", or the folder of the labels."""
+    """Return the folder of images: the one in data.yaml, or "images" if the labels are in "labels",
+    or the folder of the labels."""
     described = path if path.is_file() else _find_yaml(path)
     if described:
         listed = [os.path.dirname(image) for image in _listed_images(described, part)]
@@ -71,14 +72,14 @@ def find_images(path: Path, part: str | None) -> Path | None:
 
 
 def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
-    """Read a data set of YOLO's into COCO's format. All images of the folder belong to it, or all
-    that data.yaml lists.
+    """Read a data set of YOLO into COCO's format. All images of the folder belong to the data set,
+    or all images that data.yaml lists.
 
     Args:
         path: data.yaml, a folder that holds it, or a folder of text files.
         images: the folder of images.
-        part: which part of data.yaml to take, or which folder below "labels".
-        notes: what is changed or left out is added here.
+        part: the part of data.yaml to take, or the folder below "labels".
+        notes: gets the changes and losses.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -96,7 +97,7 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
     without = [pair for pair in pairs if not pair.labels.is_file()]
     if len(without) == len(pairs):
         where = f", {pairs[0].labels} for one" if pairs else ""
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"None of the {len(pairs)} images in {images} has a text file{where}: give the folder "
             "of the images that belong to the labels."
         )
@@ -111,7 +112,7 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
 
 
 def _find_yaml(folder: Path) -> Path | None:
-    """Return the file of a folder that names classes, if there is one."""
+    """Return the YAML file of a folder that names classes; None if there is none."""
     files = (file for suffix in _YAML for file in sorted(folder.glob(f"*{suffix}")))
     return next(filter(_names_classes, files), None)
 
@@ -127,23 +128,26 @@ def _load_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is no YAML: {reason}.") from error
-    return content if isinstance(content, dict) else {}
+        raise UserValueError(f"{file} is not YAML: {one_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise UserValueError(
+            f"{file} does not describe a data set: write names, and the folders train and val."
+        )
+    return content
 
 
 def _listed_images(file: Path, part: str | None, folder: ImageFolder | None = None) -> list[str]:
-    """List the paths of all images of a part of data.yaml; of all parts if none is asked for.
+    """List the paths of the images in a part of data.yaml, or in all parts.
 
     Args:
-        folder: where images are looked for that are not where the file says.
+        folder: the folder that is searched for images whose path in the file is wrong.
     """
     content = _load_yaml(file)
     parts = {key: content[key] for key in ("train", "val", "valid", "test") if content.get(key)}
     parts |= {"val": parts.pop("valid")} if "val" not in parts and "valid" in parts else {}
     parts |= {"all": content["all"]} if content.get("all") else {}
     if part and part not in parts:
-        raise ValueError(
+        raise UserValueError(
             f"{file} has no {part!r}, but {', '.join(parts) or 'no part at all'}: add it, or give "
             "the folder of the labels with --train-annotations or the like, and that of the images."
         )
@@ -161,7 +165,7 @@ def _expand(file: Path, entry: str, bases: Sequence[Path], folder: ImageFolder |
     if path is None and folder and not entry.endswith(".txt"):
         path = folder.root
     if path is None:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{file} names {entry!r}, which is not there: write the path relative to the file."
         )
     if path.is_dir():
@@ -173,7 +177,7 @@ def _expand(file: Path, entry: str, bases: Sequence[Path], folder: ImageFolder |
             name = folder.find(line)
             found[line] = folder.root / name if name else None
     if missing := [line for line, image in found.items() if image is None]:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{path} lists {missing[0]!r}, which is not there ({len(missing)} of {len(lines)} are "
             "not): give the folder of images, or write the paths relative to the file."
         )
@@ -181,8 +185,8 @@ def _expand(file: Path, entry: str, bases: Sequence[Path], folder: ImageFolder |
 
 
 def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
-    """Find what a path leads to that may have been written on another machine: as it is, or without
-    ".." in front, or the last parts of it, two at least."""
+    """Find the file or folder of a path that may have been written on another machine. The path is
+    tried as it is, without leading "..", and by its last parts, of which at least two must fit."""
     parts = PurePosixPath(slashed(entry)).parts
     ups = len(list(takewhile("..".__eq__, parts)))
     for start in (0, *range(ups, max(ups + 1, len(parts) - 1))):
@@ -199,7 +203,7 @@ def _pairs_of_yaml(file: Path, part: str | None, folder: ImageFolder) -> list[_P
     for path in _listed_images(file, part, folder):
         name = os.path.relpath(path, root).replace(os.sep, "/")
         if name.startswith("../"):
-            raise ValueError(
+            raise UserValueError(
                 f"{file} lists {path}, which is not in the folder of images {folder.root}: give "
                 "the folder that holds all of them, or none."
             )
@@ -235,7 +239,7 @@ def _labels_folder(path: Path, part: str | None) -> Path:
 
 
 def _swap(path: Path, old: str, new: str) -> Path | None:
-    """Replace the last part of a path that is ``old``; None if there is none."""
+    """Replace the last part of a path that equals ``old``; None if there is no such part."""
     parts = list(path.parts)
     if old not in parts:
         return None
@@ -253,7 +257,7 @@ def _find_classes(labels: Path) -> _Classes:
         for name in _NAMES:
             if (folder / name).is_file():
                 return _read_names(folder / name)
-    raise FileNotFoundError(
+    raise UserFileNotFoundError(
         f"There are no names of classes in {labels} or above it: write them to "
         f"{labels / _NAMES[0]}, one a line in the order of their numbers, or give a data.yaml."
     )
@@ -272,26 +276,28 @@ def _read_yaml(file: Path) -> _Classes:
     if isinstance(names, dict):
         numbered = {str(number): name for number, name in names.items()}
         if numbered.keys() != set(map(str, range(len(names)))):
-            raise ValueError(
+            raise UserValueError(
                 f"{file}: names has the numbers {list(names)!r:.60}: they must count from 0."
             )
         names = [numbered[str(number)] for number in range(len(names))]
     if not isinstance(names, list):
-        raise ValueError(f'{file} has no list "names" of classes: add it.')
+        raise UserValueError(f'{file} has no list "names" of classes: add it.')
     if isinstance(count := content.get("nc"), int) and count != len(names):
-        raise ValueError(f"{file} has nc {count} and {len(names)} names: make them agree.")
+        raise UserValueError(f"{file} has nc {count} and {len(names)} names: make them agree.")
     shape = content.get("kpt_shape") or [0]
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
-        raise ValueError(f"{file}: kpt_shape is {shape!r:.40}, and must be two numbers.")
+        raise UserValueError(f"{file}: kpt_shape is {shape!r:.40}, and must be two numbers.")
     values = shape[0] * (shape[1] if len(shape) > 1 else 0)
     return _Classes(file, _require_names(file, [str(name).strip() for name in names]), values)
 
 
 def _require_names(file: Path, names: list[str]) -> list[str]:
     if not names or not all(names):
-        raise ValueError(f"{file} has no name for class {len(names) and names.index('')}: add it.")
+        raise UserValueError(
+            f"{file} has no name for class {len(names) and names.index('')}: add it."
+        )
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{file} has the name {twice!r} for two classes: give each its own.")
+        raise UserValueError(f"{file} has the name {twice!r} for two classes: give each its own.")
     return names
 
 
@@ -320,18 +326,18 @@ def _read_line(
         notes.add("objects have keypoints, which are not read", where)
         numbers = numbers[:4]
     if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
-        hint = " (a score at the end is to be taken away)" if len(numbers) == 5 else ""
-        raise ValueError(
+        hint = " (take away a score at the end)" if len(numbers) == 5 else ""
+        raise UserValueError(
             f"{where}, has {len(words)} numbers: a box has 5 (class, centre x and y, width and "
             f"height), and a polygon of three points or more an odd count from 7 on{hint}."
         )
     if max(map(abs, numbers)) > _MOST:
-        raise ValueError(
+        raise UserValueError(
             f"{where}, has {max(numbers, key=abs)}: the numbers after the class are fractions of "
             "the image's sides, from 0 to 1."
         )
     if len(numbers) > 4:
-        polygon = [float(n * side) for n, side in zip(numbers, _repeat(size), strict=False)]
+        polygon = [float(n * side) for n, side in zip(numbers, cycle(size), strict=False)]
         return LabelledObject(name, box_around([polygon]), [polygon])
     if numbers[2] < 0 or numbers[3] < 0:
         notes.add("boxes have a negative width or height, which is taken as positive", where)
@@ -339,17 +345,12 @@ def _read_line(
     return LabelledObject(name, _pixels(numbers, size))
 
 
-def _repeat(size: tuple[int, int]) -> Iterator[int]:
-    while True:
-        yield from size
-
-
 def _name_of(word: str, classes: _Classes, where: str) -> str:
     number = read_number(word, where)
     if number != int(number) or not 0 <= number < len(classes.names):
-        raise ValueError(
+        raise UserValueError(
             f"{where}, is of class {word}, and {classes.file} names {len(classes.names)} classes, "
-            f"0 to {len(classes.names) - 1}: add the name, or mend the number."
+            f"0 to {len(classes.names) - 1}: add the name, or correct the number."
         )
     return classes.names[int(number)]
 
@@ -358,63 +359,3 @@ def _pixels(numbers: Sequence[Decimal], size: tuple[int, int]) -> list[float]:
     x, y, width, height = numbers
     left, top = (x - width / 2) * size[0], (y - height / 2) * size[1]
     return [float(value) for value in (left, top, width * size[0], height * size[1])]
-
-
-# Writing
-
-
-def write(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write data.yaml, "labels", and for each part a list of its images in "images"."""
-    described: dict[str, Any] = {"path": "."}
-    for part, content in parts.items():
-        images, names = from_coco(content, notes)
-        numbers = {name: number for number, name in enumerate(names)}
-        described |= {part: f"{part}.txt", "names": {n: name for name, n in numbers.items()}}
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(f"./images/{image.file_name}\n" for image in images)
-        (folder / f"{part}.txt").write_text(lines, encoding="utf-8")
-        for image in images:
-            file = folder / "labels" / f"{image.stem}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lines = "".join(f"{line}\n" for line in _lines_of(image, numbers, notes))
-            file.write_text(lines, encoding="utf-8")
-    text = yaml.safe_dump(described, allow_unicode=True, sort_keys=False)
-    (folder / "data.yaml").write_text(text, encoding="utf-8")
-
-
-def _lines_of(image: LabelledImage, numbers: Mapping[str, int], notes: Notes) -> Iterator[str]:
-    for number, found in enumerate(image.objects, 1):
-        where = f"{image.file_name}, object {number}"
-        if found.is_crowd:
-            notes.add("crowds are left out", where)
-            continue
-        if found.polygons:
-            texts = _polygon_texts(found, image.size, where, notes)
-        else:
-            x, y, width, height = map(exact, found.box)
-            across, down = map(Decimal, image.size)
-            centre = (x + width / 2) / across, (y + height / 2) / down
-            fractions = (*centre, width / across, height / down)
-            texts = fraction_texts(fractions, lambda box: _pixels(box, image.size), found.box)
-        yield " ".join([str(numbers[found.name]), *texts])
-
-
-def _polygon_texts(
-    found: LabelledObject, size: tuple[int, int], where: str, notes: Notes
-) -> list[str]:
-    if box_around(found.polygons) != found.box:
-        notes.add("boxes that are not those of their polygons are lost", where)
-    joined = list(found.polygons[0])
-    if len(found.polygons) > 1:
-        notes.add("objects of several polygons become one polygon, joined by lines", where)
-        for polygon in found.polygons[1:]:  # there and back along one line of no width
-            joined = [*joined, *joined[:2], *polygon, *polygon[:2]]
-    texts = []
-    for value, side in zip(joined, _repeat(size), strict=False):
-        restore = partial(_one_pixel, side)
-        texts += fraction_texts([exact(value) / side], restore, [value])
-    return texts
-
-
-def _one_pixel(side: int, fractions: Sequence[Decimal]) -> list[float]:
-    return [float(fractions[0] * side)]

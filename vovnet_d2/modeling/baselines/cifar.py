@@ -1,12 +1,12 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DenseNet-40 and one-shot aggregation in its place, for images of about 32x32 (VoVNet paper,
+"""DenseNet-40, with dense blocks or one-shot aggregation, for images of about 32x32 (VoVNet paper,
 section 3.2; :paper:`DenseNet` arXiv 1608.06993).
 
-Three blocks of 3x3 convolutions, with 1x1 convolutions of full width and average pooling between
-them. All else being equal, the blocks differ in their connections alone: in a dense block every
-layer reads the input and all layers before it; in one-shot aggregation (OSA) it reads the layer
-before it, and everything is concatenated once, at the end.
+A network has three blocks of 3x3 convolutions, with 1x1 convolutions of full width and average
+pooling between them. Only the connections inside a block differ. In a dense block every layer reads
+the input and all layers before it. In one-shot aggregation (OSA) a layer reads the layer before it,
+and all outputs are concatenated once, at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...errors import UserValueError
+
 __all__ = ["CIFAR_SPECS", "CifarClassifier", "CifarSpec"]
 
 
@@ -28,8 +30,8 @@ class CifarSpec:
     """
     Attributes:
         connections: "dense", or "osa" for one-shot aggregation.
-        layers: 3x3 convolutions in each of the three blocks.
-        width: output channels of each of them (DenseNet's growth rate).
+        layers: number of 3x3 convolutions in each of the three blocks.
+        width: output channels of each convolution (the growth rate of DenseNet).
     """
 
     connections: Literal["dense", "osa"]
@@ -48,7 +50,7 @@ _NUM_BLOCKS = 3
 
 
 def _norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """DenseNet's order; OSA keeps it here, so that nothing but the connections differs."""
+    """Build a norm, a ReLU and a convolution, in the order of DenseNet for OSA as well."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     weight_init.c2_msra_fill(conv)
     return nn.Sequential(
@@ -57,7 +59,7 @@ def _norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn
 
 
 class CifarBlock(nn.Module):
-    """3x3 convolutions that are densely connected or in a chain, and all features concatenated."""
+    """3x3 convolutions, densely connected or in a chain, with all outputs concatenated."""
 
     def __init__(self, in_channels: int, spec: CifarSpec):
         super().__init__()
@@ -77,7 +79,7 @@ class CifarBlock(nn.Module):
 
 
 class CifarClassifier(nn.Module):
-    """A 3x3 convolution, three blocks, and a fully-connected layer on the average of the last."""
+    """A 3x3 convolution, three blocks, average pooling and a fully-connected layer."""
 
     def __init__(
         self,
@@ -91,16 +93,16 @@ class CifarClassifier(nn.Module):
         Args:
             spec: a key of :data:`CIFAR_SPECS`, or a spec.
             in_channels: number of channels of the input.
-            last_transition: whether a 1x1 convolution of full width follows the third block, too:
-                OSA's aggregation there. DenseNet has two of them.
+            last_transition: whether a 1x1 convolution of full width also follows the third block,
+                as the aggregation of OSA does. DenseNet has two of them.
 
         Raises:
-            ValueError: no network of that name.
+            ValueError: there is no network of that name.
         """
         super().__init__()
         if isinstance(spec, str):
             if spec not in CIFAR_SPECS:
-                raise ValueError(
+                raise UserValueError(
                     f"Unknown CIFAR network {spec!r}: choose from {', '.join(CIFAR_SPECS)}."
                 )
             spec = CIFAR_SPECS[spec]
@@ -123,7 +125,7 @@ class CifarClassifier(nn.Module):
             x: (N, C, H, W), H and W at least 4.
 
         Returns:
-            "linear", (N, num_classes), as of a VoVNet that classifies.
+            "linear", (N, num_classes), as a VoVNet classifier does.
         """
         x = self.stem(x)
         for number in range(1, _NUM_BLOCKS + 1):

@@ -1,7 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DenseNet-67, the backbone that DSOD was made with (DS/64-64-16-1 in :paper:`DSOD` arXiv
-1708.01241, Table 1)."""
+"""DenseNet-67, the backbone of DSOD (DS/64-64-16-1 in :paper:`DSOD` arXiv 1708.01241, Table 1)."""
 
 from __future__ import annotations
 
@@ -24,14 +23,13 @@ _STEM_CHANNELS = (64, 64, 128)
 _LAYERS_PER_BLOCK = (6, 8, 8, 8)
 _BOTTLENECK_CHANNELS = 64
 _GROWTH = 16
-_SECOND_CHANNELS = 256  # of each of its two halves
+_SECOND_CHANNELS = 256  # channels of each half of the second feature map
 
 
 def halve(x: torch.Tensor) -> torch.Tensor:
-    """2x2 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil(H/2), ceil(W/2)).
+    """Apply 2x2 max-pooling of stride 2: (N, C, H, W) to (N, C, ceil(H/2), ceil(W/2)).
 
-    Graphs, as export back ends lack ceil mode, get the same from a row and a column that no
-    maximum comes from.
+    Export back ends lack ceil mode, so a graph pads one row and one column with minus infinity.
     """
     if is_traced():
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), kernel_size=2)
@@ -39,7 +37,7 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 
 
 class DenseLayer(nn.Module):
-    """A 1x1 and a 3x3 convolution; their output is concatenated to their input."""
+    """A 1x1 and a 3x3 convolution whose output is concatenated to their input."""
 
     def __init__(self, in_channels: int, *, norm: Norm):
         super().__init__()
@@ -51,9 +49,9 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet67(Backbone):
-    """Four dense blocks at strides 4, 8, 16 and 16, and the first two maps that DSOD predicts from.
+    """Four dense blocks at strides 4, 8, 16 and 16; it returns the first two feature maps of DSOD.
 
-    It is made to be trained from nothing, so that no part of it can be frozen.
+    DSOD is trained from scratch, so no part of the network can be frozen.
     """
 
     def __init__(self, *, in_channels: int = 3, norm: Norm = "BN"):
@@ -92,7 +90,7 @@ class DenseNet67(Backbone):
             x: (N, C, H, W).
 
         Returns:
-            "first", (N, 352, H/8, W/8), and "second", (N, 512, H/16, W/16), rounded up.
+            "first", (N, 352, H/8, W/8), and "second", (N, 512, H/16, W/16); sizes are rounded up.
         """
         x = halve(self.stem(x))
         x = halve(self.transition1(self.block1(x)))

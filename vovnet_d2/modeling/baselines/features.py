@@ -1,8 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters of timm and torchvision share: a foreign network as a backbone.
+"""The common part of the adapters that make backbones of networks of timm and torchvision.
 
-Their maps are named as VoVNet's are: "stage2" is the last one of stride 4, "stage5" of stride 32.
+The names of feature maps are those of VoVNet: "stage2" is the last one of stride 4, "stage5" the
+last one of stride 32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from detectron2.modeling import Backbone
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
+from ...errors import UserValueError
+
 __all__ = [
     "FeatureBackbone",
     "convert_norms",
@@ -26,7 +29,7 @@ __all__ = [
 
 
 class FeatureBackbone(Backbone):
-    """A network that returns its maps in a list, as a backbone."""
+    """A backbone around a network that returns its feature maps in a list."""
 
     def __init__(
         self,
@@ -39,9 +42,9 @@ class FeatureBackbone(Backbone):
         """
         Args:
             network: takes (N, C, H, W).
-            shapes: of the maps that it returns, in their order.
-            image_shape: (C, H, W) of an image that it takes for certain.
-            channels_last: whether the maps are (N, H, W, C).
+            shapes: the shapes of the feature maps that it returns, in their order.
+            image_shape: (C, H, W) of an image that the network can take.
+            channels_last: True if the feature maps are (N, H, W, C).
         """
         super().__init__()
         self.network = network
@@ -50,7 +53,7 @@ class FeatureBackbone(Backbone):
         self._channels_last = channels_last
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(N, C, H, W) to the maps of :meth:`output_shape`."""
+        """Compute the feature maps of :meth:`output_shape` from images (N, C, H, W)."""
         maps = self.network(x)
         if self._channels_last:
             maps = [x.permute(0, 3, 1, 2) for x in maps]
@@ -61,21 +64,21 @@ class FeatureBackbone(Backbone):
 
 
 def stage_name(stride: int) -> str:
-    """ "stage3" for stride 8, and so on.
+    """Return the name of the stage with a stride, such as "stage3" for stride 8.
 
     Raises:
-        ValueError: a stride that is no power of 2.
+        ValueError: the stride is not a power of 2.
     """
     if stride & (stride - 1):
-        raise ValueError(
-            f"The network has a map of stride {stride}. Backbones need powers of 2: choose another "
-            "network."
+        raise UserValueError(
+            f"The network has a feature map of stride {stride}. Backbones need powers of 2: choose "
+            "another network."
         )
     return f"stage{stride.bit_length() - 1}"
 
 
 class FrozenBatchNormAct2d(FrozenBatchNorm2d):
-    """A norm of timm's, which carries dropout and an activation, frozen."""
+    """A frozen norm of timm, which also applies dropout and an activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -85,7 +88,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 
 def _freeze_norms(module: nn.Module) -> nn.Module:
-    # Detectron2's conversion alone would drop the activation.
+    # Detectron2's conversion would drop the activation.
     if isinstance(module, nn.BatchNorm2d | SyncBatchNorm) and hasattr(module, "act"):
         frozen = FrozenBatchNormAct2d.convert_frozen_batchnorm(module)
         frozen.drop, frozen.act = module.drop, module.act
@@ -100,23 +103,23 @@ def _freeze_norms(module: nn.Module) -> nn.Module:
 def convert_norms(
     network: nn.Module, norm: str, synchronise: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """
+    """Replace the batch norms of a network in place.
+
     Args:
-        norm: "BN" leaves the network's norms as they are; "FrozenBN" and "SyncBN" take the place of
-            its batch norms, and of these only.
-        synchronise: makes "SyncBN" of a network.
+        norm: "BN" leaves all norms as they are; "FrozenBN" and "SyncBN" replace the batch norms.
+        synchronise: converts the batch norms of a network to "SyncBN".
 
     Returns:
-        the network, changed in place.
+        the network.
 
     Raises:
-        ValueError: another ``norm``.
+        ValueError: ``norm`` is another one.
     """
     converters = {"BN": lambda module: module, "FrozenBN": _freeze_norms, "SyncBN": synchronise}
     if norm not in converters:
-        raise ValueError(
-            f"NORM is {norm!r}, but the network brings its own: choose BN, which leaves it as it "
-            "is, or FrozenBN or SyncBN for batch norms."
+        raise UserValueError(
+            f"NORM is {norm!r}, but the network has norms already: choose BN, which leaves them as "
+            "they are, or FrozenBN or SyncBN for its batch norms."
         )
     return converters[norm](network)
 
@@ -124,8 +127,11 @@ def convert_norms(
 def maps_on_meta(
     network: nn.Module, size: tuple[int, int], in_channels: int
 ) -> tuple[Sequence[torch.Tensor], dict[str, torch.Tensor]]:
-    """What a network returns for an image of (H, W), and the parameters that it comes from, all on
-    the meta device, where nothing is computed. The network is left as it is."""
+    """Run a network on the meta device for an image of (H, W), without a change to the network.
+
+    Returns:
+        the outputs, and the parameters that they were computed from.
+    """
     parameters = {
         name: torch.empty_like(p, device="meta", requires_grad=True)
         for name, p in network.named_parameters()
@@ -142,11 +148,11 @@ def maps_on_meta(
 def parameters_behind(
     network: nn.Module, size: tuple[int, int], in_channels: int, maps: Iterable[int]
 ) -> set[str]:
-    """Names of the parameters that some of the network's maps are computed from.
+    """Return the names of the parameters that some feature maps of a network are computed from.
 
     Args:
-        size: (H, W) of an image that it takes.
-        maps: indices of the maps.
+        size: (H, W) of an image that the network can take.
+        maps: indices of the feature maps.
     """
     found, parameters = maps_on_meta(network, size, in_channels)
     total = torch.stack([found[index].sum() for index in maps]).sum()
@@ -161,25 +167,26 @@ def freeze(
     strides: Sequence[int],
     behind: Callable[[Iterable[int]], set[str]],
 ) -> None:
-    """Freeze what the maps of stride 2 to the power of ``freeze_at``, and finer ones, are computed
-    from: parameters take no gradient and batch norms become frozen ones.
+    """Freeze the layers that the feature maps up to a stride are computed from.
+
+    Their parameters get ``requires_grad=False`` and their batch norms become frozen ones.
 
     Args:
         freeze_at: 0 freezes nothing, 1 up to stride 2, 2 up to stride 4, and so on.
-        strides: of the network's maps.
-        behind: gives the names of the parameters behind the maps of these indices.
+        strides: the strides of the feature maps of the network.
+        behind: returns the names of the parameters for the indices of some feature maps.
 
     Raises:
-        ValueError: there is no map so fine.
+        ValueError: all feature maps have a larger stride.
     """
     if freeze_at <= 0:
         return
     maps = [index for index, stride in enumerate(strides) if stride <= 2**freeze_at]
     if not maps:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, which freezes up to stride {2**freeze_at}, "
-            f"but the maps have strides {', '.join(map(str, strides))}: set it to 0, which freezes "
-            "nothing, or so that it reaches one of them."
+            f"but the feature maps have strides {', '.join(map(str, strides))}: set it to 0, which "
+            "freezes nothing, or so that it reaches one of these."
         )
     frozen = behind(maps)
     for name, parameter in network.named_parameters():

@@ -12,6 +12,7 @@ from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
+from ...errors import UserValueError
 from ..layers import Norm, conv_norm_act
 from ..tracing import is_traced
 from .densenet import halve
@@ -25,9 +26,9 @@ _BRANCH_GROWTH = 16
 
 
 def average_halve(x: torch.Tensor) -> torch.Tensor:
-    """2x2 average pooling of stride 2: (N, C, H, W) to (N, C, ceil(H/2), ceil(W/2)).
+    """Apply 2x2 average pooling of stride 2: (N, C, H, W) to (N, C, ceil(H/2), ceil(W/2)).
 
-    Windows over the edge average what they see. Graphs get the same by the edge standing twice.
+    Windows over the edge average only the pixels inside. In a graph, the edge is repeated instead.
     """
     if is_traced():
         return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), kernel_size=2)
@@ -35,7 +36,7 @@ def average_halve(x: torch.Tensor) -> torch.Tensor:
 
 
 class PeleeStem(CNNBlockBase):
-    """Two strided halvings, the second one half learned and half pooled."""
+    """Two layers of stride 2; the second one joins convolutions and max-pooling."""
 
     def __init__(self, in_channels: int, *, norm: Norm):
         width = _STEM_CHANNELS
@@ -53,12 +54,12 @@ class PeleeStem(CNNBlockBase):
 
 
 class TwoWayDenseLayer(nn.Module):
-    """Two branches, of one and of two 3x3 convolutions, concatenated to their input."""
+    """Two branches with one and with two 3x3 convolutions, concatenated to their input."""
 
     def __init__(self, in_channels: int, bottleneck_channels: int, *, norm: Norm):
         """
         Args:
-            bottleneck_channels: width of the 1x1 convolutions; less where the input is narrow.
+            bottleneck_channels: width of the 1x1 convolutions; a narrow input reduces it.
         """
         super().__init__()
         if bottleneck_channels > in_channels // 2:
@@ -79,8 +80,7 @@ class TwoWayDenseLayer(nn.Module):
 
 
 class PeleeStage(CNNBlockBase):
-    """Average pooling (but in the first stage), dense layers and a 1x1 convolution of full
-    width."""
+    """Average pooling except in the first stage, dense layers and a 1x1 convolution."""
 
     def __init__(
         self,
@@ -107,8 +107,7 @@ class PeleeStage(CNNBlockBase):
 
 
 class PeleeNet(Backbone):
-    """A stem and four stages of two-way dense layers, named after their strides as VoVNet's are:
-    "stage2" of stride 4 to "stage5" of stride 32."""
+    """A stem and four stages of two-way dense layers, from "stage2" (stride 4) to "stage5"."""
 
     def __init__(
         self,
@@ -122,13 +121,13 @@ class PeleeNet(Backbone):
         """
         Args:
             norm: see :func:`conv_norm_act`.
-            out_features: maps to return, any of "stem", "stage2" to "stage5"; later stages are not
-                built. None is all stages, or with ``num_classes`` "linear" alone.
-            num_classes: puts a classifier on the last stage, whose output is "linear".
+            out_features: feature maps to return: any of "stem", "stage2" to "stage5". Later stages
+                are not built. None is all stages, or with ``num_classes`` only "linear".
+            num_classes: adds a classifier to the last stage, whose output is "linear".
             freeze_at: 0 freezes nothing, 1 the stem, 2 the stem and stage2, up to 5.
 
         Raises:
-            ValueError: a feature or a ``freeze_at`` that does not exist.
+            ValueError: a feature or ``freeze_at`` does not exist.
         """
         super().__init__()
         choices = ["stem", *_LAYERS, *(["linear"] if num_classes else [])]
@@ -136,12 +135,12 @@ class PeleeNet(Backbone):
             out_features = ["linear"] if num_classes else list(_LAYERS)
         unknown = [name for name in out_features if name not in choices]
         if unknown or not out_features:
-            raise ValueError(
+            raise UserValueError(
                 f"PeleeNet has no feature {', '.join(unknown) or '(none asked for)'}: choose from "
                 f"{', '.join(choices)}."
             )
         if not 0 <= freeze_at <= 5:
-            raise ValueError(
+            raise UserValueError(
                 f"freeze_at is {freeze_at}: choose 0 (nothing), 1 (stem), 2 (stem and stage2), "
                 "3, 4 or 5 (up to stage5)."
             )
@@ -177,7 +176,7 @@ class PeleeNet(Backbone):
             x: (N, C, H, W).
 
         Returns:
-            the maps of ``out_features``; their sizes are rounded up.
+            the feature maps of ``out_features``; their sizes are rounded up.
         """
         outputs = {}
         for name in self._stages:

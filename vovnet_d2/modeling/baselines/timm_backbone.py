@@ -12,6 +12,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from ...errors import UserFileNotFoundError, UserValueError
 from .features import FeatureBackbone, convert_norms, freeze, parameters_behind, stage_name
 
 __all__ = ["TimmBackbone"]
@@ -20,7 +21,7 @@ _PROBE_SIZE = 256
 
 
 class TimmBackbone(FeatureBackbone):
-    """A network of timm's through its feature extraction, the last map of each stride."""
+    """A network of timm that returns the last feature map of each stride."""
 
     def __init__(
         self,
@@ -35,31 +36,31 @@ class TimmBackbone(FeatureBackbone):
     ):
         """
         Args:
-            name: as ``timm.create_model`` takes it, "resnet50" or "resnet50.a1_in1k".
-            out_features: maps to return; layers that none of them needs are left out where timm's
-                extraction can do so.
+            name: the name for ``timm.create_model``, such as "resnet50" or "resnet50.a1_in1k".
+            out_features: feature maps to return. Layers that none of them needs are left out if
+                timm can do so.
             norm: see :func:`convert_norms`.
-            pretrained: download timm's weights, except on the meta device, which holds none. Images
-                must be normalised as ``timm.get_pretrained_cfg(name)`` says.
+            pretrained: download timm's weights, except on the meta device. Images must be
+                normalised as ``timm.get_pretrained_cfg(name)`` says.
             freeze_at: see :func:`freeze`.
-            arguments: further ones of ``timm.create_model``, such as ``drop_path_rate``.
+            arguments: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
         Raises:
-            ValueError: timm is not installed, or has no such network, map or weights, or the
-                network cannot return maps or takes images of one size only.
-            FileNotFoundError: the weights cannot be had.
+            ValueError: timm is not installed, or has no such network, feature map or weights, or
+                the network cannot return feature maps or takes images of one size only.
+            FileNotFoundError: the weights cannot be downloaded.
         """
         timm = _import_timm()
         arguments = {"in_chans": in_channels, **(arguments or {})}
         outline = _outline(timm, name, arguments)
         strides = outline.feature_info.reduction()
-        # Of several maps of one stride, the last stays.
+        # If several feature maps have one stride, the last one stays.
         indices = {stage_name(stride): index for index, stride in enumerate(strides)}
         missing = [feature for feature in out_features if feature not in indices]
         if missing or not out_features:
-            raise ValueError(
-                f"{name} of timm has no map {', '.join(missing) or '(none asked for)'}: choose "
-                f"from {', '.join(indices)}."
+            raise UserValueError(
+                f"{name} of timm has no feature map {', '.join(missing) or '(none asked for)'}: "
+                f"choose from {', '.join(indices)}."
             )
         ordered = sorted(out_features, key=lambda feature: indices[feature])
         shapes = {
@@ -88,32 +89,27 @@ def _import_timm() -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ValueError("This backbone needs timm: pip install timm") from error
+        raise UserValueError("This backbone needs timm: pip install timm") from error
     return timm
 
 
 def _outline(timm: Any, name: str, arguments: Mapping[str, Any]) -> Any:
-    """The network with all its maps, without memory."""
-    if not timm.is_model(name):
-        architecture = name.partition(".")[0]
-        close = get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"Close to it: {', '.join(close)}." if close else "timm.list_models() lists them."
-        raise ValueError(f"timm has no network {name!r}. {hint}")
+    """Build the network with all its feature maps on the meta device, which needs no memory."""
+    require_network(timm, name)
     try:
         with torch.device("meta"):
             outline = timm.create_model(name, features_only=True, **arguments)
-    except Exception as error:  # each network refuses in its own way
-        raise ValueError(
+    except Exception as error:  # each network raises its own error
+        raise UserValueError(
             f"timm cannot make a feature extractor of {name!r} with the arguments "
             f"{dict(arguments)}: {error}"
         ) from error
     if "img_size" not in arguments and any(
         getattr(module, "strict_img_size", False) for module in outline.modules()
     ):
-        raise ValueError(
-            f"{name} of timm takes images of one size only, unless MODEL.TIMM.ARGUMENTS has "
-            "dynamic_img_size: True; or give the size, img_size, there and have all images brought "
-            "to it."
+        raise UserValueError(
+            f"{name} of timm takes images of one size only: set dynamic_img_size to True in "
+            "MODEL.TIMM.ARGUMENTS, or set img_size there and resize all images to it."
         )
     return outline
 
@@ -121,24 +117,53 @@ def _outline(timm: Any, name: str, arguments: Mapping[str, Any]) -> Any:
 def _create(
     timm: Any, name: str, taken: Sequence[int], pretrained: bool, arguments: Mapping[str, Any]
 ) -> nn.Module:
-    if pretrained and not timm.is_model_pretrained(name):
-        raise ValueError(
-            f"timm has no trained weights of {name!r}: set PRETRAINED to False, or choose from "
-            f"those that timm.list_pretrained() lists."
+    arguments = {**arguments, "features_only": True, "out_indices": tuple(taken)}
+    if not pretrained:
+        return timm.create_model(name, **arguments)
+    way_out = "set PRETRAINED to False and MODEL.WEIGHTS to your own file"
+    return create_pretrained(timm, name, way_out, **arguments)
+
+
+def require_network(timm: Any, name: str) -> None:
+    """Check that timm has a network of this name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not timm.is_model(name):
+        architecture = name.partition(".")[0]
+        close = get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"Close to it: {', '.join(close)}." if close else "timm.list_models() lists them."
+        raise UserValueError(f"timm has no network {name!r}. {hint}")
+
+
+def create_pretrained(timm: Any, name: str, way_out: str, **arguments: Any) -> nn.Module:
+    """Build a network with timm's weights, or without them on the meta device.
+
+    Args:
+        way_out: the advice in an error, such as "set PRETRAINED to False".
+        arguments: further arguments of ``timm.create_model``.
+
+    Raises:
+        FileNotFoundError: the weights cannot be downloaded.
+        ValueError: timm has no weights of this network.
+    """
+    if not timm.is_model_pretrained(name):
+        raise UserValueError(
+            f"timm has no trained weights of {name!r}: {way_out}, or choose a network that "
+            "timm.list_pretrained() lists."
         )
-    loads = pretrained and torch.get_default_device().type != "meta"
+    # torch.get_default_device() of torch 2.6 does not see `with torch.device("meta")`.
+    loads = not torch.empty(0).is_meta
     try:
-        return timm.create_model(
-            name, features_only=True, out_indices=tuple(taken), pretrained=loads, **arguments
-        )
+        return timm.create_model(name, pretrained=loads, **arguments)
     except Exception as error:
         own = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
         if not loads or own:  # such as a full disk
             raise
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"timm's weights of {name!r} are not on this machine and cannot be downloaded "
-            f"({type(error).__name__}). Put them into the Hugging Face hub's cache, or set "
-            "PRETRAINED to False and MODEL.WEIGHTS to a file of yours."
+            f"({type(error).__name__}). Put them into the Hugging Face hub's cache, or {way_out}."
         ) from error
 
 

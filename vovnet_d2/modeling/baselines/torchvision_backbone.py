@@ -13,6 +13,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 from torchvision import models
 
+from ...errors import UserFileNotFoundError, UserValueError
 from .features import (
     FeatureBackbone,
     convert_norms,
@@ -28,7 +29,7 @@ _IMAGE_SIZE = (512, 512)
 
 
 class TorchvisionBackbone(FeatureBackbone):
-    """A network of torchvision's, cut off at some of its nodes."""
+    """A network of torchvision that returns the outputs of some of its nodes."""
 
     def __init__(
         self,
@@ -41,22 +42,22 @@ class TorchvisionBackbone(FeatureBackbone):
     ):
         """
         Args:
-            name: as ``torchvision.models.get_model`` takes it, "shufflenet_v2_x1_0".
-            nodes: what to return, the finest first, by the names that
+            name: the name for ``torchvision.models.get_model``, such as "shufflenet_v2_x1_0".
+            nodes: the nodes to return, the finest first, by the names that
                 ``torchvision.models.feature_extraction.get_graph_node_names`` gives, or parts of
-                them that end at a dot. What none of them needs is left out.
+                these names up to a dot. Layers that none of them needs are left out.
             norm: see :func:`convert_norms`.
-            pretrained: download torchvision's default weights, except on the meta device, which
-                holds none. Images must be normalised as these weights' ``transforms()`` do.
+            pretrained: download torchvision's default weights, except on the meta device. Images
+                must be normalised as ``transforms()`` of these weights does.
             freeze_at: see :func:`freeze`.
 
         Raises:
-            ValueError: there is no such network, node or weights; or a node's output is no map, or
-                of the same stride as another's.
-            FileNotFoundError: the weights cannot be had.
+            ValueError: there is no such network, node or weights, the output of a node is not a
+                feature map, or two nodes have the same stride.
+            FileNotFoundError: the weights cannot be downloaded.
         """
         network = _extract(_create(name, pretrained), name, nodes)
-        # After tracing, which cannot follow Detectron2's frozen norms.
+        # This comes after tracing, which cannot follow Detectron2's frozen norms.
         network = convert_norms(network, norm, nn.SyncBatchNorm.convert_sync_batchnorm)
         shapes = _shapes(network, nodes)
         freeze(
@@ -83,22 +84,23 @@ def _create(name: str, pretrained: bool) -> nn.Module:
     if name not in (available := models.list_models(module=models)):
         close = get_close_matches(name, available, n=3)
         hint = f"Close to it: {', '.join(close)}" if close else f"There are {', '.join(available)}"
-        raise ValueError(f"torchvision has no network {name!r}. {hint}.")
-    loads = pretrained and torch.get_default_device().type != "meta"
+        raise UserValueError(f"torchvision has no network {name!r}. {hint}.")
+    # torch.get_default_device() of torch 2.6 does not see `with torch.device("meta")`.
+    loads = pretrained and not torch.empty(0).is_meta
     try:
         return models.get_model(name, weights="DEFAULT" if loads else None)
     except OSError as error:
         if not loads or (error.errno and not isinstance(error, ConnectionError)):
             raise  # such as a full disk
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"torchvision's weights of {name!r} are not on this machine and cannot be downloaded "
             f"({error}). Put them into the folder checkpoints of torch.hub.get_dir(), or set "
-            "PRETRAINED to False and MODEL.WEIGHTS to a file of yours."
+            "PRETRAINED to False and MODEL.WEIGHTS to your own file."
         ) from error
 
 
 def _extract(network: nn.Module, name: str, nodes: Sequence[str]) -> nn.Module:
-    # Late, as it imports torch.fx, which takes long.
+    # Imported here, because torch.fx takes long to import.
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     try:
@@ -109,31 +111,33 @@ def _extract(network: nn.Module, name: str, nodes: Sequence[str]) -> nn.Module:
         for node in nodes:
             if not any(other == node or other.startswith(f"{node}.") for other in known):
                 close = ", ".join(get_close_matches(node, known, n=3, cutoff=0.4) or known)
-                raise ValueError(
+                raise UserValueError(
                     f"{name} of torchvision has no node {node!r}. Close to it: {close}."
                 ) from error
         raise
-    raise ValueError(
+    raise UserValueError(
         f"NODES is empty: choose what {name} returns from "
         f"{', '.join(get_graph_node_names(network)[1])}."
     )
 
 
 def _shapes(network: nn.Module, nodes: Sequence[str]) -> dict[str, ShapeSpec]:
-    """The shapes of a network's maps, seen in them."""
+    """Return the shapes of the feature maps of a network, from a forward pass."""
     maps, _ = maps_on_meta(network, _IMAGE_SIZE, 3)
     shapes: dict[str, ShapeSpec] = {}
     for node, output in zip(nodes, maps, strict=True):
         if output.dim() != 4 or min(output.shape[2:]) < 2:
-            raise ValueError(
-                f"Node {node} gives {tuple(output.shape)}, which is no map: choose an earlier one."
+            raise UserValueError(
+                f"Node {node} gives {tuple(output.shape)}, which is no feature map: choose an "
+                "earlier one."
             )
-        # Without padding, maps are a little smaller than their stride says.
+        # Without padding, feature maps are a little smaller than their stride says.
         stride = 2 ** round(math.log2(_IMAGE_SIZE[0] / output.shape[2]))
         feature = stage_name(stride)
         if feature in shapes:
-            raise ValueError(
-                f"Node {node} has stride {stride}, as another one: choose one node of each stride."
+            raise UserValueError(
+                f"Node {node} has stride {stride}, and so has another node: choose one node for "
+                "each stride."
             )
         shapes[feature] = ShapeSpec(channels=output.shape[1], stride=stride)
     return shapes

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The VoVNet paper's own detectors, RefineDet and DSOD. Importing this registers them."""
+"""The detectors of the VoVNet paper, RefineDet and DSOD. Importing this package registers them."""
 
 from .anchors import SSDAnchorGenerator
 from .refinedet import RefineDet

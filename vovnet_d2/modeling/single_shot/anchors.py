@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SSD's default boxes. RefineDet's are those of Detectron2's ``DefaultAnchorGenerator``."""
+"""Default boxes of SSD. RefineDet uses Detectron2's ``DefaultAnchorGenerator``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
 
+from ...errors import UserValueError
+
 __all__ = ["SSDAnchorGenerator"]
 
 
@@ -20,13 +22,14 @@ __all__ = ["SSDAnchorGenerator"]
 class SSDAnchorGenerator(DefaultAnchorGenerator):
     """The default boxes of :paper:`SSD`, section 2.2.
 
-    At each place of a map: a square of its size, a square of the geometric mean of its size and its
-    second size, where it has one, and for each aspect ratio r a box of width size·√r and height
-    size/√r, followed by the upright one of 1/r.
+    Each location of a feature map has a square of the first size, a square of the geometric mean of
+    the first and the second size if there is a second one, and for each aspect ratio r a box of
+    width size·√r and height size/√r, followed by the box of ratio 1/r.
 
-    The arguments are those of :class:`DefaultAnchorGenerator`, but that ``sizes`` holds one or two
-    sizes for each map, in pixels, and ``aspect_ratios`` are width / height, without their inverses.
-    Four sizes are two such pairs for a map that is used twice, as Pelee's finest is.
+    The arguments are those of :class:`DefaultAnchorGenerator`, with two differences. ``sizes`` has
+    one or two sizes in pixels for each feature map, or two such pairs for a feature map that is
+    used twice, such as the finest one of Pelee. ``aspect_ratios`` are width / height, without their
+    inverses.
     """
 
     @classmethod
@@ -34,9 +37,9 @@ class SSDAnchorGenerator(DefaultAnchorGenerator):
         arguments = super().from_config(cfg, input_shape)
         if steps := cfg.MODEL.SINGLE_SHOT.ANCHOR_STEPS:
             if len(steps) != len(input_shape):
-                raise ValueError(
+                raise UserValueError(
                     f"MODEL.SINGLE_SHOT.ANCHOR_STEPS has {len(steps)} steps for {len(input_shape)} "
-                    "maps: give one for each, or none to take the maps' strides."
+                    "feature maps: give one for each, or none to take their strides."
                 )
             arguments["strides"] = list(steps)
         return arguments
@@ -44,7 +47,7 @@ class SSDAnchorGenerator(DefaultAnchorGenerator):
     def generate_cell_anchors(
         self, sizes: Sequence[float] = (30, 60), aspect_ratios: Sequence[float] = (2,)
     ) -> torch.Tensor:
-        """The boxes (number, 4) of one place, around the origin, XYXY in pixels."""
+        """Return the boxes (number, 4) of one location, around the origin, XYXY in pixels."""
         shapes: list[tuple[float, float]] = []
         for index in range(0, len(sizes), 2):
             size, *second = sizes[index : index + 2]

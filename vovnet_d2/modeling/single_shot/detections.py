@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From scores and boxes of all anchors to the detections of an image."""
+"""Selection of the detections of an image from the scores and boxes of all anchors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def select_detections(
     nms_threshold: float,
     max_detections: int,
 ) -> Instances:
-    """Of each class the ``topk_candidates`` best above the threshold, thinned out by NMS; of what
-    is left of all classes, the ``max_detections`` best.
+    """Select the detections of an image.
+
+    For each class, the ``topk_candidates`` best boxes above the threshold go to NMS. The
+    ``max_detections`` best of all classes are returned.
 
     Args:
         boxes: (anchors, 4), XYXY in pixels.
@@ -33,9 +35,9 @@ def select_detections(
         image_size: (height, width) in pixels.
 
     Returns:
-        with ``pred_boxes``, ``scores`` and ``pred_classes``, the best first.
+        instances with ``pred_boxes``, ``scores`` and ``pred_classes``, the best first.
     """
-    # While it is traced, the number of anchors is a tensor.
+    # In a trace the number of anchors is a tensor.
     number: Any = torch.as_tensor(scores.shape[0]).clamp(max=topk_candidates)
     best, anchors = scores.topk(number, dim=0)
     rows, classes = (best > score_threshold).nonzero().unbind(dim=1)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The stages that single-shot detectors put behind a backbone for coarser maps."""
+"""The stages that single-shot detectors add to a backbone for coarser feature maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BackboneWithExtras", "DSODExtra", "SSDExtra", "norm_relu_conv"]
 
 
 class BackboneWithExtras(Backbone):
-    """A backbone and further stages, each made from the map before it."""
+    """A backbone and further stages, each of which reads the last feature map before it."""
 
     def __init__(
         self,
@@ -32,10 +32,11 @@ class BackboneWithExtras(Backbone):
     ):
         """
         Args:
-            in_features: maps of ``bottom_up`` to return; the first extra follows the last of them.
-            extras: their maps are named "extra1", "extra2", ...
-            size_divisibility: what the image's sides must be multiples of; 0 asks for nothing more
-                than ``bottom_up`` does.
+            in_features: feature maps of ``bottom_up`` to return; the first extra stage reads the
+                last of them.
+            extras: stages whose feature maps are named "extra1", "extra2", ...
+            size_divisibility: the sides of an image must be multiples of this number; 0 takes the
+                one of ``bottom_up``.
         """
         super().__init__()
         self.bottom_up = bottom_up
@@ -48,7 +49,7 @@ class BackboneWithExtras(Backbone):
         return self._size_divisibility
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(N, C, H, W) to the maps of :meth:`output_shape`."""
+        """Compute the feature maps of :meth:`output_shape` from images (N, C, H, W)."""
         maps = self.bottom_up(x)
         maps = {name: maps[name] for name in self.in_features}
         x = maps[self.in_features[-1]]
@@ -69,7 +70,7 @@ class BackboneWithExtras(Backbone):
 def norm_relu_conv(
     in_channels: int, out_channels: int, kernel_size: int, *, norm: Norm, stride: int = 1
 ) -> nn.Sequential:
-    """Norm, ReLU and a convolution without bias (pre-activation)."""
+    """Build a norm, a ReLU and a convolution without bias (pre-activation)."""
     conv = Conv2d(
         in_channels,
         out_channels,
@@ -84,8 +85,10 @@ def norm_relu_conv(
 
 
 class DSODExtra(CNNBlockBase):
-    """DSOD's down-sampling block (:paper:`DSOD` arXiv 1708.01241, section 3.1): half of the
-    channels from convolutions, half from max-pooling."""
+    """DSOD's down-sampling block (:paper:`DSOD` arXiv 1708.01241, section 3.1).
+
+    Half of the channels come from convolutions, the other half from max-pooling.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, norm: Norm):
         super().__init__(in_channels, out_channels, stride=2)
@@ -97,7 +100,7 @@ class DSODExtra(CNNBlockBase):
         self.pooled = norm_relu_conv(in_channels, half, 1, norm=norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The same as ceil_mode=True, which export back ends lack.
+        # This equals ceil_mode=True, which export back ends lack.
         pooled = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), kernel_size=2)
         return torch.cat([self.learned(x), self.pooled(pooled)], dim=1)
 
@@ -117,8 +120,8 @@ class SSDExtra(CNNBlockBase):
         """
         Args:
             reduced_channels: width between the two, by default half of ``out_channels``.
-            stride: 2, or 1 for a 3x3 convolution without padding, which takes a map of 5x5 to 3x3
-                and one of 3x3 to 1x1.
+            stride: 2, or 1 for a 3x3 convolution without padding, which reduces a feature map of
+                5x5 to 3x3, and one of 3x3 to 1x1.
         """
         super().__init__(in_channels, out_channels, stride)
         reduced = reduced_channels or out_channels // 2

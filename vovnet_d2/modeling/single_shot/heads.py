@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The heads of SSD, DSOD and RefineDet: from maps to scores and offsets of every anchor."""
+"""The heads of SSD, DSOD and RefineDet, which predict scores and offsets of every anchor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers import Norm
-from .layers import ConvTranspose2d, L2Norm, Predictor, ResidualBlock, conv_norm
+from ..layers import ConvTranspose2d, Norm
+from .layers import L2Norm, Predictor, ResidualBlock, conv_norm
 
 __all__ = ["RefineDetHead", "SSDHead", "TransferConnection"]
 
@@ -20,7 +20,9 @@ Maps = list[torch.Tensor]
 
 
 class LevelHead(nn.Module):
-    """What one map predicts, after an optional normalisation and an optional residual block."""
+    """The predictors of one feature map, after an optional normalisation and an optional residual
+    block.
+    """
 
     def __init__(
         self,
@@ -36,14 +38,14 @@ class LevelHead(nn.Module):
     ):
         """
         Args:
-            num_anchors: at each place.
-            num_logits: of each anchor.
-            l2_norm_scale: initial scale of an L2 normalisation of the map; 0 for none.
-            block_channels: widths of the residual block's output and of its bottleneck; empty for
-                no block.
-            kernel_size: of the two predictors.
-            norm: of the block.
-            predictor_norm: of the predictors; "" gives them a bias.
+            num_anchors: number of anchors at each location.
+            num_logits: number of logits of each anchor.
+            l2_norm_scale: initial scale of an L2 normalisation of the feature map; 0 for none.
+            block_channels: widths of the output and of the bottleneck of the residual block; empty
+                for no block.
+            kernel_size: the kernel size of the two predictors.
+            norm: the norm of the block.
+            predictor_norm: the norm of the predictors; "" gives them a bias.
         """
         super().__init__()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -59,13 +61,13 @@ class LevelHead(nn.Module):
         self.deltas = Predictor(in_channels, num_anchors * 4, kernel_size, norm=predictor_norm)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) to logits (N, anchors · logits, H, W) and offsets (N, anchors · 4, H, W)."""
+        """Return logits (N, anchors · logits, H, W) and offsets (N, anchors · 4, H, W)."""
         x = self.layers(x)
         return self.logits(x), self.deltas(x)
 
 
 class SSDHead(nn.Module):
-    """One :class:`LevelHead` for each map; nothing is shared."""
+    """One :class:`LevelHead` for each feature map, without shared weights."""
 
     def __init__(
         self,
@@ -81,7 +83,8 @@ class SSDHead(nn.Module):
     ):
         """
         Args:
-            in_channels, num_anchors: of each map; for the others see :class:`LevelHead`.
+            in_channels, num_anchors: one number for each feature map.
+            num_logits: see :class:`LevelHead`, also for the other arguments.
         """
         super().__init__()
         self.levels = nn.ModuleList(
@@ -101,7 +104,7 @@ class SSDHead(nn.Module):
     def forward(self, features: Maps) -> tuple[Maps, Maps]:
         """
         Returns:
-            the logits and the offsets of each map.
+            the logits and the offsets of each feature map.
         """
         logits, deltas = zip(
             *(level(x) for level, x in zip(self.levels, features, strict=True)), strict=True
@@ -110,13 +113,16 @@ class SSDHead(nn.Module):
 
 
 class TransferConnection(nn.Module):
-    """RefineDet's transfer connection block (:paper:`RefineDet` arXiv 1711.06897, section 3.1): a
-    map for the second step from a map of the first and from the coarser level's result."""
+    """RefineDet's transfer connection block (:paper:`RefineDet` arXiv 1711.06897, section 3.1).
+
+    It makes a feature map for the ODM stage from a feature map of the ARM stage and from the result
+    of the coarser level.
+    """
 
     def __init__(self, in_channels: int, channels: int, *, is_top: bool, norm: Norm):
         """
         Args:
-            is_top: whether there is no coarser level.
+            is_top: True if there is no coarser level.
         """
         super().__init__()
         self.conv1 = conv_norm(in_channels, channels, 3, norm=norm)
@@ -127,7 +133,7 @@ class TransferConnection(nn.Module):
     def forward(self, x: torch.Tensor, coarser: torch.Tensor | None) -> torch.Tensor:
         """
         Args:
-            coarser: the coarser level's result, of half the height and width.
+            coarser: the result of the coarser level, with half the height and width.
         """
         x = self.conv2(self.conv1(x))
         if self.upsample is not None:
@@ -136,8 +142,10 @@ class TransferConnection(nn.Module):
 
 
 class RefineDetHead(nn.Module):
-    """The anchor refinement module (ARM) on the backbone's maps, the object detection module (ODM)
-    on those that the transfer connections make of them."""
+    """The anchor refinement module (ARM) and the object detection module (ODM) of RefineDet.
+
+    ARM reads the feature maps of the backbone, and ODM the results of the transfer connections.
+    """
 
     def __init__(
         self,
@@ -151,8 +159,8 @@ class RefineDetHead(nn.Module):
     ):
         """
         Args:
-            in_channels, num_anchors: of each map, the finest first.
-            num_classes: without background.
+            in_channels, num_anchors: one number for each feature map, the finest first.
+            num_classes: number of classes without background.
             tcb_channels: width of the transfer connections.
             block_channels: see :class:`LevelHead`.
         """
@@ -174,10 +182,11 @@ class RefineDetHead(nn.Module):
     def forward(self, features: Maps) -> tuple[Maps, Maps, Maps, Maps]:
         """
         Args:
-            features: the finest first, each of half the height and width of the one before.
+            features: the feature maps, the finest first; each has half the height and width of the
+                one before.
 
         Returns:
-            the logits and the offsets of the ARM, then those of the ODM, of each map.
+            the logits and the offsets of the ARM for each feature map, then those of the ODM.
         """
         refined: Maps = []
         coarser = None

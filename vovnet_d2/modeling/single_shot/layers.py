@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import Norm, conv_norm_act
 
 __all__ = [
-    "ConvTranspose2d",
     "L2Norm",
     "Predictor",
     "ResidualBlock",
@@ -33,8 +32,7 @@ def conv_norm(
     stride: int = 1,
     relu: bool = True,
 ) -> Conv2d:
-    """:func:`conv_norm_act` with or without ReLU, initialised as RefineDet initialises what it
-    adds."""
+    """Build a :func:`conv_norm_act` with or without ReLU, and initialise it as RefineDet does."""
     conv = conv_norm_act(in_channels, out_channels, kernel_size, norm=norm, stride=stride)
     if not relu:
         conv.activation = None
@@ -42,24 +40,8 @@ def conv_norm(
     return conv
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """Transposed convolution and norm, as :class:`detectron2.layers.Conv2d` has them."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, norm: Norm):
-        """The map grows by ``kernel_size``, which is also the stride."""
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride=kernel_size, bias=norm == ""
-        )
-        self.norm = get_norm(norm, out_channels)
-        nn.init.normal_(self.weight, std=0.01)
-
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        x = super().forward(input, output_size)
-        return x if self.norm is None else self.norm(x)
-
-
 class ResidualBlock(CNNBlockBase):
-    """A residual bottleneck that always has a projection, unlike ResNet's of equal widths."""
+    """A residual bottleneck that has a projection even if the widths are equal, unlike ResNet's."""
 
     def __init__(
         self,
@@ -72,8 +54,8 @@ class ResidualBlock(CNNBlockBase):
     ):
         """
         Args:
-            bottleneck_channels: width of the branch's first two convolutions, 1x1 and 3x3.
-            stride: of the projection and of the branch's first convolution.
+            bottleneck_channels: width of the first two convolutions of the branch, 1x1 and 3x3.
+            stride: stride of the projection and of the first convolution of the branch.
         """
         super().__init__(in_channels, out_channels, stride)
         self.shortcut = conv_norm(
@@ -109,8 +91,9 @@ class Predictor(Conv2d):
 
 
 class L2Norm(nn.Module):
-    """Each place's vector of channels brought to length 1, times a learned scale for each channel
-    (ParseNet, arXiv 1506.04579, section 3.3)."""
+    """L2 normalisation over channels, times a learned scale for each channel (ParseNet, arXiv
+    1506.04579, section 3.3).
+    """
 
     def __init__(self, channels: int, scale: float):
         super().__init__()
@@ -121,14 +104,14 @@ class L2Norm(nn.Module):
 
 
 def fill_xavier(module: nn.Module) -> None:
-    """Xavier's initialisation, as Caffe has it, of every convolution in ``module``."""
+    """Initialise every convolution in ``module`` by Xavier's method, as Caffe does."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             weight_init.c2_xavier_fill(layer)
 
 
 def set_norm_momentum(module: nn.Module, momentum: float) -> None:
-    """Let the running statistics of every batch norm take in ``momentum`` of each batch's."""
+    """Set the momentum of the running statistics of every batch norm in ``module``."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.momentum = momentum

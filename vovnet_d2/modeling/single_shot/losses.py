@@ -17,14 +17,16 @@ __all__ = ["mine_hard_negatives", "single_shot_losses"]
 def mine_hard_negatives(
     background_loss: Tensor, positive: Tensor, candidates: Tensor, ratio: float
 ) -> Tensor:
-    """Choose the negatives that the network takes least for background.
+    """Choose the negatives with the largest loss for background, which are the hardest.
 
-    All arguments and the result are (N, anchors).
+    The tensors and the result are (N, anchors).
 
     Args:
-        background_loss: of each anchor, were it background.
-        positive: boolean, as ``candidates``, which tells what may be chosen.
-        ratio: of negatives to positives of an image, at most; so one without positives gives none.
+        background_loss: the loss of each anchor as background.
+        positive: boolean, True for an anchor with an object.
+        candidates: boolean, True for an anchor that may be chosen.
+        ratio: largest number of negatives for each positive of an image; without positives there
+            are no negatives.
     """
     limit = (ratio * positive.sum(dim=1, keepdim=True)).floor()
     order = background_loss.masked_fill(~candidates, -torch.inf).argsort(
@@ -42,8 +44,10 @@ def single_shot_losses(
     box2box_transform: Box2BoxTransform,
     negative_ratio: float,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax cross-entropy over positives and mined negatives, and smooth L1 over the positives'
-    offsets, both divided by the number of positives in the batch (:paper:`SSD`, section 2.2).
+    """Compute SSD's losses (:paper:`SSD`, section 2.2).
+
+    They are the softmax cross-entropy over positives and mined negatives, and smooth L1 over the
+    offsets of the positives. Both are divided by the number of positives in the batch.
 
     Args:
         logits: (N, anchors, classes + 1), background last.

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RefineDet: anchors are refined and thinned out first, then classified and refined again."""
+"""RefineDet: the ARM stage refines and filters anchors, and the ODM stage makes objects of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
+from ...errors import UserValueError
 from .extras import BackboneWithExtras
 from .heads import RefineDetHead
 from .layers import ResidualBlock, fill_xavier
@@ -37,11 +38,11 @@ class RefineDet(SingleShotDetector):
     ):
         """
         Args:
-            arm_iou_thresholds: ``iou_thresholds`` of the first step; the second has its own.
-            objectness_threshold: an anchor whose objectness is below takes no part in the second
-                step: it is no negative in training, and no class scores at test.
-            kwargs: of :class:`SingleShotDetector`. The head returns four kinds of predictions; see
-                :class:`RefineDetHead`.
+            arm_iou_thresholds: ``iou_thresholds`` of the ARM stage.
+            objectness_threshold: anchors with less objectness are left out of the ODM stage: they
+                are no negatives in training, and have no class scores at test.
+            kwargs: arguments of :class:`SingleShotDetector` for the ODM stage. The head returns
+                four kinds of predictions; see :class:`RefineDetHead`.
         """
         super().__init__(**kwargs)
         self.arm_iou_thresholds = tuple(arm_iou_thresholds)
@@ -55,9 +56,9 @@ class RefineDet(SingleShotDetector):
         shapes = taps(bottom_up, node.IN_FEATURES)
         strides = [shape.stride for shape in shapes]
         if any(following != 2 * stride for stride, following in pairwise(strides)):
-            raise ValueError(
-                f"MODEL.SINGLE_SHOT.IN_FEATURES is {', '.join(node.IN_FEATURES)}, of strides "
-                f"{strides}: RefineDet needs maps of doubling stride, the finest first."
+            raise UserValueError(
+                f"MODEL.SINGLE_SHOT.IN_FEATURES is {', '.join(node.IN_FEATURES)}, with strides "
+                f"{strides}: RefineDet needs feature maps whose strides double, the finest first."
             )
         width = refine.EXTRA_CHANNELS
         extra = ResidualBlock(shapes[-1].channels, width, width // 4, norm=node.NORM, stride=2)
@@ -100,7 +101,7 @@ class RefineDet(SingleShotDetector):
         }
         anchors = self._anchors(features)
         targets = assign_targets(anchors, gt_instances, self.arm_iou_thresholds)
-        targets = targets._replace(classes=targets.classes * 0)  # any object
+        targets = targets._replace(classes=targets.classes * 0)  # one class for any object
         arm_losses = single_shot_losses(arm_logits, arm_deltas, anchors, targets, **options)
 
         refined = self._decode(arm_deltas.detach(), anchors)
@@ -127,5 +128,5 @@ class RefineDet(SingleShotDetector):
 
 
 def _objectness(arm_logits: Tensor) -> Tensor:
-    """(N, anchors, 2), background last, to the probability of an object (N, anchors)."""
+    """Return the probability of an object, (N, anchors), from logits with background last."""
     return arm_logits.float().softmax(dim=-1)[..., 0]

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SSD and DSOD: every anchor scored and moved in one step."""
+"""SSD and DSOD, which predict the scores and the box of every anchor at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ...errors import UserValueError
 from .detections import select_detections
 from .extras import BackboneWithExtras, DSODExtra, SSDExtra
 from .heads import SSDHead
@@ -32,7 +33,7 @@ _EXTRAS = {"dsod": DSODExtra, "ssd": SSDExtra}
 class SingleShotDetector(DenseDetector):
     """SSD (:paper:`SSD` arXiv 1512.02325) and DSOD (:paper:`DSOD` arXiv 1708.01241).
 
-    Which of the two it is, follows from its head, its extra stages and its anchors.
+    The head, the extra stages and the anchors make it one or the other.
     """
 
     @configurable
@@ -57,13 +58,14 @@ class SingleShotDetector(DenseDetector):
     ):
         """
         Args:
-            head: takes the maps, returns the logits and the offsets of each.
-            head_in_features: names of the maps in the order of the head and of the anchors.
-            num_classes: without background.
+            head: takes the feature maps and returns the logits and the offsets for each.
+            head_in_features: names of the feature maps, in the order of the head and the anchors.
+            num_classes: number of classes without background.
             iou_thresholds: see :func:`assign_targets`.
             negative_ratio: see :func:`mine_hard_negatives`.
-            norm_momentum: see :func:`set_norm_momentum`; the backbone's norms are included.
-            test_score_thresh: for the four of them, see :func:`select_detections`.
+            norm_momentum: momentum of all batch norms, including those of the backbone.
+            test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: see
+                :func:`select_detections`.
             pixel_mean, pixel_std: see :class:`DenseDetector`.
         """
         super().__init__(
@@ -88,7 +90,7 @@ class SingleShotDetector(DenseDetector):
         node = cfg.MODEL.SINGLE_SHOT
         bottom_up = build_backbone(cfg)
         if node.EXTRA_TYPE not in _EXTRAS:
-            raise ValueError(
+            raise UserValueError(
                 f"MODEL.SINGLE_SHOT.EXTRA_TYPE is {node.EXTRA_TYPE!r}: choose from "
                 f"{', '.join(_EXTRAS)}."
             )
@@ -115,10 +117,10 @@ class SingleShotDetector(DenseDetector):
         return {**arguments, "head": head}
 
     def solver_overrides(self) -> list[dict[str, Any]]:
-        """What the optimizer treats differently: groups of ``params`` with an ``lr_factor`` on the
-        learning rate and a ``weight_decay``.
+        """Return the parameter groups that the optimizer treats differently.
 
-        Biases of predictors learn twice as fast and are not decayed; nor are predictors' norms.
+        Each group has ``params``, an ``lr_factor`` on the learning rate, and a ``weight_decay``.
+        Biases of predictors learn twice as fast. Biases and norms of predictors are not decayed.
         """
         predictors = [m for m in self.modules() if isinstance(m, Predictor)]
         biases = [p.bias for p in predictors if p.bias is not None]
@@ -167,32 +169,32 @@ class SingleShotDetector(DenseDetector):
         return [self._select(*each) for each in zip(boxes, scores, images.image_sizes, strict=True)]
 
     def _anchors(self, features: list[Tensor]) -> Tensor:
-        """(anchors, 4) of all maps, as for every image."""
+        """Return the anchors (anchors, 4) of all feature maps, which every image shares."""
         return Boxes.cat(self.anchor_generator(features)).tensor
 
     def _flatten(
         self, predictions: Sequence[list[Tensor]], dims_per_anchor: Sequence[int]
     ) -> list[Tensor]:
-        """Maps of each kind to one tensor (N, anchors, dims)."""
+        """Join the predictions of all feature maps: one tensor (N, anchors, dims) for each kind."""
         kinds = self._transpose_dense_predictions(predictions, dims_per_anchor)
         return [torch.cat(levels, dim=1) for levels in kinds]
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Offsets (N, anchors, 4) from anchors (anchors, 4) or (N, anchors, 4) to boxes."""
+        """Return boxes from offsets (N, anchors, 4) and anchors ([N,] anchors, 4)."""
         flat = anchors.expand_as(deltas).reshape(-1, 4)
         return self.box2box_transform.apply_deltas(deltas.reshape(-1, 4), flat).view_as(deltas)
 
 
 def taps(backbone: Backbone, names: Sequence[str]) -> list[Any]:
-    """The shapes of the maps that a detector reads.
+    """Return the shapes of the feature maps that a detector reads.
 
     Raises:
-        ValueError: ``MODEL.SINGLE_SHOT.IN_FEATURES`` names none, or one that is not there.
+        ValueError: ``MODEL.SINGLE_SHOT.IN_FEATURES`` is empty, or one of them does not exist.
     """
     shapes = backbone.output_shape()
     missing = [name for name in names if name not in shapes]
     if missing or not names:
-        raise ValueError(
+        raise UserValueError(
             f"MODEL.SINGLE_SHOT.IN_FEATURES asks for {', '.join(missing) or 'nothing'}, but the "
             f"backbone returns {', '.join(shapes)}: choose from these, or let it return more."
         )
@@ -202,7 +204,7 @@ def taps(backbone: Backbone, names: Sequence[str]) -> list[Any]:
 def arguments_from_config(
     cfg: CfgNode, backbone: BackboneWithExtras, features: Sequence[str]
 ) -> dict[str, Any]:
-    """The arguments of :class:`SingleShotDetector` that RefineDet shares, all but the head."""
+    """Return the arguments that SingleShotDetector and RefineDet share: all except the head."""
     node = cfg.MODEL.SINGLE_SHOT
     return {
         "backbone": backbone,
@@ -229,7 +231,7 @@ def _extra_options(node: CfgNode) -> list[tuple[int, dict[str, int]]]:
         if not values:
             continue
         if len(values) != len(options) or node.EXTRA_TYPE != "ssd":
-            raise ValueError(
+            raise UserValueError(
                 f"MODEL.SINGLE_SHOT.EXTRA_{key} is {list(values)}: give one for each of "
                 f"EXTRA_CHANNELS {list(node.EXTRA_CHANNELS)}, and only with EXTRA_TYPE ssd, or "
                 "none."

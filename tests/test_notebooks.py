@@ -1,0 +1,51 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The notebooks in docs/notebooks run from start to end, with small settings."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ipykernel", reason="ipykernel has no release for Python 3.10")
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+SMALL = {"first_training": {"EPOCHS": "0.05"}, "own_data": {"EPOCHS": "1", "IMAGES": "16"}}
+"""The settings in the first cell of each notebook that make it short."""
+
+
+def run(path: Path, folder: Path) -> nbformat.NotebookNode:
+    """Run a notebook in a folder and return it with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for name, value in SMALL[path.stem].items():
+        settings.source, count = re.subn(
+            rf"^{name} = .*$", f"{name} = {value}", settings.source, flags=re.MULTILINE
+        )
+        assert count == 1
+    client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}})
+    return client.execute()
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    text = printed(run(path, tmp_path))
+    assert len(re.findall(r"^\S+ \d+% at \[\d+, \d+, \d+, \d+\]$", text, re.MULTILINE)) > 0
+    assert re.search(r"^\| \S+ +\| bbox ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_holds_no_outputs(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert not any(cell.get("outputs") for cell in cells)

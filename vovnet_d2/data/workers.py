@@ -1,0 +1,68 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The workers of data loaders end after the main process has saved its state, and not before."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import time
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ..signals import ending_signals
+from ..waits import longest_wait
+
+__all__ = ["attend_to_workers", "dismiss_workers", "is_silent_worker", "stay_until_dismissed"]
+
+_FAREWELL = 300  # seconds for the current step to end
+_LAST_FAREWELL = 1  # seconds for workers to end with the main process
+
+
+def attend_to_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Let the workers of a loader stay until they are dismissed, and let the loader wait no longer
+    than :func:`longest_wait` for one that does not answer, such as one that waits for a disk.
+
+    Returns:
+        ``loader`` itself.
+    """
+    loader.worker_init_fn = stay_until_dismissed
+    # Without SIGCHLD, torch looks for workers that have ended only where a loader has no limit.
+    if loader.num_workers and hasattr(signal, "SIGCHLD"):
+        loader.timeout = longest_wait().total_seconds()
+    return loader
+
+
+def is_silent_worker(error: BaseException) -> bool:
+    """Return True if an error means that a worker of a data loader did not answer in time."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader timed out")
+
+
+def stay_until_dismissed(worker: int) -> None:
+    """Let a worker ignore the signals that end a job, as the main process handles them. If a worker
+    ended at once, the main process would fail before it has saved its state."""
+    if not hasattr(signal, "SIGALRM"):  # Windows, where a worker ends with the main process
+        for number in ending_signals():
+            signal.signal(number, signal.SIG_IGN)
+        return
+    for number in ending_signals():
+        signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before
+
+
+@atexit.register
+def dismiss_workers() -> None:
+    """End the workers that are left when Python ends, for example after an error in an evaluation.
+    Otherwise multiprocessing would wait for workers that do not end
+    (:func:`stay_until_dismissed`)."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    for worker in workers:
+        worker.terminate()
+    end = time.monotonic() + _LAST_FAREWELL
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+        worker.kill()
