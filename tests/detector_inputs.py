@@ -19,13 +19,17 @@ from vovnet_d2.modeling.gfl import GFLHead
 
 FCOS = ["MODEL.FCOS.NORM", "", "MODEL.FCOS.INFERENCE_TH_TEST", "0.0"]
 CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"]
+KEYPOINTS = ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)"]
 PANOPTIC = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"]
-SSD = ["MODEL.VOVNET.CONV_BODY", "V-27-slim", "MODEL.REFINEDET.HEAD_CHANNELS", "16"]
-SSD += ["MODEL.SINGLE_SHOT.SCORE_THRESH_TEST", "0.0"]
+WIDTHS = "(16, 16, 16, 16)"
+SSD = ["MODEL.VOVNET.CONV_BODY", "V-27-slim", "MODEL.VOVNET.STEM_CHANNELS", "(16, 16, 16)"]
+SSD += ["MODEL.VOVNET.STAGE_MID_CHANNELS", WIDTHS, "MODEL.VOVNET.STAGE_OUT_CHANNELS", WIDTHS]
+SSD += ["MODEL.REFINEDET.TCB_CHANNELS", "16", "MODEL.REFINEDET.EXTRA_CHANNELS", "16"]
+SSD += ["MODEL.REFINEDET.HEAD_CHANNELS", "16", "MODEL.SINGLE_SHOT.SCORE_THRESH_TEST", "0.0"]
 DETECTORS: dict[str, tuple[str, list[str]]] = {
     "Mask R-CNN": (MASK_RCNN, []),
     "Cascade R-CNN": (MASK_RCNN, [*CASCADE, "True"]),
-    "Keypoint R-CNN": ("COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_3x.yaml", []),
+    "Keypoint R-CNN": ("COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_3x.yaml", KEYPOINTS),
     "Panoptic FPN": (MASK_RCNN, PANOPTIC),
     "RetinaNet": (RETINANET, []),
     "FCOS": ("COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml", FCOS),
@@ -36,7 +40,7 @@ DETECTORS: dict[str, tuple[str, list[str]]] = {
 
 
 def detector_config(name: str, *options: str) -> Any:
-    """Return the config of a tiny detector, whose single-shot networks keep their own widths."""
+    """Return the config of a tiny detector. Single-shot detectors keep their image size."""
     config, own = DETECTORS[name]
     if own is not SSD:
         return tiny_config(config, Path("out"), *own, *options)

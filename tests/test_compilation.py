@@ -7,9 +7,12 @@ the operators without generated code, whose compilation takes minutes.
 """
 
 import copy
+import faulthandler
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +136,32 @@ def test_other_sizes_need_no_compilation_of_their_own(compiled: list[bool]) -> N
     assert len(compiled) == 1
 
 
+def compare_generated_code() -> tuple[float, bool]:
+    """Return the relative error of compiled gradients, and whether less is saved for them.
+
+    The network is in float32, as in a training. With ATEN_CPU_CAPABILITY=avx2 on a CPU with
+    AVX-512, torch 2.15 generates wrong code in float64 under a memory budget.
+    """
+    faulthandler.enable()
+    eager, x = build().float(), images(64, 96).float()
+    model = copy.deepcopy(eager)
+    compile_backbone(model, memory_budget=0.5, dynamic=False)
+    exact = step(eager, x)
+    error = (step(model, x) - exact).norm() / exact.norm()
+    return float(error), saved_bytes(model, x) < saved_bytes(eager, x)
+
+
 @pytest.mark.slow
 def test_generated_code() -> None:
     """The code is that of torch's own backend, which the other tests leave out.
 
-    It is in float32, as in a training. For CPUs without AVX-512, torch 2.15 generates wrong code in
-    float64 under a memory budget.
+    A process of its own compiles and runs the code, as in a training: nothing that other tests
+    loaded or changed is there, and generated code that crashes ends this test alone.
     """
-    eager, x = build().float(), images(64, 96).float()
-    model = copy.deepcopy(eager)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "_BACKEND", "inductor")
-        compile_backbone(model, memory_budget=0.5, dynamic=False)
-        exact = step(eager, x)
-        assert (step(model, x) - exact).norm() <= 1e-5 * exact.norm()
-    assert saved_bytes(model, x) < saved_bytes(eager, x)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        error, saves_less = pool.submit(compare_generated_code).result()
+    assert error <= 1e-5
+    assert saves_less
 
 
 @pytest.mark.slow
