@@ -27,7 +27,7 @@ from tabulate import tabulate
 from vovnet_d2.atomic import atomic_write
 from vovnet_d2.benchmark.networks import detector
 from vovnet_d2.benchmark.study import Plan, Study
-from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.timing import write_csv
 
 CONFIGS = {

@@ -22,7 +22,7 @@ from seeded_runs import experiment_parser
 
 from vovnet_d2.data.classification import build_classification_dataset
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.engine.pretrain import add_pretraining_config
 
 CONFIG = "configs/Classification/CIFAR_networks.yaml"

@@ -15,7 +15,7 @@ from engine_runs import FASTER_RCNN, TINY
 from torch import nn
 
 from vovnet_d2.engine import Trainer, argument_parser
-from vovnet_d2.engine.checks import check_data
+from vovnet_d2.engine.data_checks import check_data
 from vovnet_d2.engine.detection import register_data
 from vovnet_d2.engine.launch import launch_or_exit
 from vovnet_d2.engine.run import Task, run_task

@@ -18,7 +18,7 @@ from torch import nn
 from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.averaging import name_of_average
-from vovnet_d2.engine.checks import check_schedule
+from vovnet_d2.engine.run_checks import check_schedule
 
 pytest_plugins = ["engine_fixtures"]
 

@@ -28,7 +28,7 @@ from vovnet_d2 import (
     optimize_for_inference,
 )
 from vovnet_d2.analysis.complexity import analyze
-from vovnet_d2.engine.checks import check_initialisation
+from vovnet_d2.engine.initial_weights import check_initialisation
 from vovnet_d2.modeling.baselines.densenet import DenseNet67
 from vovnet_d2.modeling.baselines.peleenet import PeleeNet
 from vovnet_d2.modeling.baselines.timm_backbone import TimmBackbone

@@ -28,9 +28,9 @@ from torch._dynamo import lookup_backend
 from vovnet_d2 import VoVNet, VoVNetSpec
 from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.engine import compilation
-from vovnet_d2.engine.checks import check_run
 from vovnet_d2.engine.compilation import compile_backbone, explain_compilation
 from vovnet_d2.engine.pictures import draw_predictions
+from vovnet_d2.engine.run_checks import check_run
 from vovnet_d2.errors import UserError
 from vovnet_d2.modeling.fpn import attach_fpn
 

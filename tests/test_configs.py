@@ -28,9 +28,10 @@ from vovnet_d2 import VOVNET_SPECS, add_vovnet_config, get_config_file
 from vovnet_d2.checkpoint import InputConvention
 from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import check_initialisation, check_network, check_run
+from vovnet_d2.engine.initial_weights import check_initialisation
 from vovnet_d2.engine.lazy_config import instantiate, load_lazy_config, to_cfg
 from vovnet_d2.engine.pretrain import add_pretraining_config
+from vovnet_d2.engine.run_checks import check_network, check_run
 from vovnet_d2.modeling.fcos import FCOS
 from vovnet_d2.modeling.layers import DeformableConv2d
 

@@ -22,10 +22,10 @@ from vovnet_d2.data.copy_paste import CopyPaste, paste_objects
 from vovnet_d2.data.stream import TrainingStream
 from vovnet_d2.data.unreadable import ReadableOnly
 from vovnet_d2.engine import Trainer
-from vovnet_d2.engine.checks import check_config
 from vovnet_d2.engine.hooks import UnreadableCount
 from vovnet_d2.engine.lazy import LazyTrainer
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
+from vovnet_d2.engine.run_checks import check_config
 
 pytest_plugins = ["engine_fixtures"]
 

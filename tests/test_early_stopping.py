@@ -18,9 +18,9 @@ from engine_runs import FASTER_RCNN, launch, read_log
 from fault_runs import assert_equal
 
 from vovnet_d2.engine import Trainer, load_config
-from vovnet_d2.engine.checks import check_schedule
 from vovnet_d2.engine.hooks import EarlyStopping, EndOfTraining
 from vovnet_d2.engine.interruption import Interrupted
+from vovnet_d2.engine.run_checks import check_schedule
 
 pytest_plugins = ["engine_fixtures"]
 

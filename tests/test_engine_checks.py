@@ -25,16 +25,12 @@ from engine_runs import FASTER_RCNN, RETINANET
 from vovnet_d2.checkpoint.zoo import ZOO
 from vovnet_d2.data import register_digits
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import (
-    check_config,
-    check_data,
-    check_initialisation,
-    check_schedule,
-    load_records,
-    parse_device,
-)
+from vovnet_d2.engine.data_checks import check_data
+from vovnet_d2.engine.devices import check_device, parse_device
+from vovnet_d2.engine.initial_weights import check_initialisation
 from vovnet_d2.engine.precision import autocast_dtype
-from vovnet_d2.engine.run import check_device
+from vovnet_d2.engine.registered_data import load_records
+from vovnet_d2.engine.run_checks import check_config, check_schedule
 
 pytest_plugins = ["engine_fixtures"]
 

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import check_data
+from vovnet_d2.engine.data_checks import check_data
 
 pytest_plugins = ["engine_fixtures"]
 

@@ -13,8 +13,8 @@ import pytest
 import test_lazyconfig
 from engine_runs import FASTER_RCNN, launch, read_log, tiny_config
 
-from vovnet_d2.engine.checks import check_run
 from vovnet_d2.engine.loggers import TrackerWriter
+from vovnet_d2.engine.run_checks import check_run
 
 pytest_plugins = ["engine_fixtures"]
 

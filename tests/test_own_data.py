@@ -27,7 +27,7 @@ from vovnet_d2.data.own import OwnDataSet, register_own_data
 from vovnet_d2.data.own_files import read_contents
 from vovnet_d2.demo import main as demo
 from vovnet_d2.engine import argument_parser, load_config, main_process, own_data, run
-from vovnet_d2.engine.checks import check_data, check_data_sets
+from vovnet_d2.engine.data_checks import check_data, check_data_sets
 from vovnet_d2.engine.detection import register_data
 from vovnet_d2.engine.evaluation import build_evaluator
 from vovnet_d2.errors import UserValueError

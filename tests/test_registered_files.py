@@ -31,7 +31,7 @@ from voc_tree import OBJECTS, write_tree
 from vovnet_d2.data.check import registered
 from vovnet_d2.data.voc import register_voc
 from vovnet_d2.engine import argument_parser, load_config, run
-from vovnet_d2.engine.checks import check_data
+from vovnet_d2.engine.data_checks import check_data
 
 pytest_plugins = ["engine_fixtures"]
 

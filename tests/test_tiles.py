@@ -22,7 +22,7 @@ from vovnet_d2 import Predictor
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.demo import command
 from vovnet_d2.engine import load_config
-from vovnet_d2.engine.checks import check_run
+from vovnet_d2.engine.run_checks import check_run
 from vovnet_d2.tiles import TiledDetector, cut_tiles
 
 pytest_plugins = ["engine_fixtures"]

@@ -20,7 +20,7 @@ from voc_tree import OBJECTS, Object, write_tree
 
 from vovnet_d2.data.voc import check_voc, load_voc, register_voc
 from vovnet_d2.engine import Trainer, load_config
-from vovnet_d2.engine.checks import check_data
+from vovnet_d2.engine.data_checks import check_data
 from vovnet_d2.engine.evaluation import build_evaluator
 from vovnet_d2.engine.rehearsal import rehearse_evaluation
 

@@ -23,9 +23,9 @@ from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis import analyze
 from vovnet_d2.analysis.report import format_table, write_report
 from vovnet_d2.data.classification import class_names
-from vovnet_d2.engine.checks import check_network
 from vovnet_d2.engine.config import load_config, resolve_config
 from vovnet_d2.engine.launch import run_or_exit
+from vovnet_d2.engine.run_checks import check_network
 from vovnet_d2.errors import UserValueError
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 from vovnet_d2.timing import describe_environment

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from vovnet_d2.analysis.convolution_study import make_cases, measure, plot
 from vovnet_d2.atomic import atomic_write
-from vovnet_d2.engine.checks import parse_device
+from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
 from vovnet_d2.timing import describe_environment, write_csv

@@ -21,7 +21,8 @@ from .data.image_file import read_image
 from .data.mapper import build_augmentations
 from .engine.any_config import AnyConfig, as_cfg, load_any_config, load_network
 from .engine.categories import find_metadata
-from .engine.checks import check_network, check_run, choose_device
+from .engine.devices import choose_device
+from .engine.run_checks import check_network, check_run
 from .errors import UserValueError
 from .modeling.inference import optimize_for_inference
 from .tiles import TiledDetector

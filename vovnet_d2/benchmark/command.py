@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..engine.checks import parse_device
 from ..engine.config import add_options_argument
+from ..engine.devices import parse_device
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
 from ..errors import UserValueError

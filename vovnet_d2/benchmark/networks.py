@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import VoVNetCheckpointer
-from ..engine.checks import check_network
 from ..engine.config import load_config, resolve_config
+from ..engine.run_checks import check_network
 from ..errors import UserValueError
 from ..modeling.baselines.timm_backbone import TimmBackbone
 from ..modeling.baselines.torchvision_backbone import TorchvisionBackbone

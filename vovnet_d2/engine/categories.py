@@ -16,9 +16,9 @@ from ..checkpoint.checkpointer import CATEGORY_KINDS, VoVNetCheckpointer
 from ..data import register_digits
 from ..data.own import register_own_data
 from ..errors import describe
-from .checks import find_num_classes
+from .num_classes import find_num_classes
 
-__all__ = ["category_names", "find_difference", "find_metadata"]
+__all__ = ["category_names", "find_difference", "find_metadata", "first_difference"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,21 @@ def _compare(cfg: CfgNode, data_set: str, weights: Names) -> str:
         told, known = weights.get(kind, ()), names.get(kind, ())
         if len(told) != len(known):
             continue
-        pairs = enumerate(zip_longest(told, known))
-        if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
+        if unequal := first_difference(told, known):
             return (
                 "The weights were trained on other categories than {} has: number {} is {!r} for "
                 "them, and {!r} there.".format(data_set, *unequal)
             )
     return ""
+
+
+def first_difference(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
+    """Return the number of the first category whose names differ, and both names, in two lists.
+
+    A name that a list lacks is "missing". The result is None if the lists are equal.
+    """
+    pairs = enumerate(zip_longest(names, others, fillvalue="missing"))
+    return next(((number, a, b) for number, (a, b) in pairs if a != b), None)
 
 
 def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:

@@ -29,7 +29,7 @@ from ..drawing.sheet import enlargement, write_sheet
 from ..drawing.shown import from_record, from_results, from_sample
 from ..errors import UserFileNotFoundError, UserValueError
 from ..made import note_made, refuse_foreign
-from .checks import load_records
+from .registered_data import load_records
 from .trainer import Trainer
 
 __all__ = [

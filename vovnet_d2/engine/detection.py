@@ -17,10 +17,11 @@ from ..data.own import register_own_data
 from ..data.voc import register_voc
 from ..errors import UserValueError
 from . import config
-from .checks import check_data, check_initialisation
+from .data_checks import check_data
 from .distillation import add_teacher_argument, teacher_options
 from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, data_of, fit_to_data, refuse_to_fit
+from .initial_weights import check_initialisation
 from .launch import launch_command
 from .own_data import add_own_data_arguments, use_own_data
 from .rehearsal import rehearse_evaluation

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import UserValueError
 from .any_config import as_cfg, load_any_config, load_network
-from .checks import check_network
 from .memory_format import to_memory_format
+from .run_checks import check_network
 
 __all__ = [
     "FeatureTeacher",

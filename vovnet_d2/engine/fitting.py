@@ -28,8 +28,8 @@ from ..data.mapper import build_mapper
 from ..errors import UserValueError
 from ..made import is_made_here
 from .anchors import Anchors, collect_boxes, fit_anchors, read_anchors
-from .checks import is_pretrained
 from .config import set_value
+from .initial_weights import is_pretrained
 from .schedule import Row, fit_schedule, format_rows
 from .written import COMMAND_LINE, Written
 

@@ -32,19 +32,15 @@ from ..data.unreadable import ReadableOnly, image_roots
 from ..data.voc import register_voc
 from ..data.workers import attend_to_workers
 from ..errors import UserValueError
-from .checks import (
-    check_data,
-    check_initialisation,
-    check_run,
-    check_schedule,
-    instance_class_keys,
-)
 from .coco_evaluators import convert_anew
 from .config import PICKLE_HELP, PROGRESS_HELP, base_parser
+from .data_checks import check_data, check_stream
+from .devices import check_device
 from .distillation import add_teacher_argument
 from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, refuse_to_fit
 from .gpu_memory import explain_lack_of_memory
+from .initial_weights import check_initialisation
 from .launch import launch_command
 from .lazy_config import (
     as_yaml_options,
@@ -56,11 +52,14 @@ from .lazy_config import (
 )
 from .lazy_fitting import fit_lazy_config
 from .memory_format import to_memory_format
+from .num_classes import instance_class_keys
 from .own_data import add_own_data_arguments, use_own_data
 from .precision import predict_in_float32
+from .registered_data import explain_loading
 from .rehearsal import rehearse_evaluation
-from .run import check_device, open_output_dir, report, set_up_with_detectron2, train_or_evaluate
-from .trainer import Trainer, check_stream, explain_loading
+from .run import open_output_dir, report, set_up_with_detectron2, train_or_evaluate
+from .run_checks import check_run, check_schedule
+from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
 

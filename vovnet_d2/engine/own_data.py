@@ -23,8 +23,8 @@ from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
 from ..errors import UserValueError
 from ..words import counted, listed
-from .checks import find_num_classes, instance_class_keys
 from .main_process import in_main_process
+from .num_classes import find_num_classes, instance_class_keys
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
 __all__ = [

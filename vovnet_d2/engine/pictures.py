@@ -18,8 +18,8 @@ from torch import nn
 
 from ..data.image_file import read_image
 from ..data.mapper import Mapper, build_mapper
-from .checks import find_num_classes
 from .compilation import run_eagerly
+from .num_classes import find_num_classes
 from .precision import autocast
 
 __all__ = ["draw_predictions"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,9 +15,10 @@ from ..data.classification import class_names
 from ..errors import UserValueError
 from ..modeling.baselines.cifar import CIFAR_SPECS
 from . import config
-from .checks import check_initialisation
+from .categories import first_difference
 from .classifier import ClassifierTrainer
 from .distillation import teacher_options
+from .initial_weights import check_initialisation
 from .launch import launch_command
 from .run import Task, run_task
 
@@ -144,8 +144,7 @@ def _find_classes(cfg: CfgNode, *, training: bool) -> list[str]:
     classes = class_names(data, test)
     if training:
         (train,) = cfg.DATASETS.TRAIN
-        pairs = enumerate(zip_longest(class_names(data, train), classes, fillvalue="missing"))
-        if unequal := next(((i, a, b) for i, (a, b) in pairs if a != b), None):
+        if unequal := first_difference(class_names(data, train), classes):
             raise UserValueError(
                 "The classes of {} and {} in {} differ: number {}, by name, is {!r} in one and "
                 "{!r} in the other.".format(train, test, data, *unequal)

@@ -32,7 +32,7 @@ from ..errors import UserKeyError, UserValueError
 from ..export.int8 import Quantizer
 from ..made import refuse_foreign
 from ..timing import describe_environment
-from .checks import check_data
+from .data_checks import check_data
 from .evaluation import build_evaluator, check_evaluators
 from .trainer import Trainer
 

@@ -32,9 +32,10 @@ from ..data.record_files import check_files, has_size_of_file
 from ..data.records import check_records
 from ..data.unreadable import image_roots
 from ..errors import UserValueError, describe
-from .checks import find_num_classes, load_records
 from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
+from .num_classes import find_num_classes
+from .registered_data import load_records
 from .trainer import Trainer
 
 __all__ = ["rehearse_evaluation"]

@@ -28,22 +28,23 @@ from ..errors import UserError, UserValueError
 from ..made import note_made, note_run
 from ..modeling.inference import optimize_for_inference
 from .categories import find_difference
-from .checks import check_all_loaded, check_config, check_schedule, choose_device
 from .config import find_config, load_config
+from .devices import check_device
 from .fitting import keep_record
 from .gpu_memory import explain_lack_of_memory
+from .initial_weights import check_all_loaded, report_loaded
 from .interruption import is_lost_connection
 from .main_process import in_main_process
 from .output_folder import choose_folder, keep_earlier_run, keep_foreign_config
 from .progress import ProgressBar, shorten_log
 from .quiet import escape_unwritable, shorten_long_messages
 from .report import write_report
+from .run_checks import check_config, check_schedule
 from .scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
-from .trainer import Trainer, report_loaded
+from .trainer import Trainer
 
 __all__ = [
     "Task",
-    "check_device",
     "open_output_dir",
     "report",
     "run_task",
@@ -267,21 +268,6 @@ def _set_up(task: Task, args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     set_up_with_detectron2(cfg, cfg.OUTPUT_DIR, args, weights=cfg.MODEL.WEIGHTS)
     return cfg
-
-
-def check_device(cfg: CfgNode) -> None:
-    """Choose and check ``MODEL.DEVICE``; see :func:`choose_device`.
-
-    Raises:
-        ValueError: there is no such device, or several processes cannot share it.
-    """
-    choose_device(cfg)
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
-        raise UserValueError(
-            "MODEL.DEVICE is cpu in several processes, which talk to each other through the GPUs "
-            "there are: hide these with CUDA_VISIBLE_DEVICES=''."
-        )
 
 
 def _start_logging(output_dir: str, *, progress: bool) -> None:

@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from traceback import clear_frames
 from typing import Any
@@ -17,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
-from detectron2.data.common import DatasetFromList
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -29,21 +26,18 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import VoVNetCheckpointer, check_input_convention
+from ..checkpoint import VoVNetCheckpointer
 from ..data.copy_paste import CopyPaste
 from ..data.mapper import AugmentedTestMapper, Mapper, build_augmentations, build_mapper
-from ..data.oversampling import report_repeats
-from ..data.record_files import check_files
-from ..data.records import check_records
 from ..data.stream import Place, TrainingStream, build_detection_stream, seed_all, step_seed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.workers import attend_to_workers
-from ..errors import UserValueError, describe, one_line
+from ..errors import UserValueError
 from ..tiles import TiledDetector
 from .averaging import EMA_SUFFIX, WeightAverage, name_of_average
 from .categories import category_names, find_difference
-from .checks import find_num_classes, is_of_loader
 from .compilation import compile_backbone, explain_compilation, run_eagerly
+from .data_checks import check_stream
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .distillation import add_teacher
 from .evaluation import build_evaluator, main_metric
@@ -59,6 +53,7 @@ from .hooks import (
     UnreadableCount,
     WeightsCheckpointer,
 )
+from .initial_weights import report_loaded
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .loggers import TrackerWriter
 from .memory_format import to_memory_format
@@ -71,6 +66,7 @@ from .nonfinite import (
     write_record,
 )
 from .precision import autocast, autocast_dtype, predict_in_float32
+from .registered_data import explain_loading
 from .solver import build_optimizer
 
 __all__ = ["MixedPrecisionTrainer", "Trainer"]
@@ -617,48 +613,6 @@ class Trainer(DefaultTrainer):
         return results
 
 
-@contextmanager
-def explain_loading() -> Iterator[None]:
-    """Say in a sentence that the data of a training cannot be loaded, or have nothing to learn.
-
-    Raises:
-        ValueError: Detectron2's loader fails in this context.
-    """
-    try:
-        yield
-    except Exception as error:
-        # Detectron2's assertion is for where nothing is left to train on.
-        if not isinstance(error, AssertionError) and not is_of_loader(error):
-            raise
-        reason = one_line(error) if isinstance(error, AssertionError) else describe(error)
-        raise UserValueError(
-            f"The data to train on cannot be loaded: {reason}. "
-            "tools/check_dataset.py lists what is wrong with annotations in COCO's format."
-        ) from error
-
-
-def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
-    """Look once at the annotations and files of a training, where its loader shows them; say which
-    images come more often.
-
-    Raises:
-        ValueError: see :func:`check_records` and :func:`check_files`.
-    """
-    if isinstance(loader, TrainingStream) and isinstance(loader.dataset, DatasetFromList):
-        name, classes = ", ".join(cfg.DATASETS.TRAIN), find_num_classes(cfg).get("thing_classes")
-        records = (loader.dataset[index] for index in range(len(loader.dataset)))
-        check_records(records, name, num_classes=classes, masks=cfg.MODEL.MASK_ON)
-        check_files(
-            loader.dataset,
-            name,
-            roots=image_roots(cfg.DATASETS.TRAIN),
-            most_unusable=cfg.DATALOADER.MAX_UNREADABLE,
-        )
-        metadata = [MetadataCatalog.get(each) for each in cfg.DATASETS.TRAIN[:1]]
-        names = [label for each in metadata for label in each.get("thing_classes", [])]
-        report_repeats(cfg, loader.dataset, names)
-
-
 def _rename(tasks: Results, suffix: str) -> Results:
     return {f"{task}{suffix}": metrics for task, metrics in tasks.items()}
 
@@ -667,17 +621,3 @@ def _merge(results: Results, more: Results) -> Results:
     """Merge the tasks of two results, with one data set or several."""
     common = {key: results[key] | more[key] for key in results.keys() & more.keys()}
     return {**results, **more, **common}
-
-
-def report_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, resume: bool) -> None:
-    """Say where the weights come from, and whether they fit the config's input."""
-    if resume and checkpointer.has_checkpoint():
-        logger.info("Resumed from %s.", checkpointer.get_checkpoint_file())
-    elif resume:
-        logger.warning(
-            "Nothing to resume in %s: started from %s.",
-            os.path.abspath(cfg.OUTPUT_DIR),
-            cfg.MODEL.WEIGHTS or "random weights",
-        )
-    if warning := check_input_convention(cfg, checkpointer.input_convention):
-        logger.warning(warning)

@@ -1,0 +1,60 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The number of categories of a network, by the keys of its meta-architecture."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
+
+from ..errors import UserValueError
+
+__all__ = ["check_num_classes", "find_num_classes", "instance_class_keys"]
+
+# For each meta-architecture: the config nodes with its numbers of classes, by the metadata that has
+# the names of the classes.
+_NUM_CLASSES = {
+    "GeneralizedRCNN": {"thing_classes": "ROI_HEADS"},
+    "RetinaNet": {"thing_classes": "RETINANET"},
+    "FCOS": {"thing_classes": "FCOS"},
+    "RefineDet": {"thing_classes": "SINGLE_SHOT"},
+    "SingleShotDetector": {"thing_classes": "SINGLE_SHOT"},
+    "SemanticSegmentor": {"stuff_classes": "SEM_SEG_HEAD"},
+    "PanopticFPN": {"thing_classes": "ROI_HEADS", "stuff_classes": "SEM_SEG_HEAD"},
+}
+
+
+def find_num_classes(cfg: CfgNode) -> dict[str, int]:
+    """Return the numbers of classes of the network, by the metadata that has the names of the
+    classes.
+
+    The result is empty for a meta-architecture whose keys are not known here.
+    """
+    nodes = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {})
+    return {kind: cfg.MODEL[node].NUM_CLASSES for kind, node in nodes.items()}
+
+
+def instance_class_keys() -> list[str]:
+    """Return the config keys with the number of categories, for all heads that detect objects."""
+    nodes = {kinds["thing_classes"] for kinds in _NUM_CLASSES.values() if "thing_classes" in kinds}
+    return [f"MODEL.{node}.NUM_CLASSES" for node in sorted(nodes)]
+
+
+def check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:
+    """Check that a data set has as many categories as the network.
+
+    Args:
+        key: the config key that names the data set, such as "DATASETS.TRAIN".
+        name: the data set.
+        metadata: its metadata.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    for kind, node in _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
+        classes = metadata.get(kind)
+        if classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
+            raise UserValueError(
+                f"Data set {name} of {key} has {len(classes)} categories and the network "
+                f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
+            )
