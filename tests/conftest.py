@@ -3,6 +3,8 @@
 import gc
 import os
 import random
+from collections.abc import Iterator
+from unittest import mock
 
 # Several tests run at a time (pytest-xdist), each in one thread, and so do the processes that they
 # start. A thread that waits leaves the processor to the others. Read when torch is imported.
@@ -39,6 +41,18 @@ def only_new_objects_are_collected() -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is kept in, or taken from, the cache of whoever runs the tests."""
     os.environ["VOVNET_D2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_is_returned() -> Iterator[None]:
+    """Let the demo and the studies that tests run leave the C library as it is.
+
+    With their settings, a process that runs tests would keep the most memory that any test needed,
+    which is 7 GB.
+    """
+    with mock.patch("vovnet_d2.modeling.allocation.ctypes") as ctypes:
+        ctypes.CDLL.return_value.mallopt.return_value = 1
+        yield
 
 
 @pytest.fixture(autouse=True)
