@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import torchvision.models
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import Backbone, build_backbone, build_model
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
 from devices import shapes_alone
 from huggingface_hub import constants
 from torch import nn
@@ -29,6 +29,7 @@ from vovnet_d2 import (
 )
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.engine.initial_weights import check_initialisation
+from vovnet_d2.modeling import build
 from vovnet_d2.modeling.baselines.densenet import DenseNet67
 from vovnet_d2.modeling.baselines.peleenet import PeleeNet
 from vovnet_d2.modeling.baselines.timm_backbone import TimmBackbone
@@ -363,6 +364,21 @@ def config(backbone: str, **options: Any) -> CfgNode:
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 3
     cfg.merge_from_list([x for k, v in options.items() for x in (k.replace("__", "."), v)])
     return cfg
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision"])
+def test_weights_of_the_config_take_the_place_of_a_download(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+    backbone = {"timm": "TimmBackbone", "torchvision": "TorchvisionBackbone"}[kind]
+    monkeypatch.setattr(build, backbone, lambda *_, pretrained, **__: given.append(pretrained))
+    cfg = config(f"build_{kind}_backbone")
+    cfg.MODEL[kind.upper()].PRETRAINED = True
+    for weights in ("", "weights.pth"):
+        cfg.MODEL.WEIGHTS = weights
+        BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3))
+    assert given == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_losses_and_gradients_against_loops(kind: str) -> None:
     logits = torch.randn(2, 5, CLASSES, dtype=torch.float64, requires_grad=True)
     shape = (2, 5, 4 * (REG_MAX + 1))
     distributions = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    with EventStorage():
+    with EventStorage() as storage:
         losses = model.gfl_losses(
             torch.tensor(case["anchors"], dtype=torch.float64),
             logits,
@@ -299,6 +299,8 @@ def test_losses_and_gradients_against_loops(kind: str) -> None:
             torch.tensor(case["labels"]),
             torch.tensor(case["boxes"], dtype=torch.float64),
         )
+    positive = sum(label != CLASSES for labels in case["labels"] for label in labels)
+    assert storage.latest()["num_pos_anchors"] == (positive / 2, 0)  # per image
     assert list(losses) == ["loss_gfl_cls", "loss_gfl_loc", "loss_gfl_dfl"]
     values = (logits.tolist(), distributions.tolist())
     expected, constants = slow_losses(case, *values)

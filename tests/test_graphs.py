@@ -72,6 +72,8 @@ def test_graphs_with_each_norm(norm, maker):
         norm=norm,
         stage_with_dcn=[False, True, False, False],
         with_modulated_dcn=True,
+        stage5_dilation=2,
+        checkpoint_blocks=True,
     )
     nn.init.normal_(model.stage3[0].layers[0].offset.bias)
     x = images(2, 3, 64, 64)

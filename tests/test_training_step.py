@@ -141,6 +141,13 @@ def test_constants_of_frozen_norms_are_computed_once(monkeypatch):
             norms[3].running_var.mul_(2)
 
 
+def test_constants_of_mixed_precision_are_not_used_in_float32():
+    model, unused, x = build(), build(), torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, x)
+    assert all(map(torch.equal, step(model, x), step(unused, x)))
+
+
 def test_fp32_is_as_exact_as_separate_norms():
     """One layer is compared: further on, a value near zero may pass a ReLU in one and not in the
     other.
@@ -240,6 +247,16 @@ def test_hooks_see_what_they_see_in_the_plain_network():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_of_every_kind_are_called(kind):
+    conv = ConvNormAct(3, 4, 3, norm=FrozenBatchNorm2d(4), activation=nn.ReLU())
+    called = set()
+    for part in (conv.norm, conv.activation):
+        getattr(part, f"register_{kind}_hook")(lambda part, *_: called.add(type(part)))
+    conv(torch.randn(2, 3, 9, 9, requires_grad=True)).sum().backward()
+    assert called == {FrozenBatchNorm2d, nn.ReLU}
+
+
 def test_activation_checkpointing_counts_each_batch_once():
     model = build(norm="BN", checkpoint_blocks=True)
     peer = plain(model)
@@ -280,7 +297,9 @@ def test_autocast_remembers_no_weight_without_its_gradient():
     with torch.autocast("cpu", torch.bfloat16):
         y = single(torch.cat(maps, dim=1))
         (y.sum() + y.float().square().sum()).backward()
-    torch.testing.assert_close(conv.weight.grad, single.weight.grad, rtol=2**-6, atol=2**-6)
+    for name, parameter in conv.named_parameters():
+        expected = single.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.slow

@@ -269,7 +269,6 @@ class VoVNet(Backbone):
             )
         outputs = {}
         recompute = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
-        recompute = recompute and not symbolic
         for name in ("stem", *self.stage_names):
             stage = getattr(self, name)
             if recompute:
