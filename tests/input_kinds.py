@@ -399,12 +399,12 @@ PICTURES: dict[str, Kind] = {
     "12 of 16 bits": Kind(
         pictures(of_12_bits),
         _MENDED | expect(fix=FOUND, images=WORKS, export=SAME),
-        "in the lower 12 alone",
+        "use the lower 12 bits alone",
     ),
     "32 bits": Kind(
         to_tiff(lambda pixels: pixels.astype(np.float32)),
         _MENDED | expect(fix=REFUSED, images=REFUSED, demo=FOUND),
-        "32 bits per pixel|Nothing (of|is drawn)|nor can any",
+        "32 bits per pixel|Nothing (of|is drawn)|neither can",
     ),
     **{
         name: Kind(

@@ -182,7 +182,7 @@ def test_items_that_cannot_be_used_are_replaced() -> None:
     untouched = take(build(), 12)
     for found, plain in zip(itertools.chain(*batches), itertools.chain(*untouched), strict=True):
         assert (found == plain) == (mapper(plain) is not None)
-    with pytest.raises(ValueError, match="cannot be used, nor can any of 100 others"):
+    with pytest.raises(ValueError, match="cannot be used, and neither can 100 other"):
         take(build(mapper=lambda record: None), 1)
 
 

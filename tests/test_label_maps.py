@@ -55,7 +55,7 @@ def test_good_maps(catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 9, (*SIZE, 3), dtype=np.uint8))
 BAD = {
-    "colours": (COLOURS, r"0\.png is no map of labels: its pixels are colours \("),
+    "colours": (COLOURS, r"0\.png is not a label map: its pixels have "),
     "0 and 255": (labels_of(0, 255), r"no values but 0 and 255.* one class to learn"),
     "grey values": (labels_of(0, 127, 254), r"0\.png is the first .* probably grey values"),
     "from 1": (labels_of(1, 2, 3), "not classes: 3 .*counted from 1: subtract 1"),

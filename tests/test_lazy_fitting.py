@@ -191,4 +191,4 @@ def test_patience_and_oversampling(coco: Path, tmp_path: Path) -> None:
         launch(tmp_path, *words)
     launch(tmp_path, *words, "train.eval_period=1")
     log = engine_runs.read_log(tmp_path)
-    assert "Images of classes that less than 0.9 of the images have come more often: " in log
+    assert "Images of these classes are repeated, as less than 0.9 of the images have each: " in log

@@ -459,7 +459,7 @@ SPOILT: dict[str, tuple[Callable[[dict], Any], str]] = {
     ),
     "other folder": (
         lambda c: [i.update(file_name="a.jpg") for i in c["images"]],
-        "does not hold the images of .*'a.jpg' is the first",
+        "does not hold the images of .*, for example 'a.jpg'",
     ),
 }
 

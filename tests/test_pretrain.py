@@ -538,7 +538,7 @@ def damaged_cifar10(root: Path) -> None:
         (other_classes, ValueError, "number 1.*'green'.*'red'"),
         (class_without_images, FileNotFoundError, "red"),
         (damaged_image, ValueError, r"\.png cannot be read as an image"),
-        (damaged_cifar10, FileNotFoundError, "not complete or damaged"),
+        (damaged_cifar10, FileNotFoundError, "incomplete or damaged"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -234,7 +234,7 @@ def test_depths_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.INFO):
         check_files(files(tmp_path, dark, light, Image.new("L", (9, 9))), "d")
     assert "Data set d: 2 of 3 pictures have 16 bits per channel" in caplog.text
-    with pytest.raises(ValueError, match=r"16 bits, .*0\.png for one, have values in the lower 12"):
+    with pytest.raises(ValueError, match=r"16 bits, for example .*0\.png, use the lower 12"):
         check_files(files(tmp_path, dark, dark), "d")
 
 

@@ -233,7 +233,7 @@ def test_a_folder_of_ones_own_under_the_name_of_voc(
     message = (
         f"Data set {name}: {folder}/Annotations/000001.xml: object 0 is of class 'RBC', which is "
         r"not among aeroplane, .* 1 more image has problems\. The folder has 3 other classes "
-        r"\('Platelets', 'RBC', 'WBC'\): if it holds data of your own, give --train-annotations "
+        r"\('Platelets', 'RBC', 'WBC'\): for a custom data set give --train-annotations "
     )
     with pytest.raises(ValueError, match=message):
         check(name, FASTER_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", number)
@@ -281,7 +281,7 @@ def add_objects(*labels: str) -> Callable[[Path], object]:
         ),
         (
             lambda root: (root / "leftImg8bit/train/aachen/b_leftImg8bit.png").touch(),
-            "There are no annotations .*b_gtFine_polygons.json of .*b_leftImg8bit.png",
+            "There is no annotation file .*b_gtFine_polygons.json for .*b_leftImg8bit.png",
         ),
         (
             lambda root: (root / "gtFine/train/aachen/aachen_000_gtFine_polygons.json").write_text(

@@ -261,7 +261,7 @@ def test_nothing_to_draw_is_said(
     own = ["--train-json", tmp_path / "a.json", "--train-images", tmp_path / "images"]
     for what, reason in (
         ("annotations", "Nothing is drawn of own_train: none of its images can be read."),
-        ("training", "cannot be used, nor can any of 100 others"),
+        ("training", "cannot be used, and neither can 100 other"),
     ):
         options = ["--config-file", FASTER_RCNN, *own, "--opts", *TINY, "MODEL.DEVICE", "cpu"]
         with pytest.raises(SystemExit) as caught:

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, and what is done with them before and during a training."""
+"""Data sets: their formats and checks, and the stream of training samples."""
 
 from .digits import build_digits, digit_split, register_digits
 

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cityscapes' scripts get the name by which newer versions of Detectron2 import them, and its files
-are checked."""
+"""Support for Cityscapes: its scripts get the name that newer versions of Detectron2 import, and
+its files are checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PARENTS = ("deeplearning", "deeplearning.projects", "deeplearning.projects.city
 
 
 def provide_cityscapes_scripts() -> None:
-    """Let ``deeplearning.projects.cityscapesApi.cityscapesscripts`` name ``cityscapesscripts``.
+    """Let ``import deeplearning.projects.cityscapesApi.cityscapesscripts`` find the package
+    ``cityscapesscripts``.
 
     Versions of Detectron2 since 2024 import Cityscapes' scripts by the first name, which exists
     only inside Meta. This function does nothing if that package exists or the scripts are not
@@ -37,20 +38,20 @@ def provide_cityscapes_scripts() -> None:
         return
     for name in _PARENTS:
         sys.modules.setdefault(name, ModuleType(name))
-    # Python finds the modules inside through the path of this one.
+    # Python finds the modules inside the package by the path of the package.
     sys.modules[f"{_PARENTS[-1]}.{_PACKAGE}"] = importlib.import_module(_PACKAGE)
 
 
 _PICTURE, _OBJECTS = "leftImg8bit.png", "gtFine_polygons.json"
 _WAY_OUT = (
-    "if these are data of your own, give them by --train-annotations and --val-annotations, in a "
-    "format that --help names, and under no name of Cityscapes'"
+    "for a custom data set give --train-annotations and --val-annotations, in a format that --help "
+    "names, and no name of Cityscapes"
 )
 
 
 def check_cityscapes(image_dir: str, gt_dir: str) -> None:
     """Check the files of a split before a run. The classes of objects are checked only if
-    Cityscapes' scripts are installed, as a training on objects needs these scripts.
+    Cityscapes' scripts are installed. A training on objects needs these scripts anyway.
 
     Args:
         image_dir: the folder with a folder of pictures for each city.
@@ -89,7 +90,7 @@ def _find_problem(gt_dir: Path, classes: Collection[str], picture: Path) -> str:
         )
     path = gt_dir / picture.parent.name / (picture.name.removesuffix(_PICTURE) + _OBJECTS)
     if not path.is_file():
-        return f"There are no annotations {path} of {picture}."
+        return f"There is no annotation file {path} for {picture}."
     try:
         content = json.loads(path.read_bytes())
         names = [str(item["label"]) for item in content["objects"] if "deleted" not in item]

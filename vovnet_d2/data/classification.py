@@ -1,7 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers learn from folders of images, from CIFAR-10 in a folder, or from the embedded
-digits."""
+"""Data sets for classifiers: folders of images, CIFAR-10 in a folder, and the embedded digits."""
 
 from __future__ import annotations
 
@@ -89,8 +88,8 @@ def _open_cifar10(data: str, split: str, transform: Transform | None = None) -> 
         return CIFAR10(data, train=split == "train", transform=transform)
     except RuntimeError as error:
         raise UserFileNotFoundError(
-            f"{data}/{CIFAR10.base_folder} is not complete or damaged: unpack "
-            f"{CIFAR10.filename} there once more."
+            f"{data}/{CIFAR10.base_folder} is incomplete or damaged: unpack "
+            f"{CIFAR10.filename} there again."
         ) from error
 
 
@@ -98,8 +97,8 @@ def _split_folder(data: str, split: str) -> Path:
     folder = Path(data) / split
     if not Path(data).is_dir():
         raise UserFileNotFoundError(
-            f"There is no folder {Path(data).absolute()} to take images from (nor is it 'digits', "
-            "the embedded data)."
+            f"There is no folder {Path(data).absolute()}: give a folder of images, or 'digits' for "
+            "the embedded data."
         )
     if not folder.is_dir():
         inside = sorted(path.name for path in Path(data).iterdir())
@@ -124,7 +123,7 @@ def _read_image(path: str) -> Image.Image:
 
 
 class _Digits(Dataset):
-    """The enlarged digits of scikit-learn, in the split of the detection data set."""
+    """The digits of scikit-learn, enlarged, in the same split as in the detection data set."""
 
     classes = CLASS_NAMES
 

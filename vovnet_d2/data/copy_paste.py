@@ -76,8 +76,8 @@ def paste_objects(
     """Paste objects of one sample into another one, at the same locations.
 
     The masks of covered objects are cut, and the boxes of all objects become the bounds of their
-    masks. Objects of which too little stays visible are left out. Objects that the border of the
-    image cuts too much are not pasted.
+    masks. An object is left out if too small a part of it stays visible. An object is not pasted if
+    too large a part of it would be outside the image.
 
     Args:
         sample: the sample with "image" (C, H, W) and "instances"; it is not changed.
@@ -132,6 +132,6 @@ def _read_masks(sample: dict[str, Any]) -> Tensor:
 
 
 def _is_visible(left: Tensor, before: Tensor, share: float) -> Tensor:
-    """Return for each mask whether enough of it is left, (objects,), boolean."""
+    """Return True for each mask that keeps enough of its pixels, (objects,), boolean."""
     pixels = left.flatten(1).sum(dim=1)
     return (pixels > 0) & (pixels >= share * before.flatten(1).sum(dim=1))

@@ -13,8 +13,8 @@ The annotations follow these rules:
   polygons cannot hold holes, so the inside of a 0, 6, 8 or 9 belongs to the mask. The polygons run
   along the edges of pixels, so that pycocotools gives the mask back exactly.
 * **Box**: ``XYWH``, tight around the mask, as ``pycocotools.mask.toBbox`` computes it.
-* **Area**: the area of the box. A glyph fills about half of its box, so by the area of masks no
-  digit would ever be "large" in COCO's sense, and AP by size would lack a third.
+* **Area**: the area of the box. A glyph fills about half of its box. By the area of its mask no
+  digit would be "large" in COCO's sense, so one of the three APs by size would be missing.
 
 Glyphs do not hide one another: every mask is visible as a whole.
 """
@@ -85,8 +85,8 @@ def build_digits(
         num_train, num_val: the number of images per split.
         image_size: the side of the square images, in pixels.
         digits_per_image: the least and greatest number of digits in an image, drawn uniformly.
-        digit_size: the least and greatest height of a glyph's box in pixels, drawn log-uniformly
-            and met to within a pixel.
+        digit_size: the least and greatest height of a glyph's box in pixels. The height is drawn
+            log-uniformly, and the box is at most one pixel higher or lower.
         seed: the seed of everything but the split of the digits, see :func:`digit_split`.
 
     Returns:
@@ -94,7 +94,7 @@ def build_digits(
 
     Raises:
         ValueError: an argument is out of range, the digits do not fit on the image, ``root``
-            cannot be written to, or the folder is not as this function made it.
+            cannot be written to, or somebody has changed the folder.
     """
     layout: dict[str, Any] = {
         "image_size": image_size,
@@ -125,8 +125,8 @@ def build_digits(
 def register_digits() -> None:
     """Register ``digits_train`` and ``digits_val`` with Detectron2; a second call does nothing.
 
-    The data set lies under ``$DETECTRON2_DATASETS`` (default ``./datasets``, as for Detectron2's
-    own) and is built when one of the two is first loaded.
+    The data set lies under ``$DETECTRON2_DATASETS`` (by default ``./datasets``, as for Detectron2's
+    data sets). It is built when one of the two is first loaded.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -187,8 +187,7 @@ def _is_current(target: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _read_made(folder: Path) -> dict[str, Any]:
-    """Read the recipe and the digest that :func:`_write` left in a folder; empty if there are
-    none."""
+    """Return the recipe and the digest that :func:`_write` left in a folder, or an empty dict."""
     try:
         made = json.loads((folder / "recipe.json").read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -209,7 +208,8 @@ def _digest(folder: Path) -> str:
 
 
 def _replace(target: Path, recipe: dict[str, Any]) -> None:
-    """Build in a folder next to ``target``, and rename it. The caller holds the lock."""
+    """Build the data set in a folder next to ``target``, then rename this folder. The caller holds
+    the lock."""
     if os.path.lexists(target):
         _require_unchanged(target)
     prefix = f".{_FOLDER}.build-"
@@ -228,9 +228,9 @@ def _replace(target: Path, recipe: dict[str, Any]) -> None:
 def _require_unchanged(target: Path) -> None:
     if _read_made(target).get("digest") != _digest(target):
         raise UserValueError(
-            f"{target} is not as this package made it: a digits data set of other arguments, or of "
-            "another version of the package, would replace it. Move the folder away, or set "
-            "DETECTRON2_DATASETS to another one."
+            f"{target} was changed after this package had made it. A digits data set with other "
+            "arguments, or of another version of the package, would replace it: move the folder "
+            "away, or set DETECTRON2_DATASETS to another one."
         )
 
 
@@ -272,8 +272,8 @@ def _file_name(index: int) -> str:
 def _to_coco(contents: list[list[Digit]], image_size: int) -> dict[str, Any]:
     """Return the content of the annotation file of a split.
 
-    All ids count from 1: pycocotools takes an annotation 0 for no annotation, and Detectron2
-    expects categories to start there.
+    All ids count from 1: pycocotools takes an annotation with id 0 for a missing one, and
+    Detectron2 expects the first category to have id 1.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -27,7 +27,8 @@ from ..errors import UserFileNotFoundError, UserValueError, one_line
 __all__ = ["ImageHeader", "read_header", "read_image", "read_labels", "why_unreadable"]
 
 ORIENTATION = 274  # EXIF's tag
-# The transposition of a stored picture by its orientation; 1 is the picture as it is stored.
+# For each EXIF orientation, the transposition that turns the stored picture upright. Orientation 1
+# needs none.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -75,7 +76,7 @@ def read_header(file: str | os.PathLike[str]) -> ImageHeader:
             return _header_of(picture)
     except FileNotFoundError:
         raise
-    except Exception as error:  # decoders raise all kinds at damaged files
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         raise _not_a_picture(file, error) from error
 
 
@@ -95,11 +96,11 @@ def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.
     path = _require_file(file)
     try:
         with PathManager.open(path, "rb") as stream, Image.open(stream) as picture:
-            picture.load()  # first: of two attempts at damaged pixels the second one succeeds
+            picture.load()  # first: a second attempt to load damaged pixels would not fail
             header = _header_of(picture)
             turned = _to_8_bits(_turn(picture, header.orientation)) if header.bits <= 16 else None
             pixels = None if turned is None else convert_PIL_to_numpy(turned, format)
-    except Exception as error:  # decoders raise all kinds at damaged files
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         raise _not_a_picture(path, error) from error
     if pixels is None:
         raise UserValueError(
@@ -128,12 +129,13 @@ def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
             picture.load()
             labels = _numbers_of(_turn(picture, _header_of(picture).orientation))
     except Exception as error:
-        raise UserValueError(f"{path} is no map of labels: {_reason(error)}.") from error
+        raise UserValueError(f"{path} is not a label map: {_reason(error)}.") from error
     return labels.astype(np.int64)
 
 
 def why_unreadable(file: str | os.PathLike[str], *, labels: bool = False) -> str:
-    """Say why :func:`read_image`, or :func:`read_labels`, refuses a file; empty if it does not."""
+    """Return why :func:`read_image`, or :func:`read_labels`, refuses a file. Return an empty string
+    if the file can be read."""
     try:
         (read_labels if labels else read_image)(file)
     except FileNotFoundError:
@@ -155,7 +157,7 @@ def _require_file(file: str | os.PathLike[str]) -> str:
 def _header_of(picture: Image.Image) -> ImageHeader:
     try:
         orientation = picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged EXIF part does not spoil the picture
+    except Exception:  # the picture can be read without its EXIF data
         orientation = 1
     bits = 8
     if picture.mode.startswith("I;16"):
@@ -191,9 +193,9 @@ def _numbers_of(picture: Image.Image) -> NDArray[np.generic]:
         place = np.argwhere((red != others[0]) | (red != others[1]))[0]
         colours = len(np.unique(values[..., :3].reshape(-1, 3), axis=0))
         raise UserValueError(
-            f"its pixels are colours ({tuple(values[tuple(place)][:3].tolist())} for one, of "
-            f"{colours}) and not numbers of classes: write a picture of one channel, or with a "
-            "palette, whose values are the numbers"
+            f"its pixels have {colours} colours, for example "
+            f"{tuple(values[tuple(place)][:3].tolist())}, and not the numbers of classes: write a "
+            "picture of one channel, or with a palette, whose values are the numbers"
         )
     raise UserValueError(f"its pixels are not whole numbers (Pillow's mode {mode})")
 

@@ -1,16 +1,16 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The keypoints of custom data have names, and some are exchanged in pairs in a mirrored
+"""Keypoints of custom data sets: their names, and the pairs that are swapped in a mirrored
 picture."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from ..errors import UserValueError
+from ..words import suggest
 from .check.values import are_numbers
 
 __all__ = ["Flips", "derive_flips", "find_problem", "keypoint_names", "parse_flips"]
@@ -58,7 +58,7 @@ def keypoint_names(categories: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
-    """Say what is wrong with the keypoints of objects; empty if nothing is.
+    """Return what is wrong with the keypoints of objects, or an empty string.
 
     Args:
         annotations: the annotations of a file in COCO's format.
@@ -82,8 +82,9 @@ def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
 
 
 def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
-    """Find the pairs that are exchanged in a mirrored picture. Their names differ in a part, "left"
-    and "right" or "l" and "r", as in left_eye, EyeL, l_eye and lefteye.
+    """Find the pairs of keypoints that are swapped in a mirrored picture. The names of a pair
+    differ in one part: "left" and "right", or "l" and "r". Examples are left_eye, EyeL, l_eye and
+    lefteye.
 
     Args:
         mirrored: True if pictures are mirrored at all.
@@ -144,8 +145,7 @@ def parse_flips(text: str, names: Sequence[str]) -> Flips:
             )
         for name in pair:
             if name not in names:
-                close = get_close_matches(name, names, n=1)
-                hint = f" Close to it: {close[0]!r}." if close else ""
+                hint = suggest(name, names)
                 raise UserValueError(
                     f"--keypoint-flips names {name!r}, which is not a keypoint of the data.{hint} "
                     f"There are {', '.join(names)}."

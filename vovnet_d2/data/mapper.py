@@ -39,9 +39,10 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Build Detectron2's resizing and flipping. With ``INPUT.FIXED_SIZE`` images are warped to a
-    square instead. ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Images that are thin lines
-    keep at least one pixel, which Detectron2's resizing does not guarantee.
+    """Build the augmentations of a config, which are Detectron2's resizing and flipping by default.
+    ``INPUT.FIXED_SIZE`` replaces the resizing: images are warped to a square.
+    ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Very thin images keep at least one pixel
+    in each direction, which Detectron2's resizing does not guarantee.
 
     Raises:
         ValueError: SSD's augmentation without a fixed size, or with ``INPUT.CROP``.
@@ -62,8 +63,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 
 
 class Mapper(DatasetMapper):
-    """A :class:`DatasetMapper` that reads files by :mod:`~vovnet_d2.data.image_file`, and keeps at
-    least one pixel of images that are thin lines."""
+    """A :class:`DatasetMapper` that reads files by :mod:`~vovnet_d2.data.image_file`. It keeps at
+    least one pixel of very thin images in each direction."""
 
     augmentations: T.AugmentationList
 
@@ -102,7 +103,7 @@ class Mapper(DatasetMapper):
     def _augment(
         self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None, T.TransformList]:
-        # Labels must not be averaged. Detectron2 takes nearest neighbours for 8 bits only, so that
+        # Labels must not be averaged. Detectron2 takes nearest neighbours for 8 bits only, so
         # labels above 255 are transformed as two bytes.
         low = None if labels is None else (labels & 0xFF).astype(np.uint8)
         aug_input = T.AugInput(image, sem_seg=low)
@@ -117,8 +118,8 @@ class Mapper(DatasetMapper):
 
 
 def _leaving_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
-    """Return the augmentation, or one that keeps a pixel of a thin line, where Detectron2's keeps
-    none."""
+    """Return an augmentation that keeps at least one pixel in each direction. Only Detectron2's
+    ``ResizeShortestEdge`` is replaced; every other augmentation is returned itself."""
     if type(augmentation) is not T.ResizeShortestEdge:
         return augmentation
     sizes = list(augmentation.short_edge_length)
@@ -143,8 +144,8 @@ class _RandomCrop(T.RandomCrop):
 
 
 class AugmentedTestMapper:
-    """Makes the inputs of test-time augmentation as Detectron2's ``DatasetMapperTTA`` does, and
-    keeps at least one pixel of images that are thin lines."""
+    """Makes the inputs of test-time augmentation as Detectron2's ``DatasetMapperTTA`` does. It
+    keeps at least one pixel of very thin images in each direction."""
 
     def __init__(self, min_sizes: Sequence[int], max_size: int, *, flip: bool):
         """
@@ -164,8 +165,8 @@ class AugmentedTestMapper:
                 is read.
 
         Returns:
-            for each size, plain and flipped, the record with its "image", and with the "transforms"
-                that lead from the picture to the image.
+            for each size, and with flips also for its mirror image, a copy of the record with the
+                augmented "image" and the "transforms" that lead from the picture to it.
         """
         pixels = record["image"].permute(1, 2, 0).numpy()
         resized = T.ResizeTransform(record["height"], record["width"], *pixels.shape[:2])
@@ -179,8 +180,8 @@ class AugmentedTestMapper:
 
 
 class SSDMapper(Mapper):
-    """A :class:`Mapper` for training whose augmentations see the boxes of objects. As in SSD,
-    objects whose centre is outside the result are left out."""
+    """A :class:`Mapper` for training whose augmentations get the boxes of objects. As in SSD, it
+    leaves out objects whose centre is outside the augmented image. It also leaves out crowds."""
 
     def _augment(
         self, record: dict[str, Any], image: np.ndarray, labels: np.ndarray | None

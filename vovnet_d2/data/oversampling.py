@@ -70,6 +70,6 @@ def report_repeats(
     ]
     more = f" and {len(told) - _MOST_NAMED} others" if len(told) > _MOST_NAMED else ""
     logger.info(
-        "Images of classes that less than %g of the images have come more often: %s%s.",
+        "Images of these classes are repeated, as less than %g of the images have each: %s%s.",
         *(threshold, ", ".join(told[:_MOST_NAMED]), more),
     )

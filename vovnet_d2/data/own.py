@@ -40,14 +40,14 @@ _OF_KEYPOINTS = {"keypoints", "keypoint_flips"}
 class OwnDataSet:
     """
     Attributes:
-        name: the name under which it is registered.
+        name: the name under which the data set is registered.
         json: the annotation file.
         images: the folder that each ``file_name`` in the annotation file is relative to.
         categories: the names of the categories, in the order of the network's outputs.
         category_ids: the ids of the categories in the annotation file.
         keypoints: the names of the keypoints, in the order of the network's outputs; empty for
             networks that predict none.
-        keypoint_flips: pairs of names that are exchanged in a mirrored picture.
+        keypoint_flips: the pairs of names that are swapped in a mirrored picture.
     """
 
     name: str
@@ -69,7 +69,7 @@ class OwnDataSet:
         """
         keys = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or entry.keys() | _OF_KEYPOINTS != set(keys):
-            raise UserValueError(f"DATASETS.OWN has {entry!r}: an entry has the keys {keys}.")
+            raise UserValueError(f"DATASETS.OWN has {entry!r}: an entry must have the keys {keys}.")
         names, ids = entry["categories"], entry["category_ids"]
         if not isinstance(names, Sequence) or len(names) != len(ids):
             raise UserValueError(
@@ -119,7 +119,8 @@ class OwnDataSet:
         return records
 
     def register(self) -> None:
-        """
+        """Register the data set with Detectron2, unless it is registered already.
+
         Raises:
             ValueError: a data set of another kind has this name.
         """
@@ -129,7 +130,8 @@ class OwnDataSet:
                 return
             if other is None:
                 raise UserValueError(
-                    f"DATASETS.OWN has the name {self.name!r}, and another data set has this name."
+                    f"DATASETS.OWN has the name {self.name!r}, and another data set has this name: "
+                    "choose another name."
                 )
             DatasetCatalog.remove(self.name)
             MetadataCatalog.remove(self.name)
@@ -150,8 +152,8 @@ class OwnDataSet:
 
 
 def register_own_data(entries: Sequence[Any]) -> None:
-    """Register custom data sets with Detectron2. They replace earlier custom data sets of their
-    names.
+    """Register custom data sets with Detectron2. Each replaces an earlier custom data set of the
+    same name.
 
     Args:
         entries: ``DATASETS.OWN`` of a config.
@@ -164,8 +166,8 @@ def register_own_data(entries: Sequence[Any]) -> None:
 
 
 def _load_records(file: str, images: str) -> list[Record]:
-    """Load a file as Detectron2's ``load_coco_json`` does, but keep objects without a usable mask.
-    They keep their boxes, and a training of masks refuses them."""
+    """Load a file as Detectron2's ``load_coco_json`` does, but keep the boxes of objects without a
+    usable mask. A training of masks refuses such objects."""
     content = json.loads(Path(file).read_bytes())
     by_image: defaultdict[Any, list[Record]] = defaultdict(list)
     for annotation in content["annotations"]:
@@ -179,8 +181,8 @@ def _load_records(file: str, images: str) -> list[Record]:
     )
     if without_mask:
         logger.warning(
-            "%s has %d objects whose masks have no polygon of three points: they count with their "
-            "boxes alone.",
+            "%s has %d objects whose masks have no polygon of three points: only their boxes are "
+            "used.",
             *(file, without_mask),
         )
     return [
@@ -215,8 +217,9 @@ def _load_object(annotation: Record) -> Record:
 
 
 def match_categories(truth: COCO, metadata: Metadata) -> None:
-    """Give annotations the categories of the network and no others, as an evaluation compares each
-    category. A category that the file lacks, or that only the file has, has no annotations."""
+    """Give the annotations of an evaluation exactly the categories of the network, because the
+    evaluation compares each category. A category that only the network or only the file has, has
+    no annotations."""
     own: OwnDataSet | None = metadata.get("own_data_set")
     if own is None:
         return

@@ -34,8 +34,8 @@ __all__ = ["Contents", "read_coco", "read_contents"]
 _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes a corrected copy."
 _NUM_LOOKED_FOR = 20
 
-# The problems of check/problems.py that end a run. Others, such as boxes beyond their image, cost
-# objects or do no harm.
+# The problems of check/problems.py that end a run. Other problems, such as boxes beyond their
+# image, only lose objects or do no harm.
 _STOPS_READING = {"json", "section", "record"}
 _STOPS_TRAINING = {
     *("category_id", "category_id_type", "duplicate_category_id"),
@@ -81,7 +81,8 @@ class Contents:
 
 
 def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
-    """
+    """Read an annotation file and check it.
+
     Args:
         json: the annotation file.
         images: the folder of the images.
@@ -148,13 +149,14 @@ def _refuse(json: str, findings: Findings, stopping: Set[str]) -> None:
 
 
 def _look_for_images(json: str, folder: str, names: list[str]) -> None:
-    """Look for a few of the images. The training itself looks for all of them."""
+    """Raise an error if the folder has none of the first images. The training looks for all
+    images."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in names[:_NUM_LOOKED_FOR]):
         near = NearNames(folder).find(names[0])
         cause = f" The file that is meant seems to be {near!r}: {_HINT}" if near else ""
         raise UserFileNotFoundError(
-            f"{folder} does not hold the images of {json}, where {names[0]!r} is the first: the "
-            f"file names are relative to the folder.{cause}"
+            f"{folder} does not hold the images of {json}, for example {names[0]!r}: file names "
+            f"must be relative to this folder.{cause}"
         )
 
 

@@ -70,7 +70,7 @@ def check_files(
 
 
 def has_size_of_file(record: Record) -> bool:
-    """Return whether a record's picture can be opened and has the size that the record says."""
+    """Return True if a record's picture can be opened and has the size that the record says."""
     header = _header(record)
     return header is not None and _given_size(record) in (None, header.size)
 
@@ -119,8 +119,8 @@ def _why_unusable(record: Record, header: ImageHeader | None) -> str:
     read, written = (" x ".join(map(str, size)) for size in (header.size, given or ()))
     if given == header.stored_size:
         return (
-            f"its EXIF orientation turns it to {read} before training sees it, and its annotations "
-            f"are for the {written} that are stored (tools/check_dataset.py --fix turns them)"
+            f"its EXIF orientation turns it to {read} before the training, but its annotations are "
+            f"for the {written} that are stored (tools/check_dataset.py --fix turns them)"
         )
     return f"it has {read} pixels, and its annotations say {written}"
 
@@ -137,15 +137,15 @@ def _check_orientations(
     if stored := [file for file in turned if verdicts[file.path] == "stored"]:
         raise UserValueError(
             f"Data set {name}: {len(stored)} of the {of} are turned by their EXIF orientation "
-            f"before training sees them, {stored[0].path} for one, and their annotations are for "
-            "the pictures as they are stored. tools/check_dataset.py --fix turns annotations in "
-            "COCO's format; or remove the orientation from the files."
+            f"before the training, for example {stored[0].path}, but their annotations are for the "
+            "pictures as they are stored. tools/check_dataset.py --fix turns annotations in COCO's "
+            "format; or remove the orientation from the files."
         )
     if unclear := [f for f in turned if verdicts[f.path] == "unclear" and f.boxes]:
         logger.warning(
-            "Data set %s: %d of the %s are turned by their EXIF orientation before training sees "
-            "them, %s for one. Look whether the annotations are for the pictures so turned: "
-            "tools/visualize_data.py draws them.",
+            "Data set %s: %d of the %s are turned by their EXIF orientation before the training, "
+            "for example %s. Check with tools/visualize_data.py that the annotations fit the "
+            "turned pictures.",
             *(name, len(unclear), of, unclear[0].path),
         )
 
@@ -170,9 +170,9 @@ def _check_depths(deep: list[str], name: str, num_files: int) -> None:
     looked_at = [file for file in deep[:_MAX_READ] if not why_unreadable(file)]
     if looked_at and all(is_dark(read_image(file)) for file in looked_at):
         raise UserValueError(
-            f"Data set {name}: the pictures of 16 bits, {deep[0]} for one, have values in the "
-            "lower 12 alone, and are almost black in the upper 8, which are read: spread the "
-            "values to 0 to 65535, or write 8 bits."
+            f"Data set {name}: the pictures of 16 bits, for example {deep[0]}, use the lower 12 "
+            "bits alone. Only the upper 8 bits are read, and there the pictures are almost black: "
+            "spread the values to 0 to 65535, or write 8 bits."
         )
     logger.info(
         "Data set %s: %d of %d pictures have 16 bits per channel: the upper 8 are read.",

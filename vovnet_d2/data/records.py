@@ -26,8 +26,8 @@ from .check.masks import find_rle_problem, has_mask
 
 __all__ = ["check_records", "find_absurd"]
 
-# How far numbers may reach beyond an image, in its longer sides. Masks are drawn in memory that
-# grows with the numbers of their polygons.
+# The largest absolute value of a number, as a multiple of the longer side of its image. The memory
+# for drawing a mask grows with the numbers of its polygons.
 _REACH = 10
 _UNKNOWN_SIDE = 100_000  # pixels, where a record does not say its size
 _MAX_SAMPLES = 20_000
@@ -45,7 +45,7 @@ def check_records(
     num_classes: int | None = None,
     masks: bool = False,
 ) -> None:
-    """Look at all objects in one pass.
+    """Check all objects of a data set.
 
     Args:
         records: the records of a data set, in Detectron2's format.
@@ -78,7 +78,7 @@ def check_records(
             elif len(samples) < _MAX_SAMPLES and (sample := _sample(annotation, record)):
                 samples.append(sample)
     if wrong:
-        others = f" {count - 1} more objects have such numbers." if count > 1 else ""
+        others = f" {count - 1} more objects have such faults." if count > 1 else ""
         raise UserValueError(f"Data set {name}: {wrong[0]}.{others} {_HINT}")
     if without_mask:
         raise UserValueError(
@@ -95,20 +95,20 @@ def check_records(
     if readings != [COCO]:
         raise UserValueError(
             f"Data set {name}: its boxes are not x, y, width, height in pixels, but "
-            f"{' or '.join(map(str, readings))} ({list(samples[0].box)} in an image of "
-            f"{samples[0].size[0]} x {samples[0].size[1]} for one). {_HINT}"
+            f"{' or '.join(map(str, readings))} (for example {list(samples[0].box)} in an image "
+            f"of {samples[0].size[0]} x {samples[0].size[1]}). {_HINT}"
         )
 
 
 def _absurd_size(record: Mapping[str, Any]) -> str:
-    """Say what is wrong with the size of a picture, as masks of that size are made; empty if
-    nothing is."""
+    """Return what is wrong with the size of a picture, or an empty string. Masks of this size are
+    made later."""
     sides = [record[side] for side in ("width", "height") if side in record]
     for side in sides:
         whole = isinstance(side, Real) and not isinstance(side, bool) and side == side // 1
         if not whole or not side > 0:
             return f"a width or height of {side!r:.60}"
-    most = 2 * (Image.MAX_IMAGE_PIXELS or inf)  # beyond which Pillow reads no picture
+    most = 2 * (Image.MAX_IMAGE_PIXELS or inf)  # Pillow refuses larger pictures
     if len(sides) == 2 and sides[0] * sides[1] > most:
         return f"a size of {sides[0]:g} x {sides[1]:g} pixels, more than Pillow reads"
     return ""
@@ -136,8 +136,8 @@ def _sample(annotation: Mapping[str, Any], record: Mapping[str, Any]) -> Sample 
 
 
 def find_absurd(annotation: Mapping[str, Any], width: int | None, height: int | None) -> str:
-    """Say which number of an annotation is not finite, or is absurd for the size of its image;
-    empty if none is."""
+    """Return which number of an annotation is not finite, or is absurd for the size of its image.
+    Return an empty string if there is no such number."""
     limit = _REACH * max(width or _UNKNOWN_SIDE, height or _UNKNOWN_SIDE)
     mask = annotation.get("segmentation")
     lists = [("bbox", annotation.get("bbox")), ("keypoints", annotation.get("keypoints"))]

@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: NPY002 (Detectron2 seeds the global generator)
-"""SSD's augmentation (:paper:`SSD` arXiv 1512.02325, section 2.2, and its code's colours), as
-Detectron2's augmentations.
+"""The augmentation of :paper:`SSD` (arXiv 1512.02325, section 2.2), written as augmentations of
+Detectron2. The changes of colours follow SSD's code.
 
 All random numbers come from NumPy's global generator, which Detectron2 seeds in every worker.
 """
@@ -110,7 +110,7 @@ class Expand(T.Augmentation):
         """
         Args:
             fill: a value for each channel.
-            ratio: least and greatest; drawn uniformly.
+            ratio: the least and greatest ratio, which is drawn uniformly.
         """
         super().__init__()
         self._init(locals())
@@ -128,9 +128,9 @@ class Expand(T.Augmentation):
 class SamplerCrop(T.Augmentation):
     """Crops by one of SSD's seven samplers, drawn uniformly among the samplers that succeed.
 
-    One sampler returns the whole image. Each other sampler tries up to ``trials`` crops and takes
-    the first one whose IoU with any box is at least 0.1, 0.3, 0.5, 0.7 or 0.9, or at most 1 (the
-    last one only needs a box in the image). The mapper handles the boxes.
+    One sampler returns the whole image. Each other sampler tries up to ``trials`` crops. It takes
+    the first crop whose IoU with any box is at least 0.1, 0.3, 0.5, 0.7, 0.9 or 0. The sampler with
+    0 only needs a box in the image. The mapper handles the boxes.
 
     With polygons for masks, Detectron2's cropping needs the package shapely.
     """
@@ -168,7 +168,8 @@ class SamplerCrop(T.Augmentation):
         return T.CropTransform(left, top, right - left, bottom - top, width, height)
 
     def _sample(self, height: int, width: int, boxes: Array, min_iou: float) -> Array | None:
-        """Return a crop, XYXY in whole pixels. All trials are drawn at once."""
+        """Return a crop, XYXY in whole pixels, or None if no trial succeeds. All trials are drawn
+        at once."""
         if len(boxes) == 0:
             return None
         scale = np.random.uniform(self.scale[0], self.scale[1], self.trials)

@@ -95,8 +95,8 @@ def _silenced(logger: logging.Logger) -> Iterator[None]:
 class Place:
     """The position of a process in the stream.
 
-    Batches of images grouped by their shape depend on the batches before. So a place holds the
-    position where this division into batches began, and the number of batches since.
+    If images are grouped by their shape, a batch depends on the batches before it. So a place holds
+    the position where this division into batches began, and the number of batches since.
 
     Attributes:
         seed: the seed of the stream.
@@ -119,8 +119,8 @@ class Place:
 
     def shared_by(self, num_processes: int, *, batch_size: int) -> Place:
         """Return the place from which another number of processes, or another batch size,
-        continues. No earlier sample is used again. Images that waited for others of their shape are
-        left out."""
+        continues. No earlier sample is used again. Images that still waited for others of their
+        shape are skipped."""
         if (num_processes, batch_size) == (self.num_processes, self.batch_size):
             return self
         return Place(self.seed, self.num_samples, 0, batch_size, num_processes)
@@ -147,7 +147,7 @@ class TrainingStream:
             dataset: the data set to which the indices of the sampler refer.
             build_sampler: makes one of Detectron2's training samplers. All its random numbers must
                 come from NumPy's global generator. It is called in all processes.
-            batch_size: the batch size over all processes, whose number divides it.
+            batch_size: the batch size over all processes, a multiple of their number.
             mapper: the function that is applied to a selected item. It may return None for an item
                 that cannot be used; then another item takes its place.
             group_by_shape: True to put images that are wider than high into batches of their own.
@@ -172,7 +172,7 @@ class TrainingStream:
             batch_sampler=_Batches(lambda: self.batches(self.place)),
             num_workers=self._num_workers,
             pin_memory=self.pin_memory,
-            # The global one would be advanced by each start of an iterator.
+            # Otherwise each new iterator would advance the global generator.
             generator=torch.Generator().manual_seed(0),
             **self._loader_options,
         )
@@ -190,8 +190,8 @@ class TrainingStream:
         return itertools.islice(batches, place.batches, None)
 
     def name(self, index: int) -> str:
-        """Return the file name of an item of the data set; "image" and its index if that is not
-        known."""
+        """Return the file name of an item of the data set, or "image" and its index if the file is
+        not known."""
         if hasattr(self.dataset, "samples"):  # torchvision's folders of images
             return str(self.dataset.samples[index][0])
         if isinstance(self.dataset, DatasetFromList):
@@ -217,7 +217,7 @@ class _Batches(Sampler[list[Sample]]):
 
 
 class _ShapeLookup:
-    """Tells for an index whether the image is wider than high. Each image is looked up once."""
+    """Looks up by index whether an image is wider than high. Each image is looked up once."""
 
     def __init__(self, dataset: Dataset[Any]):
         self._dataset = dataset
@@ -264,9 +264,9 @@ class _Samples(Dataset[Any]):
                 if (item := self._get(other)) is not None:
                     return item
         raise UserValueError(
-            f"Image {index} of the training data cannot be used, nor can any of "
-            f"{_NUM_REPLACEMENTS} others that were tried in its place: tools/check_dataset.py "
-            "lists what is wrong with images."
+            f"Image {index} of the training data cannot be used, and neither can "
+            f"{_NUM_REPLACEMENTS} other images that were tried: tools/check_dataset.py lists what "
+            "is wrong with images."
         )
 
 
@@ -301,15 +301,17 @@ def build_detection_stream(
     if isinstance(records, list):
         records = DatasetFromList(records, copy=False)  # in memory that the workers share
 
-    # Newer versions of Detectron2 seed some samplers by SEED itself, which is -1 in every training
-    # that draws its seed. Without a SEED they draw one from NumPy's generator, as all others do.
+    # Newer versions of Detectron2 seed some samplers by SEED, which is -1 in every training that
+    # draws its seed. Without SEED these samplers take their seed from NumPy's generator, as all
+    # others do.
     unseeded = cfg.clone()
     unseeded.defrost()
     unseeded.SEED = None
 
     def build_sampler() -> Sampler[int]:
         options = {"mapper": mapper, "dataset": records}
-        with _silenced(logging.getLogger("detectron2.data.build")):  # it has named the sampler
+        # Detectron2 has logged the name of the sampler already.
+        with _silenced(logging.getLogger("detectron2.data.build")):
             return build_detection_train_loader.from_config(unseeded, **options)["sampler"]
 
     return TrainingStream(

@@ -38,11 +38,11 @@ def image_roots(names: Sequence[str]) -> list[str]:
 
 
 class ReadableOnly:
-    """Wraps a mapper, for images that may be damaged.
+    """Wraps a mapper and handles damaged images.
 
     A damaged image causes an error that names the file. Up to ``max_skipped`` different images
     are left out instead: the mapper returns None for them, and the training stream puts other
-    images in their place. Which ones depends on the seed and the position alone.
+    images in their place. The choice depends on the seed and the position alone.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ReadableOnly:
         self.roots = roots
         self._max_skipped = max_skipped
         # Shared with the workers: the number of images that were left out, then a hash of the name
-        # of each. Without any to leave out there is nothing to share.
+        # of each. None if no image may be left out.
         self._skipped = multiprocessing.Array("q", 1 + max_skipped) if max_skipped else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class ReadableOnly:
         for root in self.roots:
             folder = os.path.join(root, "")
             inside = file_name.startswith(folder)
-            # The name as the annotation file has it; or, of an absolute one, where it leads.
+            # The name in the annotation file, or the absolute path of a file outside this folder.
             name = file_name[len(folder) :] if inside else os.path.join(os.getcwd(), file_name)
             try:
                 resolve_inside(root, name)
@@ -135,8 +135,8 @@ class ReadableOnly:
             self._skipped[1 + len(known)] = key
             self._skipped[0] += 1
         logger.warning(
-            "%s cannot be used (%s): another image takes its place, number %d of the %d that "
-            "DATALOADER.MAX_UNREADABLE allows.",
+            "%s cannot be used (%s): another image takes its place. This is image %d of the %d "
+            "that DATALOADER.MAX_UNREADABLE lets a training leave out.",
             *(file_name, reason, len(known) + 1, self._max_skipped),
         )
 
@@ -154,20 +154,21 @@ class ReadableOnly:
 
 
 def _hash(file_name: str) -> int:
-    """Return a number that is the same in all workers. The numbers of ``hash`` differ."""
+    """Return a number for a file name. It is the same in all workers, unlike the result of
+    ``hash``."""
     digest = hashlib.sha256(file_name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _why_unreadable(file_name: str, record: dict[str, Any]) -> str:
-    """Say why a file of a record cannot be read, or that its size is not the one in the
-    annotations; empty if it can be used."""
+    """Return why a file of a record cannot be read, or that its size is not the one in the
+    annotations. Return an empty string if the file can be used."""
     try:
         is_picture = file_name == record["file_name"]
         if reason := why_unreadable(file_name, labels=not is_picture):
             return reason
         if is_picture:
             check_image_size(record, read_image(file_name))
-    except Exception as error:  # Pillow's decoders raise what comes to them
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         return one_line(error)
     return ""

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL VOC without its difficult objects.
+"""PASCAL VOC: a loader that trains without difficult objects, and a check of the files.
 
 Detectron2 registers ``voc_2007_trainval`` and so on. Its loader treats difficult objects like all
 other objects, as DSOD does. RefineDet is trained without them.
@@ -151,7 +151,7 @@ def _flag(element: ElementTree.Element, path: str) -> int:
 
 
 def is_voc_set(name: str) -> bool:
-    """Return whether a data set is registered as a folder in PASCAL VOC's layout."""
+    """Return True if a data set is registered as a folder in PASCAL VOC's layout."""
     if name not in DatasetCatalog:
         return False
     metadata = MetadataCatalog.get(name)
@@ -181,8 +181,8 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
     Args:
         dirname, split: see :func:`load_voc`.
         class_names: the classes of the network.
-        by_detectron2: True if Detectron2's own loader reads the split, which cannot take a list of
-            one image or sizes with fractions.
+        by_detectron2: True if Detectron2's loader reads the split. That loader cannot take a list
+            of one image or sizes with fractions.
 
     Raises:
         FileNotFoundError: the list of images is missing.
@@ -221,8 +221,8 @@ def check_voc(dirname: str, split: str, class_names: Sequence[str], *, by_detect
 
 
 def _describe_foreign_classes(dirname: str, names: Sequence[str], classes: set[str]) -> str:
-    """Say which classes of a folder are not just misspelt ``classes``, and what to do; empty if all
-    are."""
+    """Return a sentence that names the classes of a folder that are not misspelt ``classes``, and
+    says what to do. Return an empty string if there are none."""
     found: set[str] = set()
     for name in names:
         with suppress(ElementTree.ParseError, OSError):
@@ -233,8 +233,8 @@ def _describe_foreign_classes(dirname: str, names: Sequence[str], classes: set[s
         return ""
     return (
         f" The folder has {counted(len(foreign), 'other classes')} ({listed(foreign, most=10)}): "
-        f"if it holds data of your own, give --train-annotations {dirname} and --val-annotations "
-        f"{dirname}, and no name of PASCAL VOC's."
+        f"for a custom data set give --train-annotations {dirname} and --val-annotations "
+        f"{dirname}, and no name of PASCAL VOC."
     )
 
 
@@ -291,20 +291,21 @@ def _problem_of_image(dirname: str, name: str, size: tuple[float, float], path: 
     except (FileNotFoundError, ValueError):
         return f"{file} is not a picture that can be read."
     if found != size:
-        sizes = " and ".join(f"{w:g} x {h:g}" for w, h in (size, found))
-        return f"{path}: 'size' is not that of the image, which is turned as EXIF says: {sizes}."
+        written, read = (f"{w:g} x {h:g}" for w, h in (size, found))
+        return f"{path}: 'size' is {written}, but the image is {read} after EXIF turns it."
     return ""
 
 
 def register_voc() -> None:
     """Register ``voc_{2007,2012}_{train,val,trainval,test}_no_difficult``; a second call does
-    nothing. Like Detectron2's own they lie under ``$DETECTRON2_DATASETS``."""
+    nothing. Like Detectron2's data sets, they lie under ``$DETECTRON2_DATASETS``."""
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     for year in (2007, 2012):
         dirname = str(root / f"VOC{year}")
         for split in ("train", "val", "trainval", "test"):
             name = f"voc_{year}_{split}{_OURS}"
-            if name in DatasetCatalog or (year, split) == (2012, "test"):  # which has no boxes
+            # The test split of 2012 has no boxes.
+            if name in DatasetCatalog or (year, split) == (2012, "test"):
                 continue
             DatasetCatalog.register(name, partial(load_voc, dirname, split))
             MetadataCatalog.get(name).set(

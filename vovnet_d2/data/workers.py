@@ -22,14 +22,15 @@ _LAST_FAREWELL = 1  # seconds for workers to end with the main process
 
 
 def attend_to_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Let the workers of a loader stay until they are dismissed, and let the loader wait no longer
-    than :func:`longest_wait` for one that does not answer, such as one that waits for a disk.
+    """Let the workers of a loader run until they are dismissed. The loader waits at most
+    :func:`longest_wait` for a worker that does not answer, for example because its disk hangs.
 
     Returns:
         ``loader`` itself.
     """
     loader.worker_init_fn = stay_until_dismissed
-    # Without SIGCHLD, torch looks for workers that have ended only where a loader has no limit.
+    # Without SIGCHLD (Windows), torch notices that a worker has ended only if the loader has no
+    # timeout.
     if loader.num_workers and hasattr(signal, "SIGCHLD"):
         loader.timeout = longest_wait().total_seconds()
     return loader
@@ -41,15 +42,15 @@ def is_silent_worker(error: BaseException) -> bool:
 
 
 def stay_until_dismissed(worker: int) -> None:
-    """Let a worker ignore the signals that end a job, as the main process handles them. If a worker
-    ended at once, the main process would fail before it has saved its state."""
+    """Let a worker outlive the signals that end a job, by up to five minutes. If a worker ended at
+    once, the main process would fail before it has saved its state."""
     if not hasattr(signal, "SIGALRM"):  # Windows, where a worker ends with the main process
         for number in ending_signals():
             signal.signal(number, signal.SIG_IGN)
         return
     for number in ending_signals():
         signal.signal(number, lambda *_: signal.alarm(_FAREWELL))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # if not dismissed before
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the worker if nothing has ended it before
 
 
 @atexit.register
@@ -59,7 +60,8 @@ def dismiss_workers() -> None:
     (:func:`stay_until_dismissed`)."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+        # torch's handler would take the end of a worker for a failure.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.terminate()
     end = time.monotonic() + _LAST_FAREWELL
