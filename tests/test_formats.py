@@ -167,7 +167,7 @@ def test_voc_notes(tmp_path: Path) -> None:
         "a.jpg": [("dog", [10, 1, 20, 8], [], 0)] * 2 + [("dog", [-1, 4, 10, 5], [], 0)]
     }
     assert [note.partition("; first: ")[0] for note in found.notes] == [
-        "2 boxes have their corners swapped and are read the right way round",
+        "2 boxes have their corners swapped and are corrected",
         "1 boxes begin before pixel 1, where VOC begins to count",
         "1 files have polygons, which VOC does not define: the boxes are read",
         "1 images are not in the folder of images",
@@ -269,7 +269,7 @@ def test_yolo_by_lists_and_paths_of_another_machine(tmp_path: Path) -> None:
     assert list(objects(read_annotations(file, None, "train"))) == ["a.jpg"]
     assert list(objects(read_annotations(file, None, "val"))) == ["a.jpg", "b.jpg"]
     (tmp_path / "images").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"train.txt lists .*a.jpg', which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"train.txt lists .*a.jpg', which does not exist"):
         read_annotations(file, None, "train")
     found = read_annotations(file, tmp_path / "moved", "train")
     assert objects(found) == {"a.jpg": [("dog", [20, 12.5, 40, 25], [], 0)]}
@@ -335,10 +335,10 @@ def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
         ("dog .5 .5 .5 .5", "line 2 has 'dog' where a number is needed"),
         ("0 .5 .5 .5", "line 2, has 4 numbers: a box has 5"),
         ("0 .5 .5", "line 2, has 3 numbers: a box has 5"),
-        ("0 .5 .5 .5 .5 .9", r"has 6 numbers: .*\(take away a score at the end\)"),
+        ("0 .5 .5 .5 .5 .9", r"has 6 numbers: .*\(remove the score at the end\)"),
         ("0 .1 .1 .2 .2 .3 .3 .4", "line 2, has 8 numbers"),
         ("0 40 25 40 25", "line 2, has 40: the numbers after the class are fractions"),
-        ("0 0,5 .5 .5 .5", "'0,5' where a number is needed: write a point for the comma"),
+        ("0 0,5 .5 .5 .5", "'0,5' where a number is needed: write a point in place of the comma"),
         ("0 .5 .5 nan .5", "'nan' where a number is needed"),
     ],
 )
@@ -361,7 +361,7 @@ def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"0": "dog", "2": "cat"}, r"names has the numbers \['0', '2'\]: they must count from 0"),
+        ({"0": "dog", "2": "cat"}, r"names has the numbers \['0', '2'\], which must count from 0"),
         (["dog"], "has nc 2 and 1 names"),
         (["dog", "dog"], "the name 'dog' for two classes"),
         (["dog", " "], "has no name for class 1"),
@@ -378,7 +378,7 @@ def test_yolo_parts_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.yaml has no 'test', but train, val: add it, or"):
         read_annotations(file, None, "test")
     image(tmp_path / "images" / "a b.jpg")  # which is not what is meant
-    with pytest.raises(FileNotFoundError, match=r"names '..\\\\valid\\\\images', which is not th"):
+    with pytest.raises(FileNotFoundError, match=r"names '..\\\\valid\\\\images', which does not exist"):
         read_annotations(file, None, "val")
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"which is not in the folder of images .*other"):
@@ -468,7 +468,7 @@ def test_labelme_notes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a.json is empty: take it away"),
+        ("", "a.json is empty: remove it"),
         (labelme()[:-9], r"a.json, line 1, is not JSON \("),
         ('{"version": "5", "shapes": 7}', 'a.json has no list of "shapes"'),
         ('["shapes"]', 'a.json has no list of "shapes"'),
@@ -516,8 +516,7 @@ def test_open_images(tmp_path: Path) -> None:
         ],
     }
     assert found.notes == [
-        "1 boxes have their corners swapped and are read the right way round; first: "
-        f"{file}, line 4."
+        f"1 boxes have their corners swapped and are corrected; first: {file}, line 4."
     ]
 
 
@@ -530,7 +529,10 @@ def test_open_images(tmp_path: Path) -> None:
         (f"{HEADER}\na,,dog,1,0.1,?,0.1,0.2,0,0", "line 2, column XMax, has '[?]' where a number"),
         (f"{HEADER}\na,,dog,1,0.1", "line 2, column XMax, has nothing where a number"),
         (f"{HEADER}\na,,,1,0.1,0.2,0.1,0.2,0,0", "line 2, has no LabelName"),
-        (f"{HEADER}\na,,dog,1,10,20,10,20,0,0", "line 2, has 10, 20, 10, 20 for a box: these are"),
+        (
+            f"{HEADER}\na,,dog,1,10,20,10,20,0,0",
+            "line 2, has 10, 20, 10, 20 for a box, which must be",
+        ),
         (
             f"{HEADER}\nz,,dog,1,0.1,0.2,0.1,0.2,0,0\nz,,dog,1,0.1,0.2,0.1,0.2,0,0",
             "line 2, is of image 'z', which is missing or ambiguous",

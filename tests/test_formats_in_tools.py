@@ -44,7 +44,7 @@ def test_the_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert check_dataset.main([*words, "--fix", *map(str, fixed)]) == 1
     told = capsys.readouterr().out
     assert f"{folder}: PASCAL VOC XML, 3 images, 3 objects; " in told
-    assert "1 boxes have their corners swapped and are read the right way round; first: " in told
+    assert "1 boxes have their corners swapped and are corrected; first: " in told
     assert f"train: {folder}\n  1 category, 3 images, 3 annotations\n" in told
     assert f"val: {folder}\n  1 category, 1 image, 1 annotation\n" in told
     assert re.search("error +1  image files that are missing", told)

@@ -695,7 +695,7 @@ def test_what_a_conversion_changed_is_warned_of(
     words = ["--train-annotations", str(root / "train.csv")]
     words += ["--train-images", str(converted / "images")]
     setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
-    note = "1 boxes have their corners swapped and are read the right way round"
+    note = "1 boxes have their corners swapped and are corrected"
     assert f"{note}; first: {root / 'train.csv'}, line 2." in caplog.text
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations of many formats are read into COCO's."""
+"""Annotations of several formats are converted to COCO's format."""
 
 from .notes import Notes
 from .split import split_content

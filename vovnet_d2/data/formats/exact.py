@@ -25,7 +25,7 @@ def read_number(text: str | None, where: str) -> Decimal:
 
     Args:
         text: the number; None if it is missing.
-        where: the file and the place in the file, for the error.
+        where: the file and the line or element in the file, for the error.
 
     Raises:
         ValueError: the text is no finite number.
@@ -36,6 +36,6 @@ def read_number(text: str | None, where: str) -> Decimal:
         number = Decimal("nan")
     if not number.is_finite():
         found = repr(text) if text is not None else "nothing"
-        hint = ": write a point for the comma" if text and "," in text else ""
+        hint = ": write a point in place of the comma" if text and "," in text else ""
         raise UserValueError(f"{where} has {found} where a number is needed{hint}.")
     return number

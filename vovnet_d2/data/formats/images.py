@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of images and the files of annotations are searched and read."""
+"""Images are found in their folder, and annotation files are listed and read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ImageFolder:
         """Return the path of the first name that leads to a file, relative to the folder.
 
         Args:
-            names: paths as another system wrote them, or without a suffix.
+            names: possible paths. They may come from another operating system, or lack the suffix.
         """
         for name in filter(None, map(slashed, names)):
             if self._is_file(name):
@@ -63,7 +63,7 @@ class ImageFolder:
             return read_each(started, Future.result)
 
     def fill_sizes(self, images: Sequence[LabelledImage]) -> None:
-        """Read the sizes of images that have none, which is (0, 0), see :meth:`sizes`."""
+        """Read the sizes of the images whose size is not known, (0, 0). See :meth:`sizes`."""
         missing = [image for image in images if not all(image.size)]
         found = self.sizes([image.file_name for image in missing])
         for image, size in zip(missing, found, strict=True):
@@ -74,8 +74,8 @@ class ImageFolder:
             return read_header(self.root / name).size
         except (FileNotFoundError, ValueError) as error:
             raise UserValueError(
-                f"{self.root / name} is not a picture that can be read: replace it, or take it "
-                "and its annotations away."
+                f"{self.root / name} is not a picture that can be read: replace it, or remove it "
+                "and its annotations."
             ) from error
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Labelme: a JSON file for each image, with shapes in pixels.
+"""Labelme has a JSON file for each image, with shapes in pixels.
 
 Shapes with the same label and ``group_id`` are parts of one object, as in Labelme's own converter
 to COCO.
@@ -42,7 +42,7 @@ def _has_shapes(file: Path) -> bool:
     """Return True if the beginning of a file has shapes. A file of COCO may be too large to read
     whole."""
     with open(file, "rb") as stream:
-        beginning = stream.read(_BEGINNING).replace(b"\0", b"")  # every second byte in UTF-16
+        beginning = stream.read(_BEGINNING).replace(b"\0", b"")  # UTF-16 has zeros
     return bool(re.search(rb'"shapes"\s*:', beginning))
 
 
@@ -73,19 +73,17 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
 def _load(file: Path) -> dict[str, Any]:
     text = read_text(file)
     if not text.strip():
-        raise UserValueError(f"{file} is empty: take it away, or label its image again.")
+        raise UserValueError(f"{file} is empty: remove it, or label its image again.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         place = getattr(error, "lineno", 1)
         raise UserValueError(
             f"{file}, line {place}, is not JSON ({getattr(error, 'msg', error)}): fix the file, "
-            "or take it away."
+            "or remove it."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise UserValueError(
-            f'{file} has no list of "shapes", so it is not Labelme\'s: take it away.'
-        )
+        raise UserValueError(f'{file} has no list of "shapes", so it is not Labelme\'s: remove it.')
     return content
 
 
@@ -118,7 +116,7 @@ def _read_image(root: Path, images: ImageFolder, notes: Notes, file: Path) -> La
 
 def _read_shape(shape: Any, where: str, notes: Notes) -> LabelledObject | None:
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
-        raise UserValueError(f"{where} has no label: give the shape one, or take it away.")
+        raise UserValueError(f"{where} has no label: give the shape a label, or remove it.")
     points = shape.get("points")
     if not isinstance(points, list) or not all(map(_is_point, points)):
         raise UserValueError(f'{where}: "points" is {points!r:.60}, and must be a list of [x, y].')
@@ -135,8 +133,8 @@ def _read_shape(shape: Any, where: str, notes: Notes) -> LabelledObject | None:
         return LabelledObject(name, box_around([polygon]), [polygon], crowd)
     if len(points) != 2 or kind not in ("rectangle", "circle", "mask"):
         raise UserValueError(
-            f"{where} is of type {kind!r} with {len(points)} points, which is no rectangle, "
-            "circle, mask (two points each) or polygon: draw it again."
+            f"{where} is of type {kind!r} with {len(points)} points. Rectangles, circles and masks "
+            "have two points, and all other shapes must be polygons: draw it again."
         )
     if kind != "rectangle":
         notes.add(f"shapes of type {kind!r} are read as their boxes", where)

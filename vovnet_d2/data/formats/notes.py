@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class Notes:
-    """Counts what a conversion changed or left out, with the first place of each kind."""
+    """Counts what a conversion changed or left out, and keeps the first example of each kind."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -38,13 +38,14 @@ class Notes:
 
 
 def read_each(items: Iterable[T], read: Callable[[T], R], what: str = "files") -> list[R]:
-    """Read all items, and refuse the whole with one sentence if some cannot be read.
+    """Read all items, or raise one error if some of them cannot be read.
 
     Args:
         what: the name of the items in the message.
 
     Raises:
-        ValueError: the message is that of the first item, and counts the others.
+        ValueError: some items cannot be read. The message has the first problem and the number of
+            the others.
     """
     results: list[R] = []
     problems = list(_try_each(items, read, results))

@@ -42,7 +42,7 @@ class _Row(NamedTuple):
 
 
 def is_open_images(path: Path) -> bool:
-    """Return whether a path is a CSV file."""
+    """Return True if a path is a CSV file."""
     return path.is_file() and path.suffix.lower() == ".csv"
 
 
@@ -100,12 +100,12 @@ def _read_row(line: tuple[str, dict[str, Any]]) -> _Row:
     where, row = line
     for column in ("ImageID", "LabelName"):
         if not (row[column] or "").strip():
-            raise UserValueError(f"{where}, has no {column}: fill it in, or take the row away.")
+            raise UserValueError(f"{where}, has no {column}: fill it in, or remove the row.")
     box = [read_number(row[side], f"{where}, column {side},") for side in _SIDES]
     if max(map(abs, box)) > _MOST:
         raise UserValueError(
             f"{where}, has {row[_SIDES[0]]}, {row[_SIDES[1]]}, {row[_SIDES[2]]}, {row[_SIDES[3]]} "
-            "for a box: these are fractions of the image's sides, from 0 to 1."
+            "for a box, which must be fractions of the image's sides, from 0 to 1."
         )
     group = (row.get("IsGroupOf") or "").strip() == "1"
     return _Row(row["ImageID"].strip(), row["LabelName"].strip(), box, group, where)
@@ -117,7 +117,7 @@ def _find(folder: ImageFolder, row: _Row) -> tuple[str, str]:
     if found is None:
         raise UserFileNotFoundError(
             f"{row.where}, is of image {row.image!r}, which is missing or ambiguous in "
-            f"{folder.root}: the ImageID is the name of the file, with or without its suffix."
+            f"{folder.root}: the ImageID must be the name of a file, with or without its suffix."
         )
     return row.image, found
 
@@ -125,7 +125,7 @@ def _find(folder: ImageFolder, row: _Row) -> tuple[str, str]:
 def _to_pixels(row: _Row, size: tuple[int, int], notes: Notes) -> list[float]:
     left, right, top, bottom = row.box
     if right < left or bottom < top:
-        notes.add("boxes have their corners swapped and are read the right way round", row.where)
+        notes.add("boxes have their corners swapped and are corrected", row.where)
         left, right = sorted((left, right))
         top, bottom = sorted((top, bottom))
     return _pixels((left, right, top, bottom), size)
@@ -143,8 +143,8 @@ def _read_descriptions(path: Path) -> dict[str, str]:
     files = sorted(path.parent.glob(f"*{_DESCRIPTIONS}*.csv"))
     if len(files) > 1:
         raise UserValueError(
-            f"{path.parent} has several files of names, {files[0].name} and {files[1].name} for "
-            "two: leave the one that belongs to the boxes."
+            f"{path.parent} has several files of names, such as {files[0].name} and "
+            f"{files[1].name}: keep only the one that belongs to the boxes."
         )
     if not files:
         return {}

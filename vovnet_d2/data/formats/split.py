@@ -94,7 +94,7 @@ def _deal_out(
     """Return the part of each image."""
     left = [(names, Counter(label for name in names for label in labels[name])) for names in groups]
     rng.shuffle(left)
-    left.sort(key=lambda group: -len(group[0]))  # a large group fits nowhere later
+    left.sort(key=lambda group: -len(group[0]))  # a large group needs much room in a part
     totals = sum((counts for _, counts in left), Counter[Any]())
     lacking = {
         part: Counter({label: share * count for label, count in totals.items()})

@@ -126,8 +126,8 @@ FORMATS: dict[str, Format] = {
         *(_is_coco, lambda path, part: None, _read_coco),
     ),
 }
-"""The formats by their short names. The first format that matches is used. COCO matches every file
-that is left over."""
+"""The formats by their short names. The first format that matches is used. COCO comes last and
+matches every other file."""
 
 
 def describe_formats(separator: str = "; ") -> str:

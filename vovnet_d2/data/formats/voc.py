@@ -67,8 +67,8 @@ def _find_files(path: Path, part: str | None) -> tuple[Path, list[str]]:
         if part not in lists:
             known = ", ".join(lists)
             raise UserValueError(
-                f"{path} has no list of images {part!r} in ImageSets/Main, but {known}: name the "
-                f"file of the one that is meant, such as {next(iter(lists.values()))}."
+                f"{path} has no list of images {part!r} in ImageSets/Main, but {known}: give the "
+                f"path of a list, such as {next(iter(lists.values()))}."
             )
         return _read_list(folder, lists[part])
     found = [file.relative_to(folder).with_suffix("") for file in list_files(folder, [_SUFFIX])]
@@ -83,8 +83,8 @@ def _read_list(folder: Path, listing: Path) -> tuple[Path, list[str]]:
         first, _, rest = name.partition(" ")
         if rest.strip() in ("-1", "0", "1") and not (folder / f"{name}{_SUFFIX}").is_file():
             raise UserValueError(
-                f"{listing}, line {line}, is {name!r}: this is VOC's list for one class. Name a "
-                f"list that has the names of images alone, {first!r} here."
+                f"{listing}, line {line}, is {name!r}: this is VOC's list for one class. Give a "
+                f"list with the names of images alone, here {first!r}."
             )
     return folder, names
 
@@ -97,7 +97,7 @@ def _read_image(folder: Path, images: ImageFolder, notes: Notes, name: str) -> L
         root = parse_annotations(str(file))
         if root.tag != "annotation":
             raise UserValueError(
-                f"its root is {root.tag!r}, and VOC's is 'annotation': take it away."
+                f"its root is {root.tag!r}, and VOC's is 'annotation': remove the file."
             )
         found = read_objects(root)
     except (ElementTree.ParseError, ValueError) as error:
@@ -130,14 +130,14 @@ def _explain(file: Path, error: Exception) -> str:
     if file.stat().st_size == 0:
         return "the file is empty. For an image without objects write <annotation></annotation>."
     if isinstance(error, ElementTree.ParseError):
-        return f"this is not XML ({error}). Fix the file, or take it and its image away."
+        return f"this is not XML ({error}). Fix the file, or remove it and its image."
     return str(error.args[0])
 
 
 def _read_box(corners: list[float], where: str, notes: Notes) -> list[float]:
     left, top, right, bottom = map(exact, corners)
-    if right < left - 1 or bottom < top - 1:  # between are boxes of less than a pixel
-        notes.add("boxes have their corners swapped and are read the right way round", where)
+    if right < left - 1 or bottom < top - 1:  # a box of less than a pixel is no swapped one
+        notes.add("boxes have their corners swapped and are corrected", where)
         left, right = sorted((left, right)) if right < left - 1 else (left, right)
         top, bottom = sorted((top, bottom)) if bottom < top - 1 else (top, bottom)
     if min(left, top) < 1:

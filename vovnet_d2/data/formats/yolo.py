@@ -96,7 +96,7 @@ def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
         pairs = _pairs_of_folders(labels, folder, part, notes)
     without = [pair for pair in pairs if not pair.labels.is_file()]
     if len(without) == len(pairs):
-        where = f", {pairs[0].labels} for one" if pairs else ""
+        where = f", for example {pairs[0].labels}" if pairs else ""
         raise UserFileNotFoundError(
             f"None of the {len(pairs)} images in {images} has a text file{where}: give the folder "
             "of the images that belong to the labels."
@@ -120,7 +120,7 @@ def _find_yaml(folder: Path) -> Path | None:
 def _names_classes(file: Path) -> bool:
     try:
         return "names" in _load_yaml(file)
-    except ValueError:  # a file of another program, unless it has this name
+    except ValueError:  # a broken data.yaml is reported later; another file is of another program
         return file.stem == "data"
 
 
@@ -149,7 +149,8 @@ def _listed_images(file: Path, part: str | None, folder: ImageFolder | None = No
     if part and part not in parts:
         raise UserValueError(
             f"{file} has no {part!r}, but {', '.join(parts) or 'no part at all'}: add it, or give "
-            "the folder of the labels with --train-annotations or the like, and that of the images."
+            "the folders of the labels and of the images, such as by --train-annotations and "
+            "--train-images."
         )
     entries = [parts[part]] if part else list(parts.values())
     flat = [e for entry in entries for e in (entry if isinstance(entry, list) else [entry])]
@@ -166,7 +167,7 @@ def _expand(file: Path, entry: str, bases: Sequence[Path], folder: ImageFolder |
         path = folder.root
     if path is None:
         raise UserFileNotFoundError(
-            f"{file} names {entry!r}, which is not there: write the path relative to the file."
+            f"{file} names {entry!r}, which does not exist: write the path relative to the file."
         )
     if path.is_dir():
         return [str(image) for image in list_files(path, IMAGE_SUFFIXES)]
@@ -178,15 +179,15 @@ def _expand(file: Path, entry: str, bases: Sequence[Path], folder: ImageFolder |
             found[line] = folder.root / name if name else None
     if missing := [line for line, image in found.items() if image is None]:
         raise UserFileNotFoundError(
-            f"{path} lists {missing[0]!r}, which is not there ({len(missing)} of {len(lines)} are "
-            "not): give the folder of images, or write the paths relative to the file."
+            f"{path} lists {missing[0]!r}, which does not exist ({len(missing)} of {len(lines)} "
+            "are missing): give the folder of images, or write the paths relative to the file."
         )
     return [str(image) for image in found.values()]
 
 
 def _resolve(entry: str, bases: Sequence[Path]) -> Path | None:
     """Find the file or folder of a path that may have been written on another machine. The path is
-    tried as it is, without leading "..", and by its last parts, of which at least two must fit."""
+    tried as it is, then without leading "..", then by its last parts, at least two of them."""
     parts = PurePosixPath(slashed(entry)).parts
     ups = len(list(takewhile("..".__eq__, parts)))
     for start in (0, *range(ups, max(ups + 1, len(parts) - 1))):
@@ -221,7 +222,7 @@ def _pairs_of_folders(
     files = {f for f in list_files(labels, [".txt"]) if f.name not in _NO_LABELS}
     inside = folder.root
     if part and labels.name == part and (inside / part).is_dir():
-        inside = inside / part  # the others' images have no labels here
+        inside = inside / part  # images of other parts have no labels here
     pairs = []
     for image in list_files(inside, IMAGE_SUFFIXES):
         path = image.relative_to(inside).with_suffix(".txt")
@@ -277,7 +278,7 @@ def _read_yaml(file: Path) -> _Classes:
         numbered = {str(number): name for number, name in names.items()}
         if numbered.keys() != set(map(str, range(len(names)))):
             raise UserValueError(
-                f"{file}: names has the numbers {list(names)!r:.60}: they must count from 0."
+                f"{file}: names has the numbers {list(names)!r:.60}, which must count from 0."
             )
         names = [numbered[str(number)] for number in range(len(names))]
     if not isinstance(names, list):
@@ -326,10 +327,10 @@ def _read_line(
         notes.add("objects have keypoints, which are not read", where)
         numbers = numbers[:4]
     if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
-        hint = " (take away a score at the end)" if len(numbers) == 5 else ""
+        hint = " (remove the score at the end)" if len(numbers) == 5 else ""
         raise UserValueError(
             f"{where}, has {len(words)} numbers: a box has 5 (class, centre x and y, width and "
-            f"height), and a polygon of three points or more an odd count from 7 on{hint}."
+            f"height), and a polygon of three points or more has an odd number from 7 on{hint}."
         )
     if max(map(abs, numbers)) > _MOST:
         raise UserValueError(
@@ -349,7 +350,7 @@ def _name_of(word: str, classes: _Classes, where: str) -> str:
     number = read_number(word, where)
     if number != int(number) or not 0 <= number < len(classes.names):
         raise UserValueError(
-            f"{where}, is of class {word}, and {classes.file} names {len(classes.names)} classes, "
+            f"{where}, is of class {word}, but {classes.file} names {len(classes.names)} classes, "
             f"0 to {len(classes.names) - 1}: add the name, or correct the number."
         )
     return classes.names[int(number)]
