@@ -155,7 +155,7 @@ def test_one_problem_with_most_annotations_is_not_mended_one_by_one(
     assert status == 2
     assert problems >= {"systematic", "box_and_mask"}
     assert fixed is None
-    assert "so one cause (16 of its 16 annotations" in capsys.readouterr().err
+    assert "the same problem (16 of its 16 annotations" in capsys.readouterr().err
 
 
 # Size

@@ -164,8 +164,8 @@ def test_objects_beyond_the_default_limit_are_counted(data: DataSet) -> None:
     (finding,) = (f for f in findings if f["problem"] == "crowded")
     assert finding["count"] == 1
     assert finding["examples"] == [
-        "1 image has more than 100 objects, so 2 of the 109 objects count as missed whatever a "
-        "network finds: set TEST.DETECTIONS_PER_IMAGE 102 (a.jpg has most)"
+        "1 image has more than 100 objects, so 2 of the 109 objects always count as missed: "
+        "set TEST.DETECTIONS_PER_IMAGE 102 (a.jpg has most)"
     ]
 
 

@@ -154,8 +154,8 @@ def test_the_page_counts_as_the_run_did(crowded: str, tmp_path: Path, api: str) 
 
 
 SENTENCE = (
-    "1 image has more than 100 objects, so 30 of the 153 objects count as missed whatever a "
-    "network finds: set TEST.DETECTIONS_PER_IMAGE 130"
+    "1 image has more than 100 objects, so 30 of the 153 objects always count as missed: "
+    "set TEST.DETECTIONS_PER_IMAGE 130"
 )
 
 

@@ -59,7 +59,7 @@ BAD = {
     "0 and 255": (labels_of(0, 255), r"no values but 0 and 255.* one class to learn"),
     "grey values": (labels_of(0, 127, 254), r"0\.png is the first .* probably grey values"),
     "from 1": (labels_of(1, 2, 3), "not classes: 3 .*counted from 1: subtract 1"),
-    "background": (labels_of(0, 1, 2, 3), "If 0 is the background, the network has a class too"),
+    "background": (labels_of(0, 1, 2, 3), "If 0 is the background, the network needs one more"),
     "too many": (labels_of(0, 1, 2, 7, 300), "values that are not classes: 7, 300"),
     "nothing": (labels_of(255), "no pixel of a class"),
     "size": (np.zeros((5, 5)), r"0\.png has 5 x 5 pixels, and its picture .*0\.jpg 20 x 12"),

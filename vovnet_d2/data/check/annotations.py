@@ -20,9 +20,9 @@ __all__ = ["Linked", "link_annotations", "repair_annotations", "repair_ids"]
 
 Record = dict[str, Any]
 Linked = tuple[str, Record, Record]
-"""The place of an annotation in words, the annotation, and its image."""
+"""A description of an annotation for messages, the annotation, and its image."""
 
-# Detectron2's filter_empty_instances takes such a side for empty.
+# Detectron2's filter_empty_instances drops boxes with a side up to this length.
 _EMPTY = 1e-5
 # The stride of the finest feature map of a detector with an FPN.
 _TINY = 4
@@ -39,14 +39,12 @@ def repair_annotations(
 ) -> list[Record]:
     """
     Args:
-        annotations: as they stand in the file.
-        images: the repaired images by the ids that stand in the file; None for one that is
-            dropped.
-        categories: the repaired categories by the ids that stand in the file.
+        annotations: the annotations as the file has them.
+        images: the repaired images by their ids in the file; None for an image that is dropped.
+        categories: the repaired categories by their ids in the file.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``.
         findings: gets the problems.
-        masks: True for a network that learns masks, so that objects without one are
-            dropped.
+        masks: True for a network that learns masks. Then objects without a mask are dropped.
 
     Returns:
         the annotations that can be trained on, with the ids of ``images`` and ``categories``.
@@ -81,7 +79,8 @@ def link_annotations(
         annotations, images, categories, findings: see :func:`repair_annotations`.
 
     Returns:
-        copies of the annotations whose image and category can be used, with the ids of these.
+        copies of the annotations whose image and category can be used, with the repaired ids of the
+            image and the category.
     """
     found = []
     for where, annotation, image in _with_images(annotations, images, findings):
@@ -161,7 +160,8 @@ def _repair_segmentation(annotation: Record, image: Record, where: str, findings
 
 
 def _complete_masks(found: list[Linked], findings: Findings, *, masks: bool) -> Iterator[Linked]:
-    """Report or drop objects without masks, as a batch with and without masks stops Mask R-CNN."""
+    """Report or drop objects without masks. Mask R-CNN stops at a batch in which only some objects
+    have masks."""
     any_masks = any("segmentation" in annotation for _, annotation, _ in found)
     for entry in found:
         missing = (masks or any_masks) and "segmentation" not in entry[1]
@@ -232,7 +232,7 @@ def _repair_area(annotation: Record, image: Record, where: str, findings: Findin
     findings.add("area", f"{where}: {area!r:.40}")
     box_area = annotation["bbox"][2] * annotation["bbox"][3]
     mask = annotation.get("segmentation")
-    # A sliver may cover the centre of no pixel.
+    # A very thin polygon may not cover the centre of any pixel.
     pixels = mask_area(mask, image["height"], image["width"]) if mask else 0
     annotation["area"] = pixels or box_area
 
@@ -273,7 +273,7 @@ def _repair_points(
     if not _are_keypoints(annotation) or len(annotation["keypoints"]) != length:
         points = annotation.get("keypoints")
         what = f"{len(points)} numbers" if isinstance(points, list) else f"{points!r:.40}"
-        findings.add("keypoints", f"{where}: {what}, expected are {length}")
+        findings.add("keypoints", f"{where}: {what}, not {length}")
         annotation["keypoints"] = [0] * length
     points = list(annotation["keypoints"])
     for index in range(0, length, 3):
@@ -294,7 +294,7 @@ def _repair_points(
 
 
 def repair_ids(found: list[Linked], findings: Findings) -> None:
-    """Give each annotation a whole number of its own for its id."""
+    """Give each annotation a unique whole number as its id."""
     numbering = Numbering(as_id(annotation.get("id")) for _, annotation, _ in found)
     seen: set[int] = set()
     for where, annotation, _ in found:

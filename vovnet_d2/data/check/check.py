@@ -119,7 +119,7 @@ def find_registered(name: str) -> Source:
             f"{metadata.get('evaluator_type')!r}."
         )
     foreign = ""
-    with suppress(ValueError):  # of a file that cannot be read, which the check tells
+    with suppress(ValueError):  # the check reports a file that cannot be read
         foreign = find_foreign_file(name) if states_categories(name) else ""
     return Source(name, Path(json_file), Path(metadata.image_root), foreign=foreign)
 
@@ -127,7 +127,8 @@ def find_registered(name: str) -> Source:
 def check_data_sets(
     sources: Sequence[Source], *, resize: tuple[int, int] = (800, 1333), masks: bool = False
 ) -> tuple[list[CheckedSet], dict[tuple[str, str], Findings]]:
-    """
+    """Check data sets, and compare each pair of them.
+
     Args:
         sources: the data sets, the training set before the validation set.
         resize: ``INPUT.MIN_SIZE_TRAIN`` and ``INPUT.MAX_SIZE_TRAIN``, in pixels.
@@ -166,7 +167,7 @@ def _check(source: Source, resize: tuple[int, int], *, masks: bool) -> CheckedSe
     images, files = repair_images(content["images"], source.image_root, source.name, found)
     frames = _frames(content["images"], images, files, source.image_root)
     given, checked.refusal = interpret_annotations(content["annotations"], frames, found)
-    if checked.refusal:  # what is found of single boxes would be of the same cause
+    if checked.refusal:  # single boxes would show the same fault
         return checked
     annotations = repair_annotations(given, images, categories, resize, found, masks=masks)
     checked.refusal = _find_cause(found, len(given))
@@ -207,14 +208,14 @@ def _frames(
 
 
 def _find_cause(findings: Findings, num_annotations: int) -> str:
-    """Name the problem that most annotations have, as then single repairs do not help; empty
-    without."""
+    """Return which problem most annotations have, or an empty string. Repairs of single annotations
+    do not help against such a problem."""
     for problem in _GEOMETRY:
         count = findings.counts[problem]
         if count >= _LEAST and count >= num_annotations / 2:
             sentence = f"{count} of its {num_annotations} annotations: {PROBLEMS[problem].title}"
             findings.add("systematic", sentence)
-            return f"it has one problem with most annotations, so one cause ({sentence})"
+            return f"most of its annotations have the same problem ({sentence})"
     return ""
 
 
@@ -245,7 +246,7 @@ def _note_box_masks(annotations: list[dict[str, Any]], findings: Findings, *, ma
     given = [a for a in annotations if a.get("segmentation") and not a["iscrowd"]]
     if len(given) >= _LEAST and all(is_box_mask(a["segmentation"], a["bbox"]) for a in given):
         name = "box_masks" if masks else "box_masks_unused"
-        findings.add(name, f"{given[0]['bbox']} for one", len(given))
+        findings.add(name, f"for example {given[0]['bbox']}", len(given))
 
 
 def _note_unused(
@@ -272,7 +273,7 @@ def _compare(one: CheckedSet, other: CheckedSet) -> Findings:
     if only := sorted(set(theirs) - set(mine)):
         findings.add("categories_differ", f"in {other.source.name} only: {only}")
     elif different := sorted(name for name, number in mine.items() if theirs.get(name) != number):
-        findings.add("category_ids_differ", f"{len(different)}, {different[0]!r} for one")
+        findings.add("category_ids_differ", f"{len(different)}, for example {different[0]!r}")
         _take_categories(other, one)
     if leaked := compare_files(one.files, other.files, findings):
         _drop_images(one, leaked)
@@ -309,7 +310,8 @@ def _drop_images(checked: CheckedSet, names: set[str]) -> None:
 
 
 def require_free(path: Path) -> None:
-    """
+    """Check that a new file can be written to a path.
+
     Raises:
         FileNotFoundError: there is no folder for this file.
         ValueError: the path is taken.

@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The order and the unit of the numbers in boxes and polygons are found out: x, y, width, height in
-pixels, as COCO has them, or others. The masks, the areas or the sizes of the images show them.
+"""The order and the unit of the numbers in boxes and polygons are found. COCO has x, y, width,
+height in pixels; other files have, for example, two corners or fractions. The masks, the areas or
+the sizes of the images show the convention.
 
 One convention is found for a whole set, before single annotations are checked.
 """
@@ -31,7 +32,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-# Orders of four numbers, each to x, y, width, height.
+# For each order of the four numbers, the conversion to x, y, width, height.
 ORDERS: dict[str, Callable[[Array], Array]] = {
     "x, y, width, height": lambda b: b,
     "x1, y1, x2, y2": lambda b: _stack(b[0], b[1], b[2] - b[0], b[3] - b[1]),
@@ -42,14 +43,14 @@ ORDERS: dict[str, Callable[[Array], Array]] = {
         b[0] - b[2] / 2, b[1] - b[3] / 2, b[2], b[3]
     ),
 }
-# The number that stands for a whole side of the image, by unit; 0 for pixels.
+# For each unit, the number that stands for a whole side of the image; 0 for pixels.
 UNITS = {"pixels": 0.0, "fractions of the size": 1.0, "percent": 100.0, "thousandths": 1000.0}
 
 _MIN_BOXES = 3
-# The share of boxes that must fit a reading, and the share below which COCO's reading is doubted.
+# The share of boxes that must fit another convention, and the share below which COCO's is doubted.
 _NEARLY_ALL, _FEW = 0.98, 0.75
-_AGREE = 0.9
-_MIN_SIDE = 16  # pixels of an image in which no object is a pixel wide
+_AGREE = 0.9  # the share of boxes that must agree with their masks or areas
+_MIN_SIDE = 16  # pixels; objects of a larger image are more than a pixel wide
 
 
 def _stack(*columns: Array) -> Array:
@@ -63,8 +64,8 @@ class Sample:
     Attributes:
         box: four finite numbers.
         size: width and height of the image to which the annotations refer.
-        mask_box: x, y, width, height around the polygons; None without polygons.
-        area: the "area" of the annotation; None without one.
+        mask_box: x, y, width, height around the polygons; None if there are no polygons.
+        area: the "area" of the annotation; None if it has none.
     """
 
     box: Sequence[float]
@@ -91,7 +92,7 @@ class Convention:
             (4, N): x, y, width, height in pixels.
         """
         if whole := UNITS[self.unit]:
-            # The sides that the numbers are parts of, by the order of the four.
+            # The side of the image that each of the four numbers is a part of.
             along_y = self.order.startswith("y")
             pair = sizes[::-1] if along_y else sizes
             four = np.concatenate([pair, pair])
@@ -105,8 +106,8 @@ COCO = Convention("x, y, width, height", "pixels")
 
 
 def find_conventions(samples: Sequence[Sample]) -> list[Convention]:
-    """Return the readings of the boxes that fit. That is only COCO's if nothing contradicts it, and
-    else another reading, or several that cannot be distinguished."""
+    """Return the conventions that fit the boxes. The result is COCO's alone if nothing contradicts
+    it. Otherwise it is another convention, or several that cannot be told apart."""
     if len(samples) < _MIN_BOXES:
         return [COCO]
     boxes = np.array([s.box for s in samples], dtype=float).T
@@ -142,8 +143,9 @@ def _by_masks(shapes: dict[Convention, Array], masks: Array) -> list[Convention]
 
 
 def boxes_agree(shape: Array, masks: Array) -> NDArray[np.bool_]:
-    """Return True for boxes whose edges differ from the others by at most two pixels, or by a tenth
-    of the side of the large boxes ``masks``. Both are (4, N) or (4,): x, y, width, height."""
+    """Return True for each box of ``shape`` whose edges are near those of the box in ``masks``: at
+    most two pixels away, or a tenth of its side if that is more. Both arrays are (4, N) or (4,): x,
+    y, width, height."""
     corners, others = _corners(shape), _corners(masks)
     limit = np.maximum(2, 0.1 * np.concatenate([masks[2:], masks[2:]]))
     return np.asarray((np.abs(corners - others) <= limit).all(axis=0))
@@ -156,7 +158,7 @@ def _corners(shape: Array) -> Array:
 def _by_sizes(shapes: dict[Convention, Array], sizes: Array, areas: Array) -> list[Convention]:
     fits = {c: _fit(shape, sizes).mean() for c, shape in shapes.items()}
     by_area = {c: _same_area(shape, areas) for c, shape in shapes.items()}
-    told = max(by_area.values()) >= _AGREE  # masks' areas are none of boxes
+    told = max(by_area.values()) >= _AGREE  # False if the areas are those of masks
     fractions = not any(c.unit == "pixels" for c in shapes if c != COCO)
     doubted = told and by_area[COCO] < 0.5
     if not fractions and fits[COCO] >= _FEW and not doubted:
@@ -164,7 +166,7 @@ def _by_sizes(shapes: dict[Convention, Array], sizes: Array, areas: Array) -> li
     fitting = [c for c in shapes if c != COCO and fits[c] >= _NEARLY_ALL]
     if told:
         fitting = [c for c in fitting if by_area[c] >= _AGREE] or fitting
-    for unit in UNITS:  # other units only where pixels do not fit
+    for unit in UNITS:  # pixels come first; other units only if pixels do not fit
         if found := [c for c in fitting if c.unit == unit]:
             return found
     return [COCO]

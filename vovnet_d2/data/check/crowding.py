@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images with more objects than an evaluation counts detections."""
+"""A count of the images that have more objects than an evaluation counts detections in an image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Crowding(NamedTuple):
         images, have = counted(self.images, "images"), "has" if self.images == 1 else "have"
         return (
             f"{images} {have} more than {self.limit} objects, so {self.beyond:,} of the "
-            f"{counted(self.objects, 'objects')} count as missed whatever a network finds: set "
+            f"{counted(self.objects, 'objects')} always count as missed: set "
             f"TEST.DETECTIONS_PER_IMAGE {self.most}"
         )
 

@@ -21,7 +21,7 @@ from ..image_file import ImageHeader, read_header, read_image
 
 __all__ = ["ImageFile", "inspect_files", "is_dark", "resolve_inside"]
 
-_DARK = 16  # what 12 bits reach in the upper 8 of 16
+_DARK = 16  # values of 12 bits are below this in the upper 8 of 16 bits
 # Thumbnails of less contrast look alike, whatever they show.
 _FLAT = 4.0
 
@@ -94,14 +94,14 @@ def _inspect(path: str) -> ImageFile:
         header = read_header(path)
         pixels = read_image(path, "RGB")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except Exception as error:  # Pillow's decoders raise what comes to them
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         return ImageFile((0, 0), problem=one_line(error))
     dark = header.bits > 8 and is_dark(pixels)
     return ImageFile(**vars(header), dark=dark, digest=digest, look=_look(pixels))
 
 
 def is_dark(pixels: NDArray[np.uint8]) -> bool:
-    """Return whether the upper 8 of 16 bits are as dark as in a picture of 12-bit values."""
+    """Return True if the upper 8 of 16 bits are as dark as in a picture of 12-bit values."""
     return int(pixels.max()) < _DARK
 
 

@@ -44,7 +44,7 @@ class Frame:
         name: the ``file_name`` of the image.
         path: the path of the file.
         file: the content of the file.
-        given: width and height in the annotation file; None if these are no sizes.
+        given: width and height in the annotation file; None if these are not whole numbers above 0.
     """
 
     name: str
@@ -63,8 +63,8 @@ def interpret_annotations(
 ) -> tuple[list[Record], str]:
     """
     Args:
-        annotations: as they stand in the file.
-        frames: the images that can be used, by the ids that stand in the file.
+        annotations: the annotations as the file has them.
+        frames: the images that can be used, by their ids in the file.
         findings: gets what all annotations have in common.
 
     Returns:
@@ -110,7 +110,7 @@ def _interpret_polygons(pairs: _Pairs, findings: Findings) -> _Pairs:
 
 
 def _map_points(polygon: Any, change: Callable[[Array], Array]) -> Any:
-    """Change the points of a polygon, an array (N, 2). What is malformed stays as it is."""
+    """Change the points of a polygon, an array (N, 2). A malformed polygon stays as it is."""
     if not are_numbers(polygon) or len(polygon) % 2:
         return polygon
     return change(np.reshape(polygon, (-1, 2))).reshape(-1).tolist()
@@ -148,7 +148,8 @@ def _to_coco(reading: Convention, samples: list[Sample]) -> list[list[float]]:
 def _tell_apart(
     readings: list[Convention], samples: dict[int, Sample], pairs: _Pairs
 ) -> list[Convention]:
-    """Choose the reading whose edges lie where the pictures change. A sample of boxes is enough."""
+    """Choose the convention whose box edges lie where the pictures change. Only a sample of the
+    boxes is compared."""
     chosen = list(samples)[:: max(1, len(samples) // _MAX_COMPARED)]
     by_path: dict[str, list[int]] = {}
     for i in chosen:
@@ -243,7 +244,7 @@ def _turn(pairs: _Pairs, frames: Mapping[int | str, Frame], findings: Findings) 
         elif verdicts[frame.path] == "unclear" and boxes.get(frame.path):
             findings.add("turn_unclear", where)
         elif frame.given == frame.file.stored_size != frame.file.size:
-            findings.add("image_size", f"{where}: the size is that before the rotation")
+            findings.add("image_size", f"{where}: the size is the one before the rotation")
     return [
         turn_annotation(a, turned[f.path]) if f and verdicts.get(f.path) == "stored" else a
         for a, f in pairs

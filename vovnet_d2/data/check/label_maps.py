@@ -79,7 +79,7 @@ def count_labels(records: Sequence[Mapping[str, Any]], title: str) -> LabelCount
 
 
 def is_label_set(name: str) -> bool:
-    """Return whether a data set is registered as label maps without annotations in COCO's
+    """Return True if a data set is registered as label maps without annotations in COCO's
     format."""
     if name not in DatasetCatalog:
         return False
@@ -91,7 +91,7 @@ def check_label_set(name: str) -> tuple[str, bool]:
     """Check a registered data set of label maps, with the classes that its metadata list.
 
     Returns:
-        a report, and whether the maps can be used.
+        a report, and True if the label maps can be used.
 
     Raises:
         FileNotFoundError: the files of the data set are missing.
@@ -131,7 +131,7 @@ def explain_labels(counts: LabelCounts, num_classes: int, ignored: int) -> tuple
     """Compare the values of label maps with the numbers of classes.
 
     Args:
-        num_classes: number of classes of the network, which are the values from 0 on.
+        num_classes: the number of classes of the network. Their values count from 0.
         ignored: the value of pixels that are not labelled.
 
     Returns:
@@ -172,8 +172,8 @@ def _convention(values: list[int], num_classes: int, ignored: int) -> str:
         return "These are counted from 1: subtract 1 from all of them."
     if values[-1] == num_classes and values[0] == 0:
         return (
-            f"If 0 is the background, the network has a class too few; if 0 is not labelled, write "
-            f"{ignored} for it and subtract 1 from the others."
+            f"If 0 is the background, the network needs one more class; if 0 means not labelled, "
+            f"write {ignored} for it and subtract 1 from the others."
         )
     if values[0] < 0:
         return f"Write {ignored} for pixels that are not labelled."
@@ -185,4 +185,4 @@ def _convention(values: list[int], num_classes: int, ignored: int) -> str:
         )
     if 255 in values and ignored != 255 and max(v for v in values if v != 255) < num_classes:
         return "If 255 is not labelled, set MODEL.SEM_SEG_HEAD.IGNORE_VALUE 255."
-    return "The network needs more classes, or the maps other numbers."
+    return "The network needs more classes, or the label maps need other values."

@@ -71,6 +71,7 @@ def _look_alike(files: Mapping[str, ImageFile]) -> bool:
 def near_pairs(
     mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile]
 ) -> Iterator[tuple[str, str]]:
+    """Yield the names of each picture in ``mine`` and each in ``others`` that look alike."""
     names, looks = _looks(mine)
     other_names, other_looks = _looks(others)
     if not names or not other_names:
@@ -83,8 +84,7 @@ def near_pairs(
 
 
 def _ones(words: np.ndarray) -> np.ndarray:
-    """Return numbers whose sum over the last axis is the number of bits that are set in the
-    words."""
+    """Return numbers whose sum over the last axis is the number of set bits in the words."""
     if hasattr(np, "bitwise_count"):
         return np.bitwise_count(words)
     return np.unpackbits(words.view(np.uint8), axis=-1)  # NumPy 1

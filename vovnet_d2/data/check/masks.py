@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 """Polygons and run-length encodings are checked before pycocotools reads them. pycocotools reads
-beyond its memory if they are malformed."""
+outside its memory if they are malformed."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ TOLERANCE = 1.0
 
 
 def is_empty_mask(value: Any) -> bool:
-    """Return whether a ``segmentation`` is empty: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
+    """Return True if a ``segmentation`` is empty: ``null``, ``[]``, ``[[]]``, ``{}``, ..."""
     if isinstance(value, list):
         return all(isinstance(polygon, list) and not polygon for polygon in value)
     return value is None or value in ({}, "")
 
 
 def has_mask(annotation: Mapping[str, Any]) -> bool:
-    """Return whether Detectron2 finds a mask in an annotation: RLE, or a polygon of three
+    """Return True if Detectron2 finds a mask in an annotation: RLE, or a polygon of three
     points."""
     mask = annotation.get("segmentation")
     if isinstance(mask, Mapping):
         return bool(mask)
-    if isinstance(mask, np.ndarray) and mask.ndim == 2:  # pixels, as Detectron2 takes them
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:  # a bitmask, which Detectron2 takes too
         return True
     if not isinstance(mask, Sequence | np.ndarray):
         return False
@@ -77,10 +77,10 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
     """
     Args:
         value: the ``segmentation`` of an annotation, which is not empty.
-        where: the place of the annotation, in words.
+        where: a description of the annotation for messages.
 
     Returns:
-        the part of the value that is a mask of the image; None if nothing is.
+        the part of the value that is a mask of the image; None if no part is.
     """
     if isinstance(value, dict):
         return _repair_rle(value, height, width, where, findings)
@@ -109,7 +109,7 @@ def repair_mask(value: Any, height: int, width: int, where: str, findings: Findi
 
 
 def _are_points(value: Any) -> bool:
-    """Return whether a value is a polygon whose points are lists of two numbers each."""
+    """Return True if a value is a polygon whose points are lists of two numbers each."""
     return (
         isinstance(value, list)
         and len(value) > 0

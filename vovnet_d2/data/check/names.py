@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files are found by names that differ a little from theirs: with backslashes, as URLs, from
-another folder, with another suffix, case or Unicode form."""
+"""Files are found by names that are almost right: names with backslashes, URLs, and names with
+another folder, suffix, case or Unicode form."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class NearNames:
 
     @cached_property
     def _by_key(self) -> dict[str, list[str]]:
-        """Return the names relative to the folder, by the plain form of the file name without a
-        suffix."""
+        """Return the names relative to the folder, by their keys, see :func:`_key`."""
         found: defaultdict[str, list[str]] = defaultdict(list)
         for folder, folders, files in os.walk(self._root):
             folders.sort()
@@ -41,7 +40,7 @@ class NearNames:
             name: ``file_name`` of an image for which there is no file.
 
         Returns:
-            the name, relative to the folder, of the one file that must be meant. None if there is
+            the name, relative to the folder, of the only file that can be meant. None if there is
                 no such file, or if several are equally near.
         """
         meant = _plain(name)
@@ -92,7 +91,8 @@ def _split_of(part: str) -> str:
 
 
 def _score(candidate: str, meant: str) -> tuple[int, bool, bool]:
-    """Return how many folders before the file agree, then whether suffix and case do."""
+    """Return the number of folders before the file that agree, then True if the suffix agrees, and
+    True if the name agrees in its case."""
     ours, theirs = (PurePosixPath(path) for path in (candidate, meant))
     folders = 0
     for one, other in zip(reversed(ours.parts[:-1]), reversed(theirs.parts[:-1]), strict=False):

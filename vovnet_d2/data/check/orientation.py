@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations of pictures that EXIF turns are for the picture as it is stored, or as it is read,
-which is turned. This module finds out which, and turns annotations."""
+"""The annotations of a picture with an EXIF orientation fit the picture either as the file stores
+it or after it is turned. This module finds out which, and turns annotations."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def judge(files: Iterable[TurnedFile]) -> dict[str, str]:
     """Say for each path whether the annotations are for the "stored" or the "turned" picture, or
     whether that is "unclear".
 
-    The size in the annotations tells it if turning changes the size and no box contradicts. For all
-    other files together, the edges of the boxes are compared with the pictures.
+    If turning changes the size of a picture, the size in the annotations decides, unless only the
+    other size holds all boxes. For all other files together, the edges of the boxes are compared
+    with the pictures.
     """
     verdicts: dict[str, str] = {}
     silent: list[TurnedFile] = []
@@ -76,7 +77,7 @@ def _fit(boxes: list[Box], size: tuple[int, int]) -> bool:
 
 
 def compare_readings(files: Sequence[tuple[str, list[list[Box]]]]) -> int | None:
-    """Find the reading of boxes whose edges lie where the pictures change.
+    """Find the reading of the boxes for which their edges lie where the pictures change.
 
     Args:
         files: paths, each with several readings of the same boxes.
@@ -155,7 +156,7 @@ def _turn_points(points: list[float], file: TurnedFile, size: tuple[float, float
 
 
 def turn_annotation(annotation: dict[str, Any], file: TurnedFile) -> dict[str, Any]:
-    """Turn an annotation along with its picture. What is malformed stays as it is."""
+    """Turn an annotation along with its picture. Malformed parts stay as they are."""
     turned = dict(annotation)
     if is_box(box := annotation.get("bbox")):
         turned["bbox"] = turn_box(box, file)

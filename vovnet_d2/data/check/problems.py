@@ -75,8 +75,8 @@ PROBLEMS: dict[str, Problem] = {
     "category_gaps": _note("category ids are not 1, 2, 3, ...: fine, Detectron2 maps them"),
     "unused_category": _note("categories without annotations"),
     "unused_supercategory": _warning(
-        "categories without annotations that are the supercategory of others: each costs the "
-        "network a class",
+        "categories without annotations that are the supercategory of others: each takes a class "
+        "of the network",
         "dropped",
     ),
     # images
@@ -107,8 +107,8 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "turn_unclear": _warning(
         "pictures that EXIF turns, and whose annotations may be of the picture as it is stored: "
-        "neither the sizes nor the boxes tell (look with tools/visualize_data.py; to train on the "
-        "stored pictures, remove their EXIF orientation)"
+        "neither the sizes nor the boxes show it (look with tools/visualize_data.py; to train on "
+        "the stored pictures, remove their EXIF orientation)"
     ),
     "resized": _error(
         "annotations for another size of the pictures, which were resized later", "scaled"
@@ -222,8 +222,8 @@ PROBLEMS: dict[str, Problem] = {
         "the categories of the first set taken",
     ),
 }
-"""All problems that the check looks for. A problem without a repair must be fixed by hand. Notes
-are no problems."""
+"""All problems that the check looks for. A problem without a repair must be fixed by hand. Notes do
+not count as problems."""
 
 
 class Findings:

@@ -16,13 +16,14 @@ SECTIONS = ("categories", "images", "annotations")
 
 
 def is_plain(path: Path) -> bool:
-    """Return whether a JSON file is in UTF-8 without a byte order mark, as other tools need it."""
+    """Return True if a JSON file is in UTF-8 without a byte order mark, as other tools need it."""
     with path.open("rb") as file:
         return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | None:
-    """
+    """Read an annotation file, and leave out what is malformed.
+
     Args:
         path: a file in COCO's format.
         findings: gets the problems of the file.
@@ -39,10 +40,10 @@ def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | Non
         findings.add("json", _explain(path, error))
         return None
     if not isinstance(content, dict):
-        findings.add("json", f"{path} holds a {type(content).__name__} and no object")
+        findings.add("json", f"{path} holds a {type(content).__name__}, not an object")
         return None
     if encoding != "utf-8":
-        # Detectron2 reads plain UTF-8 and stops at a mark before it.
+        # Detectron2 reads UTF-8 and stops at a byte order mark.
         findings.add("encoding", encoding)
     for section in SECTIONS:
         content[section] = _read_section(content, section, findings)

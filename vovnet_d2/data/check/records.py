@@ -33,14 +33,14 @@ Record = dict[str, Any]
 def _group_by_id(
     records: list[Record], kind: str, findings: Findings
 ) -> dict[int | str, list[Record]]:
-    """Group records by the ids that they mean. Each gets a whole number for its id; records that
-    all have text for ids keep it."""
+    """Group records by the ids that are meant, see :func:`as_id`. Each record gets a whole number
+    as its id. If all records have text as ids, they keep it."""
     groups: defaultdict[int | str, list[Record]] = defaultdict(list)
     numbering = Numbering(as_id(record.get("id")) for record in records)
     raw_ids = [record.get("id") for record in records]
     all_text = all(isinstance(raw, str) and raw.strip() for raw in raw_ids)
     if all_text and records:
-        findings.add(f"{kind}_ids_text", f"{raw_ids[0]!r:.40} for one", len(records))
+        findings.add(f"{kind}_ids_text", f"for example {raw_ids[0]!r:.40}", len(records))
     for index, (record, raw) in enumerate(zip(records, raw_ids, strict=True)):
         meant = as_id(raw)
         if meant is None:
@@ -58,7 +58,7 @@ def _group_by_id(
 def repair_categories(records: list[Record], findings: Findings) -> dict[int | str, Record]:
     """
     Returns:
-        categories by the ids that stand in the file, each with an id and a name of its own.
+        the categories by their ids in the file. Each category has a unique id and a unique name.
     """
     found: dict[int | str, Record] = {}
     for meant, group in _group_by_id(records, "category", findings).items():
@@ -67,7 +67,7 @@ def repair_categories(records: list[Record], findings: Findings) -> dict[int | s
             findings.add("duplicate_category_id", f"category {meant!r}: {names}")
         found[meant] = group[-1]
     for category in found.values():
-        if is_number(category.get("name")):  # trained with as text
+        if is_number(category.get("name")):  # training takes names as text
             category["name"] = str(category["name"])
         if not is_text(category.get("name")):
             findings.add("category_name", f"category {category['id']}: {category.get('name')!r}")
@@ -112,13 +112,13 @@ def repair_images(
 ) -> tuple[dict[int | str, Record | None], dict[int, ImageFile]]:
     """
     Args:
-        records: as they stand in the file.
+        records: the images as the file has them.
         root: the folder of the images.
         title: the heading of the progress bar.
 
     Returns:
-        images by the ids that stand in the file, with None for one that cannot be used; and their
-        files by the images' own ids. Each file belongs to one image.
+        the images by their ids in the file, with None for an image that cannot be used; and the
+        image files by the repaired ids. Each file belongs to one image.
     """
     found = unique_images(records, findings)
     names = NearNames(root)
@@ -133,7 +133,8 @@ def repair_images(
 
 
 def unique_images(records: list[Record], findings: Findings) -> dict[int | str, Record | None]:
-    """Return images by the ids that stand in the file, with None for an id of different images."""
+    """Return the images by their ids in the file, with None for an id that different images
+    have."""
     groups = _group_by_id(records, "image", findings)
     return {meant: _choose(group, findings) for meant, group in groups.items()}
 
@@ -186,7 +187,7 @@ def _find_path(image: Record, root: Path, names: NearNames, findings: Findings) 
 
 
 def _rename(image: Record, root: Path, names: NearNames, findings: Findings) -> bool:
-    """Give the image the name of the one file that must be meant; return False if there is none."""
+    """Give the image the name of the only file that can be meant; return False if there is none."""
     near = names.find(image["file_name"])
     if near is None:
         return False
@@ -238,7 +239,7 @@ def has_size(image: Record, findings: Findings) -> bool:
 
 
 def size_of(image: Record) -> tuple[int, int] | None:
-    """Return width and height of an image in the file; None if these are no sizes."""
+    """Return width and height of an image; None if these are not whole numbers above 0."""
     width, height = image.get("width"), image.get("height")
     if is_whole(width) and is_whole(height) and width > 0 and height > 0:
         return width, height
@@ -248,7 +249,7 @@ def size_of(image: Record) -> tuple[int, int] | None:
 def note_contents(
     images: Mapping[int, Record], files: Mapping[int, ImageFile], findings: Findings
 ) -> None:
-    """Note what is special about files that can be used."""
+    """Note files with deep or dark pixels, and files with the same content."""
     first: dict[str, str] = {}
     for key, file in files.items():
         name = images[key]["file_name"]

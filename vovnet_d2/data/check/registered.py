@@ -69,7 +69,7 @@ def find_foreign_file(name: str) -> str:
 
 def _find_categories(path: Path) -> list[dict[str, Any]] | None:
     """Return the list after the last "categories" in a file, without parsing the text before it.
-    None if that is no list of objects."""
+    Return None if there is no list of objects."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(b"[", max(data.rfind(b'"categories"'), 0))
         end = data.find(b'"annotations"', start)
@@ -104,10 +104,10 @@ def _compare_names(
     same_ids = [i for i, _ in stated] == [i for i, _ in found]
     names, stated_names = [name for _, name in found], [name for _, name in stated]
     if metadata.get("evaluator_type") == "coco":
-        # Detectron2's loader takes no other name, and any ids where none are stated.
+        # Detectron2's loader requires the stated names. It takes any ids if none are stated.
         same_ids |= not metadata.get("thing_dataset_id_to_contiguous_id")
         agree = same_ids and names == stated_names
-    else:  # the names of LVIS and of stuff are not to the letter those of the files
+    else:  # the names of LVIS and of stuff differ a little from those in the files
         num_same = sum(one == other for one, other in zip(stated, found, strict=False))
         agree = same_ids and num_same >= len(stated) / 2
     if agree:

@@ -58,7 +58,8 @@ def _format(findings: Findings, fixing: bool) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Escape what would move the cursor or break a line, as file names come from outside."""
+    """Escape characters that would move the cursor or break a line. File names may have any
+    characters."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -23,7 +23,7 @@ _LIMIT = 2**53  # a double, and so every reader of JSON, holds smaller whole num
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a finite number; True and False are none."""
+    """Return True if a value is a number below 2**53 in absolute value, and not True or False."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LIMIT
 
 
@@ -51,13 +51,14 @@ def is_box(value: Any) -> TypeGuard[list[float]]:
 
 
 def is_id(value: Any) -> TypeGuard[int]:
-    """Return whether a value is a whole number of at most 63 bits, as evaluators hold ids."""
+    """Return True if a value is a whole number of at most 63 bits, which evaluators can hold as an
+    id."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def as_id(value: Any) -> int | str | None:
-    """Return the id that is meant: 7 by ``7``, ``7.0`` and ``"7"``; other text stays, ``"007"``
-    too; fractions and numbers of more than 63 bits are taken as text; None if there is no id."""
+    """Return the id that is meant, or None if there is no id. ``7``, ``7.0`` and ``"7"`` mean 7.
+    Other text, such as ``"007"``, stays. Fractions and numbers of more than 63 bits become text."""
     if is_id(value) or (is_number(value) and value == int(value)):
         return int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -72,7 +73,7 @@ def as_id(value: Any) -> int | str | None:
 
 
 class Numbering:
-    """Gives ids that are whole numbers: a number stays, other ids get a free one."""
+    """Gives ids that are whole numbers. A number stays, and another id gets a free number."""
 
     def __init__(self, ids: Iterable[int | str | None]) -> None:
         self._next = max((i for i in ids if isinstance(i, int)), default=0)
