@@ -162,7 +162,7 @@ def test_a_fit_is_never_worse_and_never_changes_the_number() -> None:
 
 
 def test_too_few_boxes_and_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="needs 5 boxes at least, and finds 4"):
+    with pytest.raises(ValueError, match="needs at least 5 boxes, and finds 4"):
         fit_anchors(FPN, squares(50))
     load = builtins.__import__
 
@@ -253,7 +253,7 @@ def test_the_anchors_of_a_config() -> None:
     ids=["fcos", "dsod", "semantic"],
 )
 def test_other_networks_are_refused(config: str) -> None:
-    with pytest.raises(ValueError, match="does not learn from: leave it out"):
+    with pytest.raises(ValueError, match="does not: leave it out"):
         read_anchors(load_config(config))
 
 

@@ -142,7 +142,7 @@ def test_custom_data_from_training_to_prediction(
     out = tmp_path / "out"
     trained = launch_own(digits, out, "--epochs", "0.5", "--fit-anchors")
     log = engine_runs.read_log(out)
-    assert "What fits the 12 training images:" in log
+    assert "Values fitted to the 12 training images:" in log
     assert "\ntrain.max_iter " in log
     assert "\nmodel.proposal_generator.anchor_generator.sizes " in log
     assert "\nlr_multiplier.warmup_length × train.max_iter " in log

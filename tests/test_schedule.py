@@ -187,7 +187,7 @@ def test_epochs_on_the_command_line_and_a_resumption_with_more_data(
     out = tmp_path / "out"
     launch_own(digits, out, "--epochs", "0.5", options=free)
     log = read_log(out)
-    assert log.count("What fits the 12 training images:") == 1
+    assert log.count("Values fitted to the 12 training images:") == 1
     assert re.search(r"SOLVER\.MAX_ITER +270000 +3 +0\.5 epochs \(--epochs\)\n", log)
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert (saved["SOLVER"]["MAX_ITER"], saved["SOLVER"]["BASE_LR"]) == (3, 0.0025)
@@ -222,7 +222,7 @@ def test_epochs_of_a_data_set_of_detectron2s(coco: Path, tmp_path: Path) -> None
     run(argument_parser().parse_args([*args, "OUTPUT_DIR", str(tmp_path)]))
     log = read_log(tmp_path)
     number = json.loads((tmp_path / "fitted.json").read_text())["images"]
-    assert f"What fits the {number} training images" in log
+    assert f"Values fitted to the {number} training images" in log
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["SOLVER"]["MAX_ITER"] == number
     # A training that starts anew in the folder, with nothing to fit, leaves no record of before.
     before = read_log(tmp_path)

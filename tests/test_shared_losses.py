@@ -78,4 +78,4 @@ def test_as_many_losses_as_there_is_room_for(pool: ThreadPoolExecutor) -> None:
     assert [shared.losses for shared in share(pool, most, most)] == [most, most]
     for error in share(pool, *[most | {"another": 0.0}] * 2):
         assert isinstance(error, UserError)
-        assert str(error).startswith("A step has 257 losses, of which several processes can share")
+        assert str(error).startswith("A step has 257 losses, but several processes can share at")

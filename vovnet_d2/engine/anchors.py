@@ -68,7 +68,7 @@ class TrainingBoxes(NamedTuple):
 class Fit(NamedTuple):
     """
     Attributes:
-        anchors: the anchors with the best mean IoU, which may be the earlier ones.
+        anchors: the anchors with the highest mean best IoU; they may be the earlier ones.
         num_boxes: the number of boxes in the measurement.
         before: the mean best IoU of the earlier anchors.
         after: the mean best IoU of ``anchors``.
@@ -93,12 +93,12 @@ def read_anchors(cfg: CfgNode) -> Anchors:
     with torch.device("meta"):  # shapes without values
         modules = list(build_model(meta).modules())
     found = [module for module in modules if type(module) is DefaultAnchorGenerator]
-    # FCOS counts its locations by a generator that the config does not describe.
+    # FCOS gets its locations from a generator of anchors that the config does not describe.
     if not found or network == "FCOS" or name != DefaultAnchorGenerator.__name__:
         raise UserValueError(
-            f"--fit-anchors is for the anchors of {DefaultAnchorGenerator.__name__}, which "
-            f"MODEL.META_ARCHITECTURE {network} with MODEL.ANCHOR_GENERATOR.NAME {name} does not "
-            "learn from: leave it out."
+            "--fit-anchors needs a network that learns from the anchors of "
+            f"{DefaultAnchorGenerator.__name__}. MODEL.META_ARCHITECTURE {network} with "
+            f"MODEL.ANCHOR_GENERATOR.NAME {name} does not: leave it out."
         )
     node, strides = cfg.MODEL.ANCHOR_GENERATOR, list(found[0].strides)
     return Anchors(
@@ -107,7 +107,7 @@ def read_anchors(cfg: CfgNode) -> Anchors:
 
 
 def per_level(values: Sequence[Any], strides: Sequence[int]) -> list[list[float]]:
-    """Give each feature map its list, where there is one for all as Detectron2 allows."""
+    """Return a list for each feature map. Detectron2 also allows one list for all feature maps."""
     lists = values if isinstance(values[0], Iterable) else [values]
     return [list(each) for each in (lists if len(lists) > 1 else [*lists] * len(strides))]
 
@@ -118,8 +118,8 @@ def collect_boxes(
     """Collect the boxes of a data set as training sees them, resized and cropped.
 
     Args:
-        records: images in Detectron2's format; of many, some hundred are drawn.
-        augmentations: the augmentations of training. Here they have images without content.
+        records: images in Detectron2's format. Of more than 500 images, 500 are drawn.
+        augmentations: the augmentations of training. They are applied to blank images.
     """
     chosen = random.Random(0).sample(list(records), min(len(records), _MOST_IMAGES))
     found: list[tuple[Any, ...]] = []
@@ -142,10 +142,10 @@ def collect_boxes(
 
 
 def mean_best_iou(anchors: Anchors, boxes: TrainingBoxes) -> float:
-    """Return the mean of the IoU of boxes with the anchor that fits best, where anchors lie.
+    """Return the mean IoU of the boxes with the best anchor at the locations of the feature maps.
 
-    All classes count alike, however many boxes they have, as they do in AP. Of the anchors of one
-    shape, the one whose centre is nearest in x and in y overlaps most.
+    Each class has the same weight, as in AP, however many boxes it has. Among the anchors of one
+    shape, the anchor whose centre is nearest in x and in y overlaps most.
     """
     generator = DefaultAnchorGenerator(
         sizes=anchors.sizes,
@@ -168,12 +168,12 @@ def mean_best_iou(anchors: Anchors, boxes: TrainingBoxes) -> float:
 
 
 def fit_anchors(anchors: Anchors, boxes: TrainingBoxes) -> Fit:
-    """Fit sizes and ratios to boxes, as many of each on every feature map as before.
+    """Fit sizes and ratios to boxes. Each feature map keeps its numbers of sizes and ratios.
 
-    The logarithms of sizes and of ratios are clustered, and sizes given to the feature maps in
-    ascending order. Where the objects are small, a coarse feature map has its anchors too far
-    apart for them, so the coarsest may keep the sizes that they have: of all these choices the one
-    with the highest mean best IoU is taken.
+    The logarithms of the sizes and of the ratios of the boxes are clustered. The feature maps get
+    the sizes in ascending order. The anchors of a coarse feature map are too far apart for small
+    objects, so the coarsest feature maps may keep their earlier sizes. The choice with the highest
+    mean best IoU is taken.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -193,8 +193,8 @@ def _choices(anchors: Anchors, boxes: TrainingBoxes) -> Iterator[Anchors]:
     needed = max(sum(counts), num_ratios)
     if len(boxes.corners) < needed:
         raise UserValueError(
-            f"--fit-anchors needs {needed} boxes at least, and finds {len(boxes.corners)} that are "
-            "a pixel wide and high: leave it out."
+            f"--fit-anchors needs at least {needed} boxes, and finds {len(boxes.corners)} that are "
+            "at least a pixel wide and high: leave it out."
         )
     width, height = (boxes.corners[:, 2:] - boxes.corners[:, :2]).T
     fitted = [[round(ratio, 2) for ratio in _cluster(height / width, num_ratios)]] * len(counts)

@@ -58,7 +58,7 @@ class TrainingData(NamedTuple):
 
     Attributes:
         load: returns the images that the training draws from.
-        augment: returns what is done to them.
+        augment: returns the augmentations of these images.
         anchors: returns the anchors that the network has without the data.
     """
 
@@ -70,7 +70,7 @@ class TrainingData(NamedTuple):
 def add_fitting_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--epochs`` and ``--fit-anchors``."""
     group = parser.add_argument_group(
-        "a training that fits the data",
+        "a training fitted to the data",
         "For a custom data set, schedule, warm-up, learning rate and periods follow from\n"
         "the batch and the number of images. A table at the start gives the reasons.\n"
         "Values that you set on the command line or in your config file stay.",
@@ -98,9 +98,10 @@ def _parse_epochs(text: str) -> Fraction:
 
 
 def refuse_to_fit(args: argparse.Namespace) -> None:
-    """
+    """Refuse ``--epochs`` and ``--fit-anchors`` in a run without training.
+
     Raises:
-        ValueError: what is only evaluated is to be fitted.
+        ValueError: one of the two is given with ``--eval-only``.
     """
     if args.eval_only and args.epochs is not None:
         raise UserValueError("--epochs is for a training: leave it out with --eval-only.")
@@ -124,20 +125,20 @@ def fit_to_data(
     ``--epochs`` is given, the anchors if ``--fit-anchors`` is.
 
     Args:
-        cfg: with the data sets and the batch of the run; changed in place.
+        cfg: the config with the data sets and the batch of the run; it is changed in place.
         args: the arguments of :func:`add_fitting_arguments`. ``args.fitted`` is set to the record
             for :func:`keep_record`.
         find_written: returns what the user has set.
         data: the data that the config is fitted to.
         resuming: True if a training in ``OUTPUT_DIR`` is resumed.
-        show: gives a row of the table the name that the user's config has for its key.
+        show: returns a row of the table with the name that the user's config has for its key.
 
     Returns:
-        the keys that were fitted and those that stay, with reasons.
+        a row for each key that was fitted or that stays, with the reason.
 
     Raises:
         ImportError: scikit-learn is needed and not installed.
-        ValueError: an argument contradicts an option or the training that goes on.
+        ValueError: an argument contradicts an option or the training that is resumed.
     """
     earlier = comm.all_gather(_read(cfg.OUTPUT_DIR) if resuming else {})[0]
     if resuming:
@@ -148,7 +149,7 @@ def fit_to_data(
     written = find_written()
     _refuse_clashes(args, written.given, show)
     epochs = _find_epochs(args, earlier, written.given)
-    # With a number of epochs, the config's number of iterations does not count.
+    # A number of epochs replaces the config's number of iterations.
     dropped = "" if epochs is None else "SOLVER.MAX_ITER"
     given = {key: where for key, where in written.given.items() if key != dropped}
     records = data.load()
@@ -157,8 +158,8 @@ def fit_to_data(
         facts["epochs"] = str(epochs)
     if facts["images"] != len(records):
         logger.warning(
-            "The training data have %d images, and had %d when this training began: what was "
-            "fitted to those stays (%s). To fit it to the data of today, start without --resume.",
+            "The training data have %d images, and had %d when this training began. The fitted "
+            "values stay (%s). To fit them to the present data, start without --resume.",
             *(len(records), facts["images"], os.path.join(cfg.OUTPUT_DIR, _FILE)),
         )
     rows: list[Row] = []
@@ -177,7 +178,7 @@ def fit_to_data(
             facts["anchors"] = _fit_anchors(anchors, records, data)
         rows += _set_anchors(cfg, anchors, facts["anchors"])
     table = format_rows([show(row) for row in rows])
-    logger.info("What fits the %d training images:\n%s", facts["images"], table)
+    logger.info("Values fitted to the %d training images:\n%s", facts["images"], table)
     args.fitted = facts
     return rows
 
@@ -212,7 +213,8 @@ def _refuse_clashes(args: argparse.Namespace, given: dict[str, str], show: Show)
 def _refuse_other_anchors(
     args: argparse.Namespace, earlier: dict[str, Any], data: TrainingData
 ) -> None:
-    """Refuse to go on with other anchors than those that the network has learned for."""
+    """Refuse to resume a training with other anchors than those that its network has learned
+    for."""
     known = earlier.get("anchors")
     if args.fit_anchors and known is None:
         began, now = "without", "leave it out"
@@ -221,7 +223,7 @@ def _refuse_other_anchors(
     else:
         return
     raise UserValueError(
-        f"The training that --resume goes on with began {began} --fit-anchors, and its network has "
+        f"The training that --resume continues began {began} --fit-anchors, and its network has "
         f"learned for those anchors: {now}, or start without --resume."
     )
 
@@ -231,7 +233,8 @@ def _shapes(known: dict[str, Any]) -> list[list[list[float]]]:
 
 
 def _fit_anchors(anchors: Anchors, records: list[Record], data: TrainingData) -> dict[str, Any]:
-    """Fit anchors. All processes take the first one's: machines may round differently."""
+    """Fit anchors. All processes take those of the first process, as machines may round
+    differently."""
     found = fit_anchors(anchors, collect_boxes(records, data.augment()))
     return comm.all_gather(
         {
@@ -254,7 +257,7 @@ def _set_anchors(cfg: CfgNode, anchors: Anchors, fitted: dict[str, Any]) -> list
 
 
 def data_of(cfg: CfgNode) -> TrainingData:
-    """Return what a YAML file's training is fitted to."""
+    """Return the data that the training of a YAML config is fitted to."""
     return TrainingData(
         load=lambda: _load_records(cfg),
         augment=lambda: build_mapper(cfg, is_train=True).augmentations,
@@ -263,7 +266,7 @@ def data_of(cfg: CfgNode) -> TrainingData:
 
 
 def _load_records(cfg: CfgNode) -> list[Record]:
-    """Load the images that a config trains on, without those that it leaves out."""
+    """Load the images that a config trains on, without the images that the config leaves out."""
     with loading_data():
         return get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -277,7 +280,8 @@ def _load_records(cfg: CfgNode) -> list[Record]:
 
 @contextmanager
 def loading_data() -> Iterator[None]:
-    """Load data without messages: the training loads them again, and says what it leaves out.
+    """Hide the messages of loading in the context. The training loads the data again and shows
+    them.
 
     Raises:
         ValueError: no image is left.
@@ -288,7 +292,7 @@ def loading_data() -> Iterator[None]:
         each.setLevel(logging.ERROR)
     try:
         yield
-    except AssertionError as error:  # of Detectron2
+    except AssertionError as error:  # Detectron2 raises it
         raise UserValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
     finally:
         for each, level in zip(loggers, levels, strict=True):
@@ -296,11 +300,11 @@ def loading_data() -> Iterator[None]:
 
 
 def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> None:
-    """Write down what a training is fitted to.
+    """Write the facts that a training is fitted to into its folder.
 
     Args:
         facts: ``args.fitted`` of :func:`fit_to_data`; None if nothing was fitted.
-        anew: whether the training starts anew, and so what an earlier one has left does not hold.
+        anew: True if the training starts anew. Then the file of an earlier training is removed.
     """
     path = os.path.join(folder, _FILE)
     if facts:
@@ -311,7 +315,7 @@ def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> Non
 
 
 def _read(folder: str) -> dict[str, Any]:
-    """Read what the training in a folder was fitted to; nothing if it was not."""
+    """Return the facts that the training in a folder was fitted to, or an empty dict."""
     path = Path(folder, _FILE)
     if not path.is_file():
         return {}

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that are NaN or infinite: found in any process, explained, and recorded."""
+"""Losses that are NaN or infinite are found in any process, explained, and recorded."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class NonFiniteLossError(FloatingPointError):
     """The losses of a step are NaN or infinite. The trainer skips the step or ends the training.
 
     Attributes:
-        losses: the losses of each process by name; none if the network stopped before it had them.
+        losses: the losses of each process by name; empty if the network stopped before it had any.
     """
 
     def __init__(self, losses: list[dict[str, float]], reason: str = ""):
@@ -77,8 +77,8 @@ class AgreedSteps(SimpleTrainer):
     Attributes:
         accumulate: the number of parts.
         request: the request to end, in which this process notes a signal.
-        stop_signal: the name of a signal that one of the processes had got before the latest step;
-            None if there was no signal.
+        stop_signal: the name of a signal that one of the processes got before the latest step; None
+            if there was no signal.
     """
 
     def __init__(
@@ -144,18 +144,20 @@ class AgreedSteps(SimpleTrainer):
         load_optimizer_state(self.optimizer, state_dict["optimizer"])
 
     def _compute_losses(self, data: Any) -> tuple[dict[str, torch.Tensor], str]:
-        """Return the losses, or none and why the network stopped before it had them."""
+        """Return the losses and an empty string, or no losses and why the network stopped
+        before."""
         try:
             losses = self.forward(data)
-        except FloatingPointError as error:  # Detectron2's, of proposals
+        except FloatingPointError as error:  # Detectron2 raises it for proposals
             return {}, one_line(error)
         return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
     def _agree(self, values: dict[str, float], data_time: float, reason: str) -> _Shared:
-        """Let all processes go on with the step, or none.
+        """Let all processes go on with the step, or raise an error in all of them.
 
-        Each calls it once for each part of a batch, before the backward pass, in which processes
-        wait for each other where gradients or the statistics of norms are shared.
+        Each process calls this method once for each part of a batch, before the backward pass. In
+        the backward pass processes wait for each other if they share gradients or statistics of
+        norms.
         """
         signal = self.request.signal
         stop = bool(reason or signal) or not _is_finite(values)
@@ -172,7 +174,8 @@ class AgreedSteps(SimpleTrainer):
 
 
 def _read(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the values of losses by one copy, for which a GPU is waited for once."""
+    """Return the values of losses. They are copied together, so that the CPU waits for a GPU
+    once."""
     if not losses:
         return {}
     stacked = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
@@ -188,7 +191,7 @@ class _Shared(NamedTuple):
     """The state of all processes before the backward pass of a step.
 
     Attributes:
-        stop: whether any of them has a reason not to go on.
+        stop: True if one of them has a reason not to go on.
         data_time: the longest time that one of them waited for its data, in seconds.
         losses: the means over the processes, by name.
     """
@@ -198,11 +201,11 @@ class _Shared(NamedTuple):
     losses: dict[str, float]
 
 
-_ROOM = 256  # losses that a step may have, as processes without losses must send as much as others
+_ROOM = 256  # the most losses of a step: every process sends this many numbers, also without losses
 
 
 def _share(values: dict[str, float], data_time: float, *, stop: bool) -> _Shared:
-    """Tell all processes how this one stands, and return how all of them stand.
+    """Send the state of this process to all others, and return the state of all processes.
 
     This runs in each step, so it is one exchange of tensors on the CPU: gathering objects takes
     several times as long.
@@ -213,7 +216,7 @@ def _share(values: dict[str, float], data_time: float, *, stop: bool) -> _Shared
     names = sorted(values)
     if len(names) > _ROOM:
         raise UserValueError(
-            f"A step has {len(names)} losses, of which several processes can share {_ROOM}: let "
+            f"A step has {len(names)} losses, but several processes can share at most {_ROOM}: let "
             "the network add some of them up, or train in one process."
         )
     checksum = zlib.crc32("\n".join(names).encode())
@@ -256,13 +259,14 @@ class KeptStatistics:
             _copy_all(kept, group)
 
     def restore(self) -> None:
-        """Bring the statistics back to what they were at the last :meth:`keep`."""
+        """Restore the statistics of the last :meth:`keep`."""
         for group, kept in zip(self._find(), self._kept, strict=True):
             _copy_all(group, kept)
 
     def _find(self) -> list[list[torch.Tensor]]:
-        """Return the statistics and the counts of batches, as one kernel copies tensors of one
-        type. The buffers are looked for each time, because the hook PreciseBN replaces them.
+        """Return the statistics and the counts of batches in two lists, because one kernel copies
+        tensors of one type only. The buffers are looked for each time, because the hook PreciseBN
+        replaces them.
         """
         buffers = [buffer for norm in self._norms for buffer in norm.buffers()]
         floats = [buffer for buffer in buffers if buffer.is_floating_point()]
@@ -274,7 +278,7 @@ def _copy_one_by_one(targets: list[torch.Tensor], sources: list[torch.Tensor]) -
         target.copy_(source)
 
 
-# Private in torch, which copies all tensors by one kernel.
+# This function is private in torch. It copies all tensors by one kernel.
 _foreach_copy = getattr(torch, "_foreach_copy_", _copy_one_by_one)
 
 
@@ -292,14 +296,15 @@ def write_record(
     rate: float,
     seed: int,
 ) -> str:
-    """Write what is known of such a step to ``folder/nonfinite_<iteration>.json``.
+    """Write the facts of a step with a NaN or infinite loss to
+    ``folder/nonfinite_<iteration>.json``.
 
     Args:
         losses: the losses of each process, by name.
         images: the file names of the images of each process.
 
     Returns:
-        its path.
+        the path of the file.
     """
     processes = [
         {

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The terminal does not show messages that help nobody, and shows the first line of long ones."""
+"""Fewer messages in the terminal: some known ones are hidden, and long ones are cut to a line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["escape_unwritable", "hide_known_messages", "shorten_long_messages", 
 
 # The beginnings of warnings, as regular expressions.
 _WARNINGS = (
-    r"torch\.meshgrid: in an upcoming release",  # of Detectron2's call
+    r"torch\.meshgrid: in an upcoming release",  # from a call in Detectron2
     r"This DataLoader will create \d+ worker",  # Detectron2's default is 4, on any machine
-    r"`torch\.jit\.\w+` is deprecated",  # of Detectron2's and fvcore's losses
-    r"pkg_resources is deprecated",  # of detectron2.model_zoo
+    r"`torch\.jit\.\w+` is deprecated",  # from losses of Detectron2 and fvcore
+    r"pkg_resources is deprecated",  # from detectron2.model_zoo
 )
-# Loggers, and what begins a message of theirs.
+# For each logger, the beginning of the message that is hidden.
 _RECORDS = {
     "torch.fx._symbolic_trace": "is_fx_tracing will return true",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
-# Loggers of the environment, the config, the model and the counts of a data set.
+# The loggers that print the environment, the config, the model and the counts of a data set.
 _SET_UP = (
     *("detectron2", "detectron2.engine.defaults", "detectron2.data.build"),
     *("vovnet_d2.engine.classifier", "vovnet_d2.engine.lazy"),
@@ -32,7 +32,8 @@ _MOST_LINES = 10
 
 
 def hide_known_messages() -> None:
-    """Hide these messages in this process and in the data workers that it forks."""
+    """Hide known messages that help nobody, in this process and in the data workers that it
+    forks."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in _RECORDS:
@@ -40,8 +41,9 @@ def hide_known_messages() -> None:
 
 
 def escape_unwritable(*streams: Any) -> None:
-    """Let streams write characters that their encoding lacks as escapes. Names of files and of
-    categories may have such, and would end a program, or its log, with an error."""
+    """Let streams write a character as an escape if their encoding lacks it. Names of files and of
+    categories may have such characters, which would otherwise end a program or its log with an
+    error."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

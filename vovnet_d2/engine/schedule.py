@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule of a training, from the number of its images and the size of its batch."""
+"""The schedule of a training follows from the number of its images and the size of its batch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SCHEDULE_KEYS = (
     *("SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
 )
 
-# Images of COCO's train2017 with objects, and the epochs that its 1x schedule makes of them.
+# The number of images with objects in COCO's train2017, and the epochs of its 1x schedule.
 _COCO_IMAGES, _COCO_EPOCHS = 117_266, 12
 _MOST_EPOCHS = 100
-# From random weights, three times as many (arXiv 1811.08883, section 4).
+# A training from random weights takes three times as many epochs (arXiv 1811.08883, section 4).
 _FROM_SCRATCH = 3
 _LEAST_ITERATIONS = 1000
-_WARMUP_SHARE = 4
+_WARMUP_SHARE = 4  # a warm-up takes at most a quarter of the iterations
 _NUM_EVALUATIONS, _NUM_CHECKPOINTS = 20, 10
 _AS_WRITTEN = "the config's"
 
@@ -39,9 +39,9 @@ class Row(NamedTuple):
     """
     Attributes:
         key: a key of the config.
-        before: its value without the data.
-        value: its value in this run.
-        reason: why.
+        before: the value of the key in the config.
+        value: the value of the key in this run.
+        reason: the reason for the value.
     """
 
     key: str
@@ -87,7 +87,8 @@ def fit_schedule(
     Args:
         cfg: the config of the run with the batch of all processes. It is changed in place.
         base: the config whose schedule is used. The schedule is for the batch in ``base``.
-        given: keys whose values in ``cfg`` are kept, with the place of each, such as "set in FILE".
+        given: keys whose values in ``cfg`` are kept, with the origin of each, such as "set in
+            FILE".
         num_images: the number of training images.
         epochs: the length of the training; by default it follows from ``num_images``.
         pretrained: True if the training starts from weights.
@@ -115,8 +116,8 @@ def _tell_epochs(table: _Table, num_images: int) -> None:
     table.rows[-1] = row._replace(reason=f"{row.reason}: {_epochs(seen)}")
     if not 1 <= seen <= _MOST_EPOCHS * _FROM_SCRATCH:
         logger.warning(
-            "The number of iterations, %d (%s), makes %.3g epochs of %d images: leave it out, and "
-            "it follows from the data, or give --epochs.",
+            "The number of iterations, %d (%s), makes %.3g epochs of %d images. Leave it out, so "
+            "that it follows from the data, or give --epochs.",
             *(row.value, row.reason, float(seen), num_images),
         )
 
