@@ -115,7 +115,7 @@ def test_best_weights_and_patience(
         assert torch.equal(tensor, average[f"module.{name}"]), name
     check_average(tmp_path, 4)
     assert (
-        "in 1 evaluations bbox_EMA/AP has not risen above the 30.000 after iteration 2 "
+        "in 1 evaluations bbox_EMA/AP has not risen above its value of 30.000 after iteration 2 "
         "(TEST.PATIENCE 1). model_best_ema.pth has those weights, model_final_ema.pth the last."
     ) in read_log(tmp_path)
 

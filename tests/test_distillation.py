@@ -323,5 +323,5 @@ def test_strides_differ(tmp_path: Path) -> None:
     student = build_model(tiny_config(MASK_RCNN, tmp_path))
     teacher = build_model(tiny_config(MASK_RCNN, tmp_path))
     teacher.backbone._out_feature_strides["p5"] = 16
-    with pytest.raises(ValueError, match="do not both have a feature map p5 of one stride"):
+    with pytest.raises(ValueError, match="do not both have a feature map p5 with the same"):
         FeatureTeacher(teacher).attach(student)

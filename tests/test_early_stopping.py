@@ -51,8 +51,8 @@ def test_a_training_ends_and_stays_ended(
     assert results["bbox"]["AP"] == 30.0
     assert len(given) == 4  # the last one is not repeated at the end
     assert (
-        "ends early, after 4 of 12 iterations: in 2 evaluations bbox/AP has not risen above the "
-        "30.000 after iteration 1 (TEST.PATIENCE 2). model_best.pth has those weights"
+        "ends early, after 4 of 12 iterations: in 2 evaluations bbox/AP has not risen above its "
+        "value of 30.000 after iteration 1 (TEST.PATIENCE 2). model_best.pth has those weights"
     ) in read_log(tmp_path)
     final, best = load(tmp_path / "model_final.pth"), load(tmp_path / "model_best.pth")
     assert (final["iteration"], best["iteration"]) == (3, 1)

@@ -322,7 +322,7 @@ def test_an_evaluation_is_made_up_for_once(tmp_path: Path, after: Any) -> None:
     out = tmp_path / "out"
     with after(2, send(signal.SIGTERM)), pytest.raises(Interrupted, match="after 4 of 6"):
         launch_classifier(data, out, *options)
-    sentence = "The evaluation after iteration 3 is made up for."
+    sentence = "The evaluation after iteration 3 is missing and is run now."
     for _ in range(2):
         launch_classifier(data, out, "--resume", *options)
         assert read_log(out).count(sentence) == 1

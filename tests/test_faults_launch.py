@@ -172,7 +172,7 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
             assert told, log.read_text()[-3000:]
             assert first.wait(60) != 0
         assert "error: the connection to another process is lost (" in log.read_text()
-        assert "start all of them again with --resume." in log.read_text()
+        assert "start all processes again with --resume." in log.read_text()
         last = (cut / "last_checkpoint").read_text()
     with two_machines(cut, iterations, "log") as machines:
         for machine in machines:

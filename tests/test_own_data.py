@@ -222,7 +222,7 @@ def test_without_validation(catalogs: None, digits: Path, caplog: pytest.LogCapt
     cfg = setup(FASTER_RCNN, flags(digits, "train"))
     assert cfg.DATASETS.TEST == ()
     assert [entry["name"] for entry in cfg.DATASETS.OWN] == ["own_train"]
-    assert "Nothing is evaluated, neither on the way nor at the end" in caplog.text
+    assert "Nothing is evaluated, neither during the training nor" in caplog.text
 
 
 def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: 
             {"id": 5, "name": "zero"},
             r"'zero' \(id 5\), and .* no categ",
         ),
-        ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: '0'"),
+        ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: 0"),
     ],
 )
 def test_validation_categories_unlike_the_training_ones(

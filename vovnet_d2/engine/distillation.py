@@ -35,7 +35,7 @@ _Self = TypeVar("_Self", bound="Teacher")
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return one minus the correlation of two feature maps, channel by channel, as their mean.
+    """Return one minus the correlation of two feature maps, as the mean over the channels.
 
     This is the loss of PKD (arXiv 2207.02039, section 3.2): half of the mean squared difference of
     the feature maps, each channel brought to mean 0 and variance 1 over the batch. The loss is at
@@ -44,7 +44,7 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: (N, C, H, W), of any floating point type.
-        teacher: likewise.
+        teacher: the same shape.
 
     Returns:
         a scalar, float32.
@@ -61,8 +61,8 @@ def _standardise(maps: Tensor) -> Tensor:
 class Teacher:
     """A trained network in evaluation mode, whose parameters are not trained.
 
-    A teacher is no module. Where a student holds one, the parameters, the checkpoints and the
-    copies of the student are without the teacher.
+    A teacher is not a module. So the parameters and the checkpoints of a student that holds a
+    teacher do not include the teacher. Copies of the student share it.
     """
 
     def __init__(self, network: nn.Module):
@@ -73,14 +73,14 @@ class Teacher:
 
 
 class FeatureTeacher(Teacher):
-    """A detector whose backbone or FPN tells another detector what to compute.
+    """A detector whose backbone or FPN computes the feature maps that another detector learns.
 
     After :meth:`attach`, the student's losses in training have ``loss_distillation``, which is the
     sum of :func:`correlation_loss` over the feature maps, times a weight. Both networks see the
     same images in the same padding, each in its own normalisation.
 
-    Where the widths differ, a fixed matrix with orthonormal rows or columns takes the teacher's
-    channels to the student's number, so that there is nothing to train or to save.
+    If the widths differ, a fixed matrix with orthonormal rows or columns converts the teacher's
+    channels to the student's number of channels. The matrix is neither trained nor saved.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class FeatureTeacher(Teacher):
     ):
         """
         Args:
-            detector: one of Detectron2's or of this package's. Only its backbone is kept.
-            flip_channels: the student takes BGR and the teacher RGB, or the reverse.
+            detector: a detector of Detectron2 or of this package. Only its backbone is kept.
+            flip_channels: True if the student takes BGR and the teacher RGB, or the reverse.
             in_features: names of the feature maps to compare; all of the student's by default.
             loss_weight: the factor of the loss.
         """
@@ -106,7 +106,7 @@ class FeatureTeacher(Teacher):
         self.in_features = list(in_features)
         self.loss_weight = loss_weight
         self._projections: dict[tuple[int, int], Tensor] = {}  # by the widths
-        self._features: Mapping[str, Tensor] | None = None  # of the student, in a forward pass
+        self._features: Mapping[str, Tensor] | None = None  # the student's, in a forward pass
 
     def attach(self, student: nn.Module) -> None:
         """Add the loss to those that a detector returns in training.
@@ -121,10 +121,10 @@ class FeatureTeacher(Teacher):
             if name not in ours or name not in theirs or ours[name].stride != theirs[name].stride:
                 common = [key for key in ours if key in theirs]
                 raise UserValueError(
-                    f"The student and the teacher do not both have a feature map {name} of one "
-                    f"stride: the student has {_describe(ours)} and the teacher {_describe(theirs)}"
-                    f". Set DISTILLATION.IN_FEATURES to those to compare, such as {common}, or "
-                    "choose another teacher."
+                    f"The student and the teacher do not both have a feature map {name} with the "
+                    f"same stride: the student has {_describe(ours)} and the teacher "
+                    f"{_describe(theirs)}. Set DISTILLATION.IN_FEATURES to the feature maps to "
+                    f"compare, such as {common}, or choose another teacher."
                 )
         backbone.register_forward_hook(self._keep_features)
         student.register_forward_hook(self._add_loss)
@@ -205,7 +205,7 @@ def add_teacher(student: nn.Module, cfg: CfgNode, *, allow_pickle: bool = False)
     if ours != theirs and {ours, theirs} != {"BGR", "RGB"}:
         raise UserValueError(
             f"INPUT.FORMAT is {ours} and that of the teacher {node.TEACHER} is {theirs}: only BGR "
-            "and RGB are turned into each other."
+            "and RGB can be converted into each other."
         )
     detector, _ = load_network(config, teacher_cfg, allow_pickle=allow_pickle)
     teacher = FeatureTeacher(
@@ -216,7 +216,7 @@ def add_teacher(student: nn.Module, cfg: CfgNode, *, allow_pickle: bool = False)
     )
     teacher.attach(student)
     logger.info(
-        "The teacher %s with the weights %s teaches %s, at the weight %g.",
+        "The teacher %s with the weights %s teaches the feature maps %s. The loss has weight %g.",
         *(node.TEACHER, node.WEIGHTS, ", ".join(teacher.in_features), node.LOSS_WEIGHT),
     )
 

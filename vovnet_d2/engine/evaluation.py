@@ -141,7 +141,7 @@ def _is_faster_api_chosen(cfg: CfgNode) -> bool:
     if api == "faster-coco-eval" and not installed:
         raise UserValueError(
             f"TEST.COCO_API {api} needs that package: {_INSTALL['faster_coco_eval']}. With auto, "
-            "pycocotools is used without it."
+            "pycocotools is used if the package is missing."
         )
     return installed and api != "pycocotools"
 
@@ -213,7 +213,7 @@ class _CityscapesSemSegEvaluator(_WithOldNumPy, CityscapesSemSegEvaluator):
     pass
 
 
-# evaluator_type to the package that it needs and what builds it.
+# For each evaluator_type: the package that it needs, and the function that builds the evaluator.
 _BUILDERS: dict[str, tuple[str, _Builder]] = {
     "coco": ("", _coco),
     "coco_panoptic_seg": ("", _panoptic),

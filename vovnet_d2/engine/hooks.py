@@ -57,7 +57,7 @@ class Checkpointing(HookBase):
     ):
         """
         Args:
-            averaged: saves the average of the weights in addition to the weights of the last
+            averaged: the checkpointer that also saves the average of the weights after the last
                 iteration.
         """
         self._checkpointer = checkpointer
@@ -92,7 +92,7 @@ class Checkpointing(HookBase):
         """Save, unless this iteration is saved, and end the training in all processes."""
         if self._saved < self._done:
             self.save()
-        comm.synchronize()  # none ends, and has a launcher end the others, before it is saved
+        comm.synchronize()  # a launcher ends all processes when the first one ends
         raise self._interrupted(signal)
 
     def end_evaluation(self, signal: str) -> NoReturn:
@@ -101,7 +101,7 @@ class Checkpointing(HookBase):
         An evaluation uses this method, because its processes do not know how far the others are.
         """
         if self._saved < self._done:
-            self._save()  # what was gathered before the evaluation still holds
+            self._save()  # the state that was gathered before the evaluation is still right
         raise self._interrupted(signal)
 
     def _save(self) -> None:
@@ -118,14 +118,14 @@ class Checkpointing(HookBase):
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's hook, with two differences. If an interruption prevents an evaluation, the
+    """Detectron2's hook, with two differences. If an interruption prevented an evaluation, the
     resumed training begins with this evaluation. A training that stops early is not evaluated
     twice."""
 
     def __init__(self, period: int, evaluate: Callable[[], Any], metric: str | None, folder: str):
         """
         Args:
-            period: see :class:`detectron2.engine.hooks.EvalHook`; as is ``evaluate``.
+            period, evaluate: see :class:`detectron2.engine.hooks.EvalHook`.
             metric: the result whose absence in ``folder/metrics.json`` shows that the evaluation is
                 missing; None if there is no such result.
         """
@@ -150,7 +150,7 @@ class EvalHook(hooks.EvalHook):
             return
         if comm.all_gather(self._is_recorded(done - 1))[0]:
             return
-        logger.info("The evaluation after iteration %d is made up for.", done - 1)
+        logger.info("The evaluation after iteration %d is missing and is run now.", done - 1)
         self.trainer.storage.iter = done - 1
         self._do_eval()
         self.trainer.storage.iter = done
@@ -163,7 +163,7 @@ class EvalHook(hooks.EvalHook):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Detectron2's hook, which here takes the same batches each time."""
+    """Detectron2's hook, but with the same batches each time."""
 
     def update_stats(self) -> None:
         if isinstance(self._data_loader, TrainingStream):
@@ -174,8 +174,9 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook, with two differences. In a resumed training, it reads the best metric from
-    its file. The file holds weights alone, as ``--resume`` needs the newest checkpoint."""
+    """Detectron2's hook, with two differences. A resumed training reads the best metric from the
+    file of the best weights. This file holds weights alone, because ``--resume`` needs the newest
+    checkpoint."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         """
         Args:
             eval_period: the period of ``EvalHook``, at least 1.
-            val_metric: its result to compare, such as ``"bbox/AP"``; more is better.
+            val_metric: the result to compare, such as ``"bbox/AP"``; higher is better.
             file_prefix: the name of the file, without ``.pth``.
             categories: see :class:`VoVNetCheckpointer`.
         """
@@ -200,10 +201,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._checked: int | None = None  # the iteration of the latest evaluation
 
     def before_train(self) -> None:
-        self._check_what_is_new()  # made up for just now
+        self._check_what_is_new()  # EvalHook may just have run a missing evaluation
 
     def after_train(self) -> None:
-        if self._checked != self.trainer.iter:  # else a training that stopped early
+        if self._checked != self.trainer.iter:  # they are equal if the training stopped early
             super().after_train()
         # Another process may have ended in this evaluation. The writers, which come next, record
         # the results, so a resumed training does not repeat the evaluation.
@@ -274,9 +275,9 @@ class EarlyStopping(HookBase):
     ):
         """
         Args:
-            checkpointing: saves the state in which the training ends.
+            checkpointing: the hook that saves the state in which the training ends.
             period: iterations from one evaluation to the next, at least 1.
-            metric: its result to compare, such as ``"bbox/AP"``; more is better.
+            metric: the result to compare, such as ``"bbox/AP"``; higher is better.
             patience: a number of evaluations, at least 1.
             folder: ``OUTPUT_DIR``.
             best: the name of the file with the weights of the best evaluation, without ``.pth``.
@@ -297,10 +298,10 @@ class EarlyStopping(HookBase):
             return
         path = os.path.join(self._folder, "metrics.json")
         if comm.is_main_process() and os.path.isfile(path):
-            # The evaluation after the checkpoint, which is made up for only if it is not there.
+            # The evaluation at the checkpoint, which EvalHook runs only if it is missing.
             recorded = read_metrics(path).get(self._metric, [])
             self._values |= {at: value for at, value in recorded if at == start - 1}
-        self.trainer.iter = start - 1  # after which the training may have ended
+        self.trainer.iter = start - 1  # the training may have ended after this iteration
         self._end_if_vain()
         self.trainer.iter = start
 
@@ -312,7 +313,7 @@ class EarlyStopping(HookBase):
         return {"metric": self._metric, "values": dict(self._values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["metric"] == self._metric:  # not where other data are evaluated on now
+        if state_dict["metric"] == self._metric:  # not if other data are evaluated now
             self._values = dict(state_dict["values"])
 
     def _end_if_vain(self) -> None:
@@ -336,12 +337,12 @@ class EarlyStopping(HookBase):
         raise EndOfTraining
 
     def _find_reason(self) -> str:
-        """Return why the training ends; empty if it goes on. If an evaluation lacks the metric, for
-        example without predictions, the metric counts as not risen."""
+        """Return why the training ends, or an empty string if it goes on. If an evaluation lacks
+        the metric, for example without predictions, the metric counts as not risen."""
         known = {at: value for at, value in self._values.items() if math.isfinite(value)}
         if not known:
             return ""
-        best = max(known, key=known.__getitem__)  # the first of equal ones
+        best = max(known, key=known.__getitem__)  # the first if several are equal
         waited = len(self._values) - 1 - list(self._values).index(best)
         if waited < self._patience:
             return ""
@@ -349,15 +350,15 @@ class EarlyStopping(HookBase):
         kept = os.path.isfile(os.path.join(self._folder, f"{self._best}.pth"))
         return (
             f"The training ends early, after {self.trainer.iter + 1} of {self.trainer.max_iter} "
-            f"iterations: in {waited} evaluations {self._metric} has not risen above the "
+            f"iterations: in {waited} evaluations {self._metric} has not risen above its value of "
             f"{known[best]:.3f} after iteration {best} (TEST.PATIENCE {self._patience})."
             + (f" {self._best}.pth has those weights, {last}.pth the last." if kept else "")
         )
 
 
 class UnreadableCount(HookBase):
-    """Log the number of training images that the workers of this process left out, from the first
-    one on.
+    """Log the number of training images that the workers of this process left out, if there are
+    any.
     """
 
     def after_step(self) -> None:

@@ -62,7 +62,7 @@ def launch_command(
 
     Args:
         run: the function that each process calls.
-        argv: the arguments, by default those of the program that is running, which is then
+        argv: the arguments. By default those of the running program, whose command line is then
             ``args.command``.
 
     Raises:
@@ -79,8 +79,8 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
 
     Args:
         run: the function that each process calls.
-        args: with Detectron2's ``num_gpus``, ``num_machines``, ``machine_rank`` and ``dist_url``.
-            On a machine without GPUs ``num_gpus`` is the number of processes.
+        args: has Detectron2's ``num_gpus``, ``num_machines``, ``machine_rank`` and ``dist_url``. On
+            a machine without GPUs ``num_gpus`` is the number of processes.
 
     Raises:
         SystemExit: with one of the statuses above. An unknown error keeps its traceback.
@@ -88,7 +88,7 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
     run = partial(_end_on_signal, run)
     if dist.is_torchelastic_launched():
         if args.num_gpus > 1 or args.num_machines > 1:
-            _exit("torchrun says how many processes there are: leave out --num-gpus and the like.")
+            _exit("torchrun sets the number of processes: leave out --num-gpus and the like.")
         run_or_exit(partial(_run_in_torchrun, run), args)
         return
     gpus = torch.cuda.device_count()
@@ -108,9 +108,9 @@ def launch_or_exit(run: Run, args: argparse.Namespace) -> None:
                 timeout=timeout,
             )
     except ProcessExitedException as error:
-        if error.exit_code > 0:  # a process of several, which has said why
+        if error.exit_code > 0:  # one of several processes, which has printed the reason
             sys.exit(error.exit_code)
-        if signals:  # before the process was ready for them
+        if signals:  # they came before the process could handle them
             _exit("interrupted before the start.", status=INTERRUPTED)
         _exit(f"{error}. Start again with --resume.", status=1)
 
@@ -132,8 +132,8 @@ def _limit_waits() -> None:
 
 
 def _pass_on(signals: list[int], number: int, frame: FrameType | None) -> None:
-    """Pass a signal on to the processes that this process started. They have had a Ctrl-C from the
-    terminal, so they get SIGTERM for it."""
+    """Pass a signal on to the processes that this process started. For Ctrl-C they get SIGTERM,
+    because the terminal has sent them the Ctrl-C already."""
     signals.append(number)
     for process in multiprocessing.active_children():
         assert process.pid is not None  # it is started
@@ -177,8 +177,8 @@ def run_or_exit(run: Run, args: Any) -> Any:
     except UserError as error:
         _exit(error.sentence, status=error.exit_status)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:  # not a file of ours: a log
-            _exit(f"{error}. Make room, and go on with --resume.", status=1)
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:  # for example, of a log file
+            _exit(f"{error}. Free some space, and go on with --resume.", status=1)
         if is_silent_worker(error):
             _exit(
                 f"{error}: a process that loads images does not answer. Its disk or network may "
@@ -189,8 +189,8 @@ def run_or_exit(run: Run, args: Any) -> Any:
             raise
         first_line = str(error).partition("\n")[0]
         _exit(
-            f"the connection to another process is lost ({first_line}). If it or its machine has "
-            "failed, start all of them again with --resume.",
+            f"the connection to another process is lost ({first_line}). If that process or its "
+            "machine has failed, start all processes again with --resume.",
             status=1,
         )
 

@@ -51,7 +51,7 @@ class _Wandb:
             id=known,
             resume="allow" if known else None,
         )
-        # A resumed training goes back to its checkpoint, and wandb's own steps only go on.
+        # A resumed training goes back to its checkpoint, but wandb's own steps can only increase.
         self._run.define_metric("*", step_metric="iteration")
         self.id = self._run.id
 
@@ -128,21 +128,21 @@ def check_loggers(cfg: CfgNode) -> None:
 
 
 class TrackerWriter(EventWriter):
-    """Sends the values that Detectron2 writes to ``metrics.json`` to a tracker too.
+    """Sends the values of ``metrics.json``, which Detectron2 writes, to a tracker too.
 
-    A resumed training goes on with its run in the tracker. A tracker that fails on the way, as
-    without a network, does not end the training: a warning says that it gets no more metrics.
+    A resumed training continues its run in the tracker. A tracker that fails during the training,
+    for example without a network, does not end the training: a warning says that it gets no more
+    metrics.
     """
 
     def __init__(self, name: str, cfg: CfgNode, *, window_size: int = 20):
         """
         Args:
             name: one of ``LOGGERS``.
-            window_size: iterations over whose values the median is taken, as Detectron2's writers
-                do.
+            window_size: the number of iterations whose median is taken, as in Detectron2's writers.
 
         Raises:
-            ValueError: the tracker cannot be started, as without a login.
+            ValueError: the tracker cannot be started, for example without a login.
         """
         self._name = name
         self._window_size = window_size

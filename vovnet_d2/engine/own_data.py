@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The config for annotation files on the command line."""
+"""The arguments for annotation files on a command line, and the config that they give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import argparse
 import logging
 import os
 from collections.abc import Iterable
-from difflib import get_close_matches
 from filecmp import cmp
 from itertools import chain, count
 from json import loads
@@ -22,7 +21,7 @@ from ..data.formats import describe_formats, read_annotations, recognise, write_
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
 from ..errors import UserValueError
-from ..words import counted, listed
+from ..words import counted, listed, suggest
 from .main_process import in_main_process
 from .num_classes import find_num_classes, instance_class_keys
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
@@ -44,22 +43,22 @@ _LEAST_MASKS = 10  # fewer masks may all be rectangles by chance
 
 def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "data of your own",
+        "a custom data set",
         describe_formats("\n") + "\nThe number of categories and their names come from the files.\n"
         "OUTPUT_DIR/config.yaml keeps them: with that file for --config-file, evaluation\n"
         "and prediction need none of these arguments.",
     )
     for split, use in (
         ("train", "train on"),
-        ("val", "evaluate on; without, nothing is evaluated"),
+        ("val", "evaluate on; without them nothing is evaluated"),
     ):
         add_annotation_arguments(group, split, f"annotations to {use}")
     group.add_argument(
         "--keypoint-flips",
         metavar="PAIRS",
-        help="keypoints that change places in a mirrored picture, as in left_eye:right_eye,"
-        "left_ear:right_ear, or none; without it they are found by the left and right in their "
-        "names, and the log says which ones",
+        help="pairs of keypoints that are swapped in a mirrored picture, such as "
+        "left_eye:right_eye,left_ear:right_ear, or none. By default the pairs are found by left "
+        "and right in the names, and the log lists them",
     )
 
 
@@ -77,7 +76,7 @@ def add_annotation_arguments(
         f"--{split}-annotations",
         f"--{split}-json",
         metavar="PATH",
-        help=f"{use}. Of a data.yaml or VOC's ImageSets, the part {split!r} is used",
+        help=f"{use}. From a data.yaml or VOC's ImageSets, the part {split!r} is used",
     )
     group.add_argument(
         f"--{split}-images",
@@ -100,8 +99,8 @@ def find_annotations(args: argparse.Namespace, split: str) -> tuple[Path, Path |
         return path, folder
     if path or folder:
         raise UserValueError(
-            f"--{split}-annotations and --{split}-images go together (but where the annotations "
-            "say where their images are): give both."
+            f"--{split}-annotations and --{split}-images go together: give both, unless the "
+            "annotations say where their images are."
         )
     return None
 
@@ -153,7 +152,7 @@ def use_own_data(
         cfg.DATASETS.TEST = (_SPLITS["val"],)
     elif training:
         logger.warning(
-            "Nothing is evaluated, neither on the way nor at the end: there are no "
+            "Nothing is evaluated, neither during the training nor at the end: there are no "
             "--val-annotations."
         )
     cfg.DATASETS.OWN = [data_set.to_config() for data_set in own.values()]
@@ -162,8 +161,8 @@ def use_own_data(
         cfg.merge_from_list([key, len(names)])
     if not find_num_classes(cfg):
         logger.warning(
-            "MODEL.META_ARCHITECTURE %s is not known here: if its number of categories is not one "
-            "of %s, set it to %d.",
+            "MODEL.META_ARCHITECTURE %s is not known here: if its number of categories is not in "
+            "one of %s, set its key to %d.",
             *(cfg.MODEL.META_ARCHITECTURE, ", ".join(instance_class_keys()), len(names)),
         )
 
@@ -176,7 +175,7 @@ def _all_to_coco(
     if len(both) == 2 and in_main_process(lambda: cmp(both[0], both[1], shallow=False)):
         logger.warning(
             "The annotations to train on and to evaluate on are the same, so the results will say "
-            "nothing of other images: name parts that differ (tools/convert_dataset.py --split)."
+            "nothing about other images: give different parts (tools/convert_dataset.py --split)."
         )
     return files
 
@@ -231,7 +230,7 @@ def _refuse_clashes(options: list[str], splits: Iterable[str]) -> None:
 def _require_detector(cfg: CfgNode) -> None:
     if "stuff_classes" in find_num_classes(cfg):
         raise UserValueError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from maps of labels, "
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from label maps, "
             "which COCO's annotation files do not have: register such data in a script that calls "
             "vovnet_d2.engine.main."
         )
@@ -241,7 +240,7 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
     contents = in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
     logger.info(
-        "%s: %s, %s, %s, crowds among them: %d.",
+        "%s: %s, %s, %s (%d of them crowds).",
         json,
         counted(len(contents.categories), "categories"),
         counted(contents.num_images, "images"),
@@ -262,7 +261,7 @@ def _warn_of_contents(cfg: CfgNode, json: str, contents: Contents) -> None:
     if contents.unused_supercategories:
         logger.warning(
             "%s has no object of %s, the supercategory of others (Roboflow writes it before the "
-            "classes): it costs the network a class. tools/check_dataset.py --fix leaves it out.",
+            "classes): it takes a class of the network. tools/check_dataset.py --fix drops it.",
             *(json, listed(contents.unused_supercategories)),
         )
     objects = contents.num_annotations - contents.num_crowds
@@ -282,7 +281,7 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
         )
     if not contents.num_trainable:
         raise UserValueError(
-            f"{json} has no image with an object that is no crowd: nothing to train."
+            f"{json} has no image with an object that is no crowd, so there is nothing to learn."
         )
     if not training:
         return
@@ -310,15 +309,14 @@ def _match(
     extra = {number: name for number, name in found.items() if name not in trained.categories}
     if wrong := [number for number in extra if number in contents.used]:
         name = extra[wrong[0]]
-        close = get_close_matches(name, trained.categories, n=1, cutoff=0.5)
-        hint = f" Close to it: {close[0]!r}." if close else ""
+        hint = suggest(name, trained.categories, cutoff=0.5)
         raise UserValueError(
             f"{json} has objects of category {name!r} (id {wrong[0]!r}), and {trained.json}, which "
             f"the network is trained on, has no category of that name.{hint} Categories are "
             "matched by name; their ids may differ, and those that do not occur may be missing."
         )
     if not set(found.values()) & set(trained.categories):
-        raise UserValueError(f"{json} has no category with a name of those in {trained.json}.")
+        raise UserValueError(f"{json} and {trained.json} have no category name in common.")
     by_name = {name: number for number, name in found.items()}
     as_text = any(isinstance(number, str) for number in found)
     taken: set[int | str] = set(found)
@@ -327,7 +325,7 @@ def _match(
         if name in by_name:
             ids.append(by_name[name])
             continue
-        choices = chain([number], count(1))  # the training's own, or the first that is free
+        choices = chain([number], count(1))  # the id in the training, or the first free number
         kinds = (str(choice) if as_text else choice for choice in choices)
         ids.append(next(kind for kind in kinds if kind not in taken))
         taken.add(ids[-1])

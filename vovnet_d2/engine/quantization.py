@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A detector quantized on the images of a data set, and what that costs in accuracy."""
+"""A detector is quantized on the images of a data set, and its accuracy is compared with float."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ BACKEND = "onnxruntime"
 """The backend in which the float and the quantized detector are compared."""
 
 MIN_SCORE, MIN_IOU = 0.5, 0.9
-"""Detections with this score are to be found again with this overlap, in the same category."""
+"""Float detections with at least this score should be found again by INT8 in the same category,
+with at least this IoU."""
 
-_METRICS = ("AP", "PQ", "mIoU", "AP50")  # of a task, the first that there is
+_METRICS = ("AP", "PQ", "mIoU", "AP50")  # the first of these that a task has is reported
 
 Record = dict[str, Any]
 
@@ -55,7 +56,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
     """Draw images to calibrate on, and check that the data sets of the evaluation are there.
 
     Args:
-        data_set: its name, as in ``DATASETS``.
+        data_set: the name of the data set, as in ``DATASETS``.
         number: the number of images to draw; a smaller data set gives all.
 
     Raises:
@@ -95,15 +96,16 @@ def quantize_detector(
 
     Args:
         model: the detector with its weights, on the CPU.
-        cfg: its config; ``DATASETS.TEST`` names what AP is measured on, or nothing.
+        cfg: the config of the detector. AP is measured on the first data set of ``DATASETS.TEST``,
+            if there is one.
         records: images to calibrate on, see :func:`find_images`.
-        folder: gets ``dense.int8.onnx``, and the report ``dense.int8.json`` and ``.md``.
+        folder: the folder for ``dense.int8.onnx``, and the report ``dense.int8.json`` and ``.md``.
         keep_float: see :meth:`Quantizer.select`.
-        sensitivity: on how many of the images the error of each layer is measured; 0 for none.
+        sensitivity: the number of images on which the error of each layer is measured; 0 for none.
         about: further lines of the report.
 
     Returns:
-        the report, as in the JSON file.
+        the report that the JSON file holds.
 
     Raises:
         ValueError: see :meth:`Quantizer.select` and :func:`export_dense_part`; or a file exists,
@@ -194,7 +196,8 @@ def _compare(model: Any, cfg: CfgNode, int8: Path) -> dict[str, Any]:
 
 
 def _agreement(expected: Sequence[Any], found: Sequence[Any]) -> dict[str, float]:
-    """Compare the detections of each image, boxes, scores and classes, with those in float."""
+    """Compare the detections in INT8 (``found``) with those in float (``expected``). Each image has
+    its boxes, scores and classes."""
     count = matched = 0
     differences: list[Tensor] = []
     for (boxes, scores, classes), (other_boxes, other_scores, other_classes) in zip(
