@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keypoints of one's own: names from the annotation file, and which change places in a mirror."""
+"""Keypoints of one's own: names from the annotation file, and which are swapped in a mirror."""
 
 import copy
 import json
@@ -145,7 +145,7 @@ def test_a_run_with_keypoints_of_ones_own(dogs: Path, fresh_logging: None, tmp_p
     results = run(argument_parser().parse_args(words))
     assert "AP" in results["keypoints"]
     assert (
-        "Keypoints that change places in a mirrored picture (by their names; --keypoint-flips "
+        "Keypoints that are swapped in a mirrored picture (by their names; --keypoint-flips "
         "overrules this): left_ear and right_ear. Those that stay: nose, tail." in read_log(out)
     )
     # Its config knows them without the files on the command line.
@@ -255,7 +255,7 @@ def test_names_without_sides_are_warned_of(dogs: Path, caplog: pytest.LogCapture
     set_names("k1", "k2", "k3", "k4")(content)
     (dogs / "train.json").write_text(json.dumps(content))
     setup([*flags(dogs, "train"), "--keypoint-flips", "none"])
-    said = "No keypoints change places in a mirrored picture"
+    said = "No keypoints are swapped in a mirrored picture"
     assert not [r for r in caplog.records if said in r.message and r.levelname == "WARNING"]
     setup(flags(dogs, "train"))
     (warning,) = (r for r in caplog.records if said in r.message and r.levelname == "WARNING")

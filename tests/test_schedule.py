@@ -227,7 +227,7 @@ def test_epochs_of_a_data_set_of_detectron2s(coco: Path, tmp_path: Path) -> None
     # A training that starts anew in the folder, with nothing to fit, leaves no record of before.
     before = read_log(tmp_path)
     launch(RETINANET, tmp_path)
-    assert "What fits" not in read_log(tmp_path).removeprefix(before)
+    assert "Values fitted" not in read_log(tmp_path).removeprefix(before)
     assert not (tmp_path / "fitted.json").exists()
 
 

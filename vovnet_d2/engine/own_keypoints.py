@@ -22,13 +22,14 @@ _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes 
 
 
 def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) -> None:
-    """
+    """Refuse ``--keypoint-flips`` if the argument has no effect.
+
     Args:
         flips: ``--keypoint-flips``.
         trained_file: True if annotations to train on are given.
 
     Raises:
-        ValueError: the argument is given where it says nothing.
+        ValueError: nothing is trained on, or the network predicts no keypoints.
     """
     if flips is None:
         return
@@ -51,14 +52,14 @@ def find_keypoints(
     flips: str | None = None,
     trained: OwnDataSet | None = None,
 ) -> tuple[tuple[str, ...], Flips]:
-    """Return the names of keypoints and the pairs that change places in a mirrored picture, and set
-    their number in the config. A network without keypoints has none.
+    """Return the names of keypoints and the pairs that are swapped in a mirrored picture. Set the
+    number of keypoints in the config. A network without keypoints has none.
 
     Args:
         json: the annotation file.
         contents: the content of the file.
         flips: ``--keypoint-flips``; None to derive the pairs from the names.
-        trained: the data set of the training, whose keypoints hold.
+        trained: the data set of the training, which sets the keypoints.
 
     Raises:
         ValueError: the file has no usable keypoints, or other keypoints than the training; a name
@@ -92,19 +93,19 @@ def find_keypoints(
 
 
 def _tell(names: tuple[str, ...], flips: Flips, *, derived: bool) -> None:
-    """Log which keypoints change places in a mirrored picture. A wrong pair spoils a training."""
+    """Log which keypoints are swapped in a mirrored picture. A wrong pair spoils a training."""
     paired = {name for pair in flips for name in pair}
     staying = [name for name in names if name not in paired]
     source = "by their names; --keypoint-flips overrules this" if derived else "--keypoint-flips"
     if not flips:
         logger.log(
             logging.WARNING if derived else logging.INFO,
-            "No keypoints change places in a mirrored picture (%s): all %d stay, %s.",
+            "No keypoints are swapped in a mirrored picture (%s): all %d stay, %s.",
             *(source, len(names), ", ".join(names)),
         )
         return
     logger.info(
-        "Keypoints that change places in a mirrored picture (%s): %s. Those that stay: %s.",
+        "Keypoints that are swapped in a mirrored picture (%s): %s. Those that stay: %s.",
         *(source, ", ".join(f"{one} and {other}" for one, other in flips)),
         ", ".join(staying) or "none",
     )
