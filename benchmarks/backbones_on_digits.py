@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_all_once
 from tabulate import tabulate
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.benchmark.networks import detector
 from vovnet_d2.benchmark.study import Plan, Study
 from vovnet_d2.engine.devices import parse_device
@@ -61,8 +60,7 @@ def main() -> None:
     with atomic_write(args.output / "sizes.png") as partial:
         draw_sizes(last, "digits_val").savefig(partial, dpi=120, format="png")
     report = write_report(args, last, steps)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

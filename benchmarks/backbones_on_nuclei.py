@@ -22,7 +22,7 @@ from backbones_on_digits import METRICS, draw_sizes, time_steps, write_table
 from matplotlib.figure import Figure
 from seeded_runs import Run, describe, experiment_parser, read_run, run_all_once
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.engine import load_config
 from vovnet_d2.timing import write_csv
 
@@ -66,8 +66,7 @@ def main() -> None:
     with atomic_write(args.output / "sizes.png") as partial:
         draw_sizes(last, "val_le100.json").savefig(partial, dpi=120, format="png")
     report = write_report(args, last, steps)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,7 +18,7 @@ from seeded_runs import Run, describe, mean_and_spread, run_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis import analyze
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 from vovnet_d2.timing import write_csv
@@ -60,8 +59,7 @@ def carry_out(args: argparse.Namespace, experiment: Experiment) -> None:
     for network in CIFAR_SPECS:
         _plot_connectivity(args, experiment, network)
     report = _write_report(args, experiment, rows)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

@@ -25,7 +25,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.engine import build_evaluator, load_config
 from vovnet_d2.timing import describe_environment, ratios, time_interleaved, write_csv
 
@@ -178,8 +178,7 @@ def main(args: argparse.Namespace) -> None:
     lines = ["# COCO evaluation by pycocotools and by faster-coco-eval", ""]
     lines += [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), ""]
     lines += [f"- {name}: {value}" for name, value in protocol.items()]
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(args.output / "README.md", "\n".join(lines) + "\n")
     print(*lines[2:], sep="\n")
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from vovnet_d2 import VoVNet, optimize_for_inference
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.benchmark.plain import plain
 from vovnet_d2.benchmark.workload import detector_inputs, random_images
@@ -403,8 +403,7 @@ def main() -> None:
             write_csv(partial, lines, protocol)
         print(*new, sep="\n", flush=True)
     report = write_report(lines, protocol)
-    with atomic_write(args.output.with_name("README.md")) as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output.with_name("README.md"), report)
     print(report)
 
 

@@ -24,7 +24,7 @@ from statistics import median
 from seeded_runs import describe, experiment_parser, read_run
 from tabulate import tabulate
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.drawing.curves import Series, read_metrics
 from vovnet_d2.engine import load_config
 from vovnet_d2.timing import write_csv
@@ -53,8 +53,7 @@ def main() -> None:
         write_csv(partial, rows)
     shutil.copy(args.work / "loss_curve.png", args.output)
     report = write_report(command, series)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

@@ -13,7 +13,6 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_once
 from tabulate import tabulate
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.timing import write_csv
 
@@ -46,8 +45,7 @@ def main() -> None:
     with atomic_write(args.output / "curves.png") as partial:
         draw(rows).savefig(partial, dpi=120, format="png")
     report = write_report(args, rows)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

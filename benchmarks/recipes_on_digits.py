@@ -13,13 +13,12 @@ the folder of --work.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from seeded_runs import Run, describe, experiment_parser, mean_and_spread, read_run, run_all_once
 from tabulate import tabulate
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.engine import load_config
 from vovnet_d2.timing import write_csv
 
@@ -66,8 +65,7 @@ def main() -> None:
     with atomic_write(args.output / "results.csv") as partial:
         write_csv(partial, rows)
     report = write_report(args, teacher, rows)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

@@ -12,7 +12,6 @@ of --work is not run again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from seeded_runs import Run, describe, experiment_parser, read_run, run_all_once
 from tabulate import tabulate
 
 from vovnet_d2.analysis.complexity import analyze
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.engine import load_config
 from vovnet_d2.timing import write_csv
 
@@ -54,8 +53,7 @@ def main() -> None:
     with atomic_write(args.output / "curves.png") as partial:
         draw(rows).savefig(partial, dpi=120, format="png")
     report = write_report(args, rows)
-    with atomic_write(args.output / "README.md") as partial:
-        Path(partial).write_text(report, encoding="utf-8")
+    write_text(args.output / "README.md", report)
     print(report)
 
 

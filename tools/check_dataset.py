@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import write_text
 from vovnet_d2.data import register_digits
 from vovnet_d2.data.check import (
     Source,
@@ -150,8 +150,7 @@ def run(args: argparse.Namespace) -> int:
             good = False
     report = report_to_json(checked, between)
     if args.json:
-        with atomic_write(args.json) as partial:
-            Path(partial).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
     for one, path in zip(checked, args.fix or [], strict=bool(args.fix)):
         print(write_fixed(one, path))
     return 1 if report["problems"] or not good else 0

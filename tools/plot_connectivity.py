@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.analysis.connectivity import measure_connectivity, plot_connectivity
-from vovnet_d2.atomic import atomic_write
+from vovnet_d2.atomic import atomic_write, write_text
 from vovnet_d2.checkpoint.sources import read_weights
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import refuse_foreign
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic_write(csv) as partial:
         write_csv(partial, [row for block in blocks for row in block.rows()], header)
     content = {**header, "blocks": [block.as_dict() for block in blocks]}
-    with atomic_write(json_path) as partial:
-        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(json_path, json.dumps(content, indent=2) + "\n")
     figure = plot_connectivity(blocks, args.title or weights)
     with atomic_write(png) as partial:
         figure.savefig(partial, format="png")

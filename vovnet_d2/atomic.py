@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import UserError
 from .made import is_foreign, note_made, put_aside
 
-__all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers"]
+__all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers", "write_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
         raise FileNotWrittenError(f"{path} could not be written: {reason}.") from error
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, see :func:`atomic_write`."""
+    with atomic_write(path) as partial:
+        Path(partial).write_text(text, encoding="utf-8")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..atomic import atomic_write
+from ..atomic import atomic_write, write_text
 from ..made import refuse_foreign
 from ..timing import write_csv
 from .complexity import CONVENTIONS, Complexity
@@ -80,8 +80,7 @@ def write_report(complexity: Complexity, folder: Path, header: Mapping[str, Any]
     with atomic_write(csv) as partial:
         write_csv(partial, parts, header)
     content = {**header, "conventions": CONVENTIONS, "parts": parts[:-1], "total": parts[-1]}
-    with atomic_write(json_path) as partial:
-        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(json_path, json.dumps(content, indent=2) + "\n")
     figure = plot_complexity(complexity, f"{header['network']}, {size.replace('x', ' × ')}")
     with atomic_write(png) as partial:
         figure.savefig(partial, format="png")

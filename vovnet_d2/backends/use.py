@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..errors import UserValueError
 from ..export.dense import DensePart
 from ..export.formats import Program
@@ -111,8 +111,7 @@ def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]
         seconds = _measure(model, path, device, names)
         if len(seconds) == len(names):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(kept) as partial:
-                Path(partial).write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+            write_text(kept, json.dumps(seconds) + "\n")
         else:
             where = "Not kept"
     ranked = sorted(seconds, key=lambda name: seconds[name])

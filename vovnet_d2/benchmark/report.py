@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from ..atomic import atomic_write
+from ..atomic import atomic_write, write_text
 from ..made import is_made_here
 from ..timing import write_csv
 from .memory import SOURCES
@@ -109,7 +109,7 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     records = [{**row, **protocol} for row in study.rows]
     json_path, csv, markdown = (folder / name for name in FILES)
     content = {"conventions": CONVENTIONS, "records": records}
-    _write(json_path, json.dumps(content, indent=2) + "\n")
+    write_text(json_path, json.dumps(content, indent=2) + "\n")
     with atomic_write(csv) as partial:
         write_csv(partial, records)
     plots, sentences = _write_plots(study, folder)
@@ -129,13 +129,8 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
         *(f"- treatment {t.name}: {t.description}" for t in study.treatments()),
         *(f"- {sentence}" for sentence in sentences),
     ]
-    _write(markdown, "\n".join(lines) + "\n")
+    write_text(markdown, "\n".join(lines) + "\n")
     return [json_path, csv, markdown, *plots]
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        Path(partial).write_text(text, encoding="utf-8")
 
 
 def _write_plots(study: Study, folder: Path) -> tuple[list[Path], list[str]]:

@@ -23,7 +23,7 @@ from fvcore.common.checkpoint import (
 )
 from torch import nn
 
-from ..atomic import FileNotWrittenError, atomic_write
+from ..atomic import FileNotWrittenError, atomic_write, write_text
 from ..errors import UserValueError
 from ..made import is_made_here
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
@@ -270,8 +270,7 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
     def _write_text(self, name: str, text: str) -> None:
         if self.save_dir and self.save_to_disk:
-            with atomic_write(os.path.join(self.save_dir, name)) as partial:
-                Path(partial).write_text(text, encoding="utf-8")
+            write_text(os.path.join(self.save_dir, name), text)
 
     def _load_vovnets(
         self, state_dict: dict[str, torch.Tensor], known: Metadata | None, *, resuming: bool

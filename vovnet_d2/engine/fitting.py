@@ -23,7 +23,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..data.mapper import build_mapper
 from ..errors import UserValueError
 from ..made import is_made_here
@@ -308,8 +308,7 @@ def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> Non
     """
     path = os.path.join(folder, _FILE)
     if facts:
-        with atomic_write(path) as partial:
-            Path(partial).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(facts) + "\n")
     elif anew and is_made_here(path):
         os.remove(path)
 

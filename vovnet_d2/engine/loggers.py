@@ -18,7 +18,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..errors import UserValueError
 
 __all__ = ["TrackerWriter", "check_loggers"]
@@ -155,9 +155,7 @@ class TrackerWriter(EventWriter):
             raise UserValueError(
                 f"{name}, which LOGGERS names, cannot be started: {error}"
             ) from error
-        with atomic_write(path) as partial:
-            text = json.dumps(known | {name: self._tracker.id}, indent=2)
-            Path(partial).write_text(text + "\n", encoding="utf-8")
+        write_text(path, json.dumps(known | {name: self._tracker.id}, indent=2) + "\n")
 
     def write(self) -> None:
         found: dict[int, dict[str, float]] = defaultdict(dict)

@@ -10,7 +10,6 @@ import os
 import time
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,7 +21,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..errors import UserError, UserValueError, one_line
 from .accumulation import gradients_stay_here, split_batch
 from .interruption import StopRequest
@@ -315,8 +314,7 @@ def write_record(
     ]
     content = {"iteration": iteration, "learning_rate": rate, "seed": seed, "processes": processes}
     path = os.path.join(folder, f"nonfinite_{iteration:07d}.json")
-    with atomic_write(path) as partial:
-        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

@@ -20,7 +20,7 @@ from detectron2.structures import pairwise_iou
 from tabulate import tabulate
 from torch import Tensor
 
-from ..atomic import atomic_write
+from ..atomic import atomic_write, write_text
 from ..backends import use_backend
 from ..backends.cache import export_dense_part, model_key
 from ..backends.quantized import mark_quantized
@@ -140,8 +140,7 @@ def quantize_detector(
         (report_path, json.dumps(report, indent=2) + "\n"),
         (report_path.with_suffix(".md"), to_markdown(report)),
     ):
-        with atomic_write(file) as partial:
-            Path(partial).write_text(text, encoding="utf-8")
+        write_text(file, text)
     return report
 
 

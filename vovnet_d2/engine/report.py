@@ -12,7 +12,6 @@ import math
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import detectron2
@@ -23,7 +22,7 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 from torch import nn
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..drawing.curves import draw_curves
 from .detection_limit import explain_crowding
 from .pictures import draw_predictions
@@ -178,5 +177,4 @@ def _without_nan(value: Any) -> Any:
 
 
 def _write(cfg: CfgNode, name: str, text: str) -> None:
-    with atomic_write(os.path.join(cfg.OUTPUT_DIR, name)) as partial:
-        Path(partial).write_text(text, encoding="utf-8")
+    write_text(os.path.join(cfg.OUTPUT_DIR, name), text)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ..atomic import atomic_write
+from ..atomic import write_text
 from ..made import note_made, refuse_foreign
 from ..timing import describe_environment, package_version, ratios, time_interleaved
 from .formats import FORMATS, ExportedFile, Program, export, load
@@ -76,8 +76,7 @@ def export_and_check(
         (json_path, json.dumps(report, indent=2) + "\n"),
         (markdown, to_markdown(report)),
     ):
-        with atomic_write(path) as partial:
-            Path(partial).write_text(text, encoding="utf-8")
+        write_text(path, text)
     return report
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ...atomic import atomic_write
+from ...atomic import write_text
 from ...errors import UserFileNotFoundError, UserKeyError, UserValueError
 from ...words import counted, suggest
 from .annotations import repair_annotations
@@ -344,8 +344,7 @@ def write_fixed(checked: CheckedSet, path: Path) -> str:
         raise UserValueError(
             f"Nothing of {checked.source.json_file} can be trained on, so {path} is not written."
         )
-    with atomic_write(path) as partial:
-        Path(partial).write_text(json.dumps(fixed), encoding="utf-8")
+    write_text(path, json.dumps(fixed))
     left = [
         f"{len(fixed[section])} of {checked.counts[section]} {section}"
         for section in reversed(SECTIONS)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from ...errors import UserValueError
@@ -48,16 +48,13 @@ def read_each(items: Iterable[T], read: Callable[[T], R], what: str = "files") -
             the others.
     """
     results: list[R] = []
-    problems = list(_try_each(items, read, results))
-    if problems:
-        others = f" {len(problems) - 1} more {what} have problems." if len(problems) > 1 else ""
-        raise UserValueError(f"{problems[0]}{others}")
-    return results
-
-
-def _try_each(items: Iterable[T], read: Callable[[T], R], results: list[R]) -> Iterator[str]:
+    problems: list[str] = []
     for item in items:
         try:
             results.append(read(item))
         except (FileNotFoundError, ValueError) as error:
-            yield str(error.args[0])
+            problems.append(str(error.args[0]))
+    if problems:
+        others = f" {len(problems) - 1} more {what} have problems." if len(problems) > 1 else ""
+        raise UserValueError(f"{problems[0]}{others}")
+    return results

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ...atomic import atomic_write
+from ...atomic import write_text
 from ...errors import UserFileNotFoundError, UserValueError
 from ..own_files import read_coco
 from . import labelme, open_images, voc, yolo
@@ -95,8 +95,7 @@ def write_coco(content: Content, path: Path) -> None:
     Raises:
         FileNotWrittenError: the file cannot be written, for example on a full disk.
     """
-    with atomic_write(path) as partial:
-        Path(partial).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False))
 
 
 FORMATS: dict[str, Format] = {
