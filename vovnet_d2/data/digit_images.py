@@ -20,9 +20,9 @@ __all__ = ["GLYPH_MARGIN", "Digit", "Sources", "load_sources", "make_image"]
 GLYPH_MARGIN = 2  # pixels around a glyph that belong to no other glyph and lie on the canvas
 
 _CROP_SIDES = (112, 192)  # pixels of the photograph that become one canvas
-_INK_THRESHOLD = 0.4  # of a cell's full ink: where paper ends and glyph begins
+_INK_THRESHOLD = 0.4  # the share of full ink above which a pixel belongs to the glyph
 _FAINTEST_INK = 0.65  # opacity at the threshold; it rises to 1 where the pen pressed hardest
-_MAX_BOX_OVERLAP = 0.25  # shared area over the smaller box's
+_MAX_BOX_OVERLAP = 0.25  # shared area over the area of the smaller box
 _MIN_CONTRAST = 80.0  # grey levels between full ink and 90 % of the background around it
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -41,7 +41,8 @@ class Sources(NamedTuple):
 class Digit(NamedTuple):
     """A digit of an image: box ``XYWH`` in pixels, polygons ``[x0, y0, x1, y1, ...]``.
 
-    All numbers are floats, as Detectron2 scales a polygon of integers in place, in integers.
+    All numbers are floats, because Detectron2 would round the numbers of a scaled polygon of
+    integers.
     """
 
     label: int
@@ -60,7 +61,7 @@ def load_sources() -> Sources:
     """Read the scans and photographs that come with scikit-learn.
 
     Raises:
-        ImportError: scikit-learn, or Pillow which it reads photographs with, is missing.
+        ImportError: scikit-learn is missing, or Pillow, with which it reads photographs.
     """
     try:
         from sklearn.datasets import load_digits, load_sample_images
@@ -102,7 +103,7 @@ def make_image(
     for _ in range(_TRIES_PER_IMAGE):
         labels = [int(label) for label in rng.integers(10, size=count)]
         chosen = [rng.choice(digits[sources.labels[digits] == label]) for label in labels]
-        # The large glyphs come first, as they find a place only while there is room.
+        # Large glyphs come first, while there is most room.
         heights = np.sort(np.exp(rng.uniform(math.log(low), math.log(high), count)))[::-1]
         glyphs = [
             _make_glyph(sources.scans[digit], label, height, rng)
@@ -136,7 +137,7 @@ def _make_background(
     left, right = (round(fraction * width) for fraction in photo_part)
     side = int(rng.integers(_CROP_SIDES[0], _CROP_SIDES[1] + 1))
     x, y = rng.integers(left, right - side + 1), rng.integers(height - side + 1)
-    # The crop is cut before the resizing, whose filter would reach beyond it.
+    # The crop comes before the resizing, because its filter would reach beyond the crop.
     crop = Image.fromarray(photo[y : y + side, x : x + side])
     pixels = np.asarray(crop.resize((image_size, image_size), Image.Resampling.BICUBIC), float)
     if rng.random() < 0.5:
@@ -186,7 +187,7 @@ def _ink_to_glyph(ink: NDArray[np.float64]) -> _Glyph:
     square = np.ones((3, 3))
     parts, count = ndimage.label(ink >= _INK_THRESHOLD, structure=square)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    glyph = np.isin(parts, 1 + np.flatnonzero(sizes >= 0.1 * sizes.max()))  # leaves specks out
+    glyph = np.isin(parts, 1 + np.flatnonzero(sizes >= 0.1 * sizes.max()))  # without specks
     left, top, width, height = _box(glyph)
     window = (
         slice(top - GLYPH_MARGIN, top + height + GLYPH_MARGIN),
@@ -205,7 +206,8 @@ def _ink_to_glyph(ink: NDArray[np.float64]) -> _Glyph:
 def _draw(
     canvas: NDArray[np.float64], glyphs: list[_Glyph], rng: np.random.Generator
 ) -> list[NDArray[np.bool_]] | None:
-    """Write the glyphs on ``canvas`` in place; their masks (S, S), or None if one found no room."""
+    """Draw the glyphs on ``canvas`` in place. Return their masks (S, S), or None if one does not
+    fit."""
     from scipy import ndimage
 
     background = canvas.copy()
