@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the speed of this package on a CPU with the network as commonly written, and with what a
-user reaches by simple means: fused norms, channels-last, torch.compile with frozen weights.
+"""Compare the speed of this package on a CPU with the plain network, which is VoVNet as commonly
+written, and with what a user reaches by simple means: fused norms, channels-last, torch.compile
+with frozen weights.
 
 Each cell of the table runs in its own processes, and each process times the cases of its cell in
 turn. The script measures only the cells that are not in the CSV file, and with ``--again`` all.
@@ -344,7 +345,7 @@ _CASES = """- **plain**: the network as commonly written, in float32 and NCHW, w
   (`vovnet_d2/benchmark/plain.py`);
 - **recipe**: the plain network with fused norms, in channels-last, compiled by `torch.compile` with
   frozen weights for each image size;
-- **timm**: timm's `ese_vovnet39b` with fused norms, in channels-last, eager;
+- **timm**: timm's `ese_vovnet39b` with fused norms, in channels-last, not compiled;
 - **ours**: `optimize_for_inference`, which compiles nothing, or a training step of this package."""
 _OF_INFERENCE = ["cell", "ours (ms)", "reference (ms)", "reference", "ours / reference"]
 _OF_INFERENCE += ["ours / plain", "processes"]
@@ -355,7 +356,7 @@ one image with eight objects.
 
 **Saved** are the activations that the forward pass keeps for the backward pass. The peak memory of
 a step also has weights, gradients and temporary buffers. A **gradient error** is the relative
-difference of the gradients of all parameters together. In float64 the eager code has the gradients
+difference of the gradients of all parameters together. In float64, ours has the gradients
 of the plain network. In float32 the gradients differ, because a value near zero may pass a ReLU in
 one and not in the other. The gradients of a detector are not compared, because it chooses its
 proposals by scores whose last bits differ.

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare networks for timing: as they are written, or with what makes them fast."""
+"""Prepare networks for timing: plain, which is as they are commonly written, or made fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Treatment:
     """
     Attributes:
         description: a description for tables.
-        plain: leave the network as it is written: separate norms, NCHW.
+        plain: take the plain network, see :mod:`.plain`: separate norms, NCHW.
         dtype: the type of computation. In training, other types than float32 mean autocast.
         compile: by torch.compile.
         tf32: let a GPU round float32 operands to TF32.
@@ -132,7 +132,7 @@ def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
 _FAST = "fused norms, channels-last; in training the trainer's memory format"
 
 TREATMENTS = _by_name(
-    Treatment("plain", "eager float32, separate norms, NCHW", plain=True),
+    Treatment("plain", "as commonly written: float32, separate norms, NCHW", plain=True),
     Treatment("plain-tf32", "as plain, on a GPU with TF32", plain=True, tf32=True),
     Treatment("optimized", f"float32: {_FAST}"),
     Treatment("optimized-tf32", "as optimized, on a GPU with TF32", tf32=True),
