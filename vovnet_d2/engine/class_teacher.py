@@ -28,7 +28,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
     Args:
         student: logits, (N, number of classes).
-        teacher: likewise.
+        teacher: the same shape.
         temperature: above 0; 1 compares the probabilities themselves.
 
     Returns:
@@ -86,7 +86,7 @@ def build_class_teacher(cfg: CfgNode) -> ClassTeacher:
     """Build the network of timm's that ``DISTILLATION.TEACHER`` names.
 
     Raises:
-        FileNotFoundError: the weights cannot be had.
+        FileNotFoundError: the weights cannot be found or downloaded.
         ValueError: timm has no such network or no weights of it, they are of another network or
             number of classes, the network does not take the images, or the temperature is not
             above 0.

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 __all__ = ["CategoriesByName", "PlainCOCOEvaluator", "convert_anew"]
 
-# Files that Detectron2 has written of data sets without an annotation file.
+# The annotation files that Detectron2 has written for data sets without one.
 _CONVERTED: set[str] = set()
 
 

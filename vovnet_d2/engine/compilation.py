@@ -89,7 +89,7 @@ def _compile_as_one_graph(compiled: Any) -> None:
 
 
 def _compile_graph(graph: Any, inputs: list[torch.Tensor], *, memory_budget: float) -> Any:
-    from torch._dynamo import lookup_backend  # which take two seconds to import
+    from torch._dynamo import lookup_backend  # these take two seconds to import
     from torch._functorch import config
 
     with config.patch(activation_memory_budget=memory_budget):

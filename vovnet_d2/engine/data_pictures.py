@@ -58,11 +58,12 @@ class Drawn(NamedTuple):
 
 
 def draw_annotations(name: str, *, number: int) -> Iterator[Drawn]:
-    """
+    """Draw the annotations of images.
+
     Args:
         name: a registered data set.
-        number: how many images, spread evenly over the set; those that cannot be read are named in
-            the log and skipped.
+        number: the number of images, spread evenly over the set. Images that cannot be read are
+            named in the log and skipped.
     """
     for record, _, drawn in _draw_records(name, spread(load_records(name), number)):
         yield Drawn(record["file_name"], drawn[:, :, ::-1])
@@ -94,11 +95,11 @@ def draw_results(name: str, file: Path, *, number: int, min_score: float) -> Ite
         file: results in COCO's format on it, such as
             ``OUTPUT_DIR/inference/coco_instances_results.json``.
         number: the number of images, among those that have results; see :func:`draw_annotations`.
-        min_score: least score of what is drawn.
+        min_score: the least score of the detections that are drawn.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not that, or its images or categories are not the data set's.
+        ValueError: the file has another format, or its images or categories are not the data set's.
     """
     records = {record["image_id"]: record for record in load_records(name)}
     metadata = MetadataCatalog.get(name)
@@ -124,7 +125,8 @@ def draw_results(name: str, file: Path, *, number: int, min_score: float) -> Ite
 def _draw_records(
     name: str, records: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Return records of a data set with their images and these with the annotations, all BGR."""
+    """Yield records of a data set, their images, and the images with the annotations drawn, in
+    BGR."""
     metadata = MetadataCatalog.get(name)
     artist = Artist(metadata)
     for record in records:
@@ -167,7 +169,7 @@ def _require_known(
             )
 
 
-# Where it goes
+# Output
 
 
 def write_pictures(folder: Path, drawn: Iterator[Drawn]) -> int:

@@ -73,12 +73,13 @@ def _argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """
+    """Run the command line of ``tools/visualize_data.py``.
+
     Args:
         argv: the arguments, by default those of the program that is running.
 
     Raises:
-        SystemExit: with status 2, where they do not fit.
+        SystemExit: with status 2, if the arguments are wrong.
     """
     run_or_exit(_run, _argument_parser().parse_args(argv))
 

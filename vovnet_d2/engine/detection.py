@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train or evaluate a detector in this process; see :func:`run_task`.
 
     Raises:
-        ValueError: there is no config, or what is only evaluated is to be fitted to its data; for
-            the others see :func:`run_task`.
+        ValueError: there is no config, or a run that only evaluates has ``--epochs`` or
+            ``--fit-anchors``; for the others see :func:`run_task`.
     """
     _require_config(args)
     refuse_to_fit(args)

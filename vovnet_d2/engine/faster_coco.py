@@ -82,7 +82,7 @@ class FasterCOCOEvaluator(CategoriesByName):
         kept = [p | {"instances": [dict(r) for r in p["instances"]]} for p in predictions]
         try:
             super()._eval_predictions(predictions, img_ids=img_ids)
-        except Exception as error:  # whatever comes from below
+        except Exception as error:  # faster-coco-eval may raise any error
             if not self._fall_back:
                 raise
             logger.warning("faster-coco-eval fails (%s): pycocotools takes over.", describe(error))
@@ -98,7 +98,7 @@ class FasterCOCOEvaluator(CategoriesByName):
 
 
 def in_detectron2() -> Any:
-    """Return a context in which Detectron2's evaluation is on faster-coco-eval."""
+    """Return a context in which Detectron2's evaluation uses faster-coco-eval."""
     return mock.patch.multiple(
         coco_evaluation,
         COCO=COCO,

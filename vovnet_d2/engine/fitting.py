@@ -30,6 +30,7 @@ from ..made import is_made_here
 from .anchors import Anchors, collect_boxes, fit_anchors, read_anchors
 from .config import set_value
 from .initial_weights import is_pretrained
+from .quiet import errors_only
 from .schedule import Row, fit_schedule, format_rows
 from .written import COMMAND_LINE, Written
 
@@ -286,17 +287,11 @@ def loading_data() -> Iterator[None]:
     Raises:
         ValueError: no image is left.
     """
-    loggers = [logging.getLogger(name) for name in ("detectron2.data", "vovnet_d2.data")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_only("detectron2.data", "vovnet_d2.data"):
+            yield
     except AssertionError as error:  # Detectron2 raises it
         raise UserValueError(f"{' '.join(str(error).split())} See DATASETS.TRAIN.") from error
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
 
 
 def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> None:

@@ -89,10 +89,10 @@ def translate(loaded: CfgNode, known: CfgNode) -> bool:
 
     Args:
         loaded: the content of the file and its bases; changed in place.
-        known: a config with all keys that there are here.
+        known: a config with all keys of this package.
 
     Returns:
-        whether something was changed.
+        True if something was changed.
 
     Raises:
         ValueError: the file asks for something that has no counterpart; the message names the keys.
@@ -139,7 +139,7 @@ def _refuse_others(parts: dict[str, str], unknown: list[str]) -> None:
     """
     Args:
         parts: see :func:`_parts`.
-        unknown: keys of the file that there are not here.
+        unknown: keys of the file that this package does not have.
 
     Raises:
         ValueError: a part is not registered here and known to be another project's, or comes with

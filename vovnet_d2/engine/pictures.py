@@ -18,6 +18,7 @@ from torch import nn
 
 from ..data.image_file import read_image
 from ..data.mapper import Mapper, build_mapper
+from ..data.record_files import spread
 from .compilation import run_eagerly
 from .num_classes import find_num_classes
 from .precision import autocast
@@ -51,8 +52,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     records = [record for record in records if record.get("annotations")] or records
     if not records:
         return None
-    chosen = [records[i * len(records) // _NUM_IMAGES] for i in range(_NUM_IMAGES)]
-    chosen = list({record["file_name"]: record for record in chosen}.values())
+    chosen = {record["file_name"]: record for record in spread(records, _NUM_IMAGES)}.values()
     artist = Artist(MetadataCatalog.get(name))
     mapper = build_mapper(cfg, is_train=False)  # one for all images, as each logs a line
     title = f"ground truth · {_predictions_title(cfg)}"

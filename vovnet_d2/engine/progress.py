@@ -45,7 +45,7 @@ class ProgressBar(HookBase):
     It covers the remaining steps and the evaluation after the last one.
     """
 
-    _bar: tqdm | None = None  # also where another hook ends the training before its start
+    _bar: tqdm | None = None  # another hook may end the training before its start
 
     def before_train(self) -> None:
         self._began = time.perf_counter()

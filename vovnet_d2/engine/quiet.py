@@ -7,9 +7,17 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["escape_unwritable", "hide_known_messages", "shorten_long_messages", "terminal_handlers"]
+__all__ = [
+    "errors_only",
+    "escape_unwritable",
+    "hide_known_messages",
+    "shorten_long_messages",
+    "terminal_handlers",
+]
 
 # The beginnings of warnings, as regular expressions.
 _WARNINGS = (
@@ -51,6 +59,20 @@ def escape_unwritable(*streams: Any) -> None:
 
 def _is_unknown(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_RECORDS[record.name])
+
+
+@contextmanager
+def errors_only(*logger_names: str) -> Iterator[None]:
+    """Let loggers write nothing but errors in the context."""
+    loggers = [logging.getLogger(name) for name in logger_names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def terminal_handlers(logger_name: str) -> list[logging.Handler]:

@@ -28,7 +28,7 @@ from detectron2.utils import comm
 
 from ..data.check.masks import has_mask
 from ..data.image_file import read_labels
-from ..data.record_files import check_files, has_size_of_file
+from ..data.record_files import check_files, has_size_of_file, spread
 from ..data.records import check_records
 from ..data.unreadable import image_roots
 from ..errors import UserValueError, describe
@@ -36,6 +36,7 @@ from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
 from .num_classes import find_num_classes
 from .registered_data import load_records
+from .quiet import errors_only
 from .trainer import Trainer
 
 __all__ = ["rehearse_evaluation"]
@@ -71,10 +72,8 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
 
 
 def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Record]) -> None:
-    count = min(len(records), _MOST_IMAGES)
-    spread = (records[i * len(records) // count] for i in range(count))
     # Masks have the size that a record gives, which could be absurdly large.
-    if not (chosen := [record for record in spread if has_size_of_file(record)]):
+    if not (chosen := [r for r in spread(records, _MOST_IMAGES) if has_size_of_file(r)]):
         return
     for perfect in (False, True):
         with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -83,7 +82,7 @@ def _rehearse(cfg: CfgNode, trainer: type[Trainer], name: str, records: list[Rec
             own.OUTPUT_DIR = folder
             try:
                 evaluator = trainer.build_evaluator(own, name)
-                if hasattr(evaluator, "_output_dir"):  # a LazyConfig's has one of its own
+                if hasattr(evaluator, "_output_dir"):  # an evaluator of a LazyConfig has its own
                     evaluator._output_dir = folder
                 results = _run(evaluator, cfg, chosen, perfect=perfect)
             except Exception as error:  # whatever an evaluation ends with would end the run
@@ -160,7 +159,7 @@ def _say_if_imperfect(name: str, results: dict[str, Any], count: int) -> None:
     for task, metric in (("bbox", "AP"), ("segm", "AP"), ("sem_seg", "mIoU")):
         score = results.get(task, {}).get(metric, math.nan)
         if "AP50" in results.get(task, {}) and "APs" not in results[task]:
-            continue  # of PASCAL VOC, whose evaluation is of all images
+            continue  # PASCAL VOC's evaluation covers all images
         if score < _PERFECT:
             logger.warning(
                 "Perfect predictions for %d images of %s score %s %s %.1f: no network can reach "
@@ -173,15 +172,6 @@ def _say_if_imperfect(name: str, results: dict[str, Any], count: int) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Run without the tables and messages of evaluators."""
-    loggers = [
-        logging.getLogger(n) for n in ("detectron2.evaluation", "detectron2.data", __package__)
-    ]
-    levels = [each.level for each in loggers]
-    try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+    loggers = errors_only("detectron2.evaluation", "detectron2.data", __package__)
+    with loggers, contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -26,8 +26,9 @@ def check_label_maps(cfg: CfgNode, name: str) -> None:
         name: a registered data set.
 
     Raises:
-        ValueError: a map cannot be read or is of another size than its picture, a value is no
-            class of the network, or the metadata have another value for what is not labelled.
+        ValueError: a label map cannot be read or has another size than its picture, a value is no
+            class of the network, or the metadata have another value for pixels that are not
+            labelled.
     """
     head = cfg.MODEL.SEM_SEG_HEAD
     ignored = MetadataCatalog.get(name).get("ignore_label", head.IGNORE_VALUE)

@@ -18,7 +18,7 @@ from ..errors import UserValueError
 
 __all__ = ["build_optimizer", "list_optimizers", "load_optimizer_state", "stage_lr_factor"]
 
-_FUSED = (optim.SGD, optim.Adam, optim.AdamW)  # whose fused step runs on GPUs
+_FUSED = (optim.SGD, optim.Adam, optim.AdamW)  # these have a fused step on GPUs
 _PARTS = ("stem", "stage2", "stage3", "stage4", "stage5")
 _PART = re.compile(rf"(?:^|\.)backbone\.(?:bottom_up\.)?({'|'.join(_PARTS)})\.")
 
@@ -43,7 +43,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
         )
     kind = optimizers[solver.OPTIMIZER]
     arguments = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-    if kind is optim.SGD:  # with what Detectron2's build_optimizer gives
+    if kind is optim.SGD:  # as Detectron2's build_optimizer does
         arguments |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "foreach": True}
     given = _read_arguments(solver.OPTIMIZER_ARGS, kind)
     if kind in _FUSED and not {"foreach", "fused"} & given.keys() and _is_on_gpu(model):
@@ -170,7 +170,7 @@ def _check_layer_decay(cfg: CfgNode, model: nn.Module) -> None:
     decay = cfg.SOLVER.LAYER_DECAY
     if not 0 < decay <= 1:
         raise UserValueError(f"SOLVER.LAYER_DECAY is {decay}: give a factor above 0 and up to 1.")
-    if cfg.SOLVER.BIAS_LR_FACTOR != 1:  # for which Detectron2 forgets the factor of the stage
+    if cfg.SOLVER.BIAS_LR_FACTOR != 1:  # Detectron2 would drop the factor of the stage
         raise UserValueError(
             f"SOLVER.LAYER_DECAY is {decay} and SOLVER.BIAS_LR_FACTOR {cfg.SOLVER.BIAS_LR_FACTOR}: "
             "one of them must be 1.0."

@@ -27,7 +27,7 @@ class Written(NamedTuple):
     Attributes:
         base: the config without the values of the user. It is the config of a file of this package
             or of Detectron2, or Detectron2's defaults.
-        given: the keys that the user has set, with the place of each, such as "set in FILE".
+        given: the keys that the user has set, with the origin of each, such as "set in FILE".
     """
 
     base: CfgNode
@@ -44,7 +44,7 @@ def find_written(
     """Separate the settings of a user from those in the files of this package.
 
     Args:
-        config_file: see :func:`load_config`, which takes it; as are the others.
+        config_file, options, allow_unsafe_yaml, add_config: see :func:`load_config`.
     """
     given: dict[str, str] = {}
     shipped = _split(find_config(config_file), given) if config_file else []
