@@ -24,7 +24,7 @@ _SHEETS = (".png", ".jpg", ".jpeg", ".pdf")
 
 _DESCRIPTION = """\
 Draw a data set without a screen: its annotations, or samples as training sees them, or results
-beside the annotations. Images that cannot be read are named and skipped.
+next to the annotations. Images that cannot be read are named and skipped.
 
     python tools/visualize_data.py annotations drawn/ --config-file output/config.yaml
     python tools/visualize_data.py training samples.png --config-file Digits/mask_rcnn_R_50_FPN.yaml
