@@ -277,7 +277,7 @@ def add_objects(*labels: str) -> Callable[[Path], object]:
         ),
         (
             lambda root: (root / "leftImg8bit/train/aachen/x.jpg").touch(),
-            r"aachen/x.jpg is not a picture of Cityscapes, whose names end in leftImg8bit.png: if",
+            r"aachen/x.jpg is not a picture of Cityscapes, whose names end in leftImg8bit.png: for",
         ),
         (
             lambda root: (root / "leftImg8bit/train/aachen/b_leftImg8bit.png").touch(),

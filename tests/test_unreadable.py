@@ -107,7 +107,7 @@ def test_too_many(coco_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert [lenient(r) for r in records[:2]] == [None, None]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     for number, message in enumerate(warnings, start=1):
-        assert f"number {number} of the 2 that" in message
+        assert f"image {number} of the 2 that" in message
     assert len(warnings) == 2
     with pytest.raises(UnreadableImageError, match=r"2\.jpg .*, and 2 were left out before it"):
         lenient(records[2])
