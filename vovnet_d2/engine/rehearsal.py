@@ -35,8 +35,8 @@ from ..errors import UserValueError, describe
 from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
 from .num_classes import find_num_classes
-from .registered_data import load_records
 from .quiet import errors_only
+from .registered_data import load_records
 from .trainer import Trainer
 
 __all__ = ["rehearse_evaluation"]
