@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import test_lazyconfig
 import torch
+from detectron2.config import LazyCall
+from detectron2.evaluation import COCOEvaluator
 from engine_runs import FASTER_RCNN, TINY, launch, read_log
 from fault_runs import assert_equal, free_port, load, start
 from test_engine_trainer import launch_and_interrupt
@@ -18,6 +20,8 @@ from torch import nn
 from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.averaging import name_of_average
+from vovnet_d2.engine.lazy import LazyTrainer
+from vovnet_d2.engine.lazy_config import to_cfg
 from vovnet_d2.engine.run_checks import check_schedule
 
 pytest_plugins = ["engine_fixtures"]
@@ -154,6 +158,21 @@ def test_a_lazy_config_says_the_same(coco: Path, tmp_path: Path) -> None:
     results = test_lazyconfig.launch(tmp_path, *words)
     assert results.keys() == {"bbox", "segm", "bbox_EMA", "segm_EMA"}
     check_average(tmp_path, 3)
+
+
+def test_an_evaluator_of_a_lazy_config_has_a_folder_for_the_average(
+    coco: Path, tmp_path: Path
+) -> None:
+    config = test_lazyconfig.load_lazy_config(test_lazyconfig.MASK_RCNN)
+    folder = str(tmp_path / "inference")
+    evaluator = LazyCall(COCOEvaluator)(dataset_name="coco_2017_val", output_dir=folder)
+    config.dataloader.evaluator = evaluator
+    trainer, cfg = LazyTrainer.of(config), to_cfg(config)
+    folders = [
+        trainer.build_evaluator(cfg, "coco_2017_val", suffix=suffix)._output_dir
+        for suffix in ("", "_EMA", "")
+    ]
+    assert folders == [folder, f"{folder}_EMA", folder]
 
 
 def test_the_name_of_a_metric() -> None:

@@ -482,6 +482,15 @@ def test_our_own_files_tell_stem_and_residual(tmp_path, field, value, line):
         VoVNetCheckpointer(vovnet()).load(str(tmp_path / "a.pth"))
 
 
+def test_single_blocks_have_no_residual_in_any_case(tmp_path):
+    single = replace(NET, blocks_per_stage=(1, 1, 1, 1))
+    other = vovnet(replace(single, residual=not single.residual))
+    VoVNetCheckpointer(other, str(tmp_path)).save("a")
+    net = vovnet(single)
+    VoVNetCheckpointer(net).load(str(tmp_path / "a.pth"))
+    assert torch.equal(net.stem.conv1.weight, other.stem.conv1.weight)
+
+
 def test_a_layout_tells_stem_and_residual_less_surely(tmp_path, messages):
     """timm's v1 models have no residual; but somebody may have trained another in its names."""
     net = replace(NET, ese="none")

@@ -362,3 +362,9 @@ def test_budgets_that_are_none(options: list[str], message: str, tmp_path: Path)
     with pytest.raises(ValueError, match=message):
         check_run(cfg, training=True)
     check_run(cfg, training=False)
+
+
+@pytest.mark.parametrize("budget", ["0.0", "0.5", "1.0"])
+def test_budgets_that_are_shares(budget: str, tmp_path: Path) -> None:
+    words = ["SOLVER.COMPILE.MEMORY_BUDGET", budget, "SOLVER.COMPILE.ENABLED", "True"]
+    check_run(tiny_config(FASTER_RCNN, tmp_path, *words), training=True)

@@ -150,6 +150,16 @@ def test_what_an_interrupted_download_has_left(server, tmp_path, left, asked_fro
     assert server.asked[-1] == ("a.pth", f"bytes={asked_from}-" if asked_from else "")
 
 
+def test_parts_of_two_addresses_are_not_mixed(server, tmp_path):
+    """Two servers may have different files of one name, and no checksum tells."""
+    server.files |= {"one/a.pth": CONTENT, "two/a.pth": CONTENT[::-1]}
+    server.breaks = [1000, 0]
+    with pytest.raises(FileNotFoundError):
+        fetch([f"{server.url}/one/a.pth"], tmp_path)
+    path = fetch([f"{server.url}/two/a.pth"], tmp_path)
+    assert Path(path).read_bytes() == CONTENT[::-1]
+
+
 @pytest.mark.parametrize(
     ("served", "checksum", "reason"),
     [

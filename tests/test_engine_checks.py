@@ -310,6 +310,21 @@ def test_evaluating_nothing() -> None:
             ["MODEL.META_ARCHITECTURE", "RetinaNet", "TEST.AUG.ENABLED", "True"],
             "for GeneralizedRCNN without keypoints only: set TEST.AUG.ENABLED False",
         ),
+        (
+            ["MODEL.KEYPOINT_ON", "True", "TEST.AUG.ENABLED", "True"],
+            "for GeneralizedRCNN without keypoints only: set TEST.AUG.ENABLED False",
+        ),
+        *(
+            (
+                [*learned, "MODEL.MASK_ON", "True", "INPUT.COPY_PASTE", "0.5"],
+                "INPUT.COPY_PASTE 0.5 pastes .* no keypoints and no label maps",
+            )
+            for learned in (
+                ["MODEL.META_ARCHITECTURE", "PanopticFPN"],
+                ["MODEL.META_ARCHITECTURE", "SemanticSegmentor"],
+                ["MODEL.KEYPOINT_ON", "True"],
+            )
+        ),
     ],
 )
 def test_what_does_not_go_together(options: list[str], message: str) -> None:

@@ -426,6 +426,8 @@ def write_ids(folder: Path, kind: str) -> str:
         "digits": ["1", "02", "3"],
         "negative": [-1, 0, 7],
         "large": [2**53 + 1, 2**53 + 3, 2**60],
+        "53 bits": [1, 2, 2**53 - 1],
+        "54 bits": [1, 2, 2**53],
         "fractions": [0.5, 1.5, 2.5],
     }[kind]
     images, annotations = [], []
@@ -446,16 +448,20 @@ def write_ids(folder: Path, kind: str) -> str:
     return "ids"
 
 
-@pytest.mark.parametrize("kind", ["text", "digits", "negative", "large", "fractions"])
+@pytest.mark.parametrize(
+    "kind", ["text", "digits", "negative", "large", "53 bits", "54 bits", "fractions"]
+)
 def test_auto_takes_ids_of_every_sort(catalogs: None, tmp_path: Path, kind: str) -> None:
     name = write_ids(tmp_path, kind)
     cfg = config(tmp_path, name)
     assert evaluate_perfection(cfg, name)["bbox"]["AP"] == pytest.approx(100)
     rehearse_evaluation(cfg, Trainer)
-    if kind == "text":
-        cfg.TEST.COCO_API = "faster-coco-eval"
+    cfg.TEST.COCO_API = "faster-coco-eval"
+    if kind in ("text", "54 bits"):
         with pytest.raises(ValueError, match=r"takes? .*: set TEST.COCO_API pycocotools"):
             build_evaluator(cfg, name)
+    elif kind == "53 bits":
+        assert evaluate_perfection(cfg, name)["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_pycocotools_takes_over_where_the_faster_one_fails(

@@ -3,20 +3,24 @@
 """Processes, and which errors are told in a sentence."""
 
 import argparse
+import io
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from vovnet_d2.engine import argument_parser, launch
+from vovnet_d2.engine import argument_parser, launch, quiet
 from vovnet_d2.modeling.specs import get_spec
 from vovnet_d2.tiles import cut_tiles
 from vovnet_d2.waits import longest_wait
@@ -71,6 +75,49 @@ def test_every_tool_hides_what_other_packages_say_of_their_own_code() -> None:
         warnings.simplefilter("always")
         launch.run_or_exit(say, None)
     assert [str(warning.message) for warning in caught] == ["the data are odd"]
+
+
+def test_long_messages_of_the_set_up_are_one_line() -> None:
+    formatter = quiet._FirstLine(logging.Formatter("%(message)s"), "log.txt")
+
+    def show(name: str, number: int) -> str:
+        text = "Model:" + "\nline" * number
+        return formatter.format(logging.LogRecord(name, logging.INFO, "", 0, text, None, None))
+
+    assert show("detectron2.engine.defaults", 10) == "Model: (10 lines in log.txt)"
+    assert show("detectron2.engine.defaults", 9) == "Model:" + "\nline" * 9
+    assert show("detectron2.evaluation", 10) == "Model:" + "\nline" * 10
+
+
+def test_what_an_encoding_lacks_is_escaped() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    quiet.escape_unwritable(stream, None)
+    stream.write("Bär")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"B\\xe4r"
+
+
+def test_a_ctrl_c_is_passed_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal sends a Ctrl-C to the processes too. All other signals are passed on as they
+    are, also to the processes after one that has just ended."""
+    sent = []
+
+    def kill(pid: int, number: int) -> None:
+        sent.append((pid, number))
+        if pid == 7:
+            raise ProcessLookupError
+
+    children = [SimpleNamespace(pid=7), SimpleNamespace(pid=8)]
+    monkeypatch.setattr(launch.multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(os, "kill", kill)
+    noted: list[int] = []
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        launch._pass_on(noted, number, None)
+    assert sent == [
+        *((7, signal.SIGTERM), (8, signal.SIGTERM)),
+        *((7, signal.SIGUSR1), (8, signal.SIGUSR1)),
+    ]
+    assert noted == [signal.SIGINT, signal.SIGUSR1]
 
 
 @pytest.mark.slow

@@ -60,11 +60,11 @@ def test_no_predictions_are_explained(
 ) -> None:
     options = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05"]
     options += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.05"]
-    text = format_results(
-        tiny_config(config, tmp_path, *options), {"bbox": dict.fromkeys(BOX, math.nan)}
-    )
-    assert f"no predictions above the score threshold ({threshold}) on coco_2017_val" in text
-    assert "nan" not in text
+    cfg = tiny_config(config, tmp_path, *options)
+    for missing in (math.nan, -1.0):  # of COCO and of LVIS
+        text = format_results(cfg, {"bbox": dict.fromkeys(BOX, missing)})
+        assert f"no predictions above the score threshold ({threshold}) on coco_2017_val" in text
+        assert f"{missing:.2f}" not in text
 
 
 def test_data_without_annotations_is_explained(catalogs: None, tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file.123.vovnet_d2.partial").write_text("left by a kill")
     (tmp_path / "file.123.partial").write_text("somebody else's")
     (tmp_path / "download.partial").write_text("somebody else's")
+    (tmp_path / "file.copy.vovnet_d2.partial").write_text("somebody else's, without a process id")
     assert remove_leftovers(tmp_path) == ["file.123.vovnet_d2.partial"]
     assert sorted(os.listdir(tmp_path)) == [
-        *(LIST_NAME, "download.partial", "file", "file.123.partial")
+        *(LIST_NAME, "download.partial", "file", "file.123.partial", "file.copy.vovnet_d2.partial")
     ]
 
 
@@ -138,6 +139,20 @@ def test_files_are_flushed_as_windows_allows_it(
         Path(partial).write_text("new")
     assert (tmp_path / "file").read_text() == "new"
     assert flushed == [os.O_RDWR]
+
+
+def test_a_training_that_starts_anew_forgets_the_checkpoints_before_it(tmp_path: Path) -> None:
+    def checkpointer() -> VoVNetCheckpointer:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return VoVNetCheckpointer(model, str(tmp_path), max_to_keep=1, optimizer=optimizer)
+
+    checkpointer().save("model_1")
+    second = checkpointer()
+    second.resume_or_load("", resume=False)
+    second.save("model_2")
+    assert (tmp_path / "model_1.pth").exists()
+    assert json.loads((tmp_path / "checkpoints.json").read_text()) == ["model_2.pth"]
 
 
 @pytest.mark.parametrize("history", ['["../important.pth", "model_0.pth"]', "{}", "[", "[1]"])

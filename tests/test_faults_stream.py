@@ -309,10 +309,13 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
 def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
     """Python would wait for them, as they do not heed the signal that it sends."""
     context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    worker = context.Process(target=_stay, args=(ready,), daemon=True)
-    worker.start()
-    assert ready.wait(30)
+    processes = []
+    for daemon in (True, False):
+        ready = context.Event()
+        processes.append(context.Process(target=_stay, args=(ready,), daemon=daemon))
+        processes[-1].start()
+        assert ready.wait(30)
+    worker, other = processes
     before = signal.getsignal(signal.SIGCHLD)
     try:
         dismiss_workers()
@@ -320,6 +323,10 @@ def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
         signal.signal(signal.SIGCHLD, before)
     worker.join(5)
     assert worker.exitcode == -signal.SIGKILL
+    other.join(0.2)
+    assert other.exitcode is None  # a process of somebody else, for which Python waits
+    other.kill()
+    other.join(5)
 
 
 @contextmanager

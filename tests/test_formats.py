@@ -3,7 +3,8 @@
 """Annotations of each format as tools and people write them, the awkward ones too."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from vovnet_d2.data.formats import FORMATS, Annotations, read_annotations, recognise
+from vovnet_d2.data.formats.images import list_files
 from vovnet_d2.data.formats.labelled import LabelledImage, LabelledObject, to_coco
+from vovnet_d2.data.formats.notes import Notes
 
 SIZE = (80, 50)
 # What people have beside their files: nothing of it is part of a data set.
@@ -253,6 +256,9 @@ def test_yolo(tmp_path: Path) -> None:
     assert objects(read_annotations(file, None, "val")) == {
         "v.jpg": [("cat, big", [20, 12.5, 40, 25], [], 0)]
     }
+    # A folder that is given comes before the one in the file.
+    given = read_annotations(file, tmp_path, "val")
+    assert (given.images, list(objects(given))) == (tmp_path, ["valid/images/v.jpg"])
     assert list(objects(read_annotations(tmp_path, None))) == [
         *("train/images/a b.jpg", "train/images/empty.png", "train/images/none.png"),
         "valid/images/v.jpg",
@@ -340,6 +346,7 @@ def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
         ("0 40 25 40 25", "line 2, has 40: the numbers after the class are fractions"),
         ("0 0,5 .5 .5 .5", "'0,5' where a number is needed: write a point in place of the comma"),
         ("0 .5 .5 nan .5", "'nan' where a number is needed"),
+        ("0 .5 .5 0_1 .5", "'0_1' where a number is needed"),
     ],
 )
 def test_yolo_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -656,6 +663,39 @@ def test_an_empty_file_is_named(key: str, file: str, message: str, tmp_path: Pat
     given = path if file == "classes.txt" else empty
     with pytest.raises(ValueError, match=message):
         read_annotations(given, tmp_path / "images")
+
+
+def test_hidden_files_are_no_part_of_a_data_set(tmp_path: Path) -> None:
+    """macOS and notebooks leave such files beside others."""
+    image(tmp_path / "a.jpg")
+    write(tmp_path / "a.xml", voc(voc_object("dog", 1, 1, 9, 9)))
+    write(tmp_path / "._a.xml", "\0")
+    write(tmp_path / ".ipynb_checkpoints" / "b.xml", "\0")
+    assert list(objects(read_annotations(tmp_path, tmp_path))) == ["a.jpg"]
+
+
+def test_files_are_in_the_order_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [write(tmp_path / name, "") for name in ("a.txt", "b.txt", "c/d.txt")]
+    walk = os.walk
+
+    def walk_backwards(folder: Path, **options: Any) -> Iterator[Any]:
+        for parent, folders, names in walk(folder, **options):
+            yield parent, folders, sorted(names, reverse=True)
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
+    assert list_files(tmp_path, [".txt"]) == files
+
+
+def test_notes_count_the_cases_and_name_the_first() -> None:
+    notes = Notes()
+    for what, where in (("boxes", "a, line 1"), ("names", "a, line 2"), ("boxes", "b, line 1")):
+        notes.add(f"{what} are odd", where)
+    assert notes.lines() == [
+        "2 boxes are odd; first: a, line 1.",
+        "1 names are odd; first: a, line 2.",
+    ]
 
 
 # Ids

@@ -250,7 +250,7 @@ def test_agreement() -> None:
     expected = [
         detections([a, b, c, a], [0.9, 0.8, 0.6, 0.3], [0, 1, 1, 2]),
         detections([], [], []),
-        detections([a], [0.7], [0]),
+        detections([a, b], [0.7, 0.5], [0, 1]),
     ]
     near = [0.0, 0, 10, 10.5]  # an IoU of 0.952
     far = [20.0, 20, 40, 45]  # of 0.8
@@ -260,8 +260,8 @@ def test_agreement() -> None:
         detections([a], [0.4], [0]),
     ]
     result = _agreement(expected, found)
-    assert result["detections"] == 4
-    assert result["matched"] == pytest.approx(2 / 4)
+    assert result["detections"] == 5  # a score of 0.5 is enough
+    assert result["matched"] == pytest.approx(2 / 5)
     assert result["score difference"] == pytest.approx((0.1 + 0.3) / 2)
     nothing = [detections([], [], [])] * 3
     assert _agreement(expected, nothing)["matched"] == 0

@@ -124,6 +124,12 @@ def test_anchors_are_read_as_of_the_yaml_file() -> None:
         assert ours.ratios == theirs.ratios
         for mine, other in zip(ours.sizes, theirs.sizes, strict=True):
             assert mine == pytest.approx(other)
+        assert ours.offset == theirs.offset
+    config = load_lazy_config(RETINANET, ["model.anchor_generator.offset=0.25"])
+    assert lazy_fitting._read_anchors(config).offset == 0.25
+    del config.model.anchor_generator.offset
+    generator = instantiate(config, "model.anchor_generator")
+    assert lazy_fitting._read_anchors(config).offset == generator.offset
 
 
 def launch_own(root: Path, out: Path, *words: str, config: str = MASK_RCNN) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vovnet_d2.data.check import Source, check_data_sets
 from vovnet_d2.data.check.conventions import COCO, Sample, find_conventions
 from vovnet_d2.data.check.files import inspect_files
 from vovnet_d2.data.check.orientation import compare_readings
+from vovnet_d2.data.check.values import Numbering
 from vovnet_d2.data.records import check_records, find_absurd
 from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.engine import rehearsal
@@ -78,6 +79,12 @@ def found(folder: Path, *annotations: dict[str, Any], side: int = SIDE, **image:
             {"bbox": [10, 10, 12, 60], "segmentation": [polygon(10, 10, 20, 70)]},
             {"bbox": [10, 10, 12, 60], "segmentation": [polygon(10, 10, 19.8, 70)]},
         ),
+        # A keypoint may lie on the border of the image.
+        (
+            "keypoint_outside",
+            {"keypoints": [100, 100, 2], "num_keypoints": 1},
+            {"keypoints": [100, 100.1, 2], "num_keypoints": 1},
+        ),
     ],
 )
 def test_annotations(
@@ -85,6 +92,18 @@ def test_annotations(
 ) -> None:
     assert problem not in found(tmp_path, fine)
     assert found(tmp_path, beyond)[problem] == 1
+
+
+@pytest.mark.parametrize(("number", "problem"), [(2**63 - 1, "large_id"), (2**63, "image_id_type")])
+def test_ids_have_up_to_63_bits(tmp_path: Path, number: int, problem: str) -> None:
+    counts = found(tmp_path, {"image_id": number}, id=number)
+    assert {"large_id", "image_id_type"} & counts.keys() == {problem}
+
+
+def test_new_ids_are_above_0() -> None:
+    numbering = Numbering([-5, None, "a"])
+    given = [numbering.of(value) for value in (-5, "a", "b")]
+    assert [*given, numbering.new()] == [-5, 1, 2, 3]
 
 
 def test_the_shorter_side_of_a_tall_picture_is_its_width(tmp_path: Path) -> None:
@@ -145,6 +164,20 @@ def test_edges_in_noise_tell_nothing(tmp_path: Path) -> None:
         boxes = RNG.integers(10, 60, (2, 8, 4)).tolist()
         verdicts.append(compare_readings([(str(tmp_path / "a.png"), boxes)]))
     assert verdicts.count(None) >= 18
+
+
+@pytest.mark.parametrize(("number", "told"), [(2, False), (3, True)])
+def test_three_boxes_tell_of_which_picture_they_are(
+    tmp_path: Path, number: int, told: bool
+) -> None:
+    boxes = [[10.0 + 30 * i, 20.0, 12.0, 30.0 + i] for i in range(number)]
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    for x, y, width, height in np.array(boxes, int).tolist():
+        pixels[y : y + height, x : x + width] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    elsewhere = [[x, y + 10, width, height] for x, y, width, height in boxes]
+    found = compare_readings([(str(tmp_path / "a.png"), [elsewhere, boxes])])
+    assert found == (1 if told else None)
 
 
 # Of records before a training

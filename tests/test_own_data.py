@@ -218,11 +218,18 @@ def test_one_process_reads_a_file_for_all(
         setup(FASTER_RCNN, flags(digits, "train"))
 
 
-def test_without_validation(catalogs: None, digits: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = setup(FASTER_RCNN, flags(digits, "train"))
-    assert cfg.DATASETS.TEST == ()
-    assert [entry["name"] for entry in cfg.DATASETS.OWN] == ["own_train"]
-    assert "Nothing is evaluated, neither during the training nor" in caplog.text
+def test_without_validation(
+    catalogs: None, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The config of an earlier run may have a file to evaluate on, which does not count then."""
+    earlier = tmp_path / "config.yaml"
+    earlier.write_text(setup(FASTER_RCNN, flags(digits, *BOTH)).dump())
+    for config in (FASTER_RCNN, str(earlier)):
+        caplog.clear()
+        cfg = setup(config, flags(digits, "train"))
+        assert cfg.DATASETS.TEST == ()
+        assert [entry["name"] for entry in cfg.DATASETS.OWN] == ["own_train"]
+        assert "Nothing is evaluated, neither during the training nor" in caplog.text
 
 
 def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from export_models import MASK_RCNN, RETINANET, small_config
 from PIL import Image
 from predictor_runs import DETECTORS, PICTURES, assert_close, save
 
-from vovnet_d2 import Predictor
+from vovnet_d2 import Predictor, VoVNetCheckpointer
 from vovnet_d2.data.mapper import build_mapper
+from vovnet_d2.engine.any_config import load_network
 from vovnet_d2.predictor import read_image
 
 pytest_plugins = ["engine_fixtures"]
@@ -145,6 +146,20 @@ def test_other_formats(format: str, tmp_path: Path) -> None:
         detection_utils.read_image(str(PICTURES[0]), format).astype("float32").transpose(2, 0, 1)
     )
     np.testing.assert_array_equal(seen[0]["image"].numpy(), expected)
+
+
+def test_weights_of_another_input_are_warned_of(
+    mask_rcnn: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = load_network(mask_rcnn, mask_rcnn)
+    VoVNetCheckpointer(model, str(tmp_path)).save("weights")
+    cfg = mask_rcnn.clone()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    for order in ("BGR", "RGB"):
+        caplog.clear()
+        cfg.INPUT.FORMAT = order
+        load_network(cfg, cfg)
+        assert ("The weights expect another input" in caplog.text) == (order == "RGB")
 
 
 def test_dtype_and_compile_reach_the_network(

@@ -558,6 +558,10 @@ def test_wrong_data(make: Any, error: type[Exception], words: str, tmp_path: Pat
         (["PRETRAIN.OPTIMIZER", "adamm"], "Close to it: .*adam"),
         (["PRETRAIN.AUTO_AUGMENT", "strong"], "none of timm's policies"),
         (["PRETRAIN.MIXUP", "0.1", "SOLVER.IMS_PER_BATCH", "5"], "even multiple"),
+        (
+            ["PRETRAIN.CUTMIX", "0.1", "SOLVER.IMS_PER_BATCH", "6", "SOLVER.ACCUMULATE", "2"],
+            "computes at once, which are 3",
+        ),
         (["DATASETS.TRAIN", "('train', 'extra')"], "name one split"),
         (["INPUT.FORMAT", "L"], "BGR or RGB"),
         (["MODEL.VOVNET.NORM", "FrozenBN"], "MODEL.VOVNET.NORM BN"),

@@ -258,9 +258,10 @@ def test_a_folder_registered_with_its_own_classes(catalogs: None, tmp_path: Path
 # Cityscapes
 
 
-def add_objects(*labels: str) -> Callable[[Path], object]:
+def add_objects(*labels: str, **more: int) -> Callable[[Path], object]:
     def change(root: Path) -> None:
-        objects = [{"label": label, "polygon": [[0, 0], [5, 0], [5, 5]]} for label in labels]
+        shape = {"polygon": [[0, 0], [5, 0], [5, 5]], **more}
+        objects = [{"label": label, **shape} for label in labels]
         path = root / "gtFine" / "train" / "aachen" / "aachen_000_gtFine_polygons.json"
         path.write_text(json.dumps({"imgHeight": 60, "imgWidth": 80, "objects": objects}))
 
@@ -271,6 +272,7 @@ def add_objects(*labels: str) -> Callable[[Path], object]:
     ("change", "message"),
     [
         (add_objects("car", "persongroup", "sky"), ""),
+        (add_objects("scratch", deleted=1), ""),
         (
             add_objects("car", "scratch"),
             "object of class 'scratch', which Cityscapes does not have",

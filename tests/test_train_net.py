@@ -14,6 +14,7 @@ import pytest
 import torch
 from coco_tree import COLORS, THINGS
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from engine_runs import (
     FASTER_RCNN,
     MASK_RCNN,
@@ -23,11 +24,13 @@ from engine_runs import (
     launch,
     note_evaluated,
     read_log,
+    tiny_config,
 )
 from PIL import Image
 
 from vovnet_d2 import get_config_file
 from vovnet_d2.engine import Trainer, argument_parser, load_config, main, run
+from vovnet_d2.engine.gpu_memory import GpuMemoryError, explain_lack_of_memory
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -89,7 +92,10 @@ def test_the_fast_network_is_evaluated(
     expected = read_predictions(tmp_path)
     evaluated = note_evaluated(monkeypatch)
     options = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "TEST.OPTIMIZE", "True"]
-    launch(RETINANET, tmp_path, "--eval-only", *options, options=TINY)
+    options += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 200.0, 1.0]]"]
+    with pytest.raises(SystemExit, match="1"):
+        launch(RETINANET, tmp_path, "--eval-only", *options, options=TINY)
+    assert "Result verification failed!" in read_log(tmp_path / "evaluation")
     (model,) = evaluated
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.modules())
     found = read_predictions(tmp_path / "evaluation")
@@ -214,6 +220,20 @@ def test_a_full_gpu_is_one_sentence(
         assert "SOLVER.IMS_PER_BATCH below 2, with --auto-scale-lr" in sentence
         assert [word in sentence for word in saving] == [not used] * 3
         assert "Traceback" not in error + read_log(tmp_path)
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(4, 2), (6, 0), (2, 0)])
+def test_a_full_gpu_of_several_takes_its_images_in_parts(
+    batch: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes have half of the images each, which more parts must divide."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.IMS_PER_BATCH", str(batch))
+    full = pytest.raises(GpuMemoryError)
+    with full as caught, explain_lack_of_memory(cfg, training=True):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    told = re.findall(r"in more parts \(SOLVER\.ACCUMULATE (\d)\)", str(caught.value))
+    assert told == ([str(parts)] if parts else [])
 
 
 def test_evaluating_random_heads_is_refused(

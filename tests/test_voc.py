@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from voc_tree import OBJECTS, Object, write_tree
 
 from vovnet_d2.data.voc import check_voc, load_voc, register_voc
-from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine import Trainer, detection, lazy, load_config
 from vovnet_d2.engine.data_checks import check_data
 from vovnet_d2.engine.evaluation import build_evaluator
 from vovnet_d2.engine.rehearsal import rehearse_evaluation
@@ -188,6 +188,31 @@ def test_registered(register: Callable[..., None]) -> None:
             peer.dirname, peer.split, peer.year, peer.evaluator_type
         )  # fmt: skip
     assert len(DatasetCatalog.get("voc_2007_trainval_no_difficult")) == 4
+
+
+def start_yaml_run() -> None:
+    args = detection.argument_parser().parse_args([])
+    detection.register_data(load_config(), args, training=False)
+
+
+def start_lazy_run() -> None:
+    with pytest.raises(ValueError, match="There is no config"):
+        lazy.run(lazy.lazy_argument_parser().parse_args([]))
+
+
+def start_quantization() -> None:
+    from vovnet_d2.engine.quantization import find_images  # which imports ONNX
+
+    with pytest.raises(KeyError, match="'none' of --calibration is not registered"):
+        find_images(load_config(), "none", 1, 0)
+
+
+@pytest.mark.parametrize("start", [start_yaml_run, start_lazy_run, start_quantization])
+def test_each_run_registers_the_data_sets_of_this_package(
+    catalogs: None, start: Callable[[], None]
+) -> None:
+    start()
+    assert {"digits_val", "voc_2007_test_no_difficult"} <= set(DatasetCatalog.list())
 
 
 # Evaluation ---------------------------------------------------------------------------------------
