@@ -128,6 +128,12 @@ def _to_pixels(row: _Row, size: tuple[int, int], notes: Notes) -> list[float]:
         notes.add("boxes have their corners swapped and are corrected", row.where)
         left, right = sorted((left, right))
         top, bottom = sorted((top, bottom))
+    return _pixels((left, right, top, bottom), size)
+
+
+def _pixels(box: Any, size: tuple[int, int]) -> list[float]:
+    """Return a box of fractions of the image as x, y, width and height in pixels."""
+    left, right, top, bottom = box
     width, height = size
     parts = left * width, top * height, (right - left) * width, (bottom - top) * height
     return [float(part) for part in parts]
