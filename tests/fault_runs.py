@@ -23,7 +23,8 @@ from detectron2.utils.events import EventStorage
 from engine_runs import FASTER_RCNN, TINY
 
 from vovnet_d2.engine import Trainer, main
-from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
+from vovnet_d2.engine.agreed_steps import AgreedSteps
+from vovnet_d2.engine.nonfinite import NonFiniteLossError
 
 TIMEOUT = 20  # seconds that processes wait for each other
 

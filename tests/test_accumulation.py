@@ -20,10 +20,10 @@ from torch import nn
 from vovnet_d2 import VOVNET_SPECS, VoVNet
 from vovnet_d2.engine import Trainer
 from vovnet_d2.engine.accumulation import split_batch
-from vovnet_d2.engine.nonfinite import AgreedSteps, NonFiniteLossError
+from vovnet_d2.engine.agreed_steps import AgreedSteps, MixedPrecisionTrainer
+from vovnet_d2.engine.nonfinite import NonFiniteLossError
 from vovnet_d2.engine.run_checks import check_run
 from vovnet_d2.engine.solver import build_optimizer
-from vovnet_d2.engine.trainer import MixedPrecisionTrainer
 from vovnet_d2.errors import UserError
 
 pytest_plugins = ["engine_fixtures"]

@@ -28,11 +28,11 @@ from vovnet_d2.atomic import FileNotWrittenError
 from vovnet_d2.checkpoint import VoVNetCheckpointer
 from vovnet_d2.data.stream import seed_all, step_seed
 from vovnet_d2.drawing.curves import read_metrics
-from vovnet_d2.engine import Trainer, detection, load_config, nonfinite
+from vovnet_d2.engine import Trainer, agreed_steps, detection, load_config, nonfinite
 from vovnet_d2.engine import trainer as trainer_module
+from vovnet_d2.engine.agreed_steps import AgreedSteps, MixedPrecisionTrainer
 from vovnet_d2.engine.memory_format import to_memory_format
-from vovnet_d2.engine.nonfinite import AgreedSteps, KeptStatistics, NonFiniteLossError
-from vovnet_d2.engine.trainer import MixedPrecisionTrainer
+from vovnet_d2.engine.nonfinite import KeptStatistics, NonFiniteLossError
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -173,16 +173,16 @@ def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.Monkey
     inputs = [torch.ones(1, 1), torch.full((1, 1), math.inf)]
     trainer = AgreedSteps(model, inputs, optimizer)
     monkeypatch.setattr(trainer, "_write_shared", lambda *_: None)
-    monkeypatch.setattr(nonfinite.comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(nonfinite.comm, "all_gather", lambda value: [value, value])
-    monkeypatch.setattr(nonfinite.comm, "_get_global_gloo_group", lambda: None)
+    monkeypatch.setattr(agreed_steps.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(agreed_steps.comm, "all_gather", lambda value: [value, value])
+    monkeypatch.setattr(agreed_steps.comm, "_get_global_gloo_group", lambda: None)
 
     def exchange(rows: list[torch.Tensor], row: torch.Tensor, **_: Any) -> None:
         waits.append(1)
         for place in rows:
             place.copy_(row)
 
-    monkeypatch.setattr(nonfinite.dist, "all_gather", exchange)
+    monkeypatch.setattr(agreed_steps.dist, "all_gather", exchange)
     trainer.run_step()
     assert waits == [1]
     assert layer.weight.item() == 0.75
@@ -211,8 +211,8 @@ def make_steps(*values: float) -> AgreedSteps:
 def test_the_log_has_the_means_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process has losses greater by 2 and waited 3 seconds for its data."""
     trainer = make_steps(1.0, 4.0)
-    monkeypatch.setattr(nonfinite.comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(nonfinite.comm, "_get_global_gloo_group", lambda: None)
+    monkeypatch.setattr(agreed_steps.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(agreed_steps.comm, "_get_global_gloo_group", lambda: None)
 
     def exchange(rows: list[torch.Tensor], row: torch.Tensor, **_: Any) -> None:
         rows[0].copy_(row)
@@ -220,7 +220,7 @@ def test_the_log_has_the_means_over_processes(monkeypatch: pytest.MonkeyPatch) -
         rows[1][1] = 3.0
         rows[1][3:5] = torch.tensor([3.0, 6.0])
 
-    monkeypatch.setattr(nonfinite.dist, "all_gather", exchange)
+    monkeypatch.setattr(agreed_steps.dist, "all_gather", exchange)
     with EventStorage() as storage:
         trainer.run_step()
         logged = {name: value for name, (value, _) in storage.latest().items()}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from vovnet_d2.engine.nonfinite import _share
+from vovnet_d2.engine.agreed_steps import _share
 from vovnet_d2.errors import UserError
 
 

@@ -14,11 +14,10 @@ from engine_runs import FASTER_RCNN, RETINANET, tiny_config
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from vovnet_d2.engine.agreed_steps import AgreedSteps, MixedPrecisionTrainer
 from vovnet_d2.engine.lazy import LazyTrainer
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
-from vovnet_d2.engine.nonfinite import AgreedSteps
 from vovnet_d2.engine.solver import build_optimizer, list_optimizers, stage_lr_factor
-from vovnet_d2.engine.trainer import MixedPrecisionTrainer
 
 ADAMW = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.WEIGHT_DECAY", "0.05"]
 

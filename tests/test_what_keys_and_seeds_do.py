@@ -36,6 +36,7 @@ from vovnet_d2.demo.selection import Selection
 from vovnet_d2.drawing.artist import Artist
 from vovnet_d2.engine import (
     Trainer,
+    agreed_steps,
     classifier,
     load_config,
     nonfinite,
@@ -205,9 +206,9 @@ def test_a_loss_of_another_process_that_is_not_finite_counts(
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(comm, "_get_global_gloo_group", lambda: None)
     monkeypatch.setattr(comm, "all_gather", lambda own: [own, ({"loss": others}, "", None)])
-    monkeypatch.setattr(nonfinite.dist, "all_gather", all_gather)
+    monkeypatch.setattr(agreed_steps.dist, "all_gather", all_gather)
     layer = nn.Linear(1, 1)
-    made = nonfinite.AgreedSteps(layer, [], torch.optim.SGD(layer.parameters(), lr=1.0))
+    made = agreed_steps.AgreedSteps(layer, [], torch.optim.SGD(layer.parameters(), lr=1.0))
     if others == others:
         made._agree({"loss": 1.0}, 0.0, "")
         return

@@ -1,40 +1,31 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that are NaN or infinite are found in any process, explained, and recorded."""
+"""Losses that are NaN or infinite: the errors, the record of such a step, and its likely causes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-import zlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer, TrainerBase
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..atomic import write_text
-from ..errors import UserError, UserValueError, one_line
-from .accumulation import gradients_stay_here, split_batch
-from .interruption import StopRequest
+from ..data.stream import Place, TrainingStream
+from ..errors import UserError
 from .precision import autocast_dtype
-from .solver import load_optimizer_state
 
 __all__ = [
-    "AgreedSteps",
     "KeptStatistics",
     "NonFiniteLossError",
+    "NonFiniteStep",
     "TrainingDivergedError",
-    "explain",
-    "write_record",
+    "image_names",
 ]
 
 
@@ -63,184 +54,95 @@ class NonFiniteLossError(FloatingPointError):
         self.losses = losses
 
 
-class AgreedSteps(SimpleTrainer):
-    """A :class:`SimpleTrainer` whose processes make a step together, or not at all.
-
-    Before the processes change the parameters, they agree whether all losses are finite and whether
-    a signal has asked one of the processes to end.
-
-    A step takes a batch, in one part or in several, one after the other. The gradients and the
-    losses of the parts are averaged. So a step of several parts equals the step of the whole batch
-    if the loss is a mean over images and no norm uses the statistics of a batch.
+class NonFiniteStep(NamedTuple):
+    """The facts about a step whose losses are not finite.
 
     Attributes:
-        accumulate: the number of parts.
-        request: the request to end, in which this process notes a signal.
-        stop_signal: the name of a signal that one of the processes got before the latest step; None
-            if there was no signal.
+        iteration: the iteration of the step.
+        losses: the losses of each process, by name.
+        images: the file names of the images of each process.
+        rate: the learning rate.
+        seed: the seed of the training.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data_loader: Iterable[Any],
-        optimizer: torch.optim.Optimizer,
-        *,
-        accumulate: int = 1,
-        request: StopRequest | None = None,
-    ):
-        super().__init__(model, data_loader, optimizer)
-        self.accumulate = accumulate
-        self.request = request or StopRequest()
-        self.stop_signal: str | None = None
+    iteration: int
+    losses: list[dict[str, float]]
+    images: list[list[str]]
+    rate: float
+    seed: int
 
-    def run_step(self) -> None:
+    @property
+    def name(self) -> str:
+        """Return the name of the files about this step, without their endings."""
+        return f"nonfinite_{self.iteration:07d}"
+
+    def write(self, folder: str) -> str:
+        """Write the facts to a JSON file in a folder, and return the path of the file."""
+        processes = [
+            {
+                "losses": {n: v if math.isfinite(v) else str(v) for n, v in values.items()},
+                "images": names,
+            }
+            for values, names in zip(self.losses, self.images, strict=True)
+        ]
+        content = {
+            "iteration": self.iteration,
+            "learning_rate": self.rate,
+            "seed": self.seed,
+            "processes": processes,
+        }
+        path = os.path.join(folder, f"{self.name}.json")
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        return path
+
+    def explain(
+        self, cfg: CfgNode, *, before: dict[str, float], record: str, checkpoint: str
+    ) -> str:
+        """Return what is known of the step and its likely causes, in several lines.
+
+        Args:
+            before: the losses of the iteration before, by name.
+            record: the file that :meth:`write` wrote.
+            checkpoint: the last checkpoint; empty if there is none.
         """
-        Raises:
-            NonFiniteLossError: in all processes, if a loss of one of them is not finite. The
-                parameters are as before.
-        """
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        self.optimizer.zero_grad()
-        values: dict[str, float] = {}
-        parts = split_batch(data, self.accumulate)
-        for number, part in enumerate(parts, start=1):
-            is_last = number == len(parts)
-            with gradients_stay_here(self.model, enabled=not is_last):
-                losses, reason = self._compute_losses(part)
-                for name, value in _read(losses).items():
-                    values[name] = values.get(name, 0.0) + value / len(parts)
-                shared = self._agree(values, data_time, reason)
-                total: Any = sum(losses.values())
-                self.backward(total / len(parts))
-        self.after_backward()
-        self._write_shared(shared, data_time)
-        self.update()
-
-    def _write_shared(self, shared: _Shared, data_time: float) -> None:
-        """Write what Detectron2's ``write_metrics`` writes, without asking the processes again."""
-        storage = get_event_storage()
-        storage.put_scalar("rank_data_time", data_time)
-        if comm.is_main_process():
-            storage.put_scalar("data_time", shared.data_time)
-            storage.put_scalar("total_loss", sum(shared.losses.values()))
-            if len(shared.losses) > 1:
-                storage.put_scalars(**shared.losses)
-
-    def forward(self, data: Any) -> dict[str, torch.Tensor] | torch.Tensor:
-        return self.model(data)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        TrainerBase.load_state_dict(self, state_dict)
-        load_optimizer_state(self.optimizer, state_dict["optimizer"])
-
-    def _compute_losses(self, data: Any) -> tuple[dict[str, torch.Tensor], str]:
-        """Return the losses and an empty string, or no losses and why the network stopped
-        before."""
-        try:
-            losses = self.forward(data)
-        except FloatingPointError as error:  # Detectron2 raises it for proposals
-            return {}, one_line(error)
-        return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
-
-    def _agree(self, values: dict[str, float], data_time: float, reason: str) -> _Shared:
-        """Let all processes go on with the step, or raise an error in all of them.
-
-        Each process calls this method once for each part of a batch, before the backward pass. In
-        the backward pass processes wait for each other if they share gradients or statistics of
-        norms.
-        """
-        signal = self.request.signal
-        stop = bool(reason or signal) or not _is_finite(values)
-        shared = _share(values, data_time, stop=stop)
-        if not shared.stop:
-            return shared
-        losses, reasons, signals = zip(*comm.all_gather((values, reason, signal)), strict=True)
-        self.stop_signal = next(filter(None, signals), None)
-        if any(reasons):
-            raise NonFiniteLossError([{} for _ in reasons], next(filter(None, reasons)))
-        if not all(map(_is_finite, losses)):
-            raise NonFiniteLossError(list(losses))
-        return shared
-
-
-def _read(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the values of losses. They are copied together, so that the CPU waits for a GPU
-    once."""
-    if not losses:
-        return {}
-    stacked = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
-    return dict(zip(losses, stacked.tolist(), strict=True))
-
-
-def _is_finite(losses: dict[str, float]) -> bool:
-    """Return True if the sum of the losses of a process is finite."""
-    return math.isfinite(sum(losses.values()))
-
-
-class _Shared(NamedTuple):
-    """The state of all processes before the backward pass of a step.
-
-    Attributes:
-        stop: True if one of them has a reason not to go on.
-        data_time: the longest time that one of them waited for its data, in seconds.
-        losses: the means over the processes, by name.
-    """
-
-    stop: bool
-    data_time: float
-    losses: dict[str, float]
-
-
-_ROOM = 256  # the most losses of a step: every process sends this many numbers, also without losses
-
-
-def _share(values: dict[str, float], data_time: float, *, stop: bool) -> _Shared:
-    """Send the state of this process to all others, and return the state of all processes.
-
-    This runs in each step, so it is one exchange of tensors on the CPU: gathering objects takes
-    several times as long.
-    """
-    processes = comm.get_world_size()
-    if processes == 1:
-        return _Shared(stop, data_time, values)
-    names = sorted(values)
-    if len(names) > _ROOM:
-        raise UserValueError(
-            f"A step has {len(names)} losses, but several processes can share at most {_ROOM}: let "
-            "the network add some of them up, or train in one process."
+        return (
+            f"Losses of each process: {self.losses}; learning rate: {self.rate:.3g}.\n"
+            f"Images of each process: {self.images}.\n"
+            f"Losses of the iteration before: {before or 'there was none'}.\n"
+            f"{_list_causes(cfg, rate=self.rate)}\n"
+            f"All this is in {record}, and the state before the step in {self.name}.pth: with this "
+            "name in the file last_checkpoint, --resume makes the step again.\n"
+            f"Last checkpoint: {checkpoint or 'none was saved'}."
         )
-    checksum = zlib.crc32("\n".join(names).encode())
-    row = torch.zeros(3 + _ROOM, dtype=torch.float64)
-    row[: 3 + len(names)] = torch.tensor(
-        [stop, data_time, checksum, *(values[name] for name in names)], dtype=row.dtype
-    )
-    rows = [torch.empty_like(row) for _ in range(processes)]
-    dist.all_gather(rows, row, group=comm._get_global_gloo_group())
-    table = torch.stack(rows)
-    stopped = bool(table[:, 0].any())
-    if not stopped and len(table[:, 2].unique()) > 1:
-        _refuse_other_names(names)
-    means = dict(zip(names, table[:, 3 : 3 + len(names)].mean(dim=0).tolist(), strict=True))
-    return _Shared(stopped, float(table[:, 1].max()), {name: means[name] for name in values})
 
 
-def _refuse_other_names(names: list[str]) -> NoReturn:
-    """Raise an error about the losses that some processes lack. All processes call this."""
-    every = [set(each) for each in comm.all_gather(names)]
-    lacking = sorted(set.union(*every) - set.intersection(*every))
-    raise UserValueError(
-        f"Some processes have no loss {', '.join(lacking)} in this step: the network must return "
-        "the same losses for every batch, such as 0 where there is nothing to learn."
-    )
+def _list_causes(cfg: CfgNode, *, rate: float) -> str:
+    """Return a line with the likely causes of a NaN or infinite loss, and the keys that help."""
+    solver = cfg.SOLVER
+    causes = [
+        f"a learning rate too high for the batch (now {rate:.3g} for {solver.IMS_PER_BATCH} "
+        "images; --auto-scale-lr fits the config's)",
+        f"a warm-up too short (SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS})",
+    ]
+    if not solver.CLIP_GRADIENTS.ENABLED:
+        causes.append("no gradient clipping (SOLVER.CLIP_GRADIENTS.ENABLED True)")
+    if solver.AMP.ENABLED and autocast_dtype(cfg) == torch.float16:
+        causes.append("the range of float16 (SOLVER.AMP.DTYPE bfloat16)")
+    causes.append("FrozenBN without weights that belong to the network")
+    causes.append("the images named above")
+    return f"Likely causes: {'; '.join(causes)}."
+
+
+def image_names(loader: Iterable[Any], place: Place) -> list[str]:
+    """Return the names of the images of a batch of this process.
+
+    Args:
+        loader: the loader of the training data. Only a :class:`TrainingStream` knows the names.
+        place: the place of the batch in the stream.
+    """
+    if not isinstance(loader, TrainingStream):
+        return []
+    return [loader.name(index) for _, index in next(loader.batches(place))]
 
 
 class KeptStatistics:
@@ -284,52 +186,3 @@ _foreach_copy = getattr(torch, "_foreach_copy_", _copy_one_by_one)
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     if targets:
         _foreach_copy(targets, sources)
-
-
-def write_record(
-    folder: str,
-    iteration: int,
-    *,
-    losses: list[dict[str, float]],
-    images: list[list[str]],
-    rate: float,
-    seed: int,
-) -> str:
-    """Write the facts of a step with a NaN or infinite loss to
-    ``folder/nonfinite_<iteration>.json``.
-
-    Args:
-        losses: the losses of each process, by name.
-        images: the file names of the images of each process.
-
-    Returns:
-        the path of the file.
-    """
-    processes = [
-        {
-            "losses": {n: v if math.isfinite(v) else str(v) for n, v in values.items()},
-            "images": names,
-        }
-        for values, names in zip(losses, images, strict=True)
-    ]
-    content = {"iteration": iteration, "learning_rate": rate, "seed": seed, "processes": processes}
-    path = os.path.join(folder, f"nonfinite_{iteration:07d}.json")
-    write_text(path, json.dumps(content, indent=2) + "\n")
-    return path
-
-
-def explain(cfg: CfgNode, *, rate: float) -> str:
-    """Return the likely causes of a NaN or infinite loss, with the keys that help."""
-    solver = cfg.SOLVER
-    causes = [
-        f"a learning rate too high for the batch (now {rate:.3g} for {solver.IMS_PER_BATCH} "
-        "images; --auto-scale-lr fits the config's)",
-        f"a warm-up too short (SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS})",
-    ]
-    if not solver.CLIP_GRADIENTS.ENABLED:
-        causes.append("no gradient clipping (SOLVER.CLIP_GRADIENTS.ENABLED True)")
-    if solver.AMP.ENABLED and autocast_dtype(cfg) == torch.float16:
-        causes.append("the range of float16 (SOLVER.AMP.DTYPE bfloat16)")
-    causes.append("FrozenBN without weights that belong to the network")
-    causes.append("the images named above")
-    return f"Likely causes: {'; '.join(causes)}."

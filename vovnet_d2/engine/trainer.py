@@ -7,19 +7,15 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from traceback import clear_frames
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -28,19 +24,18 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer
 from ..data.copy_paste import CopyPaste
-from ..data.mapper import AugmentedTestMapper, Mapper, build_augmentations, build_mapper
+from ..data.mapper import build_mapper
 from ..data.stream import Place, TrainingStream, build_detection_stream, seed_all, step_seed
 from ..data.unreadable import ReadableOnly, image_roots
-from ..data.workers import attend_to_workers
 from ..errors import UserValueError
-from ..tiles import TiledDetector
+from .agreed_steps import build_steps
 from .averaging import EMA_SUFFIX, WeightAverage, name_of_average
 from .categories import category_names, find_difference
 from .compilation import compile_backbone, explain_compilation, run_eagerly
 from .data_checks import check_stream
 from .dense import read_loss_normalizers, write_loss_normalizers
 from .distillation import add_teacher
-from .evaluation import build_evaluator, main_metric
+from .evaluating_trainer import EvaluatingTrainer, Results, merge_results
 from .hooks import (
     BestCheckpointer,
     Checkpointing,
@@ -58,88 +53,49 @@ from .interruption import Interrupted, StopRequest, exit_on_signal
 from .loggers import TrackerWriter
 from .memory_format import to_memory_format
 from .nonfinite import (
-    AgreedSteps,
     KeptStatistics,
     NonFiniteLossError,
+    NonFiniteStep,
     TrainingDivergedError,
-    explain,
-    write_record,
+    image_names,
 )
-from .precision import autocast, autocast_dtype, predict_in_float32
+from .precision import predict_in_float32
 from .registered_data import explain_loading
 from .solver import build_optimizer
 
-__all__ = ["MixedPrecisionTrainer", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
-Results = dict[str, Any]
 
+class _Judged(NamedTuple):
+    """A network whose best weights are kept.
 
-class MixedPrecisionTrainer(AgreedSteps):
-    """A :class:`SimpleTrainer` whose forward pass runs under autocast, on any device.
-
-    float16 losses are scaled, so that small gradients do not vanish; bfloat16 needs no scaling.
-    Detectron2's AMPTrainer does this on GPUs only.
+    Attributes:
+        model: the network.
+        metric: the name of the metric that counts.
+        file: the name of the file with the best weights, without ``.pth``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data_loader: Iterable[Any],
-        optimizer: torch.optim.Optimizer,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        **options: Any,
-    ):
-        """
-        Args:
-            dtype: what the forward pass computes in.
-            options: see :class:`AgreedSteps`.
-        """
-        super().__init__(model, data_loader, optimizer, **options)
-        self.device = device
-        self.dtype = dtype
-        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def forward(self, data: Any) -> dict[str, torch.Tensor] | torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype):
-            return super().forward(data)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.grad_scaler.scale(loss).backward()
-
-    def update(self) -> None:
-        # Gradients are clipped before the step, in which fused optimizers would unscale them.
-        self.grad_scaler.unscale_(self.optimizer)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.grad_scaler.is_enabled():
-            state["grad_scaler"] = self.grad_scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "grad_scaler" in state_dict:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+    model: nn.Module
+    metric: str
+    file: str
 
 
-class Trainer(DefaultTrainer):
+class Trainer(EvaluatingTrainer):
     """A trainer and evaluator of the network that a config describes.
 
-    Beyond :class:`DefaultTrainer` it evaluates every kind of data set that Detectron2 has an
-    evaluator for, keeps the best weights where ``TEST.EVAL_PERIOD`` is set and the average of the
-    weights where ``SOLVER.EMA`` is, and runs on CPUs in mixed precision and several processes too.
+    Unlike :class:`DefaultTrainer`, it evaluates every kind of data set that Detectron2 has an
+    evaluator for. It keeps the best weights if ``TEST.EVAL_PERIOD`` is set, and the average of the
+    weights if ``SOLVER.EMA`` is set. It runs on CPUs in mixed precision and in several processes,
+    too.
 
-    It may be interrupted at any time: resumed, it has the data, the random numbers and so, on a
-    CPU, the parameters that it would have had. All randomness follows from the seed, the
-    iteration and the position of a sample in :class:`~vovnet_d2.data.stream.TrainingStream`.
-    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end it after the step that is being made, with a checkpoint,
-    by :class:`~vovnet_d2.engine.interruption.Interrupted`.
+    A training may be interrupted at any time. A resumed training has the data, the random numbers
+    and so, on a CPU, the parameters that it would have had. All random numbers follow from the
+    seed, the iteration and the position of a sample in
+    :class:`~vovnet_d2.data.stream.TrainingStream`. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end a
+    training after the current step, with a checkpoint, by
+    :class:`~vovnet_d2.engine.interruption.Interrupted`.
 
     Attributes:
         stop_signal: the name of a signal that one of the processes had got before the latest step;
@@ -157,33 +113,18 @@ class Trainer(DefaultTrainer):
         """
         # DefaultTrainer's constructor is not called, because it builds other parts.
         TrainerBase.__init__(self)
-        for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):
-                setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+        _set_up_loggers(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        device = torch.device(cfg.MODEL.DEVICE)
+        self.cfg = cfg
+
+        # The parts of the training, in the order in which Detectron2 builds them.
         model = self.build_model(cfg)
         self.add_teacher(cfg, model, allow_pickle=allow_pickle)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        if cfg.SOLVER.COMPILE.ENABLED:
-            budget = cfg.SOLVER.COMPILE.MEMORY_BUDGET
-            compile_backbone(model, memory_budget=budget, dynamic=not cfg.INPUT.FIXED_SIZE)
-        model = create_ddp_model(
-            model,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,  # one copy of the gradients instead of two
-            device_ids=[comm.get_local_rank()] if device.type == "cuda" else None,
-        )
+        model = _compile_and_distribute(cfg, model)
         self._request = StopRequest()
-        parts: Any = (model, data_loader, optimizer)
-        options: Any = {"request": self._request, "accumulate": cfg.SOLVER.ACCUMULATE}
-        if cfg.SOLVER.AMP.ENABLED:
-            options |= {"device": device, "dtype": autocast_dtype(cfg)}
-            self._trainer: AgreedSteps = MixedPrecisionTrainer(*parts, **options)
-        else:
-            self._trainer = AgreedSteps(*parts, **options)
-        self._statistics = KeptStatistics(model)
+        self._trainer = build_steps(cfg, model, data_loader, optimizer, request=self._request)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = VoVNetCheckpointer(
             model,
@@ -194,60 +135,116 @@ class Trainer(DefaultTrainer):
             categories=category_names(cfg.DATASETS.TRAIN),
             trainer=weakref.proxy(self),
         )
-        self.earlier_seconds = 0.0
-        self._began = time.perf_counter()
+        self._statistics = KeptStatistics(model)
+        self._average = self._build_average()
+        self._checkpointing = self._build_checkpointing()
+
+        # How far the training is. A checkpoint replaces these values.
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
-        self._last_eval_results: Results = {}
-        self._rank_states: list[dict[str, float]] = []
-        self._skipped_steps = 0
-        processes = comm.get_world_size()
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self._place = Place(seed, 0, 0, cfg.SOLVER.IMS_PER_BATCH, processes)  # at start_iter
+        batch_size, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        self._place = Place(seed, 0, 0, batch_size, processes)  # at start_iter
+        self.earlier_seconds = 0.0
+        self._began = time.perf_counter()
+        self._skipped_steps = 0
+        self._rank_states: list[dict[str, float]] = []
+        self._last_eval_results: Results = {}
+
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, in its order, and the best checkpoint before the writers."""
-        cfg = self.cfg
-        period, metric = cfg.TEST.EVAL_PERIOD, self.main_metric(cfg)
+        """Return Detectron2's hooks in Detectron2's order, with those of this package among them.
+
+        Hooks that look at the results of an evaluation come after the evaluation, and before the
+        writers.
+        """
+        judged = self._find_judged()
         found: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
-        # The networks that are evaluated, each with its metric and the file of its best weights.
-        judged = [(self.model, metric, "model_best")] if metric else []
-        categories = self.checkpointer.categories
-        averaged = None
-        if cfg.SOLVER.EMA:
-            self._average = WeightAverage(self.checkpointer.model, cfg.SOLVER.EMA)
+        if self._average:
             found.append(self._average)
-            model = self._average.model
-            averaged = WeightsCheckpointer(model, cfg.OUTPUT_DIR, categories=categories)
-            if metric:
-                judged.append((model, name_of_average(metric), "model_best_ema"))
-        period_of_checkpoints = cfg.SOLVER.CHECKPOINT_PERIOD
-        self._checkpointing = Checkpointing(self.checkpointer, period_of_checkpoints, averaged)
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
-            own = cfg.clone()
-            own.defrost()
-            own.DATALOADER.NUM_WORKERS = 0
-            data_loader = self.build_train_loader(own)
-            found.append(PreciseBN(period, self.model, data_loader, cfg.TEST.PRECISE_BN.NUM_ITER))
+        if self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            found.append(self._build_precise_bn())
         found.append(self._checkpointing)
+        found += self._build_evaluation_hooks()
+        if comm.is_main_process():
+            found += self._build_best_checkpointers(judged)
+            found += [UnreadableCount(), EpochCount()]
+            found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        found += self._build_early_stopping(judged)
+        return found
+
+    def _build_average(self) -> WeightAverage | None:
+        if not self.cfg.SOLVER.EMA:
+            return None
+        return WeightAverage(self.checkpointer.model, self.cfg.SOLVER.EMA)
+
+    def _build_checkpointing(self) -> Checkpointing:
+        averaged = None
+        if self._average:
+            categories = self.checkpointer.categories
+            averaged = WeightsCheckpointer(
+                self._average.model, self.cfg.OUTPUT_DIR, categories=categories
+            )
+        return Checkpointing(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, averaged)
+
+    def _build_precise_bn(self) -> PreciseBN:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        node = cfg.TEST.PRECISE_BN
+        data_loader = self.build_train_loader(cfg)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, data_loader, node.NUM_ITER)
+
+    def _build_evaluation_hooks(self) -> list[HookBase]:
+        cfg = self.cfg
         evaluate = self._interruptible(self._test_and_keep)
-        found.append(EvalHook(period, evaluate, metric, cfg.OUTPUT_DIR))
+        found = [EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, self.main_metric(cfg), cfg.OUTPUT_DIR)]
         if cfg.TEST.AUG.ENABLED:
             found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
-        if comm.is_main_process():
-            for model, name, file in judged * (period > 0):
-                best = (period, model, cfg.OUTPUT_DIR, name)
-                found.append(BestCheckpointer(*best, file_prefix=file, categories=categories))
-            found.append(UnreadableCount())
-            found.append(EpochCount())
-            found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        if judged and period > 0 and (patience := cfg.TEST.PATIENCE) > 0:
-            _, name, file = judged[-1]  # the average decides, as its weights are the ones to use
-            ending = (self._checkpointing, period, name, patience, cfg.OUTPUT_DIR)
-            found.append(EarlyStopping(*ending, best=file))
         return found
+
+    def _find_judged(self) -> list[_Judged]:
+        """Return the networks whose best weights are kept. If there is an average of the weights,
+        it is the last one.
+        """
+        metric = self.main_metric(self.cfg)
+        if not metric or self.cfg.TEST.EVAL_PERIOD <= 0:
+            return []
+        judged = [_Judged(self.model, metric, "model_best")]
+        if self._average:
+            name = name_of_average(metric)
+            judged.append(_Judged(self._average.model, name, "model_best_ema"))
+        return judged
+
+    def _build_best_checkpointers(self, judged: Sequence[_Judged]) -> list[BestCheckpointer]:
+        return [
+            BestCheckpointer(
+                self.cfg.TEST.EVAL_PERIOD,
+                each.model,
+                self.cfg.OUTPUT_DIR,
+                each.metric,
+                file_prefix=each.file,
+                categories=self.checkpointer.categories,
+            )
+            for each in judged
+        ]
+
+    def _build_early_stopping(self, judged: Sequence[_Judged]) -> list[EarlyStopping]:
+        test = self.cfg.TEST
+        if not judged or test.PATIENCE <= 0:
+            return []
+        decisive = judged[-1]  # an average of the weights decides: its weights are the ones to use
+        return [
+            EarlyStopping(
+                self._checkpointing,
+                test.EVAL_PERIOD,
+                decisive.metric,
+                test.PATIENCE,
+                self.cfg.OUTPUT_DIR,
+                best=decisive.file,
+            )
+        ]
 
     def build_writers(self) -> list[EventWriter]:
         writers = super().build_writers()
@@ -260,17 +257,20 @@ class Trainer(DefaultTrainer):
         results = self.test(self.cfg, self.model)
         if self._average:
             logger.info("Evaluating the average of the weights (SOLVER.EMA) ...")
-            results = _merge(results, self._test_as(EMA_SUFFIX, self.cfg, self._average.model))
+            averaged = self.test_as(EMA_SUFFIX, self.cfg, self._average.model)
+            results = merge_results(results, averaged)
         self._last_eval_results = results
         return results
 
     def _test_with_tta_and_keep(self) -> Results:
         results = self.test_with_tta(self.cfg, self.model)
-        self._last_eval_results = _merge(self._last_eval_results, results)
+        self._last_eval_results = merge_results(self._last_eval_results, results)
         return results
 
     def _interruptible(self, evaluate: Callable[[], Results]) -> Callable[[], Results]:
-        """Return an evaluation that a signal ends at once."""
+        """Return a function that evaluates in all processes. A signal ends the evaluation at once,
+        with a checkpoint.
+        """
 
         def run() -> Results:
             self.gather_rank_states()
@@ -282,24 +282,25 @@ class Trainer(DefaultTrainer):
                         return evaluate()
             except Interrupted as interrupted:
                 signal = interrupted.signal
-                clear_frames(interrupted.__traceback__)  # which hold the data loader's workers
+                clear_frames(interrupted.__traceback__)  # they hold the data loader's workers
             self._checkpointing.end_evaluation(signal)
 
         return run
 
     def _share_buffers(self) -> None:
-        """Give all processes the statistics of norms of the first one, which are what is saved:
-        processes evaluate one network then."""
+        """Give all processes the statistics of norms of the first process, which saves them. So all
+        processes evaluate the same network.
+        """
         if comm.get_world_size() > 1:
             for model in (self.model, *([self._average.model] if self._average else [])):
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint in ``OUTPUT_DIR``, or start from ``MODEL.WEIGHTS``.
+        """Resume from the last checkpoint in ``OUTPUT_DIR``, or start from ``MODEL.WEIGHTS``.
 
         Args:
-            resume: do the former, if there is such a checkpoint.
+            resume: True to resume if there is such a checkpoint.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -318,7 +319,8 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> Results:
-        """
+        """Train to the end.
+
         Returns:
             the results of the last evaluation, as :meth:`test` gives them.
 
@@ -338,7 +340,7 @@ class Trainer(DefaultTrainer):
             with self._request.listen(), torch.jit.optimized_execution(compiled):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         except EndOfTraining as end:
-            clear_frames(end.__traceback__)  # which hold the data loader's workers
+            clear_frames(end.__traceback__)  # they hold the data loader's workers
         finally:
             self._end_workers()
         return self._last_eval_results
@@ -356,25 +358,58 @@ class Trainer(DefaultTrainer):
             end()
 
     def run_step(self) -> None:
+        """Make a step. A step whose loss is not finite is skipped, up to
+        ``SOLVER.MAX_SKIPPED_STEPS`` times.
+
+        Raises:
+            TrainingDivergedError: too many steps were skipped.
+        """
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
         self._statistics.keep()
         try:
             with explain_compilation(self.cfg):
                 super().run_step()
         except NonFiniteLossError as error:
-            self._statistics.restore()  # which are not finite now
-            images = comm.gather(self._image_names())
-            record = self._record_nonfinite(error, images)
-            if self._skipped_steps >= self.cfg.SOLVER.MAX_SKIPPED_STEPS:
-                raise TrainingDivergedError(
-                    self._explain_nonfinite(error, images, record)
-                ) from error
-            self._skipped_steps += 1
-            logger.warning(
-                "Iteration %d is skipped, number %d of the %d that SOLVER.MAX_SKIPPED_STEPS "
-                "allows: %s The record is in %s.",
-                *(self.iter, self._skipped_steps, self.cfg.SOLVER.MAX_SKIPPED_STEPS, error, record),
-            )
+            self._statistics.restore()  # this step may have made them NaN
+            self._skip_step(error)
+
+    def _skip_step(self, error: NonFiniteLossError) -> None:
+        """Record a step whose loss is not finite, and count it as skipped.
+
+        Raises:
+            TrainingDivergedError: too many steps were skipped before.
+        """
+        loader = self._trainer.data_loader
+        images = comm.gather(image_names(loader, self._find_place(self.iter)))
+        rate = self.optimizer.param_groups[0]["lr"]
+        step = NonFiniteStep(self.iter, error.losses, images, rate, self.seed)
+        record = step.write(self.cfg.OUTPUT_DIR) if comm.is_main_process() else ""
+        if self._skipped_steps >= self.cfg.SOLVER.MAX_SKIPPED_STEPS:
+            self._end_at(step, record, error)
+        self._skipped_steps += 1
+        logger.warning(
+            "Iteration %d is skipped, number %d of the %d that SOLVER.MAX_SKIPPED_STEPS "
+            "allows: %s The record is in %s.",
+            *(self.iter, self._skipped_steps, self.cfg.SOLVER.MAX_SKIPPED_STEPS, error, record),
+        )
+
+    def _end_at(self, step: NonFiniteStep, record: str, error: NonFiniteLossError) -> NoReturn:
+        """Save the state before a step whose loss is not finite, and end the training."""
+        self.gather_rank_states()
+        message = f"Training diverged at iteration {step.iteration}. {error}"
+        if comm.is_main_process():
+            # The iteration that the parameters, the optimizer and the schedule belong to:
+            self.iter = self._trainer.iter = step.iteration - 1
+            self.checkpointer.write(step.name, iteration=self.iter)
+            self.iter = self._trainer.iter = step.iteration
+            latest = self.storage.latest().items()
+            before = {name: round(value, 4) for name, (value, _) in latest if "loss" in name}
+            checkpoint = self.checkpointer.get_checkpoint_file()
+            explained = step.explain(self.cfg, before=before, record=record, checkpoint=checkpoint)
+            message = f"{message}\n{explained}"
+        raise TrainingDivergedError(message) from error
+
+    # How far the training is
 
     @property
     def stop_signal(self) -> str | None:
@@ -386,13 +421,13 @@ class Trainer(DefaultTrainer):
         return self._place.seed
 
     def count_epochs(self, iterations: int) -> float | None:
-        """Return the number of epochs after a number of iterations; None if the loader does not
-        tell the number of images."""
+        """Return the number of epochs after a number of iterations. Return None if the number of
+        images is not known.
+        """
         loader = self._trainer.data_loader
         if not isinstance(loader, TrainingStream):
             return None
-        place = self._place
-        seen = place.num_samples + (iterations - self.start_iter) * place.batch_size
+        seen = self._find_place(iterations).num_samples
         return seen / len(loader.dataset)  # type: ignore[arg-type]
 
     def describe_length(self) -> str:
@@ -402,18 +437,22 @@ class Trainer(DefaultTrainer):
         epochs = self.count_epochs(done)
         return told if epochs is None else f"{told}, {epochs:.4g} epochs"
 
-    # What a checkpoint holds beyond Detectron2's
+    def _find_place(self, iterations: int) -> Place:
+        """Return the place in the stream of samples after a number of iterations."""
+        batches = self._place.batches + iterations - self.start_iter
+        return replace(self._place, batches=batches)
+
+    # What a checkpoint has that Detectron2's checkpoints do not have
 
     def gather_rank_states(self) -> None:
-        """Gather the state that differs between processes, before one of them saves. All processes
-        call this.
+        """Gather the states that differ between processes. All processes call this method before
+        one of them saves.
         """
         self._rank_states = comm.gather(read_loss_normalizers(self.checkpointer.model))
 
     def state_dict(self) -> dict[str, Any]:
-        done = self.iter + 1 - self.start_iter
         state = super().state_dict()
-        state["stream"] = asdict(replace(self._place, batches=self._place.batches + done))
+        state["stream"] = asdict(self._find_place(self.iter + 1))
         state["ranks"] = self._rank_states
         state["skipped_steps"] = self._skipped_steps
         state["seconds"] = self.earlier_seconds + time.perf_counter() - self._began
@@ -434,77 +473,35 @@ class Trainer(DefaultTrainer):
         self._skipped_steps = state_dict["skipped_steps"]
         write_loss_normalizers(self.checkpointer.model, state_dict["ranks"])
         if self._place is not saved:
-            self._say_that_the_batch_is_another(saved)
+            logger.warning(
+                "Batches of %d in %d processes instead of %d in %d: the training goes on after the "
+                "%d images seen, from iteration %d of this run's, not exactly as it would have.",
+                *(batch_size, processes, saved.batch_size, saved.num_processes),
+                *(saved.num_samples, saved.num_samples // batch_size),
+            )
         if batch_size != saved.batch_size:
-            # Iterations are counted in batches of this run, and its learning rates apply.
-            self.iter = saved.num_samples // batch_size - 1
-            self.scheduler.last_epoch = self.iter + 1
-            self.scheduler.base_lrs = base_rates
-            groups = self.optimizer.param_groups
-            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
-                group["lr"] = rate
+            self._count_in_batches_of_this_run(saved.num_samples, base_rates)
 
-    def _say_that_the_batch_is_another(self, saved: Place) -> None:
-        place = self._place
-        logger.warning(
-            "Batches of %d in %d processes instead of %d in %d: the training goes on after the %d "
-            "images seen, from iteration %d of this run's, not exactly as it would have.",
-            *(place.batch_size, place.num_processes, saved.batch_size, saved.num_processes),
-            *(saved.num_samples, saved.num_samples // place.batch_size),
-        )
+    def _count_in_batches_of_this_run(self, num_samples: int, base_rates: list[float]) -> None:
+        """Set the iteration to the number of samples over the batch of this run, and the learning
+        rates to those of this run.
+        """
+        self.iter = num_samples // self._place.batch_size - 1
+        self.scheduler.last_epoch = self.iter + 1
+        self.scheduler.base_lrs = base_rates
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
-    # Losses that are not finite
-
-    def _record_nonfinite(self, error: NonFiniteLossError, images: list[list[str]]) -> str:
-        """Write down what is known of this step, and return the file's path."""
-        if not comm.is_main_process():
-            return ""
-        rate = self.optimizer.param_groups[0]["lr"]
-        facts = {"losses": error.losses, "images": images, "rate": rate, "seed": self.seed}
-        return write_record(self.cfg.OUTPUT_DIR, self.iter, **facts)
-
-    def _image_names(self) -> list[str]:
-        """Return the names of the images of this step in this process."""
-        loader = self._trainer.data_loader
-        if not isinstance(loader, TrainingStream):
-            return []
-        place = replace(self._place, batches=self._place.batches + self.iter - self.start_iter)
-        return [loader.name(index) for _, index in next(loader.batches(place))]
-
-    def _explain_nonfinite(
-        self, error: NonFiniteLossError, images: list[list[str]], record: str
-    ) -> str:
-        self.gather_rank_states()
-        if not comm.is_main_process():
-            return f"Training diverged at iteration {self.iter}. {error}"
-        iteration = self.iter
-        state = f"nonfinite_{iteration:07d}"
-        # The iteration that the parameters, the optimizer and the schedule belong to:
-        self.iter = self._trainer.iter = iteration - 1
-        self.checkpointer.write(state, iteration=self.iter)
-        self.iter = self._trainer.iter = iteration
-        rate = self.optimizer.param_groups[0]["lr"]
-        before = {k: round(v, 4) for k, (v, _) in self.storage.latest().items() if "loss" in k}
-        return (
-            f"Training diverged at iteration {iteration}. {error}\n"
-            f"Losses of each process: {error.losses}; learning rate: {rate:.3g}.\n"
-            f"Images of each process: {images}.\n"
-            f"Losses of the iteration before: {before or 'there was none'}.\n"
-            f"{explain(self.cfg, rate=rate)}\n"
-            f"All this is in {record}, and the state before the step in {state}.pth: with this "
-            "name in the file last_checkpoint, --resume makes the step again.\n"
-            f"Last checkpoint: {self.checkpointer.get_checkpoint_file() or 'none was saved'}."
-        )
+    # The parts of a training, which a subclass may build in another way
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """
-        Returns:
-            the config for the batch of ``num_workers`` processes, where
-            ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many it was written.
+        """Return the config for the batch of ``num_workers`` processes, if
+        ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many processes the config was written.
 
         Raises:
-            ValueError: the batch of the config is not for so many.
+            ValueError: so many processes cannot share the batch of the config.
         """
         batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference < 0 or (reference and batch % reference):
@@ -547,77 +544,25 @@ class Trainer(DefaultTrainer):
             stream.mapper = CopyPaste(mapper, stream.dataset, cfg.INPUT.COPY_PASTE)
         return stream
 
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = build_mapper(cfg, is_train=False)
-        if cfg.TEST.TILES:  # which are cut from an image as it is
-            mapper = Mapper(cfg, False, augmentations=[])
-        readable = ReadableOnly(mapper, roots=image_roots([dataset_name]))
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=readable)
-        return attend_to_workers(loader)
 
-    @classmethod
-    def main_metric(cls, cfg: CfgNode) -> str | None:
-        """See :func:`vovnet_d2.engine.evaluation.main_metric`."""
-        return main_metric(cfg)
-
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, *, suffix: str = ""
-    ) -> DatasetEvaluator:
-        """See :func:`vovnet_d2.engine.evaluation.build_evaluator`."""
-        return build_evaluator(cfg, dataset_name, suffix=suffix)
-
-    @classmethod
-    def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
-    ) -> Results:
-        """
-        Returns:
-            on the main process, ``{task: {metric: value}}``, or this for each data set by name
-            where ``DATASETS.TEST`` has several.
-        """
-        if cfg.TEST.TILES:
-            tiles, overlap = cfg.TEST.TILES, cfg.TEST.TILE_OVERLAP
-            resize = T.AugmentationList(build_augmentations(cfg, is_train=False))
-            model = TiledDetector(model, tiles, overlap, resize=resize)
-        with autocast(cfg, enabled=cfg.TEST.AMP.ENABLED):
-            return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Results:
-        """Evaluate as :meth:`test` does, with the augmentation of ``TEST.AUG``.
-
-        The names of the tasks end with ``_TTA``.
-        """
-        logger.info("Evaluating with test-time augmentation ...")
-        aug = cfg.TEST.AUG
-        mapper = AugmentedTestMapper(aug.MIN_SIZES, aug.MAX_SIZE, flip=aug.FLIP)
-        return cls._test_as("_TTA", cfg, GeneralizedRCNNWithTTA(cfg, model, mapper))
-
-    @classmethod
-    def _test_as(cls, suffix: str, cfg: CfgNode, model: nn.Module) -> Results:
-        """Evaluate as :meth:`test` does; the names of tasks and folders end with ``suffix``."""
-        evaluators = [cls.build_evaluator(cfg, name, suffix=suffix) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, model, evaluators)
-        if len(cfg.DATASETS.TEST) == 1:
-            return _rename(results, suffix)
-        return {name: _rename(tasks, suffix) for name, tasks in results.items()}
-
-    @classmethod
-    def test_all(cls, cfg: CfgNode, model: nn.Module) -> Results:
-        """Evaluate by :meth:`test`, and by :meth:`test_with_tta` if ``TEST.AUG`` asks for it."""
-        results = cls.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results = _merge(results, cls.test_with_tta(cfg, model))
-        return results
+def _set_up_loggers(cfg: CfgNode) -> None:
+    """Start the log in ``OUTPUT_DIR``, unless a command line has done so."""
+    for name in ("detectron2", "vovnet_d2"):  # default_setup knows the first only
+        if not logging.getLogger(name).isEnabledFor(logging.INFO):
+            setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
 
 
-def _rename(tasks: Results, suffix: str) -> Results:
-    return {f"{task}{suffix}": metrics for task, metrics in tasks.items()}
-
-
-def _merge(results: Results, more: Results) -> Results:
-    """Merge the tasks of two results, with one data set or several."""
-    common = {key: results[key] | more[key] for key in results.keys() & more.keys()}
-    return {**results, **more, **common}
+def _compile_and_distribute(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Compile the backbone of a model if the config asks for it, and let processes share the
+    gradients of the model.
+    """
+    if cfg.SOLVER.COMPILE.ENABLED:
+        budget = cfg.SOLVER.COMPILE.MEMORY_BUDGET
+        compile_backbone(model, memory_budget=budget, dynamic=not cfg.INPUT.FIXED_SIZE)
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    return create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # one copy of the gradients instead of two
+        device_ids=[comm.get_local_rank()] if on_gpu else None,
+    )
