@@ -5,7 +5,6 @@ not matter how processes share a batch. Run it as train_net.py is run."""
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from torch import nn
 
 from vovnet_d2.engine import Trainer, argument_parser
 from vovnet_d2.engine.data_checks import check_data
-from vovnet_d2.engine.detection import register_data
 from vovnet_d2.engine.launch import launch_or_exit
-from vovnet_d2.engine.run import Task, run_task
+from vovnet_d2.engine.registered_data import register_data
+from vovnet_d2.engine.run import run_task
+from vovnet_d2.engine.task import YamlTask
 
 STEPS = 20
 OPTIONS = [
@@ -61,12 +61,18 @@ def train(args: argparse.Namespace) -> None:
     for name, trainer in TRAINERS.items():
         words = [*OPTIONS, *options, str(Path(folder) / name)]
         own = argparse.Namespace(**{**vars(args), "opts": words})
-        run_task(Task(trainer, partial(_check, own)), own)
+        run_task(CountingTask(own, trainer))
 
 
-def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: bool) -> None:
-    register_data(cfg, args, training=training)
-    check_data(cfg, training=training)
+class CountingTask(YamlTask):
+    def __init__(self, args: argparse.Namespace, trainer: type[Trainer]):
+        super().__init__(args)
+        self.trainer = trainer
+
+    def check(self, cfg: CfgNode, *, resuming: bool) -> None:
+        super().check(cfg, resuming=resuming)
+        register_data(cfg, self.args, training=self.training)
+        check_data(cfg, training=self.training)
 
 
 def parse(*words: str) -> argparse.Namespace:

@@ -41,7 +41,7 @@ from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.engine.lazy import LazyTrainer, build_train_stream
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
 from vovnet_d2.engine.pretrain import add_pretraining_config
-from vovnet_d2.engine.run import _is_surprise
+from vovnet_d2.engine.run_log import _is_surprise
 from vovnet_d2.signals import ending_signals
 
 pytest_plugins = ["engine_fixtures"]

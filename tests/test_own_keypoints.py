@@ -17,7 +17,6 @@ from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_NAMES,
 )
 from engine_runs import TINY, data_flags, read_log
-from omegaconf import OmegaConf
 from PIL import Image
 
 from vovnet_d2.data.keypoints import derive_flips, parse_flips
@@ -298,4 +297,4 @@ def test_a_lazy_config_has_its_own_flips(dogs: Path) -> None:
     cfg = load_config(CONFIG)
     args = lazy.lazy_argument_parser().parse_args(["--config-file", "x.py", *flags(dogs, "train")])
     with pytest.raises(ValueError, match=r"keypoint_hflip_indices.*tools/train_net\.py"):
-        lazy._use_own_data(OmegaConf.create(), cfg, args, training=True)
+        lazy.LazyTask(args)._register_data(cfg)

@@ -14,9 +14,9 @@ from detectron2.utils.logger import setup_logger
 from ..errors import UserImportError, UserValueError
 from .config import add_options_argument, load_config
 from .data_checks import check_data, check_data_sets
-from .detection import register_data
 from .launch import run_or_exit
 from .own_data import add_own_data_arguments
+from .registered_data import register_data
 
 __all__ = ["main"]
 

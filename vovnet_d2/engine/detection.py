@@ -11,10 +11,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..data import register_digits
-from ..data.cityscapes import provide_cityscapes_scripts
-from ..data.own import register_own_data
-from ..data.voc import register_voc
 from ..errors import UserValueError
 from . import config
 from .data_checks import check_data
@@ -23,13 +19,14 @@ from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, data_of, fit_to_data, refuse_to_fit
 from .initial_weights import check_initialisation
 from .launch import launch_command
-from .own_data import add_own_data_arguments, use_own_data
+from .own_data import add_own_data_arguments
+from .registered_data import register_data
 from .rehearsal import rehearse_evaluation
-from .run import Task, run_task
-from .trainer import Trainer
+from .run import run_task
+from .task import YamlTask
 from .written import find_written
 
-__all__ = ["argument_parser", "main", "register_data", "run"]
+__all__ = ["argument_parser", "main", "run"]
 
 _EXAMPLE = "COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml"
 
@@ -67,11 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _require_config(args)
     refuse_to_fit(args)
     args.opts = [*args.opts, *teacher_options(args)]
-    return run_task(Task(Trainer, partial(_check, args), fit=partial(_fit, args)), args)
+    return run_task(DetectionTask(args))
 
 
 def _require_config(args: argparse.Namespace) -> None:
-    """Refuse a run without a config: nobody trains the detector of Detectron2's defaults."""
+    """Refuse a run without a config. Nobody trains the detector of Detectron2's defaults."""
     if not args.config_file and "MODEL.BACKBONE.NAME" not in args.opts[::2]:
         data = " (--train-annotations and --val-annotations are data, and need one too)"
         raise UserValueError(
@@ -80,36 +77,21 @@ def _require_config(args: argparse.Namespace) -> None:
         )
 
 
-def register_data(
-    cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
-) -> None:
-    """Register the data sets that a config may name, and complete the config by the user's files.
+class DetectionTask(YamlTask):
+    """A run of a detector that a YAML file describes."""
 
-    Args:
-        args: the arguments, from :func:`argument_parser`.
-        folder: the folder for converted annotations; ``OUTPUT_DIR`` by default.
+    def check(self, cfg: CfgNode, *, resuming: bool) -> None:
+        super().check(cfg, resuming=resuming)
+        check_initialisation(cfg, training=self.training, resuming=resuming)
+        register_data(cfg, self.args, training=self.training)
+        check_data(cfg, training=self.training)
+        check_evaluators(cfg)
+        rehearse_evaluation(cfg, self.trainer)
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: see :func:`use_own_data` and :func:`register_own_data`.
-    """
-    register_digits()
-    register_voc()
-    provide_cityscapes_scripts()
-    use_own_data(cfg, args, training=training, folder=folder)
-    register_own_data(cfg.DATASETS.OWN)
-
-
-def _check(args: argparse.Namespace, cfg: CfgNode, *, training: bool, resuming: bool) -> None:
-    check_initialisation(cfg, training=training, resuming=resuming)
-    register_data(cfg, args, training=training)
-    check_data(cfg, training=training)
-    check_evaluators(cfg)
-    rehearse_evaluation(cfg, Trainer)
-
-
-def _fit(args: argparse.Namespace, cfg: CfgNode, *, resuming: bool) -> bool:
-    unsafe = args.allow_unsafe_yaml
-    written = partial(find_written, args.config_file, args.opts, allow_unsafe_yaml=unsafe)
-    rows = fit_to_data(cfg, args, written, data_of(cfg), resuming=resuming)
-    return any(row.key == "SOLVER.MAX_ITER" for row in rows)
+    def fit(self, cfg: CfgNode, *, resuming: bool) -> None:
+        args = self.args
+        unsafe = args.allow_unsafe_yaml
+        written = partial(find_written, args.config_file, args.opts, allow_unsafe_yaml=unsafe)
+        rows = fit_to_data(cfg, args, written, data_of(cfg), resuming=resuming)
+        if not any(row.key == "SOLVER.MAX_ITER" for row in rows):  # the data set no schedule
+            super().fit(cfg, resuming=resuming)

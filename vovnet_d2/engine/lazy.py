@@ -7,8 +7,8 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -21,25 +21,19 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data import register_digits
-from ..data.cityscapes import provide_cityscapes_scripts
 from ..data.copy_paste import CopyPaste
 from ..data.mapper import Mapper
 from ..data.oversampling import build_sampler
-from ..data.own import register_own_data
 from ..data.stream import TrainingStream, goes_to_gpu
 from ..data.unreadable import ReadableOnly, image_roots
-from ..data.voc import register_voc
 from ..data.workers import attend_to_workers
 from ..errors import UserValueError
 from .coco_evaluators import convert_anew
 from .config import PICKLE_HELP, PROGRESS_HELP, base_parser
 from .data_checks import check_data, check_stream
-from .devices import check_device
 from .distillation import add_teacher_argument
 from .evaluation import check_evaluators
 from .fitting import add_fitting_arguments, refuse_to_fit
-from .gpu_memory import explain_lack_of_memory
 from .initial_weights import check_initialisation
 from .launch import launch_command
 from .lazy_config import (
@@ -53,12 +47,13 @@ from .lazy_config import (
 from .lazy_fitting import fit_lazy_config
 from .memory_format import to_memory_format
 from .num_classes import instance_class_keys
-from .own_data import add_own_data_arguments, use_own_data
+from .own_data import add_own_data_arguments
 from .precision import predict_in_float32
-from .registered_data import explain_loading
+from .registered_data import explain_loading, register_data, register_known_data
 from .rehearsal import rehearse_evaluation
-from .run import open_output_dir, report, set_up_with_detectron2, train_or_evaluate
-from .run_checks import check_run, check_schedule
+from .run import run_task
+from .run_checks import check_run
+from .task import Task
 from .trainer import Trainer
 
 __all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
@@ -229,63 +224,67 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         see :func:`~vovnet_d2.engine.run.run_task`.
     """
-    start = time.perf_counter()
     refuse_to_fit(args)
-    register_digits()
-    register_voc()
-    provide_cityscapes_scripts()
-    config = load_lazy_config(args.config_file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml)
-    for part, file in zip(("teacher", "weights"), args.teacher or (), strict=False):
-        OmegaConf.update(config, f"train.distillation.{part}", file)
-    cfg = to_cfg(config)
-    with in_lazy_terms(cfg):
-        _set_up(config, cfg, args)
-        with explain_lack_of_memory(cfg, training=not args.eval_only):
-            outcome = train_or_evaluate(LazyTrainer.of(config), cfg, args)
-    report(cfg, outcome, args, start)
-    return outcome.results
+    return run_task(LazyTask(args))
 
 
-def _use_own_data(
-    config: DictConfig, cfg: CfgNode, args: argparse.Namespace, *, training: bool
-) -> None:
-    """Set the data sets and the number of categories to those of the given annotation files.
-    Register the data sets of annotation files, including those of an earlier run."""
-    options = as_yaml_options(args.opts)
-    if cfg.MODEL.KEYPOINT_ON and (args.train_annotations or args.val_annotations):
-        raise UserValueError(
-            "The mapper of a LazyConfig has the keypoints that change places in a mirrored picture "
-            "(keypoint_hflip_indices), which annotation files do not reach: give keypoints of your "
-            "own to tools/train_net.py, with a YAML file."
+class LazyTask(Task):
+    """A run that a LazyConfig describes.
+
+    Attributes:
+        config: the LazyConfig. The data and the command line complete it.
+    """
+
+    config: DictConfig
+
+    def load(self) -> CfgNode:
+        register_known_data()  # a Python file may look up the metadata of these data sets
+        args = self.args
+        self.config = load_lazy_config(
+            args.config_file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml
         )
-    use_own_data(cfg, argparse.Namespace(**{**vars(args), "opts": options}), training=training)
-    register_own_data(cfg.DATASETS.OWN)
-    if not (args.train_annotations or args.val_annotations):
-        return
-    data_sets = ("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.OWN")
-    write_back(config, cfg, [*data_sets, *instance_class_keys()])
-    # Detectron2's evaluator would count categories by their ids. The metadata of the data set name
-    # another evaluator.
-    config.dataloader.pop("evaluator", None)
+        for part, file in zip(("teacher", "weights"), args.teacher or (), strict=False):
+            OmegaConf.update(self.config, f"train.distillation.{part}", file)
+        self.trainer = LazyTrainer.of(self.config)
+        return to_cfg(self.config)
 
+    def in_own_terms(self, cfg: CfgNode) -> AbstractContextManager[None]:
+        return in_lazy_terms(cfg)
 
-def _set_up(config: DictConfig, cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Check the config; logging and seeds."""
-    last = open_output_dir(cfg, args)
-    config.train.output_dir = cfg.OUTPUT_DIR
-    training = not args.eval_only
-    check_device(cfg)
-    check_run(cfg, training=training)
-    backbone = instantiate(config, "model.backbone")
-    resuming = args.resume and bool(last)
-    check_initialisation(cfg, training=training, resuming=resuming, backbone=backbone)
-    _use_own_data(config, cfg, args, training=training)
-    check_data(cfg, training=training)
-    if training:
-        fit_lazy_config(config, cfg, args, resuming=resuming)
-        check_schedule(cfg)
-    if "evaluator" not in config.dataloader:
-        check_evaluators(cfg)
-    rehearse_evaluation(cfg, LazyTrainer.of(config))
-    cfg.freeze()
-    set_up_with_detectron2(config, cfg.OUTPUT_DIR, args, weights=cfg.MODEL.WEIGHTS)
+    def check(self, cfg: CfgNode, *, resuming: bool) -> None:
+        self.config.train.output_dir = cfg.OUTPUT_DIR
+        check_run(cfg, training=self.training)
+        backbone = instantiate(self.config, "model.backbone")
+        check_initialisation(cfg, training=self.training, resuming=resuming, backbone=backbone)
+        self._register_data(cfg)
+        check_data(cfg, training=self.training)
+        if "evaluator" not in self.config.dataloader:
+            check_evaluators(cfg)
+        rehearse_evaluation(cfg, self.trainer)
+
+    def _register_data(self, cfg: CfgNode) -> None:
+        """Register the data sets of annotation files, including those of an earlier run. If the
+        command line gives annotation files, set the data sets and the number of categories.
+        """
+        args = self.args
+        given = bool(args.train_annotations or args.val_annotations)
+        if cfg.MODEL.KEYPOINT_ON and given:
+            raise UserValueError(
+                "The mapper of a LazyConfig has the keypoints that change places in a mirrored "
+                "picture (keypoint_hflip_indices), which annotation files do not reach: give "
+                "keypoints of your own to tools/train_net.py, with a YAML file."
+            )
+        words = {**vars(args), "opts": as_yaml_options(args.opts)}
+        register_data(cfg, argparse.Namespace(**words), training=self.training)
+        if given:
+            data_sets = ("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.OWN")
+            write_back(self.config, cfg, [*data_sets, *instance_class_keys()])
+            # Detectron2's evaluator would count categories by their ids. The metadata of the data
+            # set name another evaluator.
+            self.config.dataloader.pop("evaluator", None)
+
+    def fit(self, cfg: CfgNode, *, resuming: bool) -> None:
+        fit_lazy_config(self.config, cfg, self.args, resuming=resuming)
+
+    def saved_config(self, cfg: CfgNode) -> DictConfig:
+        return self.config

@@ -20,7 +20,8 @@ from .classifier import ClassifierTrainer
 from .distillation import teacher_options
 from .initial_weights import check_initialisation
 from .launch import launch_command
-from .run import Task, run_task
+from .run import run_task
+from .task import YamlTask
 
 __all__ = ["add_pretraining_config", "argument_parser", "main", "run"]
 
@@ -85,22 +86,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         on the main process, ``{"classification": {"top1": ..., "top5": ...}}`` in percent.
     """
     args.opts = [*args.opts, *teacher_options(args)]
-    return run_task(Task(ClassifierTrainer, _check, add_pretraining_config), args)
+    return run_task(PretrainingTask(args))
 
 
-def _check(cfg: CfgNode, *, training: bool, resuming: bool) -> None:
-    if cfg.PRETRAIN.NETWORK == "VoVNet":
-        check_initialisation(cfg, training=training, resuming=resuming)
-    _check_pretraining(cfg, training=training)
-    cfg.PRETRAIN.NUM_CLASSES = len(_find_classes(cfg, training=training))
+class PretrainingTask(YamlTask):
+    """A run of a classifier."""
+
+    trainer = ClassifierTrainer
+
+    def add_config(self, cfg: CfgNode) -> None:
+        add_pretraining_config(cfg)
+
+    def check(self, cfg: CfgNode, *, resuming: bool) -> None:
+        super().check(cfg, resuming=resuming)
+        if cfg.PRETRAIN.NETWORK == "VoVNet":
+            check_initialisation(cfg, training=self.training, resuming=resuming)
+        _check_pretraining(cfg, training=self.training)
+        cfg.PRETRAIN.NUM_CLASSES = len(_find_classes(cfg, training=self.training))
 
 
 def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
-    """
+    """Check the keys of a classifier.
+
     Raises:
-        ValueError: a key of the optimizer is for detectors, the input is not three channels, the
-            network does not exist, there is not one split for training and one to evaluate, or
-            mixup cannot pair the images of a batch.
+        ValueError: a key of the optimizer is for detectors, the input does not have three channels,
+            the network does not exist, there is not one split to train on and one to evaluate on,
+            or mixup cannot pair the images of a batch.
     """
     node = cfg.PRETRAIN
     solver = cfg.SOLVER

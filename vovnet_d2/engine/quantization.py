@@ -24,16 +24,15 @@ from ..atomic import atomic_write, write_text
 from ..backends import use_backend
 from ..backends.cache import export_dense_part, model_key
 from ..backends.quantized import mark_quantized
-from ..data import register_digits
 from ..data.mapper import build_mapper
 from ..data.own import register_own_data
-from ..data.voc import register_voc
 from ..errors import UserKeyError, UserValueError
 from ..export.int8 import Quantizer
 from ..made import refuse_foreign
 from ..timing import describe_environment
 from .data_checks import check_data
 from .evaluation import build_evaluator, check_evaluators
+from .registered_data import register_known_data
 from .trainer import Trainer
 
 __all__ = ["find_images", "quantize_detector", "to_markdown"]
@@ -64,8 +63,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
         KeyError: a data set is not registered.
         ValueError: the data set has no images, or the evaluation cannot be run.
     """
-    register_digits()
-    register_voc()
+    register_known_data()
     register_own_data(cfg.DATASETS.OWN)
     if data_set not in DatasetCatalog:
         raise UserKeyError(

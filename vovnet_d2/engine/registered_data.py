@@ -1,9 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Registered data sets are loaded, or a sentence says why they cannot be."""
+"""Data sets are registered and loaded, or a sentence says why they cannot be."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import traceback
@@ -11,14 +12,51 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from ..data import register_digits
 from ..data.check.registered import find_foreign_file, states_categories
+from ..data.cityscapes import provide_cityscapes_scripts
+from ..data.own import register_own_data
+from ..data.voc import register_voc
 from ..errors import UserFileNotFoundError, UserValueError, describe, one_line
 from .main_process import in_main_process
+from .own_data import use_own_data
 
-__all__ = ["explain_loading", "load_metadata", "load_records"]
+__all__ = [
+    "explain_loading",
+    "load_metadata",
+    "load_records",
+    "register_data",
+    "register_known_data",
+]
+
+
+def register_known_data() -> None:
+    """Register the data sets that Detectron2 does not know or cannot evaluate by itself."""
+    register_digits()
+    register_voc()
+    provide_cityscapes_scripts()
+
+
+def register_data(
+    cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
+) -> None:
+    """Register the data sets that a config may name, and complete the config by the user's files.
+
+    Args:
+        args: the arguments of :func:`add_own_data_arguments`, and ``opts``.
+        folder: the folder for converted annotations; ``OUTPUT_DIR`` by default.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: see :func:`use_own_data` and :func:`register_own_data`.
+    """
+    register_known_data()
+    use_own_data(cfg, args, training=training, folder=folder)
+    register_own_data(cfg.DATASETS.OWN)
 
 
 def load_records(name: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,16 +39,15 @@ def find_written(
     options: Sequence[str],
     *,
     allow_unsafe_yaml: bool = False,
-    add_config: Callable[[CfgNode], None] | None = None,
 ) -> Written:
     """Separate the settings of a user from those in the files of this package.
 
     Args:
-        config_file, options, allow_unsafe_yaml, add_config: see :func:`load_config`.
+        config_file, options, allow_unsafe_yaml: see :func:`load_config`.
     """
     given: dict[str, str] = {}
     shipped = _split(find_config(config_file), given) if config_file else []
-    base = load_config(add_config=add_config)
+    base = load_config()
     for path in shipped:
         base.merge_from_other_cfg(
             CfgNode(CfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe_yaml))
