@@ -33,7 +33,7 @@ from vovnet_d2.backends import check_backend
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
-from vovnet_d2.engine.config import add_options_argument
+from vovnet_d2.engine.arguments import add_options_argument
 from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.engine.initial_weights import check_all_loaded
 from vovnet_d2.engine.launch import run_or_exit

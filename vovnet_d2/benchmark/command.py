@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..engine.config import add_options_argument
+from ..engine.arguments import add_options_argument
 from ..engine.devices import parse_device
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit

@@ -16,7 +16,8 @@ import torch
 from ..backends import AUTO, BACKENDS, TORCH
 from ..drawing.artist import Artist
 from ..engine.any_config import as_cfg, load_any_config
-from ..engine.config import PICKLE_HELP, add_options_argument, find_config
+from ..engine.arguments import PICKLE_HELP, add_options_argument
+from ..engine.config import find_config
 from ..engine.launch import run_or_exit
 from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory

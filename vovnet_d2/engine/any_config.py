@@ -15,9 +15,9 @@ from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..errors import UserValueError
-from .config import find_config, load_config
+from .config import find_config, is_lazy_file, load_config
 from .initial_weights import check_all_loaded
-from .lazy_config import instantiate, is_lazy_file, load_lazy_config, to_cfg
+from .lazy_config import instantiate, load_lazy_config, to_cfg
 
 __all__ = ["AnyConfig", "as_cfg", "build_network", "load_any_config", "load_network"]
 

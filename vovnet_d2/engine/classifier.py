@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A classifier in Detectron2's engine: its losses, its data, its accuracy, its trainer.
 
-Augmentation and optimizers are timm's.
+The augmentation and the optimizers are those of timm.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class ImageClassifier(nn.Module):
     """A classifier with the interface of Detectron2's detectors: it turns a batch into losses or
     predictions.
 
-    The input convention is an attribute under the same names, so that checkpoints carry it.
+    The input format, the mean and the standard deviation have the names that they have in
+    detectors. So checkpoints have them, too.
 
     Attributes:
-        teacher: gives one more loss in training; None by default.
+        teacher: adds a loss in training; None by default.
     """
 
     pixel_mean: torch.Tensor
@@ -73,10 +74,10 @@ class ImageClassifier(nn.Module):
         Args:
             network: returns logits, (N, number of classes), as "linear".
             input_format: order of the channels that ``network`` takes, "BGR" or "RGB".
-            pixel_mean: one for each channel, in this order, of values from 0 to 255.
-            pixel_std: likewise.
-            augmentations: what is done to normalised batches in training, in turn. Targets may
-                become probabilities, (N, number of classes).
+            pixel_mean: the mean of each channel, in this order, of values from 0 to 255.
+            pixel_std: the standard deviation of each channel, in the same way.
+            augmentations: functions that change normalised batches in training, one after the
+                other. Targets may become probabilities, (N, number of classes).
             label_smoothing: see :func:`torch.nn.functional.cross_entropy`.
         """
         super().__init__()
@@ -89,12 +90,13 @@ class ImageClassifier(nn.Module):
         self.teacher: ClassTeacher | None = None
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor] | torch.Tensor:
-        """
+        """Compute the losses of a batch in training, and its logits otherwise.
+
         Args:
             batch: RGB images, (N, 3, H, W) from 0 to 255, and the numbers of their classes, (N,).
 
         Returns:
-            in training, the loss by name; else, logits (N, number of classes).
+            in training, the losses by name; otherwise the logits, (N, number of classes).
         """
         images, targets = (tensor.to(self.pixel_mean.device, non_blocking=True) for tensor in batch)
         if self.input_format == "BGR":
@@ -136,7 +138,7 @@ class AccuracyEvaluator(DatasetEvaluator):
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a classifier on the data of the ``PRETRAIN`` node, in all else as :class:`Trainer`."""
+    """A :class:`Trainer` of a classifier, on the data of the ``PRETRAIN`` node."""
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> ImageClassifier:
@@ -154,7 +156,7 @@ class ClassifierTrainer(Trainer):
 
     @classmethod
     def add_teacher(cls, cfg: CfgNode, model: nn.Module, *, allow_pickle: bool) -> None:
-        """Give ``model`` the network of timm's that ``DISTILLATION`` names, if there is one."""
+        """Give ``model`` the teacher of timm that ``DISTILLATION`` names, if there is one."""
         if cfg.DISTILLATION.TEACHER:
             model.teacher = build_class_teacher(cfg)  # type: ignore[assignment]
 

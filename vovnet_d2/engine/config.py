@@ -1,10 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of a command line, and YAML files that are loaded safely."""
+"""Configs are found, told apart, and loaded from YAML files safely."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_vovnet_config, get_config_file
@@ -21,128 +19,22 @@ from ..words import suggest
 from .other_projects import translate
 
 __all__ = [
-    "PICKLE_HELP",
-    "PROGRESS_HELP",
-    "add_options_argument",
-    "argument_parser",
-    "base_parser",
     "find_config",
     "get_value",
+    "is_lazy",
+    "is_lazy_file",
     "list_keys",
     "load_config",
     "resolve_config",
     "set_value",
 ]
 
-PICKLE_HELP = (
-    "read weights stored as Python pickles (.pkl). Only their arrays are read; a pickle that would "
-    "run code is refused"
-)
-PROGRESS_HELP = (
-    "show a progress bar with the time left instead of the log, which goes to OUTPUT_DIR/log.txt"
-)
-
-_EXAMPLES = """
-Examples:
-
-Eight GPUs of a machine:
-    $ python tools/{tool}.py --num-gpus 8 --config-file FILE.yaml
-
-Other values of config options, after all arguments:
-    $ python tools/{tool}.py --config-file FILE.yaml MODEL.WEIGHTS FILE.pth SOLVER.BASE_LR 0.001
-
-Two machines, with this command on each, and --machine-rank 1 on the second:
-    $ python tools/{tool}.py --num-gpus 8 --num-machines 2 --machine-rank 0 \\
-        --dist-url tcp://first.example:29500 --config-file FILE.yaml
-"""
-_STATUSES = """
-Exit status:
-    0   done
-    1   failed on the way
-    2   a mistake in what was asked for
-    75  a signal (SIGTERM, SIGUSR1, SIGHUP or Ctrl-C) ended the run; --resume goes on from the last
-        checkpoint, or starts if there is none
-"""
-
-
-def base_parser(examples: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
-    """Return Detectron2's parser of the arguments of a training, and the group for ours.
-
-    Args:
-        examples: the commands that the help ends with, before the exit statuses.
-    """
-    parser = default_argument_parser(examples + _STATUSES)
-    parser.conflict_handler = "resolve"  # groups take it over when they are made
-    group = parser.add_argument_group("arguments of vovnet_d2")
-    parser.conflict_handler = "error"
-    # These two replace Detectron2's arguments, only for a better help text.
-    group.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="a config file, or the name of a config of this package",
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the last checkpoint in OUTPUT_DIR, or start if there is none",
-    )
-    group.conflict_handler = "error"
-    return parser, group
-
-
-def argument_parser(tool: str = "train_net") -> argparse.ArgumentParser:
-    """Return the parser of Detectron2's arguments and those of this package, which precede the
-    config options.
-
-    Args:
-        tool: the name of the tool, for the examples in the help.
-    """
-    parser, group = base_parser(_EXAMPLES.format(tool=tool))
-    group.add_argument(
-        "--auto-scale-lr",
-        action="store_true",
-        help="fit learning rate, schedule, warm-up and periods to the batch of this run. Those in "
-        "the config file are for its own SOLVER.IMS_PER_BATCH. Options on the command line stay "
-        "as they are. If SOLVER.MAX_ITER is one of them, steps, warm-up and periods keep their "
-        "share of it",
-    )
-    group.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="load the tensors that fit, instead of refusing weights that do not fit the network",
-    )
-    group.add_argument("--allow-pickle", action="store_true", help=PICKLE_HELP)
-    group.add_argument(
-        "--allow-unsafe-yaml",
-        action="store_true",
-        help="load config files with Python tags (!!python/...), which can run any code: only for "
-        "files that you have read",
-    )
-    group.add_argument("--progress", action="store_true", help=PROGRESS_HELP)
-    return parser
-
-
-def add_options_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add ``--opts``, for command lines on which arguments may take several words.
-
-    The other command lines take config options as their last words.
-    """
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="OPTION",
-        help="config options, after all other arguments: pairs such as MODEL.WEIGHTS FILE for a "
-        "YAML file, words such as train.init_checkpoint=FILE for a LazyConfig",
-    )
-
 
 def find_config(name: str) -> str:
-    """Return the path of a config file: ``name`` itself, or this package's file of that name.
+    """Return the path of a config file: ``name`` itself, or the file of that name in this package.
 
     Raises:
-        FileNotFoundError: there is neither; the message names the closest ones.
+        FileNotFoundError: there is neither. The message has the names that are close to it.
     """
     if PathManager.isfile(name):
         return name
@@ -163,10 +55,12 @@ def resolve_config(name: str) -> tuple[str, bool]:
     The names of this package come first, see :func:`find_config`.
 
     Returns:
-        the path, and whether it is Detectron2's own, whose Python tags are as trusted as its code.
+        the path, and True if the file is Detectron2's own. The Python tags of such a file are
+        trusted as the code of Detectron2 is.
 
     Raises:
-        FileNotFoundError: there is none of these; the message names the closest of ours.
+        FileNotFoundError: there is no such file. The message has the names of this package that are
+            close to it.
     """
     try:
         return find_config(name), False
@@ -180,6 +74,22 @@ def resolve_config(name: str) -> tuple[str, bool]:
         raise
 
 
+def is_lazy(content: Any) -> bool:
+    """Return True if the content of a YAML file is a LazyConfig, as a training saves it."""
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and "_target_" in model
+
+
+def is_lazy_file(path: str) -> bool:
+    """Return True if a config file is a LazyConfig: a Python file, or a saved config.yaml."""
+    if path.endswith(".py"):
+        return True
+    try:
+        return is_lazy(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+
+
 def load_config(
     config_file: str = "",
     options: Sequence[str] = (),
@@ -187,7 +97,7 @@ def load_config(
     allow_unsafe_yaml: bool = False,
     add_config: Callable[[CfgNode], None] | None = None,
 ) -> CfgNode:
-    """Load Detectron2's defaults and this package's, overwritten by a file, then by options.
+    """Load the defaults of Detectron2 and of this package, overwritten by a file, then by options.
 
     Args:
         config_file: path of a YAML file, or its name among this package's; empty for none.
@@ -196,7 +106,7 @@ def load_config(
         add_config: adds more keys to the defaults.
 
     Raises:
-        FileNotFoundError: there is no such file, or not the one that it inherits from.
+        FileNotFoundError: there is no such file, or no file that it inherits from.
         KeyError: a key does not exist.
         ValueError: a file is not valid or not safe, or an option does not fit its key.
     """
@@ -207,14 +117,12 @@ def load_config(
     if config_file:
         _merge_file(cfg, find_config(config_file), allow_unsafe_yaml)
     _merge_options(cfg, options)
-    if cfg.OUTPUT_DIR is None:  # which yacs lets every key be
+    if cfg.OUTPUT_DIR is None:  # yacs accepts None for every key
         raise UserValueError("OUTPUT_DIR is None: give the folder that a run writes to.")
     return cfg
 
 
 def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
-    from .lazy_config import is_lazy_file  # which imports this module
-
     if is_lazy_file(path):
         raise UserValueError(f"{path} is a LazyConfig: tools/lazyconfig_train_net.py runs it.")
     try:
@@ -245,8 +153,8 @@ def _merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
     except KeyError as error:
         raise UserKeyError(f"Config file {path}: {_explain_key(cfg, error.args[0])}") from error
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        # yacs and fvcore raise these for the content of a file (no mapping at the top, a value of
-        # another type, ...), and we for a config of another project.
+        # yacs and fvcore raise these errors for the content of a file (no mapping at the top, a
+        # value of another type, ...). This package raises them for a config of another project.
         raise UserValueError(
             f"Config file {path} does not fit Detectron2's config: {one_line(error)}."
         ) from error

@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserImportError, UserValueError
-from .config import add_options_argument, load_config
+from .arguments import add_options_argument
+from .config import load_config
 from .data_checks import check_data, check_data_sets
 from .launch import run_or_exit
 from .own_data import add_own_data_arguments

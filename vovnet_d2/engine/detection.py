@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import UserValueError
-from . import config
+from . import arguments
 from .data_checks import check_data
 from .distillation import add_teacher_argument, teacher_options
 from .evaluation import check_evaluators
@@ -35,7 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of ``tools/train_net.py``: the arguments of all trainings, and those for a
     custom data set.
     """
-    parser = config.argument_parser()
+    parser = arguments.argument_parser()
     add_own_data_arguments(parser)
     add_fitting_arguments(parser)
     add_teacher_argument(parser)

@@ -28,8 +28,8 @@ from ..data.stream import TrainingStream, goes_to_gpu
 from ..data.unreadable import ReadableOnly, image_roots
 from ..data.workers import attend_to_workers
 from ..errors import UserValueError
+from .arguments import base_parser
 from .coco_evaluators import convert_anew
-from .config import PICKLE_HELP, PROGRESS_HELP, base_parser
 from .data_checks import check_data, check_stream
 from .distillation import add_teacher_argument
 from .evaluation import check_evaluators
@@ -110,17 +110,22 @@ def build_train_stream(
 
 
 class LazyTrainer(Trainer):
-    """A :class:`Trainer` whose parts a LazyConfig describes; :meth:`of` makes the class for one.
+    """A :class:`Trainer` whose parts a LazyConfig describes.
+
+    :meth:`of` makes the class for a LazyConfig, because the methods that build parts are class
+    methods.
 
     Attributes:
         config: the LazyConfig, with ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader``
-            and ``train``. Without a ``dataloader.evaluator`` the data set's metadata tell it.
+            and ``train``. Without a ``dataloader.evaluator``, the metadata of the data set name the
+            evaluator.
     """
 
     config: ClassVar[DictConfig]
 
     @staticmethod
     def of(config: DictConfig) -> type[LazyTrainer]:
+        """Return the class of trainers for a LazyConfig."""
         return type("LazyTrainer", (LazyTrainer,), {"config": config})
 
     @classmethod
@@ -173,9 +178,15 @@ class LazyTrainer(Trainer):
 
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
-    if loader.get("mapper") is not None:  # a loader of one's own may have none
+    """Let the mapper of a loader name the images that it cannot read.
+
+    Args:
+        loader: the description of the loader, which is changed.
+        names: the data sets of the loader.
+    """
+    if loader.get("mapper") is not None:  # a loader of the user may have no mapper
         if loader.mapper.get("_target_") in (DatasetMapper, _DATASET_MAPPER):
-            loader.mapper._target_ = Mapper  # reads files by one rule for all tools
+            loader.mapper._target_ = Mapper  # it reads files as all tools of this package do
         loader.mapper = LazyCall(ReadableOnly)(mapper=loader.mapper, roots=image_roots(names))
 
 
@@ -198,14 +209,8 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
     It has those arguments of ``tools/train_net.py`` that apply to a LazyConfig. Overrides such as
     ``train.max_iter=1000`` follow them.
     """
-    parser, group = base_parser(_EXAMPLES)
-    for name, effect in (
-        ("--allow-partial", "load what fits of weights that do not fit the network"),
-        ("--allow-pickle", PICKLE_HELP),
-        ("--allow-unsafe-yaml", "let the config.yaml of a training call functions of any package"),
-        ("--progress", PROGRESS_HELP),
-    ):
-        group.add_argument(name, action="store_true", help=effect)
+    unsafe_help = "let the config.yaml of a training call functions of any package"
+    parser, _ = base_parser(_EXAMPLES, unsafe_help=unsafe_help)
     add_own_data_arguments(parser)
     add_fitting_arguments(parser)
     add_teacher_argument(parser)

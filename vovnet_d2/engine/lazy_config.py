@@ -20,14 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UserError, UserKeyError, UserValueError, one_line
 from ..words import suggest
-from .config import find_config, get_value, load_config, set_value
+from .config import find_config, get_value, is_lazy_file, load_config, set_value
 
 __all__ = [
     "as_yaml_options",
     "in_lazy_terms",
     "instantiate",
-    "is_lazy",
-    "is_lazy_file",
     "load_lazy_config",
     "name_of_target",
     "paths_of",
@@ -37,13 +35,13 @@ __all__ = [
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# What the config.yaml of a training may call without being trusted as code is.
+# The packages that the config.yaml of a training may call without --allow-unsafe-yaml.
 _PLAIN_TARGETS = (
     *(f"detectron2.{name}." for name in ("layers", "modeling", "data", "solver", "evaluation")),
     *("vovnet_d2.", "torch.nn.", "torch.optim.", "torchvision.ops.", "fvcore.common."),
 )
 
-# What the engine reads, and where a LazyConfig has it. A config need not have all.
+# The keys that the engine reads, each with its path in a LazyConfig. A config need not have all.
 _KEYS = {
     "OUTPUT_DIR": "train.output_dir",
     "SEED": "train.seed",
@@ -90,7 +88,7 @@ _KEYS = {
     "TEST.BACKEND": "train.backend",
     "TEST.INT8": "train.int8",
 }
-# The same of the heads, where the model is one of Detectron2's.
+# The keys of the heads in the same way, for the meta-architectures that have them.
 _HEAD_KEYS = {
     "GeneralizedRCNN": {
         "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
@@ -117,26 +115,11 @@ _HEAD_KEYS = {
 }
 
 
-def is_lazy(content: Any) -> bool:
-    """Return True if the content of a YAML file is a LazyConfig, as a training saves it."""
-    model = content.get("model") if isinstance(content, dict) else None
-    return isinstance(model, dict) and "_target_" in model
-
-
-def is_lazy_file(path: str) -> bool:
-    """Return True if a config file is a LazyConfig: a Python file, or a saved config.yaml."""
-    if path.endswith(".py"):
-        return True
-    try:
-        return is_lazy(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return False
-
-
 def load_lazy_config(
     config_file: str, overrides: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
 ) -> DictConfig:
-    """
+    """Load a LazyConfig, and change its values by overrides.
+
     Args:
         config_file: path of a Python file, its name among this package's files, or the config.yaml
             of a training. A Python file is run: load only files that you have read.
@@ -179,7 +162,7 @@ def _load_file(path: str) -> DictConfig:
     except ImportError as error:
         raise UserValueError(f"LazyConfig {path} cannot be loaded: {error}") from error
     finally:
-        builtins.__import__ = original  # which Detectron2 leaves replaced after an error
+        builtins.__import__ = original  # Detectron2 leaves it replaced after an error
 
 
 def _load_saved(path: str, allow_unsafe: bool) -> DictConfig:
@@ -243,7 +226,7 @@ def _apply_override(config: DictConfig, override: str) -> None:
     before = None if adds else _select(config, key)
     try:
         LazyConfig.apply_overrides(config, [override])
-    except Exception as error:  # of Hydra's parser, OmegaConf's, and KeyErrors of Detectron2
+    except Exception as error:  # Hydra's parser, OmegaConf and Detectron2 raise many kinds
         raise UserValueError(f"Override {override}: {one_line(error)}.") from error
     after = _select(config, key)
     if not _fits(after, before):
@@ -281,7 +264,7 @@ def _fits(value: Any, before: Any) -> bool:
     kind = next((kind for kind in kinds if isinstance(before, kind)), object)
     if isinstance(before, int) and not isinstance(before, bool):
         kind = int
-    # A variant's name is one way to give a spec.
+    # The name of a variant may stand for its spec.
     if isinstance(before, DictConfig) or (
         isinstance(before, str) and isinstance(value, DictConfig)
     ):
@@ -349,7 +332,8 @@ def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
 
 
 def paths_of(cfg: CfgNode) -> dict[str, str]:
-    """Return the paths in a LazyConfig of all that the engine reads, by the keys of YAML files.
+    """Return the paths in a LazyConfig of all values that the engine reads, by the keys of YAML
+    files.
 
     Args:
         cfg: the config that :func:`to_cfg` makes of the LazyConfig.
@@ -379,7 +363,7 @@ def in_lazy_terms(cfg: CfgNode) -> Iterator[None]:
 
 def _translate(message: str, keys: dict[str, str]) -> str:
     for flag in ("; --auto-scale-lr fits the config's", ", with --auto-scale-lr"):
-        message = message.replace(flag, "")  # which is YAML's only
+        message = message.replace(flag, "")  # only tools/train_net.py has this argument
     message = message.replace(
         "SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length × train.max_iter:"
     )

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from ..data.classification import class_names
 from ..errors import UserValueError
 from ..modeling.baselines.cifar import CIFAR_SPECS
-from . import config
+from . import arguments
 from .categories import first_difference
 from .classifier import ClassifierTrainer
 from .distillation import teacher_options
@@ -63,7 +63,7 @@ def add_pretraining_config(cfg: CfgNode) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the arguments that all trainings share, and ``--teacher``."""
-    parser = config.argument_parser("pretrain_net")
+    parser = arguments.argument_parser("pretrain_net")
     parser.add_argument_group("a teacher (distillation)").add_argument(
         "--teacher",
         nargs=1,

@@ -13,7 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from ..drawing.curves import Series, read_metrics
-from ..engine.lazy_config import is_lazy, to_cfg
+from ..engine.config import is_lazy
+from ..engine.lazy_config import to_cfg
 from ..errors import UserFileNotFoundError, UserValueError
 
 __all__ = ["MissingPart", "RunFolder", "read_run"]
