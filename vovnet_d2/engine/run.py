@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Outcome(NamedTuple):
-    """What a run leaves.
+    """The results of a run, and what its report says besides.
 
     Attributes:
         results: the results of the last evaluation, as :meth:`Trainer.test` gives them.
@@ -75,10 +75,11 @@ def run_task(task: Task) -> dict[str, Any]:
     """
     start = time.perf_counter()
     cfg = task.load()
+    checkpoints = cfg.OUTPUT_DIR  # an evaluation may write its results to another folder
     with task.in_own_terms(cfg):
         cfg = _set_up(task, cfg)
         with explain_lack_of_memory(cfg, training=task.training):
-            outcome = (_train if task.training else _evaluate)(task.trainer, cfg, task.args)
+            outcome = _train(task, cfg) if task.training else _evaluate(task, cfg, checkpoints)
     if comm.is_main_process():
         write_report(
             cfg,
@@ -111,26 +112,25 @@ def _set_up(task: Task, cfg: CfgNode) -> CfgNode:
 def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     """Start the log in ``OUTPUT_DIR``, and remove what a killed run left half-written.
 
-    ``args.run_dir`` is set to ``OUTPUT_DIR``: the folder of the checkpoints for ``--resume``. If an
-    evaluation would overwrite the report of a run, ``OUTPUT_DIR`` is changed to another folder.
+    If an evaluation would overwrite the report of a run, ``OUTPUT_DIR`` is changed to another
+    folder.
 
     Returns:
-        the last checkpoint in ``args.run_dir``; empty if there is none.
+        the last checkpoint in the folder that ``OUTPUT_DIR`` was; empty if there is none.
 
     Raises:
         ValueError: see :func:`choose_folder`.
     """
-    args.run_dir = cfg.OUTPUT_DIR
-    training = not args.eval_only
-    cfg.OUTPUT_DIR = choose_folder(cfg.OUTPUT_DIR, training=training, resume=args.resume)
+    folder = cfg.OUTPUT_DIR
+    cfg.OUTPUT_DIR = choose_folder(folder, training=not args.eval_only, resume=args.resume)
     start_log(cfg.OUTPUT_DIR, progress=args.progress)
-    if args.run_dir != cfg.OUTPUT_DIR:
-        logger.info("%s has a report already: this one is %s.", args.run_dir, cfg.OUTPUT_DIR)
+    if folder != cfg.OUTPUT_DIR:
+        logger.info("%s has a report already: this one is %s.", folder, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         note_run(cfg.OUTPUT_DIR)
         if leftovers := remove_leftovers(cfg.OUTPUT_DIR):
             logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
-    return _last_checkpoint(args.run_dir)
+    return _last_checkpoint(folder)
 
 
 def _set_up_with_detectron2(
@@ -161,8 +161,9 @@ def _last_checkpoint(folder: str) -> str:
     return Checkpointer(nn.Identity(), folder).get_checkpoint_file()
 
 
-def _train(trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace) -> _Outcome:
-    trainer = trainer_class(cfg, allow_partial=args.allow_partial, allow_pickle=args.allow_pickle)
+def _train(task: Task, cfg: CfgNode) -> _Outcome:
+    args = task.args
+    trainer = task.trainer(cfg, allow_partial=args.allow_partial, allow_pickle=args.allow_pickle)
     trainer.resume_or_load(resume=args.resume)
     if args.progress and comm.is_main_process():
         trainer.register_hooks([ProgressBar()])
@@ -172,11 +173,13 @@ def _train(trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace)
     return _Outcome(results, model, trainer.earlier_seconds, length)
 
 
-def _evaluate(trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespace) -> _Outcome:
-    model = trainer_class.build_model(cfg)
+def _evaluate(task: Task, cfg: CfgNode, checkpoints: str) -> _Outcome:
+    """Evaluate the weights that the config names, or the last ones in a folder of checkpoints."""
+    args = task.args
+    model = task.trainer.build_model(cfg)
     checkpointer = VoVNetCheckpointer(
         model,
-        args.run_dir,
+        checkpoints,
         allow_partial=args.allow_partial,
         allow_pickle=args.allow_pickle,
     )
@@ -185,7 +188,7 @@ def _evaluate(trainer_class: type[Trainer], cfg: CfgNode, args: argparse.Namespa
     if not args.allow_partial:
         check_all_loaded(checkpointer, cfg.MODEL.WEIGHTS)
     _require_same_categories(checkpointer, cfg, allow_others=args.allow_partial)
-    return _Outcome(trainer_class.test_all(cfg, _speed_up(model, cfg)), model)
+    return _Outcome(task.trainer.test_all(cfg, _speed_up(model, cfg)), model)
 
 
 def _speed_up(model: nn.Module, cfg: CfgNode) -> nn.Module:

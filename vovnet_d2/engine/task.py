@@ -20,8 +20,7 @@ __all__ = ["Task", "YamlTask"]
 
 
 class Task:
-    """A run of one kind. :func:`~vovnet_d2.engine.run.run_task` calls the methods in their order
-    here.
+    """A run of one kind. :func:`~vovnet_d2.engine.run.run_task` calls the methods in this order.
 
     Attributes:
         args: the arguments of the command line.
@@ -59,7 +58,7 @@ class Task:
         raise NotImplementedError
 
     def fit(self, cfg: CfgNode, *, resuming: bool) -> None:
-        """Fit the config of a training to its data and its batch."""
+        """Fit the config of a training to its data and its batch. By default nothing changes."""
 
     def saved_config(self, cfg: CfgNode) -> CfgNode | DictConfig:
         """Return the config that ``OUTPUT_DIR/config.yaml`` keeps."""
@@ -70,7 +69,7 @@ class YamlTask(Task):
     """A run that a YAML file and options describe."""
 
     def add_config(self, cfg: CfgNode) -> None:
-        """Add the keys of this kind of run that Detectron2 and this package do not have."""
+        """Add keys to the config that only this kind of run has. By default there are none."""
 
     def load(self) -> CfgNode:
         args = self.args

@@ -98,7 +98,7 @@ class Trainer(EvaluatingTrainer):
     :class:`~vovnet_d2.engine.interruption.Interrupted`.
 
     Attributes:
-        stop_signal: the name of a signal that one of the processes had got before the latest step;
+        stop_signal: the name of a signal that one of the processes got before the latest step;
             None if there was no signal.
         earlier_seconds: wall time of the training before it was resumed, up to the checkpoint.
     """
@@ -326,7 +326,7 @@ class Trainer(EvaluatingTrainer):
 
         Raises:
             TrainingDivergedError: a loss is NaN or infinite; the message names likely causes.
-            FileNotWrittenError: the disk is full, say.
+            FileNotWrittenError: a file cannot be written, for example because the disk is full.
             Interrupted: a signal asked for it, and a checkpoint is saved.
         """
         if isinstance(self._trainer.data_loader, TrainingStream):
