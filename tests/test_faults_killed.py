@@ -14,7 +14,7 @@ from fault_runs import assert_equal, free_port, load, read_progress, start, wait
 
 pytest_plugins = ["engine_fixtures"]
 
-KILLS = 12
+KILLS = {1: 12, 2: 6}  # of trainings with one process and with two, which wait for each other
 OPTIONS = [
     *["SOLVER.MAX_ITER", "150", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "3"],
     *["TEST.EVAL_PERIOD", "50", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SEED", "5"],
@@ -56,7 +56,7 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
 
     rng = random.Random(world)
     saving = 0
-    for kill in range(KILLS):
+    for kill in range(KILLS[world]):
         processes = start_all(coco_root, killed, OPTIONS, world)
         victim = rng.choice(processes)
         if kill % 6 == 0:  # on the way to the training
