@@ -7,6 +7,7 @@ import csv
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import measure_convolutions
 import pytest
 import torch
@@ -147,6 +148,53 @@ def test_times_are_relative_to_the_first_at_equal_work(monkeypatch: pytest.Monke
     assert second["time_ms"] == 7500
     relative = (16 * (8 + 40) + 320) / (16 * 32 + 256) / 1.25
     assert second["relative_memory_access"] == pytest.approx(relative, abs=0.001)
+
+
+def test_the_figure_has_the_medians_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        Case(kind, label, kernel_size, 16, 16)
+        for kind in ("shape", "split")
+        for kernel_size in (1, 3)
+        for label in "12"
+    ]
+    measured = 4 * [[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]]
+    seconds = {case.name: times for case, times in zip(cases, measured, strict=True)}
+    monkeypatch.setattr(convolution_study, "time_interleaved", lambda *a, **k: seconds)
+    arguments = {"size": 4, "batch": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    rows = measure(cases, **arguments, warmup=0, repeats=3)
+    for row in rows[1::2]:
+        assert [row[name] for name in ("quartile1", "relative_time", "quartile3")] == [1, 2, 3]
+    figure = convolution_study.plot(rows, "title")
+    labels = [panel.get_xlabel() for panel in figure.axes]
+    assert labels == ["input channels : output channels", "convolutions in sequence"]
+    for panel in figure.axes:
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2"]
+        assert len(panel.containers) == 2  # of 1x1 and 3x3
+        for line, _, (bars,) in panel.containers:
+            assert line.get_ydata().tolist() == [1, 2]
+            assert bars.get_segments()[1].tolist() == [[1, 1], [1, 3]]
+    plt.close(figure)
+
+
+def test_options_of_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def record(cases: list[Case], **options: object) -> list[dict]:
+        given.update(options)
+        return measure(cases, **options)
+
+    monkeypatch.setattr(measure_convolutions, "measure", record)
+    words = "--channels 32 --size 4 --batch 2 --dtype bfloat16 --warmup 3 --repeats 2 --output"
+    arguments = [*words.split(), str(tmp_path)]
+    measure_convolutions.run(measure_convolutions.argument_parser().parse_args(arguments))
+    assert given == {
+        "size": 4,
+        "batch": 2,
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "warmup": 3,
+        "repeats": 2,
+    }
 
 
 def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

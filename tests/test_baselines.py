@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backbones that VoVNet is compared with: DenseNet-67, PeleeNet, timm's and torchvision's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from vovnet_d2 import (
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.engine.initial_weights import check_initialisation
 from vovnet_d2.modeling import build
-from vovnet_d2.modeling.baselines.densenet import DenseNet67
-from vovnet_d2.modeling.baselines.peleenet import PeleeNet
+from vovnet_d2.modeling.baselines.densenet import DenseNet67, halve
+from vovnet_d2.modeling.baselines.peleenet import PeleeNet, average_halve
 from vovnet_d2.modeling.baselines.timm_backbone import TimmBackbone
 from vovnet_d2.modeling.baselines.torchvision_backbone import TorchvisionBackbone
 from vovnet_d2.modeling.specs import VOVNET_SPECS
@@ -88,6 +89,7 @@ def test_strides_channels_and_gradients(kind: str) -> None:
     """Maps are as large as their strides say, at odd sizes rounded as the network's own layers
     round; every parameter learns."""
     model = make(kind)
+    assert all(module.training for module in model.modules())
     random_norms(model)  # some start at zero
     # Two take only what divides.
     height, width = (160, 128) if kind.startswith(("swin", "hrnet")) else (163, 131)
@@ -298,6 +300,7 @@ TORCHVISION_ERRORS = (
     ({"nodes": ["layer7"]}, "no node 'layer7'. Close to it: layer"),
     ({"nodes": []}, "NODES is empty: choose .*layer1"),
     ({"nodes": ["fc"]}, r"Node fc gives \(1, 1000\), which is no feature map"),
+    ({"nodes": ["avgpool"]}, r"Node avgpool gives \(1, 512, 1, 1\), which is no feature map"),
     ({"nodes": ["layer1.0", "layer1.1"]}, "layer1.1 has stride 4, and so has another"),
     ({"norm": "GN"}, "NORM is 'GN'"),
     ({"freeze_at": 2}, "FREEZE_AT is 2, .*the feature maps have strides 8"),
@@ -408,6 +411,8 @@ def test_arguments_reach_the_network(tmp_path: Path) -> None:
     cfg.merge_from_file(str(tmp_path / "net.yaml"))
     with shapes_alone():
         assert build_backbone(cfg).output_shape()["stage2"].channels == 48
+        cfg.MODEL.TIMM.ARGUMENTS.img_size = [64, 96]
+        assert build_backbone(cfg).image_shape == (3, 64, 96)
 
 
 @pytest.mark.parametrize(
@@ -561,6 +566,12 @@ def test_second_derivation(kind: str, derived: Any, size: tuple[int, int]) -> No
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
         assert model.output_shape()[name].channels == expected[name].shape[1]
+
+
+@pytest.mark.parametrize("pool", [halve, average_halve])
+def test_pooling_in_a_graph_is_that_of_ceil_mode(pool: Callable[..., torch.Tensor]) -> None:
+    x = torch.randn(1, 2, 7, 5) - 2  # below zero, too
+    torch.testing.assert_close(torch.jit.trace(pool, x)(x), pool(x))
 
 
 @pytest.mark.slow

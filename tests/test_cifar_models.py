@@ -20,6 +20,7 @@ def test_densenet_40_is_the_published_one() -> None:
     assert len(weighted) == 40
     # DenseNet's Table 2 says 1.0M; public implementations count this many.
     assert sum(p.numel() for p in model.parameters()) == 1_019_722
+    assert not model.linear.bias.any()  # as DenseNet's code begins
 
 
 def test_widths_are_those_of_the_names() -> None:

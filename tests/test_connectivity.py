@@ -3,6 +3,7 @@
 """Connectivity: known matrices, every layout, and that slices are of the sources that they say."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from state_dicts import COMPLETE_LAYOUTS
 from torch import Tensor, nn
 
-from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, convert_state_dict
+from vovnet_d2 import VOVNET_SPECS, VoVNet, VoVNetSpec, analysis, convert_state_dict
 from vovnet_d2.analysis.connectivity import Connectivity, _label, measure_connectivity
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier, CifarSpec
 
@@ -249,6 +250,36 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = [line for line in lines if not line.startswith("#")]
     assert len(table) == 1 + 3 * (5 + 6)
     assert (tmp_path / "out/connectivity.png").stat().st_size > 10_000
+
+
+def test_the_figure_has_readers_from_left_to_right() -> None:
+    blocks = measure_connectivity(VoVNet(SMALL).state_dict())
+    figure = analysis.connectivity.plot_connectivity(blocks, "name of the weights")
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("reader", "source")
+    assert figure.get_suptitle() == "name of the weights"
+    for axis, block in zip(figure.axes, blocks, strict=False):
+        assert axis.get_title() == block.block
+        assert [label.get_text() for label in axis.get_xticklabels()] == block.readers
+        assert [label.get_text() for label in axis.get_yticklabels()] == block.sources
+        np.testing.assert_array_equal(axis.images[0].get_array().filled(NAN), block.strength)
+
+
+def test_options_of_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = CifarClassifier("OSA-5x43").state_dict()
+    content = {"model": {k: v.numpy() for k, v in tensors.items()}, "__author__": "us"}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    titles: list[str] = []
+    monkeypatch.setattr(
+        plot_connectivity,
+        "plot_connectivity",
+        lambda blocks, title: titles.append(title) or Figure(),
+    )
+    words = [str(tmp_path / "model.pkl"), "--output", str(tmp_path / "out"), "--title", "Mine"]
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        plot_connectivity.run(plot_connectivity.argument_parser().parse_args(words))
+    words.append("--allow-pickle")
+    plot_connectivity.run(plot_connectivity.argument_parser().parse_args(words))
+    assert titles == ["Mine"]
 
 
 def test_tool_without_weights(tmp_path: Path) -> None:

@@ -179,6 +179,10 @@ def test_what_is_known_goes_along(tmp_path):
     assert checkpointer.input_convention == BGR_255
     metadata = read_checkpoint(str(tmp_path / "b.pth"))["vovnet_d2"]
     assert (metadata["stem"], metadata["residual"]) == ("strided", True)
+    convert(tmp_path / "a.safetensors", tmp_path / "c.pth", "--to-rgb")
+    content = read_checkpoint(str(tmp_path / "c.pth"))
+    assert equal(content["model"], STATE)
+    assert content["vovnet_d2"]["input"]["format"] == "RGB"
 
 
 @torch.no_grad()

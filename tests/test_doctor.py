@@ -57,7 +57,7 @@ class Environment:
         wanted = [r for r in REQUIREMENTS if r.startswith(("iopath", "omegaconf", "setuptools"))]
         self.distribution("setuptools", "80.0")
         self.distribution("detectron2", "0.6", wanted)
-        self.distribution("vovnet_d2", "0.1.0", ["torch>=2.6"])
+        self.distribution("vovnet_d2", "0.1.0", ["torch>=2.6", "pytest; extra == 'dev'"])
         self.distribution("opencv-python-headless", "5.0.0")
 
     def module(self, name: str, source: str) -> None:
@@ -109,6 +109,23 @@ def test_nothing_to_say_of_a_healthy_environment(environment: Environment) -> No
     assert "Prevents training" not in result.stdout
     assert "Worth knowing" not in result.stdout
     assert result.stderr == ""
+
+
+def test_gpus_are_listed_with_their_memory(environment: Environment) -> None:
+    gpu = """
+class properties: name, total_memory = "NVIDIA T4", 16 * 2**30
+class cuda:
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 1)
+    get_device_properties = staticmethod(lambda index: properties)
+"""
+    environment.module("torch", TORCH + gpu)
+    environment.module("detectron2/_C", "def has_cuda(): return True")
+    result = environment.diagnose()
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "GPU 0" in line]
+    assert line.endswith(" NVIDIA T4, 16 GiB")
+    assert "Worth knowing" not in result.stdout
 
 
 def no_torch(environment: Environment) -> None:

@@ -306,6 +306,9 @@ def test_other_networks():
         peer = timm.create_model("ese_vovnet19b_dw", features_only=True).eval()
         for found, expected in zip(optimize_for_inference(peer)(x), peer(x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for padding, mode in ((1, "reflect"), ("same", "zeros")):  # neither is packed
+            conv = nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode).eval()
+            torch.testing.assert_close(optimize_for_inference(conv)(x), conv(x))
 
 
 @pytest.mark.gpu
