@@ -27,7 +27,7 @@ class Treatment:
     """
     Attributes:
         description: a description for tables.
-        plain: take the plain network, see :mod:`.plain`: separate norms, NCHW.
+        plain: take the plain network, see ``benchmark/plain.py``: separate norms, NCHW.
         dtype: the type of computation. In training, other types than float32 mean autocast.
         compile: by torch.compile.
         tf32: let a GPU round float32 operands to TF32.
