@@ -23,6 +23,7 @@ from vovnet_d2 import VoVNet, optimize_for_inference
 from vovnet_d2.analysis.complexity import analyze
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.solver import build_optimizer
+from vovnet_d2.modeling.fpn import attach_fpn
 from vovnet_d2.modeling.single_shot.extras import BackboneWithExtras, DSODExtra, SSDExtra
 from vovnet_d2.modeling.single_shot.heads import TransferConnection
 from vovnet_d2.modeling.single_shot.layers import L2Norm, Predictor, ResidualBlock
@@ -146,6 +147,7 @@ def test_a_transfer_connection_is_that_of_the_paper(is_top: bool) -> None:
 
 def test_down_block_pools_in_ceil_mode() -> None:
     block = DSODExtra(6, 8, norm="BN").eval()
+    nn.init.constant_(block.pooled.norm.bias, 3)  # the ReLU behind it lets negative values through
     x = torch.randn(2, 6, 9, 7) - 2  # below zero, too
     pooled = nn.functional.max_pool2d(x, 2, ceil_mode=True)
     out = block(x)
@@ -163,6 +165,10 @@ def test_ssd_extra_without_padding() -> None:
     stages = [SSDExtra(channels, 6, norm="BN"), block]
     backbone = BackboneWithExtras(bottom_up, ["stage3"], stages)
     assert [shape.stride for shape in backbone.output_shape().values()] == [8, 16, 16]
+    fpn = attach_fpn(bottom_up, in_features=["stage3"], out_channels=6, top_block=None)
+    for given, divisor in ((0, 8), (16, 16)):  # an FPN itself needs multiples of its stride
+        backbone = BackboneWithExtras(fpn, ["p3"], [block], size_divisibility=given)
+        assert backbone.size_divisibility == divisor
 
 
 def test_values_of_ssd() -> None:
@@ -277,6 +283,14 @@ def test_batch_without_objects(kind: str) -> None:
     losses = model(samples((0, 0)))
     assert all(loss == 0 for loss in losses.values())
     sum(losses.values()).backward()
+
+
+def test_refinedet_pads_images_to_its_coarsest_stride() -> None:
+    model = build_tiny("refinedet").eval()
+    strides = [shape.stride for shape in model.backbone.output_shape().values()]
+    assert model.backbone.size_divisibility == max(strides) == 64
+    with torch.no_grad():
+        model([{"image": torch.zeros(3, 96, 160)}])  # whose sides 32 divides
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
