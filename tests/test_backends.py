@@ -39,6 +39,7 @@ from vovnet_d2.backends import (
     use_backend,
 )
 from vovnet_d2.backends.cache import export_dense_part, model_key
+from vovnet_d2.backends.detector import run_dense_part_elsewhere
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.engine import load_config, main_process
 from vovnet_d2.engine.precision import predict_in_float32
@@ -131,6 +132,17 @@ def test_a_head_is_not_given_other_feature_maps(mask_rcnn: CfgNode) -> None:
     features = list(model.backbone(torch.rand(1, 3, 64, 64)).values())
     with pytest.raises(AssertionError, match="Feature maps are not the last ones"):
         model.proposal_generator.rpn_head([f.clone() for f in features])
+
+
+def test_images_are_padded_as_the_backbone_needs(retinanet: nn.Module) -> None:
+    class Square(type(retinanet.backbone)):
+        padding_constraints = {"square_size": 256, "size_divisibility": 64}
+
+    model = copy.deepcopy(retinanet)
+    model.backbone.__class__ = Square
+    backbone = run_dense_part_elsewhere(model, None, ()).backbone
+    assert backbone.padding_constraints == Square.padding_constraints
+    assert backbone.size_divisibility == retinanet.backbone.size_divisibility
 
 
 # The cache
@@ -408,13 +420,15 @@ def test_tensorrt_is_asked_of_onnx_runtime(
 ) -> None:
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    session, asked = onnxruntime.InferenceSession, []
+    session, asked, threads = onnxruntime.InferenceSession, [], []
 
-    def open_session(path: Path, options: object, providers: list) -> object:
+    def open_session(path: Path, options: Any, providers: list) -> object:
         asked.extend(providers)
+        threads.append(options.intra_op_num_threads)
         return session(path, options, ["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     check_backend("tensorrt", GPU)
     path, _ = export_dense_part(retinanet)
     images = torch.rand(1, 3, 128, 128)
@@ -423,6 +437,7 @@ def test_tensorrt_is_asked_of_onnx_runtime(
     (name, options), *others = asked
     assert name == "TensorrtExecutionProvider"
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert threads == [2]
     assert options["device_id"] == 1
     assert options["trt_engine_cache_path"] == str(path.parent)
     assert options["trt_engine_cache_prefix"] == path.stem

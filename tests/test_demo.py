@@ -3,11 +3,13 @@
 """The demo: what goes in, what comes out, and what it says of its own accord."""
 
 import json
+import math
 import os
 import runpy
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -27,8 +29,9 @@ from pycocotools.coco import COCO
 
 from vovnet_d2.demo import main
 from vovnet_d2.demo.command import _argument_parser
-from vovnet_d2.demo.inputs import Camera, Frame, Picture, Pictures
-from vovnet_d2.demo.outputs import VideoFile, plan_pictures
+from vovnet_d2.demo.inputs import Camera, Frame, Picture, Pictures, Video, _find_fps
+from vovnet_d2.demo.outputs import VideoFile, plan_pictures, refuse_overwriting
+from vovnet_d2.demo.selection import Selection
 from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.predictor import Predictor
 
@@ -123,6 +126,7 @@ def test_folder_with_all_sorts(
     for name in ("03_cut.png", "05_empty.jpg"):
         assert f"pictures/{name} is not a picture that can be read" in err
     assert "hidden" not in err
+    assert " 9/9 " in err  # the bar counts what cannot be read, too
     told = "Skipped 2 files of pictures that are not pictures: Thumbs.db, labels.txt."
     assert caplog.messages.count(told) == 1
     assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # named
@@ -162,6 +166,7 @@ def test_folders_in_a_folder(network: CfgNode) -> None:
     Path("pictures").mkdir()
     write_pictures(Path("pictures/a"), 2)
     write_pictures(Path("pictures/b"), 1)
+    write_pictures(Path("pictures/.thumbnails"), 1)
     assert demo(network, "--input", "pictures", "--output", "out") == 2
     assert demo(network, "--input", "pictures", "--recursive", "--output", "out") == 0
     found = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*.png"))
@@ -213,6 +218,7 @@ def test_json_is_the_model_s_output(network: CfgNode, batch_size: int) -> None:
     words = ("--input", "pictures", "--json", "new/results.json", "--score-threshold", 0.3)
     assert demo(network, *words, "--batch-size", batch_size) == 1
     results = json.loads(Path("new/results.json").read_text())
+    refuse_overwriting([Path("new/results.json")], [])  # a second run may replace it
     peer = DefaultPredictor(network)
     for number, name in [(1, "00"), (2, "01"), (4, "02"), (5, "03")]:
         mine = [r for r in results if r["image_id"] == number]
@@ -315,6 +321,7 @@ def test_video(
     capture = cv2.VideoCapture(path)
     assert capture.get(cv2.CAP_PROP_FPS) == 12.5
     assert int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode() == fourcc
+    refuse_overwriting([Path(path)], [])  # a second run may replace it
     after = read_video(path)
     assert len(after) == 12
     for index, frame in enumerate(after):
@@ -405,6 +412,31 @@ def test_truncated_video(network: CfgNode, capsys: pytest.CaptureFixture[str]) -
     assert f"cut.avi ends after {readable} of the 40 frames" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "is_told"), [(30, False), (27, True)])
+def test_a_second_less_than_announced_is_no_damage(
+    number: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Capture:
+        def __init__(self, path: str):
+            self.left = number
+
+        def get(self, name: int) -> float:
+            return {cv2.CAP_PROP_FRAME_COUNT: 40.0, cv2.CAP_PROP_FPS: 12.5}[name]
+
+        def read(self) -> tuple[bool, np.ndarray]:
+            self.left -= 1
+            return self.left >= 0, GREY
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    (tmp_path / "a.avi").touch()
+    told: list[str] = []
+    assert len(list(Video(str(tmp_path / "a.avi")).frames(told.append))) == number
+    assert len(told) == is_told
+
+
 def test_not_a_video(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.mp4").write_text("not a video")
     assert demo(network, "--video", "text.mp4", "--output", "out.avi") == 1
@@ -477,6 +509,11 @@ def test_ctrl_c_is_the_end_of_a_camera(network: CfgNode, monkeypatch: pytest.Mon
         faked.setattr(cv2, "VideoCapture", FakeCamera)
         assert demo(network, "--webcam", 0, "--output", "out.avi") == 0
     assert len(read_video("out.avi")) == 2
+
+
+@pytest.mark.parametrize(("said", "taken"), [(25, 25), (0, 30), (-1, 30), (math.inf, 30)])
+def test_a_rate_that_cannot_be_is_30_frames_per_second(said: float, taken: float) -> None:
+    assert _find_fps(SimpleNamespace(get=lambda _: said)) == taken
 
 
 def test_a_camera_is_released_when_its_frames_are_not_wanted_any_more(
@@ -643,6 +680,20 @@ def test_segmentation(
         assert demo(network, "--input", "pictures", "--json", "r.json") == 2
         assert "error: The network predicts no instances" in capsys.readouterr().err
     assert changed.mean() < (before != after).any(axis=2).mean()
+
+
+def test_a_score_at_the_threshold_is_shown() -> None:
+    scores = torch.tensor([0.5, 0.499])
+    instances = Instances((9, 9), scores=scores, pred_classes=torch.zeros(2).long())
+    segments = [
+        {"id": 1, "isthing": True, "category_id": 0, "score": 0.5},
+        {"id": 2, "isthing": True, "category_id": 0, "score": 0.499},
+        {"id": 3, "isthing": False, "category_id": 0},  # stuff has no score
+    ]
+    prediction = {"instances": instances, "panoptic_seg": (torch.zeros(9, 9), segments)}
+    found = Selection(Metadata(), min_score=0.5)(prediction)
+    assert found.instances.scores.tolist() == [0.5]
+    assert [segment["id"] for segment in found.panoptic[1]] == [1, 3]
 
 
 # Mistakes

@@ -12,6 +12,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from vovnet_d2.drawing import artist
 from vovnet_d2.drawing.artist import Artist, Shown, _render
 from vovnet_d2.drawing.sheet import write_sheet
 from vovnet_d2.drawing.shown import from_record, from_results, from_sample
@@ -61,6 +62,35 @@ def test_masks_of_a_record(mask: object, scale: int) -> None:
     assert abs(rows.max() - 40 * scale) <= 1
     assert abs(columns.min() - 30 * scale) <= 1
     assert (GREY == 100).all()
+
+
+def test_masks_at_the_border_and_of_three_points() -> None:
+    triangle = [[0.0, 0, 30, 0, 0, 40]]
+    box = {"bbox": [0, 0, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    record = {"file_name": "a", "annotations": [box | {"segmentation": triangle}]}
+    shown = from_record(record, SIZE, Metadata(**BLUE))
+    (mask,) = shown.instances.pred_masks
+    assert abs(int(mask_util.area(mask)) - 30 * 40 / 2) < 30
+    *_, covered = blended(Artist(Metadata(**BLUE)).draw(GREY, shown), 1)
+    assert covered > 300  # the label hides a part
+
+
+@pytest.mark.parametrize(
+    ("crowd", "text"), [({}, "a"), ({"iscrowd": 0}, "a"), ({"iscrowd": 1}, "a|crowd")]
+)
+def test_crowds_are_named_so(crowd: dict[str, int], text: str) -> None:
+    record = {"file_name": "a", "annotations": [annotation(**crowd)]}
+    assert from_record(record, SIZE, Metadata(**BLUE)).instances.texts == [text]
+
+
+def test_a_name_stands_in_the_larger_part_of_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int]] = []
+    monkeypatch.setattr(artist, "_write", lambda canvas, letters, x, y: places.append((x, y)))
+    labels = torch.full(SIZE, 1)
+    labels[10:20, 10:21] = labels[40:50, 66:70] = 0
+    Artist(Metadata(stuff_classes=["sky"])).draw(GREY, Shown(labels=labels))
+    ((x, y),) = places
+    assert labels[y, x] == 0
 
 
 def test_masks_of_samples_and_results_are_those_of_records() -> None:

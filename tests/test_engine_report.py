@@ -88,6 +88,7 @@ def write_metrics(folder: Path, rows: list[dict]) -> str:
 
 def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
     rows = [{"iteration": i, "total_loss": float(i), "lr": 0.1} for i in (19, 39, 59)]
+    rows[2]["time"] = 0.5  # which the resumed run has not written yet
     # Evaluated after 30 iterations, written after the losses of 39.
     rows.insert(2, {"iteration": 29, "bbox/AP": 5.0})
     resumed = [{"iteration": 39, "total_loss": 100.0}, {"iteration": 60, "bbox/AP": 6.0}]
@@ -95,6 +96,7 @@ def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
     assert series["total_loss"] == [(19, 19.0), (39, 100.0)]
     assert series["bbox/AP"] == [(29, 5.0), (60, 6.0)]
     assert series["lr"] == [(19, 0.1)]
+    assert series.keys() == {"total_loss", "bbox/AP", "lr"}
 
 
 def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def assert_found(found: Instances, rectangles: list[tuple[int, ...]], within: fl
         points = found.pred_keypoints[index]
         expected = points.new_tensor([[x0, y0, 1], [x1, y1, 1]])
         assert (points - expected).abs().max() <= within
+        assert (points[:, 2] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def assert_found(found: Instances, rectangles: list[tuple[int, ...]], within: fl
         (180, 100, 0.2, [(0, 100), (80, 180)]),
         (181, 100, 0.2, [(0, 100), (40, 140), (81, 181)]),
         (200, 100, 0.0, [(0, 100), (100, 200)]),
+        (26, 10, 0.25, [(0, 10), (5, 15), (10, 20), (16, 26)]),  # three would overlap by 2
         (5, 2, 0.6, [(0, 2), (1, 3), (2, 4), (3, 5)]),
     ],
 )
@@ -322,10 +324,22 @@ def test_the_demo_passes_its_arguments_on(
     words = ["--config-file", MASK_RCNN, "--input", str(PICTURES[0])]
     words += ["--json", str(tmp_path / "found.json")]
     more = ["--tiles", "640x512", "--overlap", "0.1", "--backend", "auto", "--int8", "a.onnx"]
+    more += ["--device", "cpu", "--dtype", "bfloat16", "--compile", "--batch-size", "3"]
+    more += ["--allow-partial", "--allow-pickle"]
     with pytest.raises(SystemExit, match="no network is needed"):
         command.main([*words, *more])
-    expected = {"tiles": (640, 512), "overlap": 0.1, "backend": "auto", "int8": "a.onnx"}
-    assert {key: given[key] for key in expected} == expected
+    assert given == {
+        "tiles": (640, 512),
+        "overlap": 0.1,
+        "backend": "auto",
+        "int8": "a.onnx",
+        "device": "cpu",
+        "dtype": torch.bfloat16,
+        "compile": True,
+        "batch_size": 3,
+        "allow_partial": True,
+        "allow_pickle": True,
+    }
     with pytest.raises(SystemExit, match="2"):
         command.main([*words, "--tiles", "640"])
     assert "--tiles: '640' is not of the form HxW, such as 640x640" in capsys.readouterr().err

@@ -328,7 +328,10 @@ def test_progress_in_the_place_of_the_log(coco_root: Path, tmp_path: Path) -> No
     assert "| coco_2017_val | bbox" in log
 
 
-@pytest.mark.parametrize("name", ["train_net", "lazyconfig_train_net", "pretrain_net", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["train_net", "lazyconfig_train_net", "pretrain_net", "demo", "report", "visualize_data"],
+)
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
