@@ -5,6 +5,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from vovnet_d2.modeling import allocation
 
@@ -44,3 +45,17 @@ def test_memory_is_fetched_once():
     if kept:
         assert before > 10 * 16
         assert after < before / 20
+
+
+def test_memory_of_any_size_is_kept(monkeypatch):
+    """The settings by their numbers in glibc's malloc.h, where -1 is the threshold to give back."""
+    given = {}
+    library = SimpleNamespace(mallopt=lambda name, value: given.update({name: value}) or 1)
+    monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert allocation.keep_freed_memory.__wrapped__()
+    assert given[-1] >= 2**30
+    assert given[-4] == 0  # nothing is mapped apart
+    assert given[-2] >= 2**20
+    library.mallopt = lambda name, value: 0
+    assert not allocation.keep_freed_memory.__wrapped__()

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import analyze_model
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -27,7 +29,7 @@ from vovnet_d2.analysis import Complexity, analyze
 from vovnet_d2.analysis.complexity import CONVENTIONS
 from vovnet_d2.analysis.memory_access import LayerCost, convolution_cost, layer_cost
 from vovnet_d2.analysis.observe import observe
-from vovnet_d2.analysis.report import format_table
+from vovnet_d2.analysis.report import _scale, format_table, plot_complexity
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
 STAGES = ["stage2", "stage3", "stage4", "stage5"]
@@ -252,6 +254,16 @@ def test_units_follow_the_total() -> None:
         assert first[column].strip() == shown
 
 
+@pytest.mark.parametrize(
+    ("number", "unit", "divisor"),
+    [(999, "", 1), (1000, "k", 1e3), (999_999, "k", 1e3), (10**6, "M", 1e6), (10**9, "G", 1e9)],
+)
+def test_a_unit_begins_with_one(number: int, unit: str, divisor: float) -> None:
+    complexity: Any = SimpleNamespace(total=SimpleNamespace(parameters=number, peak_memory=number))
+    assert _scale(complexity, "parameters") == (f"parameters ({unit})", divisor)
+    assert _scale(complexity, "peak_memory") == (f"peak memory ({unit}B)", divisor)
+
+
 # Peak memory -------------------------------------------------------------------------------------
 
 
@@ -410,6 +422,7 @@ def test_what_cannot_be_counted_is_said() -> None:
     model = detector("COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml")
     model.extra = nn.Linear(10, 10, device="meta")
     assert any("110 parameters of extra" in note for note in analyze(model, (64, 64)).notes)
+    assert analyze(VoVNet(SMALL), (64, 64)).notes == []
 
 
 # The tool ----------------------------------------------------------------------------------------
@@ -450,6 +463,19 @@ def test_tool_takes_images_that_are_wider_than_high(
     assert capsys.readouterr().out.splitlines()[0].endswith("image of 800 x 1344")
 
 
+def test_tool_takes_images_of_one_channel(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config-file", "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"]
+    words += ["--image-size", "64", "64", "MODEL.WEIGHTS", ""]
+    stems = []
+    for options in ([], ["MODEL.PIXEL_MEAN", "[100.0]", "MODEL.PIXEL_STD", "[50.0]"]):
+        run_tool(*words, *options)
+        lines = capsys.readouterr().out.splitlines()
+        (stem,) = [line.split("|") for line in lines if line.startswith("| stem ")]
+        stems.append(float(stem[3]))
+    weights = 2 * 64 * 9  # the first convolution's of two channels, of 1e-6 to three decimals
+    assert stems[0] - stems[1] == pytest.approx(weights / 1e6, abs=0.001)
+
+
 def test_tool_takes_1000_classes_where_there_are_no_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -477,6 +503,25 @@ def test_tool_writes_the_same_numbers_everywhere(
     for row, part in zip(rows, [*content["parts"], content["total"]], strict=True):
         assert row == {k: "" if v is None else str(v) for k, v in part.items()}
     assert (tmp_path / "complexity.png").stat().st_size > 10_000
+
+
+def test_panels_of_the_figure() -> None:
+    found = analyze(VoVNet(SMALL), (64, 64))
+    figure = plot_complexity(found, "name of the network")
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    names = ["parameters (k)", "multiply-adds (M)", "activations (k)", "memory access (k)"]
+    assert list(panels) == [*(f"← {name}" for name in names), "intensity →", "← peak memory (kB)"]
+    access, intensity = panels["← memory access (k)"], panels["intensity →"]
+    bars = [bar.get_width() for bar in access.containers[0]]
+    assert bars == pytest.approx([part.memory_access / 1e3 for part in found.parts])
+    bounds, positions = access.collections[0].get_offsets().T
+    assert bounds.tolist() == pytest.approx([part.lower_bound / 1e3 for part in found.parts])
+    assert positions.tolist() == list(range(len(bars)))
+    bars = [bar.get_width() for bar in intensity.containers[0]]
+    assert bars == pytest.approx([part.intensity for part in found.parts])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [part.part for part in found.parts]
+    plt.close(figure)
 
 
 def test_every_quantity_has_its_rule() -> None:

@@ -13,7 +13,9 @@ from torch import nn
 from vovnet_d2 import VoVNet
 from vovnet_d2.analysis import analyze
 from vovnet_d2.benchmark.memory import saved_bytes
-from vovnet_d2.benchmark.networks import BACKBONES, backbone, calibrate_norms
+from vovnet_d2.benchmark.networks import BACKBONES, backbone, calibrate_norms, detector
+from vovnet_d2.benchmark.plain import plain
+from vovnet_d2.benchmark.study import Plan, Study
 from vovnet_d2.benchmark.treatments import TREATMENTS
 from vovnet_d2.benchmark.workload import (
     count_multiply_adds,
@@ -117,6 +119,19 @@ def test_calibrated_norms_have_the_statistics_of_their_inputs():
     torch.testing.assert_close(conv.norm.running_var, var, rtol=1e-4, atol=0)
 
 
+def test_a_detector_is_calibrated_on_what_its_backbone_gets():
+    model = nn.Module()
+    model.backbone = backbone("V-19-slim-eSE").build()
+    model.pixel_mean, model.pixel_std = torch.tensor(100.0), torch.tensor(25.0)
+    images = torch.randn(2, 3, 64, 64)
+    calibrate_norms(model, images)
+    conv = model.backbone.stem.conv1
+    normalised = (images * 50 + 128 - 100) / 25
+    found = nn.functional.conv2d(normalised, conv.weight, stride=2, padding=1)
+    mean = found.mean(dim=(0, 2, 3))
+    torch.testing.assert_close(conv.norm.running_mean, mean, rtol=1e-4, atol=1e-4)
+
+
 def test_norms_of_channels_without_variance_stay():
     model = backbone("V-19-slim-eSE").build()
     model.stem.conv1.weight.data[3] = 0
@@ -181,6 +196,42 @@ def test_training_step_changes_weights_and_counts_thrice():
     )
     # The first layer's input needs no gradient.
     assert found == 2 * first + 3 * grouped + 3 * transposed
+
+
+def test_gradients_are_of_one_step():
+    model = nn.Conv2d(3, 4, 3)
+    step = training_step(_Dict(model), torch.randn(2, 3, 12, 12), TREATMENTS["plain"], CPU)
+    gradients = []
+    for _ in range(3):
+        step()
+        gradients.append(model.weight.grad.clone())
+    for later in gradients[1:]:
+        torch.testing.assert_close(later, gradients[0])
+
+
+def test_plain_networks_are_contiguous():
+    model = VoVNet("V-19-slim-dw-eSE").to(memory_format=torch.channels_last)
+    copied = plain(model)
+    assert all(parameter.is_contiguous() for parameter in copied.parameters())
+    assert not model.stem.conv1.weight.is_contiguous()
+
+
+def test_keypoint_networks_are_not_trained_channels_last():
+    words = ["MODEL.CHANNELS_LAST", "True"]
+    faster = detector("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", words)
+    keypoint = detector("COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml", words)
+    assert (faster.channels_last, keypoint.channels_last) == (True, False)
+
+
+def test_work_is_of_the_size_of_the_image():
+    network = backbone("V-19-slim-dw-eSE")
+    measured = Study(Plan(networks=[network], energy_seconds=0))
+    small, large, again = (
+        measured._complexity(network, size).total.multiply_adds
+        for size in ((64, 64), (64, 128), (64, 64))
+    )
+    assert large == pytest.approx(2 * small, rel=0.02)  # eSE costs the same at any size
+    assert again == small
 
 
 class _Dict(nn.Module):

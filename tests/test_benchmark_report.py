@@ -91,6 +91,15 @@ def test_table_parses_back(measured):
             assert ratio.endswith("of slow")
 
 
+@pytest.mark.parametrize("table", PAPER_TABLES.values(), ids=PAPER_TABLES)
+def test_figures_of_the_paper_agree_with_each_other(table):
+    for name, row in table.detectors.items():
+        assert row.gflops_per_second == pytest.approx(row.gflops * row.fps, rel=0.04), name
+        watts = row.joules_per_image * row.fps  # a TITAN X takes at most 250
+        assert 60 < watts < 140, name
+        assert 0 < row.accuracy < 100, name
+
+
 def test_the_papers_columns_have_both_figures():
     table = PAPER_TABLES["table2"]
     rows = [
@@ -202,6 +211,12 @@ def test_plots_without_accuracy_and_energy():
 
 
 # ------------------------------------------------------------------------------------------ tool
+
+
+def test_pairs_and_a_reference_of_all_others():
+    assert tool.read_references(["a", "b=c"], ["a", "b", "c"]) == {"a": "a", "b": "c", "c": "a"}
+    assert tool.read_accuracy(["a=1=37.5", "b=40"]) == {"a=1": 37.5, "b": 40}
+    assert tool.image_size("480x640") == (480, 640)
 
 
 def test_presets_are_plans():

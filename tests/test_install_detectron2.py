@@ -216,6 +216,14 @@ def test_unreachable_upstream_costs_seconds(monkeypatch: pytest.MonkeyPatch) -> 
         assert time.monotonic() - start < 5
 
 
+def test_git_asks_for_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "git"
+    program.write_text('#!/bin/sh\ntest "$GIT_TERMINAL_PROMPT" = 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install_detectron2.is_upstream_reachable()
+
+
 def git(repository: Path, *args: str) -> str:
     author = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false")
     command = ["git", "-C", str(repository), *author, *args]
@@ -316,6 +324,7 @@ def test_the_prebuilt_wheel_fits_torch_and_python(
     write_wheel(wheels, f"0.6+fd27788{build}")
     write_wheel(wheels, "0.6+fd27788pt2.1.0cpu")
     write_wheel(wheels, "0.6+zzzzzzzpt99.0.0cu999")
+    write_wheel(wheels, f"0.6+zzzzzzz{build}0")  # such as cu1280 where cu128 is installed
     write_wheel(wheels, f"0.6+zzzzzzz{build}", tag="cp27-none-win32")
     options = ["--source", "wheel", "--wheel-dir", str(out), "--find-links", str(wheels)]
     assert install_detectron2.main(options) == 0

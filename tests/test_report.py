@@ -25,7 +25,7 @@ from report_runs import CLASSES, CONFIG, DATASET, SECTIONS, make_shapes, write_r
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
 from vovnet_d2.engine.launch import run_or_exit
-from vovnet_d2.report import average_precision, register_files, write_page
+from vovnet_d2.report import average_precision, figures, register_files, write_page
 from vovnet_d2.report import page as page_module
 from vovnet_d2.report.average_precision import AveragePrecision, evaluate
 from vovnet_d2.report.detections import Detections, read_detections
@@ -162,6 +162,18 @@ def test_the_api_is_that_of_the_run(
 
 def test_objects_are_counted_without_crowds(found: AveragePrecision) -> None:
     assert sum(found.counts.values()) == 4 * 8 - 1
+
+
+def test_objects_without_keypoints_are_none_of_theirs() -> None:
+    annotations = [{"keypoints": [5, 5, 2], "num_keypoints": 1}]
+    annotations += [
+        {"keypoints": [0, 0, 0], "num_keypoints": 0},
+        {"iscrowd": 1, "num_keypoints": 1},
+    ]
+    anns = {i: {"category_id": 4} | each for i, each in enumerate(annotations)}
+    detections: Any = SimpleNamespace(truth=SimpleNamespace(cats={4: {}}, anns=anns))
+    assert average_precision._count_objects(detections, "keypoints") == {4: 1}
+    assert average_precision._count_objects(detections, "bbox") == {4: 2}
 
 
 def test_a_class_without_objects(shapes: tuple[Path, list[dict]]) -> None:
@@ -398,6 +410,15 @@ def test_page_has_all_parts(run: Path) -> None:
             assert f"{value:.1f}" in reader.sections["Average precision by class and size"]
     images = [attributes["src"] for tag, attributes in reader.elements if tag == "img"]
     assert len(images) == 2 * 9  # five best, four worst
+    images = match_images(detections.truth, detections.predictions, min_score=0.5)
+    captions = " ".join(f"{reader.sections[f'{end} images']}" for end in ("Best", "Worst"))
+    captions = " ".join(captions.split())
+    for image in images:
+        assert (
+            f"{image.correct} correct · {image.confused} of another class · {image.missed} missed "
+            f"· {image.spurious} where nothing is"
+        ) in captions
+    assert any(image.missed != image.spurious for image in images)
     assert not [e for e in reader.elements if e[0] in ("script", "link", "iframe")]
 
 
@@ -409,6 +430,10 @@ def test_the_matrix_on_the_page(run: Path) -> None:
     images = match_images(detections.truth, detections.predictions, min_score=0.5)
     matrix = confusion_matrix(images, list(CLASSES))
     assert numbers == sorted(matrix[matrix > 0].tolist())
+    shown = page_module._show_confusion(matrix, detections)
+    for counts, shares in zip(shown.counts, shown.shares, strict=True):
+        total = max(1, sum(counts))  # of the row, which is what is annotated
+        assert shares == [round(100 * count / total) for count in counts]
 
 
 def test_what_comes_from_outside_is_escaped(catalogs: None, tmp_path: Path) -> None:
@@ -463,6 +488,11 @@ PREDICTIONS = "inference/coco_instances_results.json"
         (write(PREDICTIONS, "[]"), "is empty: the network found nothing", "Confusion matrix"),
         (
             write(PREDICTIONS, json.dumps([item(2, 0, score=1)])),
+            "is not what was predicted: images or categories",
+            "Confusion matrix",
+        ),
+        (
+            write(PREDICTIONS, json.dumps([item(99, 0, score=1) | {"image_id": 3}])),
             "is not what was predicted: images or categories",
             "Confusion matrix",
         ),
@@ -579,10 +609,28 @@ def test_files_in_place_of_a_data_set(run: Path) -> None:
         register_files(run, run.parent / "truth.json", images)
 
 
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [(99, "training, not at its end: 99 of 100 iterations"), (100, "training, 100 iterations")],
+)
+def test_a_training_ends_with_its_last_iteration(done: int, said: str) -> None:
+    run: Any = SimpleNamespace(facts={}, iterations=done, setting=lambda key: 100)
+    assert page_module._describe_status(run) == said
+
+
 def test_numbers_and_small_curves_on_the_page() -> None:
     values = (0, 12.34, math.nan, None, -1)
     assert [page_module._format(value) for value in values] == ["0.0", "12.3", "–", "–", "–"]
     assert sparkline(np.array([0.0, 1.0]), np.array([1.0, 0.25])) == "0,0 100,75"
+
+
+def test_precision_is_drawn_over_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_to_svg", lambda figure: figure)
+    recalls, precision = np.array([0.0, 0.5, 1.0]), np.array([1.0, 0.75, 0.25])
+    (axes,) = figures.draw_precision_recall(recalls, {"AP50": precision}, ["a"]).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("recall →", "precision →")
+    (line,) = axes.get_lines()
+    np.testing.assert_array_equal(line.get_xydata().T, [recalls, precision])
 
 
 def test_long_curves_are_drawn_by_medians() -> None:
