@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserValueError
 from .digit_images import GLYPH_MARGIN, Digit, load_sources, make_image
@@ -43,6 +45,8 @@ CLASS_NAMES = tuple("0123456789")
 _VERSION = 1
 
 _FOLDER = "vovnet_d2_digits"
+
+_FEW_IMAGES = 100  # are drawn sooner than workers start
 
 _NUM_DIGITS = 1797  # in scikit-learn's load_digits
 _NUM_VAL_DIGITS = 360
@@ -234,27 +238,56 @@ def _require_unchanged(target: Path) -> None:
         )
 
 
+class _Images(Dataset[tuple[NDArray[np.uint8], list[Digit]] | UserValueError]):
+    """The images of a split, each drawn when it is asked for, from a seed of its own."""
+
+    def __init__(self, split: str, recipe: dict[str, Any]):
+        self._part = _PHOTO_PARTS[split]
+        number = list(_PHOTO_PARTS).index(split)
+        self._digits = digit_split()[number]
+        self._seed = [recipe["seed"], number]
+        self._count = recipe["images"][split]
+        self._layout = recipe["layout"]
+        self._sources = load_sources()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], list[Digit]] | UserValueError:
+        rng = np.random.default_rng([*self._seed, index])
+        try:
+            return make_image(self._sources, self._digits, self._part, rng, **self._layout)
+        except UserValueError as error:
+            return error  # raised in a worker, it would get the message of a traceback
+
+
 def _write(folder: Path, recipe: dict[str, Any]) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    sources = load_sources()
     (folder / "annotations").mkdir(parents=True)
+    total = sum(recipe["images"].values())
     with tqdm(
-        total=sum(recipe["images"].values()),
+        total=total,
         desc="Building the digits data set",
         unit="image",
         delay=2,
         mininterval=1,
     ) as progress:
-        for number, (split, digits) in enumerate(zip(_PHOTO_PARTS, digit_split(), strict=True)):
+        for split in _PHOTO_PARTS:
             (folder / split).mkdir()
+            images: DataLoader[Any] = DataLoader(
+                _Images(split, recipe),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=min(4, os.cpu_count() or 1) if total > _FEW_IMAGES else 0,
+                generator=torch.Generator(),  # so that no random number of the caller is used up
+            )
             contents = []
-            for index in range(recipe["images"][split]):
-                rng = np.random.default_rng([recipe["seed"], number, index])
-                pixels, drawn = make_image(
-                    sources, digits, _PHOTO_PARTS[split], rng, **recipe["layout"]
-                )
+            for index, image in enumerate(images):
+                if isinstance(image, UserValueError):
+                    raise image
+                pixels, drawn = image
                 # Stronger compression would take longer than everything else here.
                 Image.fromarray(pixels).save(folder / split / _file_name(index), compress_level=1)
                 contents.append(drawn)
@@ -263,6 +296,10 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
             path.write_text(json.dumps(_to_coco(contents, recipe["layout"]["image_size"])))
     made = {"recipe": recipe, "digest": _digest(folder)}
     (folder / "recipe.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _unchanged(image: Any) -> Any:
+    return image
 
 
 def _file_name(index: int) -> str:
