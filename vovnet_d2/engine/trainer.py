@@ -7,10 +7,10 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from traceback import clear_frames
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,20 +68,6 @@ __all__ = ["Trainer"]
 logger = logging.getLogger(__name__)
 
 
-class _Judged(NamedTuple):
-    """A network whose best weights are kept.
-
-    Attributes:
-        model: the network.
-        metric: the name of the metric that counts.
-        file: the name of the file with the best weights, without ``.pth``.
-    """
-
-    model: nn.Module
-    metric: str
-    file: str
-
-
 class Trainer(EvaluatingTrainer):
     """A trainer and evaluator of the network that a config describes.
 
@@ -136,7 +122,8 @@ class Trainer(EvaluatingTrainer):
             trainer=weakref.proxy(self),
         )
         self._statistics = KeptStatistics(model)
-        self._average = self._build_average()
+        if cfg.SOLVER.EMA:
+            self._average = WeightAverage(self.checkpointer.model, cfg.SOLVER.EMA)
         self._checkpointing = self._build_checkpointing()
 
         # How far the training is. A checkpoint replaces these values.
@@ -156,36 +143,40 @@ class Trainer(EvaluatingTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Return Detectron2's hooks in Detectron2's order, with those of this package among them.
 
-        Hooks that look at the results of an evaluation come after the evaluation, and before the
-        writers.
+        The hooks that keep the best weights come after the evaluation and before the writers. The
+        hook that may end the training comes last.
         """
-        judged = self._find_judged()
+        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
         found: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
         if self._average:
             found.append(self._average)
-        if self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             found.append(self._build_precise_bn())
         found.append(self._checkpointing)
-        found += self._build_evaluation_hooks()
+        evaluate, metric = self._interruptible(self._test_and_keep), self.main_metric(cfg)
+        found.append(EvalHook(period, evaluate, metric, cfg.OUTPUT_DIR))
+        if cfg.TEST.AUG.ENABLED:
+            found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
+        judged = self._find_judged(metric)
         if comm.is_main_process():
-            found += self._build_best_checkpointers(judged)
+            for model, name, file in judged:
+                best = (period, model, cfg.OUTPUT_DIR, name)
+                categories = self.checkpointer.categories
+                found.append(BestCheckpointer(*best, file_prefix=file, categories=categories))
             found += [UnreadableCount(), EpochCount()]
             found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        found += self._build_early_stopping(judged)
+        if judged and (patience := cfg.TEST.PATIENCE) > 0:
+            # An average of the weights decides, because its weights are the ones to use.
+            _, name, file = judged[-1]
+            ending = (self._checkpointing, period, name, patience, cfg.OUTPUT_DIR)
+            found.append(EarlyStopping(*ending, best=file))
         return found
 
-    def _build_average(self) -> WeightAverage | None:
-        if not self.cfg.SOLVER.EMA:
-            return None
-        return WeightAverage(self.checkpointer.model, self.cfg.SOLVER.EMA)
-
     def _build_checkpointing(self) -> Checkpointing:
-        averaged = None
+        folder, averaged = self.cfg.OUTPUT_DIR, None
         if self._average:
-            categories = self.checkpointer.categories
-            averaged = WeightsCheckpointer(
-                self._average.model, self.cfg.OUTPUT_DIR, categories=categories
-            )
+            model, categories = self._average.model, self.checkpointer.categories
+            averaged = WeightsCheckpointer(model, folder, categories=categories)
         return Checkpointing(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, averaged)
 
     def _build_precise_bn(self) -> PreciseBN:
@@ -196,55 +187,16 @@ class Trainer(EvaluatingTrainer):
         data_loader = self.build_train_loader(cfg)
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, data_loader, node.NUM_ITER)
 
-    def _build_evaluation_hooks(self) -> list[HookBase]:
-        cfg = self.cfg
-        evaluate = self._interruptible(self._test_and_keep)
-        found = [EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, self.main_metric(cfg), cfg.OUTPUT_DIR)]
-        if cfg.TEST.AUG.ENABLED:
-            found.append(hooks.EvalHook(0, self._interruptible(self._test_with_tta_and_keep)))
-        return found
-
-    def _find_judged(self) -> list[_Judged]:
-        """Return the networks whose best weights are kept. If there is an average of the weights,
-        it is the last one.
+    def _find_judged(self, metric: str | None) -> list[tuple[nn.Module, str, str]]:
+        """Return the networks whose best weights are kept, each with its metric and the name of its
+        file. An average of the weights comes last.
         """
-        metric = self.main_metric(self.cfg)
         if not metric or self.cfg.TEST.EVAL_PERIOD <= 0:
             return []
-        judged = [_Judged(self.model, metric, "model_best")]
+        judged = [(self.model, metric, "model_best")]
         if self._average:
-            name = name_of_average(metric)
-            judged.append(_Judged(self._average.model, name, "model_best_ema"))
+            judged.append((self._average.model, name_of_average(metric), "model_best_ema"))
         return judged
-
-    def _build_best_checkpointers(self, judged: Sequence[_Judged]) -> list[BestCheckpointer]:
-        return [
-            BestCheckpointer(
-                self.cfg.TEST.EVAL_PERIOD,
-                each.model,
-                self.cfg.OUTPUT_DIR,
-                each.metric,
-                file_prefix=each.file,
-                categories=self.checkpointer.categories,
-            )
-            for each in judged
-        ]
-
-    def _build_early_stopping(self, judged: Sequence[_Judged]) -> list[EarlyStopping]:
-        test = self.cfg.TEST
-        if not judged or test.PATIENCE <= 0:
-            return []
-        decisive = judged[-1]  # an average of the weights decides: its weights are the ones to use
-        return [
-            EarlyStopping(
-                self._checkpointing,
-                test.EVAL_PERIOD,
-                decisive.metric,
-                test.PATIENCE,
-                self.cfg.OUTPUT_DIR,
-                best=decisive.file,
-            )
-        ]
 
     def build_writers(self) -> list[EventWriter]:
         writers = super().build_writers()
