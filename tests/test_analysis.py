@@ -28,7 +28,8 @@ from vovnet_d2 import VoVNet, VoVNetSpec, get_config_file
 from vovnet_d2.analysis import Complexity, analyze
 from vovnet_d2.analysis.complexity import CONVENTIONS
 from vovnet_d2.analysis.memory_access import LayerCost, convolution_cost, layer_cost
-from vovnet_d2.analysis.observe import observe
+from vovnet_d2.analysis.observe import PartTracker, observe
+from vovnet_d2.analysis.peak_memory import PeakMemory
 from vovnet_d2.analysis.report import _scale, format_table, plot_complexity
 from vovnet_d2.modeling.baselines.cifar import CIFAR_SPECS, CifarClassifier
 
@@ -241,6 +242,15 @@ def test_evaluation_is_what_is_counted() -> None:
     assert not net[2].running_mean.any()
 
 
+def test_a_part_costs_the_sum_of_its_layers() -> None:
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+    (part,) = analyze(nn.Sequential(nn.Sequential(*layers)), (20, 30)).parts
+    costs = [convolution_cost(20, 30, 3, 8, 3), convolution_cost(20, 30, 8, 16, 3)]
+    for quantity in ("multiply_adds", "memory_access", "lower_bound"):
+        expected = sum(getattr(cost, quantity) for cost in costs)
+        assert getattr(part, quantity) == pytest.approx(expected), quantity
+
+
 def test_units_follow_the_total() -> None:
     for unit, channels, shown in (
         ("(M)", 40_000, "1.120"),
@@ -308,6 +318,10 @@ def test_peak_memory_is_what_is_allocated(
     expected = allocated_at_peak(model, image, tmp_path / "trace.json")
     # Each allocation is rounded up to 64 bytes.
     assert counted == pytest.approx(expected, rel=0.005)
+
+
+def test_a_view_counts_with_its_whole_memory() -> None:
+    assert PeakMemory(PartTracker(), torch.zeros(10)[:3]).live == 10 * 4
 
 
 def test_peak_memory_by_hand() -> None:
