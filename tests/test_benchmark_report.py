@@ -23,7 +23,7 @@ from vovnet_d2.benchmark import command as tool
 from vovnet_d2.benchmark import study
 from vovnet_d2.benchmark.plots import plot_cell
 from vovnet_d2.benchmark.published import PAPER_TABLES, format_paper_table
-from vovnet_d2.benchmark.report import CONVENTIONS, format_table, write_study
+from vovnet_d2.benchmark.report import CONVENTIONS, _format, format_table, write_study
 from vovnet_d2.benchmark.study import Study
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.made import note_made
@@ -211,6 +211,12 @@ def test_plots_without_accuracy_and_energy():
 
 
 # ------------------------------------------------------------------------------------------ tool
+
+
+def test_a_ratio_has_its_quartiles_in_their_order():
+    row = {"time_of_network": 1.5, "time_of_network_q1": 1.25, "time_of_network_q3": 2.0}
+    text = _format(row | {"reference_network": "b"}, "time_of_network")
+    assert text == "1.500 [1.250, 2.000] of b"
 
 
 def test_pairs_and_a_reference_of_all_others():
