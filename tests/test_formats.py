@@ -324,6 +324,13 @@ def test_yolo_beside_the_images(tmp_path: Path) -> None:
     assert "1 boxes have a negative width or height, which is taken as positive" in found.notes[0]
 
 
+def test_yolo_names_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    file = yolo(tmp_path, "0 .5 .5 .5 .5", names={"1": "cat", "0": "dog"})
+    found = read_annotations(file, None, "train")
+    assert classes(found) == [(1, "dog"), (2, "cat")]
+    assert [name for name, *_ in objects(found)["a b.jpg"]] == ["dog"]
+
+
 def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
     file = yolo(tmp_path, "0 .5 .5 .5 .5 .1 .1 2 .2 .2 1")
     file.write_text(file.read_text().replace('"nc"', '"kpt_shape": [2, 3], "nc"'))
@@ -686,6 +693,13 @@ def test_files_are_in_the_order_of_their_names(
 
     monkeypatch.setattr(os, "walk", walk_backwards)
     assert list_files(tmp_path, [".txt"]) == files
+
+
+def test_the_area_of_a_polygon_has_no_direction() -> None:
+    polygons = [[0.0, 0.0, 4.0, 0.0, 4.0, 3.0], [4.0, 3.0, 4.0, 0.0, 0.0, 0.0]]
+    drawn = [LabelledObject("dog", [0.0, 0.0, 4.0, 3.0], [polygon]) for polygon in polygons]
+    content = to_coco([LabelledImage("a.jpg", (8, 8), drawn)])
+    assert [annotation["area"] for annotation in content["annotations"]] == [6, 6]
 
 
 def test_notes_count_the_cases_and_name_the_first() -> None:

@@ -415,6 +415,16 @@ def test_images_are_resized_smoothly() -> None:
     assert np.array_equal(found, whole[3:27, 3:27])
 
 
+def test_cifar10_is_evaluated_on_images_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(write_cifar10(tmp_path, monkeypatch))
+    assert [len(build_classification_dataset(data, split)) for split in ("train", "val")] == [
+        50,
+        10,
+    ]
+
+
 @pytest.mark.usefixtures("fresh_logging")
 @pytest.mark.parametrize("network", CIFAR_SPECS)
 def test_cifar10(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,8 @@ def test_an_unusual_number_of_epochs_is_warned_of(
 
 def test_a_users_file_is_told_from_ours(tmp_path: Path) -> None:
     middle = tmp_path / "middle.yaml"
-    middle.write_text(f"_BASE_: [{get_config_file(ONE_X)}]\nSOLVER: {{IMS_PER_BATCH: 4}}\n")
+    inherited = "SOLVER: {IMS_PER_BATCH: 4}\nTEST: {EVAL_PERIOD: 50}\n"
+    middle.write_text(f"_BASE_: [{get_config_file(ONE_X)}]\n{inherited}")
     last = tmp_path / "last.yaml"
     last.write_text(
         "_BASE_: middle.yaml\nSOLVER:\n  STEPS: !!python/tuple [1]\nTEST: {EVAL_PERIOD: 90}\n"
