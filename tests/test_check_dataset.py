@@ -39,6 +39,8 @@ from pycocotools.coco import COCO
 from vovnet_d2.data import build_digits
 from vovnet_d2.data.check import PROBLEMS
 from vovnet_d2.data.check.masks import is_box_mask
+from vovnet_d2.data.check.problems import Findings
+from vovnet_d2.data.check.report import _format
 
 pytest_plugins = ["dataset_faults", "engine_fixtures"]
 
@@ -212,6 +214,15 @@ def test_one_problem_is_singular(data: DataSet, capsys: pytest.CaptureFixture) -
     data.write()
     data.check()
     assert "\n  1 category, 4 images, 8 annotations\n" in capsys.readouterr().out
+
+
+def test_more_cases_than_examples_are_told() -> None:
+    findings = Findings()
+    for number in range(6):
+        findings.add("area", f"annotation {number}")
+        shown = [line.strip() for line in _format(findings, False)[1:]]
+        examples = [f"annotation {n}" for n in range(min(number + 1, 5))]
+        assert shown == examples + ["..."] * (number == 5)
 
 
 def test_annotations_that_go_with_their_image_are_counted(data: DataSet) -> None:

@@ -184,7 +184,8 @@ def test_averaged_weights_beside_others_are_said_and_can_be_had(tmp_path, caplog
     assert read_weights(path)[0]["model"]["w"] == 1
     assert f"For the others, write {path}?entry=state_dict_ema." in caplog.text
     caplog.clear()
-    assert read_weights(f"{path}?entry=state_dict_ema")[0]["model"]["w"] == 0
+    chosen, _ = read_weights(f"{path}?entry=state_dict_ema")
+    assert (chosen.keys(), chosen["model"]["w"]) == ({"model"}, 0)
     assert not caplog.text
     with pytest.raises(ValueError, match=r"'ema'. There are: state_dict, state_dict_ema"):
         read_weights(f"{path}?entry=ema")

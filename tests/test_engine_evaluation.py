@@ -35,7 +35,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from PIL import Image
 
 from vovnet_d2.data.cityscapes import provide_cityscapes_scripts
-from vovnet_d2.engine import Trainer, build_evaluator, load_config
+from vovnet_d2.engine import Trainer, build_evaluator, load_config, rehearsal
 from vovnet_d2.engine.evaluation import _BUILDERS, check_evaluators, main_metric
 from vovnet_d2.engine.old_numpy import old_numpy
 from vovnet_d2.engine.rehearsal import rehearse_evaluation
@@ -534,6 +534,17 @@ def test_the_rehearsal_finds_what_would_end_an_evaluation(coco: Path, tmp_path: 
     ):
         rehearse_evaluation(cfg, Trainer)
     assert not (tmp_path / "out" / "inference").exists()
+
+
+def test_a_lost_connection_is_no_fault_of_the_data(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+
+    monkeypatch.setattr(rehearsal, "_run", fail)
+    with pytest.raises(RuntimeError, match="gloo"):
+        rehearse_evaluation(config(tmp_path, "coco_2017_val"), Trainer)
 
 
 def test_what_no_network_can_reach_is_said(

@@ -14,6 +14,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,18 +159,26 @@ def test_torchrun_tells_a_mistake_in_a_sentence() -> None:
 
 
 def test_torchrun_gives_each_process_its_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "VOVNET_D2_TIMEOUT")
+    for name, value in zip(names, ("1", "2", "90"), strict=True):
         monkeypatch.setenv(name, value)
-    chosen, joined = [], []
+    chosen, joined, options = [], [], {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda *words, **_: joined.append(words))
+
+    def join(*words: str, **more: Any) -> None:
+        joined.append(words)
+        options.update(more)
+
+    monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(comm, "create_local_process_group", joined.append)
     monkeypatch.setattr(comm, "synchronize", lambda: None)
     launch._join_torchrun()
     assert chosen == [1]
     assert joined == [("nccl",), 2]
+    assert (options["rank"], options["world_size"]) == (3, 4)
+    assert options["timeout"] == timedelta(seconds=90)
 
 
 def test_the_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

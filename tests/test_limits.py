@@ -135,8 +135,10 @@ def test_12_bits_of_16_are_dark(tmp_path: Path, largest: int, dark: bool) -> Non
     pixels = RNG.integers(0, largest, (8, 8)).astype(np.uint16)
     pixels[0, 0] = largest
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    (file,) = inspect_files([str(tmp_path / "a.png")], "").values()
+    Image.fromarray((pixels >> 8).astype(np.uint8)).save(tmp_path / "b.png")
+    file, of_8_bits = inspect_files([str(tmp_path / f"{n}.png") for n in "ab"], "").values()
     assert (file.bits, file.dark) == (16, dark)
+    assert (of_8_bits.bits, of_8_bits.dark) == (8, False)
 
 
 @pytest.mark.parametrize(("deviation", "flat"), [(3, True), (5, False)])

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -521,6 +522,11 @@ def other_classes(root: Path) -> None:
     (root / "val" / "green").rename(root / "val" / "violet")
 
 
+def one_class_less(root: Path) -> None:
+    write_images(root)
+    shutil.rmtree(root / "train" / max(COLOURS))
+
+
 def class_without_images(root: Path) -> None:
     write_images(root)
     for path in (root / "train" / "red").iterdir():
@@ -546,6 +552,7 @@ def damaged_cifar10(root: Path) -> None:
         (split_folder, FileNotFoundError, "train has no folders"),
         (flat_val, FileNotFoundError, "val has no folders"),
         (other_classes, ValueError, "number 1.*'green'.*'red'"),
+        (one_class_less, ValueError, f"number 2.*'missing'.*'{max(COLOURS)}'"),
         (class_without_images, FileNotFoundError, "red"),
         (damaged_image, ValueError, r"\.png cannot be read as an image"),
         (damaged_cifar10, FileNotFoundError, "incomplete or damaged"),

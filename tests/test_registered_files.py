@@ -141,6 +141,11 @@ def test_other_keypoints_of_the_same_category(root: Path) -> None:
         ValueError, match=r"has 2 keypoints \('head', 'tail'\), and .* 17 keypoints"
     ):
         check("keypoints_coco_2017_train", KEYPOINT)
+    write(path, [PERSON | {"keypoints": [*COCO_PERSON_KEYPOINT_NAMES[::-1]]}])
+    with pytest.raises(
+        ValueError, match=r"has 17 keypoints \('right_ankle', .* 17 keypoints \('no"
+    ):
+        check("keypoints_coco_2017_train", KEYPOINT)
 
 
 def test_a_cut_file(root: Path) -> None:

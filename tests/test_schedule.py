@@ -9,15 +9,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import pytest
 import test_own_data
 import yaml
+from detectron2.data import DatasetCatalog
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, TINY, launch, read_log
 from test_own_data import BOTH, flags
 
 from vovnet_d2 import get_config_file
 from vovnet_d2.engine import Trainer, argument_parser, load_config, run
-from vovnet_d2.engine.fitting import data_of, fit_to_data
+from vovnet_d2.engine.fitting import data_of, fit_to_data, keep_record
 from vovnet_d2.engine.schedule import Row, fit_schedule, format_rows
 from vovnet_d2.engine.written import find_written
 
@@ -145,8 +147,9 @@ def test_a_users_file_is_told_from_ours(tmp_path: Path) -> None:
         "SEED": "set on the command line",
     }
     assert base == load_config(ONE_X)
-    ours, given = find_written(ONE_X, [])
-    assert (ours, given) == (load_config(ONE_X), {})
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "Base-RCNN-FPN.yaml"
+    for known in (ONE_X, str(zoo)):
+        assert find_written(known, []) == (load_config(known), {})
     alone = tmp_path / "alone.yaml"
     alone.write_text("SOLVER: {MAX_ITER: 7}\n")
     assert find_written(str(alone), []) == (load_config(), {"SOLVER.MAX_ITER": f"set in {alone}"})
@@ -261,6 +264,28 @@ def test_a_record_that_cannot_be_read(catalogs: None, tmp_path: Path) -> None:
     args = Namespace(epochs=Fraction(1), fit_anchors=False)
     with pytest.raises(ValueError, match="does not say how many images"):
         fit_to_data(cfg, args, lambda: find_written(ONE_X, []), data_of(cfg), resuming=True)
+
+
+def test_a_record_of_an_earlier_training_goes_and_a_users_stays(tmp_path: Path) -> None:
+    out, file = str(tmp_path), tmp_path / "fitted.json"
+    keep_record(out, {"images": 3}, anew=True)
+    keep_record(out, None, anew=False)
+    assert json.loads(file.read_text()) == {"images": 3}
+    keep_record(out, None, anew=True)
+    assert not file.exists()
+    file.write_text("mine")
+    keep_record(out, None, anew=True)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("leaves_out", "number"), [("True", 1), ("False", 2)])
+def test_images_that_training_leaves_out_do_not_count(
+    catalogs: None, leaves_out: str, number: int
+) -> None:
+    records = [{"annotations": [{"iscrowd": 0}]}, {"annotations": []}]
+    DatasetCatalog.register("mine", lambda: records)
+    options = ["DATASETS.TRAIN", "('mine',)", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", leaves_out]
+    assert len(data_of(load_config(ONE_X, options)).load()) == number
 
 
 def test_a_resumed_training_keeps_its_epochs(catalogs: None, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 """Files that this package did not make, in every folder that it writes to: they stay untouched."""
 
 import os
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from vovnet_d2.atomic import atomic_write
 from vovnet_d2.benchmark.command import make_folder
 from vovnet_d2.benchmark.report import FILES
 from vovnet_d2.demo.outputs import refuse_overwriting
-from vovnet_d2.engine import data_pictures_command
+from vovnet_d2.engine import data_pictures_command, load_config
 from vovnet_d2.engine.output_folder import choose_folder, keep_earlier_run
 from vovnet_d2.made import LIST_NAME, is_made_here, note_made, note_run, refuse_foreign
 from vovnet_d2.report import write_page
@@ -245,6 +247,22 @@ def test_a_training_keeps_the_one_before_it(coco: Path, tmp_path: Path) -> None:
     # It can be gone on with where it is now.
     launch(FASTER_RCNN, tmp_path / "earlier", "--resume", *options, "SOLVER.MAX_ITER", "2")
     assert f"Resumed from {tmp_path}/earlier/model_final.pth" in read_log(tmp_path / "earlier")
+
+
+def test_the_entry_of_a_file_is_no_part_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that the training reads stay where they are, if ``?entry=`` chooses among them."""
+    kept: list[str] = []
+    module = sys.modules["vovnet_d2.engine.run"]  # the package has a function of this name
+    monkeypatch.setattr(module, "keep_earlier_run", lambda folder, files: kept.extend(files))
+    monkeypatch.setattr(module, "default_setup", lambda config, args: None)
+    (tmp_path / "config.yaml").touch()
+    args = Namespace(config_file="", eval_only=False, resume=False)
+    options = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "a.pth?entry=model_ema"]
+    cfg = load_config("", options)
+    module._set_up_with_detectron2(cfg, cfg, args)
+    assert kept == ["", "a.pth"]
 
 
 def test_what_had_not_begun_is_no_run(tmp_path: Path) -> None:

@@ -212,7 +212,9 @@ def test_each_run_registers_the_data_sets_of_this_package(
     catalogs: None, start: Callable[[], None]
 ) -> None:
     start()
-    assert {"digits_val", "voc_2007_test_no_difficult"} <= set(DatasetCatalog.list())
+    names = set(DatasetCatalog.list())
+    assert {"digits_val", "voc_2007_test_no_difficult", "voc_2012_val_no_difficult"} <= names
+    assert "voc_2012_test_no_difficult" not in names  # which has no boxes
 
 
 # Evaluation ---------------------------------------------------------------------------------------
