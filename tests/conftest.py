@@ -4,6 +4,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 # Several tests run at a time (pytest-xdist), each in one thread, and so do the processes that they
@@ -50,8 +51,9 @@ def freed_memory_is_returned() -> Iterator[None]:
     With their settings, a process that runs tests would keep the most memory that any test needed,
     which is 7 GB.
     """
-    with mock.patch("vovnet_d2.modeling.allocation.ctypes") as ctypes:
-        ctypes.CDLL.return_value.mallopt.return_value = 1
+    library = SimpleNamespace(mallopt=lambda name, value: 1)
+    ctypes = SimpleNamespace(CDLL=lambda name: library)
+    with mock.patch("vovnet_d2.modeling.allocation.ctypes", ctypes):
         yield
 
 

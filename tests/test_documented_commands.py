@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 
-from vovnet_d2.engine import Trainer, argument_parser, config, load_config
+from vovnet_d2.engine import Trainer, argument_parser, load_config, pretrain
 from vovnet_d2.engine.lazy import LazyTrainer, lazy_argument_parser
 from vovnet_d2.engine.lazy_config import load_lazy_config, to_cfg
 from vovnet_d2.engine.pretrain import add_pretraining_config
@@ -67,7 +67,7 @@ def schedule(tool: str, words: list[str]) -> Schedule:
         written = to_cfg(load_lazy_config(args.config_file, []))
         written.SOLVER.BASE_LR = lazy.optimizer.lr
         return Schedule(cfg, scheduler, written)
-    parser = config.argument_parser() if tool == "pretrain_net" else argument_parser()
+    parser = pretrain.argument_parser() if tool == "pretrain_net" else argument_parser()
     args = parser.parse_args(words)
     add = add_pretraining_config if tool == "pretrain_net" else None
     written = load_config(args.config_file, add_config=add)
