@@ -6,6 +6,12 @@ import errno
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -18,6 +24,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from fault_runs import wait_for
 from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
@@ -400,6 +407,31 @@ def test_two_at_once_build_once(monkeypatch, tmp_path):
     assert (tmp_path / FOLDER / "recipe.json").is_file()
 
 
+def test_workers_draw_the_same_images(monkeypatch, root, tmp_path):
+    """The random numbers of the caller are not used up."""
+    monkeypatch.setattr(digits, "_FEW_IMAGES", 0)
+    before = torch.get_rng_state()
+    build_digits(tmp_path, **SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    made, expected = (
+        json.loads((folder / FOLDER / "recipe.json").read_text()) for folder in (tmp_path, root)
+    )
+    assert made == expected
+
+
+def test_number_of_workers(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "fork")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
+    assert [digits._count_workers(count) for count in (100, 101)] == [0, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert digits._count_workers(1000) == 4
+    with monkeypatch.context() as patch:
+        patch.setitem(multiprocessing.current_process()._config, "daemon", True)
+        assert digits._count_workers(1000) == 0
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "spawn")
+    assert digits._count_workers(1000) == 0
+
+
 def test_interrupted_build_leaves_nothing(monkeypatch, tmp_path):
     make_image, calls = digits.make_image, []
 
@@ -415,6 +447,42 @@ def test_interrupted_build_leaves_nothing(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{FOLDER}.lock"]
     build_digits(tmp_path, num_train=3, num_val=2)
     assert len(load(tmp_path, "val")) == 2
+
+
+BUILD = """
+import sys
+from vovnet_d2.data import build_digits
+from vovnet_d2.engine.interruption import exit_on_signal
+from vovnet_d2.engine.launch import run_or_exit
+
+def build(root):
+    with exit_on_signal():
+        build_digits(root, num_train=100_000)
+
+run_or_exit(build, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_a_build_with_workers(tmp_path, name):
+    """Ctrl-C and the end of a job reach the workers, too."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert wait_for(lambda: len(list(tmp_path.glob(".*/new/train/*"))) > 10)
+        os.killpg(process.pid, getattr(signal, name))
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    lines = [line for line in re.split("[\r\n]", errors) if line and "Building" not in line]
+    assert lines == [f"error: interrupted by {name}."]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{FOLDER}.lock"]
 
 
 def test_interrupted_rebuild_keeps_the_old(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ Glyphs do not hide one another: every mask is visible as a whole.
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -34,7 +35,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserValueError
-from .digit_images import GLYPH_MARGIN, Digit, load_sources, make_image
+from .digit_images import GLYPH_MARGIN, Digit, Sources, load_sources, make_image
+from .workers import attend_to_workers
 
 __all__ = ["CLASS_NAMES", "build_digits", "digit_split", "register_digits"]
 
@@ -46,7 +48,7 @@ _VERSION = 1
 
 _FOLDER = "vovnet_d2_digits"
 
-_FEW_IMAGES = 100  # are drawn sooner than workers start
+_FEW_IMAGES = 100  # So few images are drawn before workers would have started.
 
 _NUM_DIGITS = 1797  # in scikit-learn's load_digits
 _NUM_VAL_DIGITS = 360
@@ -241,14 +243,14 @@ def _require_unchanged(target: Path) -> None:
 class _Images(Dataset[tuple[NDArray[np.uint8], list[Digit]] | UserValueError]):
     """The images of a split, each drawn when it is asked for, from a seed of its own."""
 
-    def __init__(self, split: str, recipe: dict[str, Any]):
+    def __init__(self, split: str, sources: Sources, recipe: dict[str, Any]):
         self._part = _PHOTO_PARTS[split]
         number = list(_PHOTO_PARTS).index(split)
         self._digits = digit_split()[number]
         self._seed = [recipe["seed"], number]
         self._count = recipe["images"][split]
         self._layout = recipe["layout"]
-        self._sources = load_sources()
+        self._sources = sources
 
     def __len__(self) -> int:
         return self._count
@@ -265,10 +267,10 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    sources = load_sources()
     (folder / "annotations").mkdir(parents=True)
-    total = sum(recipe["images"].values())
     with tqdm(
-        total=total,
+        total=sum(recipe["images"].values()),
         desc="Building the digits data set",
         unit="image",
         delay=2,
@@ -276,15 +278,8 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
     ) as progress:
         for split in _PHOTO_PARTS:
             (folder / split).mkdir()
-            images: DataLoader[Any] = DataLoader(
-                _Images(split, recipe),
-                batch_size=None,
-                collate_fn=_unchanged,
-                num_workers=min(4, os.cpu_count() or 1) if total > _FEW_IMAGES else 0,
-                generator=torch.Generator(),  # so that no random number of the caller is used up
-            )
             contents = []
-            for index, image in enumerate(images):
+            for index, image in enumerate(_load(_Images(split, sources, recipe))):
                 if isinstance(image, UserValueError):
                     raise image
                 pixels, drawn = image
@@ -296,6 +291,31 @@ def _write(folder: Path, recipe: dict[str, Any]) -> None:
             path.write_text(json.dumps(_to_coco(contents, recipe["layout"]["image_size"])))
     made = {"recipe": recipe, "digest": _digest(folder)}
     (folder / "recipe.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _load(images: _Images) -> DataLoader[Any]:
+    """Return the images in their order. Worker processes draw them if they are many."""
+    loader: DataLoader[Any] = DataLoader(
+        images,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=_count_workers(len(images)),
+        generator=torch.Generator(),  # so that no random number of the caller is used up
+    )
+    return attend_to_workers(loader)
+
+
+def _count_workers(images: int) -> int:
+    """Return the number of workers. There are none where a worker would take long to start, or
+    where Python forbids processes of a process."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    if (method or multiprocessing.get_all_start_methods()[0]) != "fork":
+        return 0
+    if images <= _FEW_IMAGES or multiprocessing.current_process().daemon:
+        return 0
+    if hasattr(os, "sched_getaffinity"):
+        return min(4, len(os.sched_getaffinity(0)))
+    return min(4, os.cpu_count() or 1)
 
 
 def _unchanged(image: Any) -> Any:
