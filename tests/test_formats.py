@@ -124,7 +124,7 @@ def test_voc_lists_are_parts(tmp_path: Path) -> None:
     assert list(objects(read_annotations(tmp_path, None, "train"))) == ["a.png", "b 1.png"]
     assert list(objects(read_annotations(lists / "test.txt", None, "train"))) == ["c.png"]
     assert len(objects(read_annotations(tmp_path, None))) == 3
-    with pytest.raises(ValueError, match=r"no list of images 'val' .* but test, train: name"):
+    with pytest.raises(ValueError, match=r"no list of images 'val' .* but test, train: give"):
         read_annotations(tmp_path, None, "val")
     write(lists / "dog_train.txt", "a  1\nc -1\n")
     with pytest.raises(ValueError, match=r"dog_train.txt, line 1, is 'a  1': .* list for one cl"):
@@ -342,7 +342,7 @@ def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("2 .5 .5 .5 .5", r"line 2, is of class 2, and .*data.yaml names 2 classes, 0 to 1"),
+        ("2 .5 .5 .5 .5", r"line 2, is of class 2, but .*data.yaml names 2 classes, 0 to 1"),
         ("-1 .5 .5 .5 .5", "is of class -1"),
         ("0.5 .5 .5 .5 .5", "is of class 0.5"),
         ("dog .5 .5 .5 .5", "line 2 has 'dog' where a number is needed"),
