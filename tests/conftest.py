@@ -48,8 +48,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def freed_memory_is_returned() -> Iterator[None]:
     """Let the demo and the studies that tests run leave the C library as it is.
 
-    With their settings, a process that runs tests would keep the most memory that any test needed,
-    which is 7 GB.
+    With their settings, each process that runs tests would keep the most memory that any test
+    needed, and several of them would fill a small machine.
     """
     library = SimpleNamespace(mallopt=lambda name, value: 1)
     ctypes = SimpleNamespace(CDLL=lambda name: library)

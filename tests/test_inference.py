@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import ctypes
 from typing import Any
 
 import pytest
@@ -83,7 +84,8 @@ def test_the_process_is_left_as_it_is(monkeypatch):
         raise AssertionError(args)
 
     allocation.keep_freed_memory.cache_clear()
-    monkeypatch.setattr(allocation.ctypes, "CDLL", fail)
+    monkeypatch.setattr(allocation.ctypes, "CDLL", fail)  # which is not the real one in tests
+    monkeypatch.setattr(ctypes, "CDLL", fail)
     optimize_for_inference(build())(torch.randn(1, 3, 64, 64))
 
 
