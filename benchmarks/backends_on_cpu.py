@@ -7,10 +7,10 @@
 
 All cases of a network are timed in turn on one image, with random weights. These change no time but
 that of a detector's heads, which get as many proposals as the config allows. INT8 is the default of
-tools/export_model.py, calibrated on two photographs. Each time is divided by that of the network
-in torch, neither optimized nor compiled (eager), in the same round; the tables have the median of
-these ratios over all processes. Run this
-from the repository's root, on a machine that does nothing else.
+tools/export_model.py, calibrated on two photographs. Each time is divided by that of the network in
+torch, neither optimized nor compiled (eager), in the same round; the tables have the median of
+these ratios over all processes. Run this from the repository's root, on a machine that does nothing
+else.
 """
 
 from __future__ import annotations

@@ -356,10 +356,10 @@ one image with eight objects.
 
 **Saved** are the activations that the forward pass keeps for the backward pass. The peak memory of
 a step also has weights, gradients and temporary buffers. A **gradient error** is the relative
-difference of the gradients of all parameters together. In float64, ours has the gradients
-of the plain network. In float32 the gradients differ, because a value near zero may pass a ReLU in
-one and not in the other. The gradients of a detector are not compared, because it chooses its
-proposals by scores whose last bits differ.
+difference of the gradients of all parameters together. In float64, the step of this package has
+the gradients of the plain network. In float32 the gradients differ, because a value near zero may
+pass a ReLU in one and not in the other. The gradients of a detector are not compared, because it
+chooses its proposals by scores whose last bits differ.
 [what_was_tried.md](../training_step_on_cpu/what_was_tried.md) has the measurements that led to this
 code."""
 _OF_TRAINING = ["cell", "case", "ms", "time / plain", "saved / plain", *ERRORS, "processes"]

@@ -13,7 +13,7 @@ from engine_runs import FASTER_RCNN, launch, read_log, tiny_config
 
 from vovnet_d2 import Predictor, VoVNetCheckpointer
 from vovnet_d2.engine import Trainer
-from vovnet_d2.engine.categories import category_names, find_difference
+from vovnet_d2.engine.categories import category_names, find_difference, first_difference
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -83,6 +83,20 @@ def test_what_is_a_difference(
     cfg = tiny_config(FASTER_RCNN, tmp_path, *TWO)
     assert bool(find_difference(cfg, ["mine"], checkpointer)) == differs  # type: ignore[arg-type]
     assert find_difference(cfg, [], checkpointer) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "expected"),
+    [
+        (["a", "b"], ["a", "b"], None),
+        (["a", "b"], ["a", "c"], (1, "b", "c")),
+        (["a"], ["a", "b"], (1, "missing", "b")),
+        (["a", "b"], ["a"], (1, "b", "missing")),
+        (["a"], ["a", "missing"], (1, "missing", "missing")),
+    ],
+)
+def test_first_difference(names: list[str], others: list[str], expected: object) -> None:
+    assert first_difference(names, others) == expected
 
 
 def test_names_of_data_sets(catalogs: None) -> None:

@@ -360,7 +360,7 @@ def test_the_miniature_coco_is_clean(tmp_path: Path, capsys) -> None:
     ("words", "message"),
     [
         ([], "Nothing to check"),
-        (["digits_trian"], "'digits_trian' is not registered. Close to it: digits_train"),
+        (["digits_trian"], "'digits_trian' is not registered. Close to it: 'digits_train"),
         (["voc_2007_val"], "Data set voc_2007_val: There is no list of images "),
         (["--train-json", "{json}"], "go together"),
         (["--train-json", "x.json", "--train-images", "."], "There is no annotation file"),

@@ -81,7 +81,7 @@ def test_a_missing_file_names_close_ones() -> None:
         (["SOLVER.BASE_LR"], "pairs of KEY and VALUE, but there are 1 words: SOLVER.BASE_LR"),
         (["SOLVER.BASE_LR=1"], "Write SOLVER.BASE_LR 1 for a YAML file"),
         (["SEED", "1", "SOLVER.STEPS=(1, 2)", "x"], r"Write SOLVER.STEPS \(1, 2\) for a YAML"),
-        (["SOLVER.BASE_LRR", "1"], r"key: SOLVER.BASE_LRR\. Close to it: .*SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LRR", "1"], r"key: SOLVER.BASE_LRR\. Close to it: .*'SOLVER.BASE_LR'"),
         (["SOLVER.BASE_LR.X", "1"], r"key: SOLVER.BASE_LR.X\. Close"),
         (["SOLVER", "1"], "key: SOLVER"),
         (["SOLVER.MAX_ITER", "many"], "Config option SOLVER.MAX_ITER many: Type mismatch"),

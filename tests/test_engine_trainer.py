@@ -31,6 +31,7 @@ from vovnet_d2.drawing.curves import read_metrics
 from vovnet_d2.engine import Trainer, agreed_steps, detection, load_config, nonfinite
 from vovnet_d2.engine import trainer as trainer_module
 from vovnet_d2.engine.agreed_steps import AgreedSteps, MixedPrecisionTrainer
+from vovnet_d2.engine.initial_weights import report_loaded
 from vovnet_d2.engine.memory_format import to_memory_format
 from vovnet_d2.engine.nonfinite import KeptStatistics, NonFiniteLossError
 
@@ -349,6 +350,16 @@ def test_the_log_after_default_setup_has_our_lines(coco: Path, tmp_path: Path) -
     default_setup(cfg, argparse.Namespace())
     Trainer(cfg).resume_or_load(resume=True)
     assert f"Nothing to resume in {tmp_path}" in read_log(tmp_path)
+
+
+def test_the_folder_without_a_checkpoint_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An evaluation writes to a folder below the one that it looks for checkpoints in."""
+    cfg = tiny_config(FASTER_RCNN, tmp_path / "evaluation")
+    checkpointer = VoVNetCheckpointer(torch.nn.Identity(), str(tmp_path))
+    report_loaded(checkpointer, cfg, resume=True)
+    assert f"Nothing to resume in {tmp_path}: started" in caplog.text
 
 
 def test_scaling_to_the_processes_is_done_once() -> None:

@@ -297,36 +297,39 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
     ready = context.Event()
     worker = context.Process(target=_stay, args=(ready,))
     worker.start()
-    assert worker.pid is not None
-    assert ready.wait(30)
-    os.kill(worker.pid, getattr(signal, name))
-    worker.join(0.5)
-    assert worker.exitcode is None
-    worker.kill()
-    worker.join()
+    try:
+        assert worker.pid is not None
+        assert ready.wait(30)
+        os.kill(worker.pid, getattr(signal, name))
+        worker.join(0.5)
+        assert worker.exitcode is None
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
     """Python would wait for them, as they do not heed the signal that it sends."""
     context = multiprocessing.get_context("fork")
-    processes = []
-    for daemon in (True, False):
-        ready = context.Event()
-        processes.append(context.Process(target=_stay, args=(ready,), daemon=daemon))
-        processes[-1].start()
-        assert ready.wait(30)
-    worker, other = processes
     before = signal.getsignal(signal.SIGCHLD)
+    processes = []
     try:
+        for daemon in (True, False):
+            ready = context.Event()
+            processes.append(context.Process(target=_stay, args=(ready,), daemon=daemon))
+            processes[-1].start()
+            assert ready.wait(30)
+        worker, other = processes
         dismiss_workers()
+        worker.join(5)
+        assert worker.exitcode == -signal.SIGKILL
+        other.join(0.2)
+        assert other.exitcode is None  # a process of somebody else, for which Python waits
     finally:
         signal.signal(signal.SIGCHLD, before)
-    worker.join(5)
-    assert worker.exitcode == -signal.SIGKILL
-    other.join(0.2)
-    assert other.exitcode is None  # a process of somebody else, for which Python waits
-    other.kill()
-    other.join(5)
+        for process in processes:
+            process.kill()
+            process.join(5)
 
 
 @contextmanager

@@ -197,4 +197,4 @@ def test_patience_and_oversampling(coco: Path, tmp_path: Path) -> None:
         launch(tmp_path, *words)
     launch(tmp_path, *words, "train.eval_period=1")
     log = engine_runs.read_log(tmp_path)
-    assert "Images of these classes are repeated, as less than 0.9 of the images have each: " in log
+    assert "classes that occur in less than the share 0.9 of the images are repeated: " in log

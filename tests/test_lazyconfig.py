@@ -429,8 +429,11 @@ def test_a_damaged_image_is_named(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.max_iters=5"], "The LazyConfig has no train.max_iters. Close to it: train.max_it"),
-        (["model.roi_heads.num_clases=5"], "Close to it: model.roi_heads.num_classes"),
+        (
+            ["train.max_iters=5"],
+            "The LazyConfig has no train.max_iters. Close to it: 'train.max_i",
+        ),
+        (["model.roi_heads.num_clases=5"], "Close to it: 'model.roi_heads.num_classes"),
         (["train.max_iter=many"], "'many' is str, and train.max_iter was"),
         (["train.amp.enabled=1"], "1 is int, and train.amp.enabled was False, which is bool"),
         (["optimizer.lr=[1]"], "and optimizer.lr was 0.002"),

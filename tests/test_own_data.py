@@ -28,8 +28,8 @@ from vovnet_d2.data.own_files import read_contents
 from vovnet_d2.demo import main as demo
 from vovnet_d2.engine import argument_parser, load_config, main_process, own_data, run
 from vovnet_d2.engine.data_checks import check_data, check_data_sets
-from vovnet_d2.engine.detection import register_data
 from vovnet_d2.engine.evaluation import build_evaluator
+from vovnet_d2.engine.registered_data import register_data
 from vovnet_d2.errors import UserValueError
 from vovnet_d2.report import write_page
 
@@ -534,7 +534,7 @@ def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: 
             {"id": 5, "name": "zero"},
             r"'zero' \(id 5\), and .* no categ",
         ),
-        ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: 0"),
+        ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: '0'"),
     ],
 )
 def test_validation_categories_unlike_the_training_ones(

@@ -23,7 +23,7 @@ from vovnet_d2.data.keypoints import derive_flips, parse_flips
 from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.data.own import register_own_data
 from vovnet_d2.engine import argument_parser, lazy, load_config, run
-from vovnet_d2.engine.detection import register_data
+from vovnet_d2.engine.registered_data import register_data
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -76,7 +76,7 @@ def test_a_side_without_a_counterpart() -> None:
         (" a : b , c:d", (("a", "b"), ("c", "d"))),
         ("a", "has 'a', which is not a pair"),
         ("a:b:c", "has 'a:b:c', which is not a pair"),
-        ("a:b,c:aa", r"names 'aa', which is not a keypoint of the data\. Close to it: a\."),
+        ("a:b,c:aa", r"names 'aa', which is not a keypoint of the data\. Close to it: 'a'\."),
         ("a:b,b:c", "names 'b' twice"),
         ("a:a", "names 'a' twice"),
     ],
@@ -280,7 +280,7 @@ def test_other_keypoints_to_evaluate_on(dogs: Path) -> None:
             "NUM_KEYPOINTS follows",
         ),
         (CONFIG, ["val"], [], "goes with annotations to train on"),
-        (CONFIG, ["train"], [], "'lefd_ear', which is not a keypoint .* Close to it: left_ear"),
+        (CONFIG, ["train"], [], "'lefd_ear', which is not a keypoint .* Close to it: 'left_ear'"),
         ("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", ["train"], [], "needs a config with"),
     ],
 )

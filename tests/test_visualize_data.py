@@ -275,7 +275,7 @@ def test_nothing_to_draw_is_said(
     ("words", "message"),
     [
         (["annotations"], "DATASETS.TRAIN is empty: give --config-file"),
-        (["annotations", "--dataset", "coco_2017_trian"], "not registered. Close to it: coco"),
+        (["annotations", "--dataset", "coco_2017_trian"], "not registered. Close to it: 'coco"),
         (["annotations", "--number", "0"], "--number is 0"),
         (["results", "--dataset", "coco_2017_val"], "--results and results go together"),
         (["results", "--results", "gone.json", "--dataset", "coco_2017_val"], "no file gone.json"),

@@ -190,17 +190,19 @@ def test_registered(register: Callable[..., None]) -> None:
     assert len(DatasetCatalog.get("voc_2007_trainval_no_difficult")) == 4
 
 
-def start_yaml_run() -> None:
-    args = detection.argument_parser().parse_args([])
-    detection.register_data(load_config(), args, training=False)
+def start_yaml_run(folder: Path) -> None:
+    words = ["--config-file", "PascalVOC-Detection/refinedet320_V_39_120k.yaml", "--eval-only"]
+    words += ["OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", "x.pth", "DATASETS.TEST", "('none',)"]
+    with pytest.raises(KeyError, match=r"'none' of DATASETS\.TEST is not registered"):
+        detection.run(detection.argument_parser().parse_args(words))
 
 
-def start_lazy_run() -> None:
+def start_lazy_run(folder: Path) -> None:
     with pytest.raises(ValueError, match="There is no config"):
         lazy.run(lazy.lazy_argument_parser().parse_args([]))
 
 
-def start_quantization() -> None:
+def start_quantization(folder: Path) -> None:
     from vovnet_d2.engine.quantization import find_images  # which imports ONNX
 
     with pytest.raises(KeyError, match="'none' of --calibration is not registered"):
@@ -209,9 +211,9 @@ def start_quantization() -> None:
 
 @pytest.mark.parametrize("start", [start_yaml_run, start_lazy_run, start_quantization])
 def test_each_run_registers_the_data_sets_of_this_package(
-    catalogs: None, start: Callable[[], None]
+    catalogs: None, fresh_logging: None, tmp_path: Path, start: Callable[[Path], None]
 ) -> None:
-    start()
+    start(tmp_path)
     names = set(DatasetCatalog.list())
     assert {"digits_val", "voc_2007_test_no_difficult", "voc_2012_val_no_difficult"} <= names
     assert "voc_2012_test_no_difficult" not in names  # which has no boxes

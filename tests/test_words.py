@@ -21,5 +21,5 @@ def test_the_first_names_in_quotation_marks() -> None:
 
 
 def test_close_names_are_suggested() -> None:
-    assert suggest("stage22", ["stage2", "stem"]) == " Close to it: stage2."
+    assert suggest("stage22", ["stage2", "stem"]) == " Close to it: 'stage2'."
     assert suggest("xyz", ["stage2", "stem"]) == ""

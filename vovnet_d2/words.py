@@ -30,8 +30,8 @@ def listed(names: Sequence[str] | Sequence[int], *, most: int = 3) -> str:
 
 
 def suggest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return a sentence, after a space, that names the choices closest to a name. It is empty if
-    none is close.
+    """Return a sentence, after a space, that names the choices closest to a name, in quotation
+    marks. It is empty if none is close.
     """
     close = get_close_matches(name, list(choices), n=3, cutoff=cutoff)
-    return f" Close to it: {', '.join(close)}." if close else ""
+    return f" Close to it: {', '.join(map(repr, close))}." if close else ""

@@ -70,6 +70,6 @@ def report_repeats(
     ]
     more = f" and {len(told) - _MOST_NAMED} others" if len(told) > _MOST_NAMED else ""
     logger.info(
-        "Images of these classes are repeated, as less than %g of the images have each: %s%s.",
+        "Images of classes that occur in less than the share %g of the images are repeated: %s%s.",
         *(threshold, ", ".join(told[:_MOST_NAMED]), more),
     )

@@ -1,6 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of the command lines that train."""
+"""The arguments of the command lines that train. The demo, the export and the benchmark use
+:data:`PICKLE_HELP` and :func:`add_options_argument`, too.
+"""
 
 from __future__ import annotations
 

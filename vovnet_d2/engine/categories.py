@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -21,6 +22,8 @@ from .num_classes import find_num_classes
 __all__ = ["category_names", "find_difference", "find_metadata", "first_difference"]
 
 logger = logging.getLogger(__name__)
+
+_LACKING: Any = object()  # differs from every name
 
 Names = Mapping[str, Sequence[str]]  # by kind: thing_classes, stuff_classes
 
@@ -66,12 +69,14 @@ def _compare(cfg: CfgNode, data_set: str, weights: Names) -> str:
 
 
 def first_difference(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
-    """Return the number of the first category whose names differ, and both names, in two lists.
-
-    A name that a list lacks is "missing". The result is None if the lists are equal.
+    """Return the index of the first category whose names differ in two lists, and both names; None
+    if the lists are equal. A name that a list lacks is "missing".
     """
-    pairs = enumerate(zip_longest(names, others, fillvalue="missing"))
-    return next(((number, a, b) for number, (a, b) in pairs if a != b), None)
+    for index, (a, b) in enumerate(zip_longest(names, others, fillvalue=_LACKING)):
+        if a != b:
+            a, b = ("missing" if name is _LACKING else name for name in (a, b))
+            return index, a, b
+    return None
 
 
 def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:

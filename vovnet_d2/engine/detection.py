@@ -93,5 +93,6 @@ class DetectionTask(YamlTask):
         unsafe = args.allow_unsafe_yaml
         written = partial(find_written, args.config_file, args.opts, allow_unsafe_yaml=unsafe)
         rows = fit_to_data(cfg, args, written, data_of(cfg), resuming=resuming)
-        if not any(row.key == "SOLVER.MAX_ITER" for row in rows):  # the data set no schedule
+        # No row means that the data did not change the schedule.
+        if not any(row.key == "SOLVER.MAX_ITER" for row in rows):
             super().fit(cfg, resuming=resuming)

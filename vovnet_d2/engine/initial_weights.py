@@ -48,9 +48,9 @@ def check_initialisation(
     frozen += [n for n, p in backbone.named_parameters() if not p.requires_grad]
     if frozen:
         raise UserValueError(
-            f"MODEL.WEIGHTS is empty and parts of the backbone are frozen, {frozen[0]} for one: "
-            "they would keep their random values, and the loss would diverge. Either give weights"
-            f"{_suggest_weights(cfg)}, or train from scratch with "
+            "MODEL.WEIGHTS is empty and parts of the backbone are frozen, for example "
+            f"{frozen[0]}: they would keep their random values, and the loss would diverge. Either "
+            f"give weights{_suggest_weights(cfg)}, or train from scratch with "
             f"MODEL.{_backbone_node(cfg)}.NORM BN (or GN) and MODEL.BACKBONE.FREEZE_AT 0."
         )
 
@@ -84,7 +84,7 @@ def report_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, resume: boo
     elif resume:
         logger.warning(
             "Nothing to resume in %s: started from %s.",
-            os.path.abspath(cfg.OUTPUT_DIR),
+            os.path.abspath(checkpointer.save_dir),
             cfg.MODEL.WEIGHTS or "random weights",
         )
     if warning := check_input_convention(cfg, checkpointer.input_convention):
@@ -92,7 +92,7 @@ def report_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, resume: boo
 
 
 def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: str = "") -> None:
-    """Refuse weights that leave parts of a network, whose results count, at random values.
+    """Refuse to predict or evaluate with weights that leave parts of the network at random values.
 
     Args:
         part: the beginning of the names of the tensors that are needed; by default all are needed.
@@ -104,7 +104,7 @@ def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: st
     if missing:
         raise UserValueError(
             f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
-            f"{missing[0]} for one, which would be left at random values. Train first, or give "
+            f"for example {missing[0]}, which would be left at random values. Train first, or give "
             "the weights of a whole model. To go on all the same, add --allow-partial (in code: "
             "allow_partial=True)."
         )

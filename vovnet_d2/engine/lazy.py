@@ -49,7 +49,7 @@ from .memory_format import to_memory_format
 from .num_classes import instance_class_keys
 from .own_data import add_own_data_arguments
 from .precision import predict_in_float32
-from .registered_data import explain_loading, register_data, register_known_data
+from .registered_data import explain_loading, register_data, register_package_data
 from .rehearsal import rehearse_evaluation
 from .run import run_task
 from .run_checks import check_run
@@ -243,7 +243,7 @@ class LazyTask(Task):
     config: DictConfig
 
     def load(self) -> CfgNode:
-        register_known_data()  # a Python file may look up the metadata of these data sets
+        register_package_data()  # a Python file may look up the metadata of these data sets
         args = self.args
         self.config = load_lazy_config(
             args.config_file, args.opts, allow_unsafe_yaml=args.allow_unsafe_yaml
@@ -253,7 +253,7 @@ class LazyTask(Task):
         self.trainer = LazyTrainer.of(self.config)
         return to_cfg(self.config)
 
-    def in_own_terms(self, cfg: CfgNode) -> AbstractContextManager[None]:
+    def translating_errors(self, cfg: CfgNode) -> AbstractContextManager[None]:
         return in_lazy_terms(cfg)
 
     def check(self, cfg: CfgNode, *, resuming: bool) -> None:
@@ -275,7 +275,7 @@ class LazyTask(Task):
         given = bool(args.train_annotations or args.val_annotations)
         if cfg.MODEL.KEYPOINT_ON and given:
             raise UserValueError(
-                "The mapper of a LazyConfig has the keypoints that change places in a mirrored "
+                "The mapper of a LazyConfig has the keypoints that are swapped in a mirrored "
                 "picture (keypoint_hflip_indices), which annotation files do not reach: give "
                 "keypoints of your own to tools/train_net.py, with a YAML file."
             )

@@ -32,7 +32,7 @@ from ..made import refuse_foreign
 from ..timing import describe_environment
 from .data_checks import check_data
 from .evaluation import build_evaluator, check_evaluators
-from .registered_data import register_known_data
+from .registered_data import register_package_data
 from .trainer import Trainer
 
 __all__ = ["find_images", "quantize_detector", "to_markdown"]
@@ -63,7 +63,7 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
         KeyError: a data set is not registered.
         ValueError: the data set has no images, or the evaluation cannot be run.
     """
-    register_known_data()
+    register_package_data()
     register_own_data(cfg.DATASETS.OWN)
     if data_set not in DatasetCatalog:
         raise UserKeyError(

@@ -30,11 +30,11 @@ __all__ = [
     "load_metadata",
     "load_records",
     "register_data",
-    "register_known_data",
+    "register_package_data",
 ]
 
 
-def register_known_data() -> None:
+def register_package_data() -> None:
     """Register the data sets that Detectron2 does not know or cannot evaluate by itself."""
     register_digits()
     register_voc()
@@ -54,7 +54,7 @@ def register_data(
         FileNotFoundError: a file is missing.
         ValueError: see :func:`use_own_data` and :func:`register_own_data`.
     """
-    register_known_data()
+    register_package_data()
     use_own_data(cfg, args, training=training, folder=folder)
     register_own_data(cfg.DATASETS.OWN)
 

@@ -63,6 +63,9 @@ class _Outcome(NamedTuple):
 def run_task(task: Task) -> dict[str, Any]:
     """Train, or only evaluate, in this process, then write the report.
 
+    Args:
+        task: the kind of the run, with the arguments of the command line.
+
     Returns:
         the results of the last evaluation, as :meth:`Trainer.test` gives them.
 
@@ -75,11 +78,14 @@ def run_task(task: Task) -> dict[str, Any]:
     """
     start = time.perf_counter()
     cfg = task.load()
-    checkpoints = cfg.OUTPUT_DIR  # an evaluation may write its results to another folder
-    with task.in_own_terms(cfg):
+    checkpoint_folder = cfg.OUTPUT_DIR  # an evaluation may write its results to another folder
+    with task.translating_errors(cfg):
         cfg = _set_up(task, cfg)
         with explain_lack_of_memory(cfg, training=task.training):
-            outcome = _train(task, cfg) if task.training else _evaluate(task, cfg, checkpoints)
+            if task.training:
+                outcome = _train(task, cfg)
+            else:
+                outcome = _evaluate(task, cfg, checkpoint_folder)
     if comm.is_main_process():
         write_report(
             cfg,
@@ -116,7 +122,7 @@ def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     folder.
 
     Returns:
-        the last checkpoint in the folder that ``OUTPUT_DIR`` was; empty if there is none.
+        the last checkpoint in the original ``OUTPUT_DIR``; empty if there is none.
 
     Raises:
         ValueError: see :func:`choose_folder`.
@@ -125,7 +131,9 @@ def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     cfg.OUTPUT_DIR = choose_folder(folder, training=not args.eval_only, resume=args.resume)
     start_log(cfg.OUTPUT_DIR, progress=args.progress)
     if folder != cfg.OUTPUT_DIR:
-        logger.info("%s has a report already: this one is %s.", folder, cfg.OUTPUT_DIR)
+        logger.info(
+            "%s has a report already: this evaluation writes to %s.", folder, cfg.OUTPUT_DIR
+        )
     if comm.is_main_process():
         note_run(cfg.OUTPUT_DIR)
         if leftovers := remove_leftovers(cfg.OUTPUT_DIR):
@@ -173,13 +181,13 @@ def _train(task: Task, cfg: CfgNode) -> _Outcome:
     return _Outcome(results, model, trainer.earlier_seconds, length)
 
 
-def _evaluate(task: Task, cfg: CfgNode, checkpoints: str) -> _Outcome:
-    """Evaluate the weights that the config names, or the last ones in a folder of checkpoints."""
+def _evaluate(task: Task, cfg: CfgNode, checkpoint_folder: str) -> _Outcome:
+    """Evaluate the weights that the config names, or the last weights in a folder."""
     args = task.args
     model = task.trainer.build_model(cfg)
     checkpointer = VoVNetCheckpointer(
         model,
-        checkpoints,
+        checkpoint_folder,
         allow_partial=args.allow_partial,
         allow_pickle=args.allow_pickle,
     )

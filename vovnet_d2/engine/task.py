@@ -41,7 +41,7 @@ class Task:
         """Return the config of the run, under the keys of YAML files."""
         raise NotImplementedError
 
-    def in_own_terms(self, cfg: CfgNode) -> AbstractContextManager[None]:
+    def translating_errors(self, cfg: CfgNode) -> AbstractContextManager[None]:
         """Return a context in which errors name the keys of the user's config."""
         return nullcontext()
 
@@ -80,6 +80,7 @@ class YamlTask(Task):
             add_config=self.add_config,
         )
         self._written = load()
+        # With --auto-scale-lr, this config is not used. It is loaded for its error messages.
         cfg = load(args.opts)
         return scale_to_batch(self._written, args.opts) if args.auto_scale_lr else cfg
 
