@@ -41,7 +41,8 @@ _LEAST_ENERGY_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Plan:
-    """
+    """Describes what a benchmark measures, and how.
+
     Attributes:
         networks: the networks, which have different names.
         treatments: names of :data:`TREATMENTS`.
@@ -120,7 +121,8 @@ class _Cell:
 
 @dataclass
 class _Case:
-    """
+    """Holds a network with a treatment, and one call of it to be timed.
+
     Attributes:
         call: one inference or one step, until one fails.
         multiply_adds: the multiply-adds for one image, in the mode of the case.

@@ -48,7 +48,8 @@ def class_names(data: str, split: str) -> list[str]:
 def build_classification_dataset(
     data: str, split: str, transform: Transform | None = None, *, image_size: int = 64
 ) -> Dataset:
-    """
+    """Build a data set of images and classes for torch's loaders.
+
     Args:
         data: "digits", or a folder. The folder holds a folder for each split, which holds a folder
             of images for each class (ImageNet's layout), or it holds ``cifar-10-batches-py``.

@@ -74,7 +74,8 @@ class Mapper(DatasetMapper):
         self.augmentations = T.AugmentationList(augmentations)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """
+        """Read the image of a record, augment it and return the input of the network.
+
         Args:
             dataset_dict: the record of an image in Detectron2's format.
 
@@ -159,7 +160,8 @@ class AugmentedTestMapper:
         ]
 
     def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """
+        """Return the augmented inputs of the network for an image.
+
         Args:
             record: a record with "image" (C, H, W), and "height" and "width" of the picture as it
                 is read.

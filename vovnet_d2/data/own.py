@@ -38,7 +38,8 @@ _OF_KEYPOINTS = {"keypoints", "keypoint_flips"}
 
 @dataclass(frozen=True)
 class OwnDataSet:
-    """
+    """Describes a custom data set in COCO's format, as an entry of ``DATASETS.OWN`` does.
+
     Attributes:
         name: the name under which the data set is registered.
         json: the annotation file.
@@ -60,7 +61,8 @@ class OwnDataSet:
 
     @classmethod
     def from_config(cls, entry: Any) -> OwnDataSet:
-        """
+        """Return the data set that an entry of ``DATASETS.OWN`` describes.
+
         Args:
             entry: an entry of ``DATASETS.OWN``.
 

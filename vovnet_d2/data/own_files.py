@@ -49,7 +49,8 @@ _STOPS_EVALUATION = {"annotation_id", "duplicate_annotation_id", "iscrowd", "are
 
 @dataclass(frozen=True)
 class Contents:
-    """
+    """Summarises the categories, counts and keypoints of an annotation file.
+
     Attributes:
         categories: the names of the categories by their ids, in the order of the ids.
         num_images: the number of images that the file lists.

@@ -153,7 +153,8 @@ class SamplerCrop(T.Augmentation):
         self._init(locals())
 
     def get_transform(self, image: Array, boxes: Array) -> T.Transform:
-        """
+        """Return the crop of a sampler that is drawn, or a transform that changes nothing.
+
         Args:
             image: (H, W, C).
             boxes: (N, 4), XYXY in pixels.

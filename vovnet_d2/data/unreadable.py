@@ -83,7 +83,8 @@ class ReadableOnly:
         return self._skipped[0] if self._skipped else 0
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """
+        """Map a record to the input of the network, or leave its unreadable image out.
+
         Returns:
             the result of the mapper for the record; None if its image is left out.
 

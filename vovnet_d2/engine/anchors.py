@@ -53,7 +53,8 @@ class Anchors(NamedTuple):
 
 
 class TrainingBoxes(NamedTuple):
-    """
+    """Holds the boxes of the training data, with the sizes of their images and their classes.
+
     Attributes:
         corners: (N, 4), XYXY in pixels of the network's input.
         sides: (N, 2), width and height of the images that the boxes are in.
@@ -66,7 +67,8 @@ class TrainingBoxes(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """
+    """Holds the anchors that were fitted to boxes, and how well they fit.
+
     Attributes:
         anchors: the anchors with the highest mean best IoU; they may be the earlier ones.
         num_boxes: the number of boxes in the measurement.

@@ -47,7 +47,8 @@ _MAX_UNREADABLE = 1000
 
 
 class Drawn(NamedTuple):
-    """
+    """Holds a picture of an image with its annotations.
+
     Attributes:
         name: the name of the file that the picture shows.
         pixels: (H, W, 3), uint8, RGB.

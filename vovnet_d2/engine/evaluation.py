@@ -66,7 +66,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> Dat
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """
+    """Refuse a config with a data set that cannot be evaluated.
+
     Raises:
         ValueError: a data set of ``DATASETS.TEST`` cannot be evaluated here.
     """

@@ -136,7 +136,8 @@ def _parts(model: CfgNode) -> dict[str, str]:
 
 
 def _refuse_others(parts: dict[str, str], unknown: list[str]) -> None:
-    """
+    """Refuse a config of another project that names parts which this package does not have.
+
     Args:
         parts: see :func:`_parts`.
         unknown: keys of the file that this package does not have.

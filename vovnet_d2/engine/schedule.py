@@ -36,7 +36,8 @@ _AS_WRITTEN = "the config's"
 
 
 class Row(NamedTuple):
-    """
+    """Says which value a key of the config has in a run, and why.
+
     Attributes:
         key: a key of the config.
         before: the value of the key in the config.

@@ -23,7 +23,8 @@ COMMAND_LINE = "set on the command line"
 
 
 class Written(NamedTuple):
-    """
+    """Separates the settings of a user from the rest of a config.
+
     Attributes:
         base: the config without the values of the user. It is the config of a file of this package
             or of Detectron2, or Detectron2's defaults.

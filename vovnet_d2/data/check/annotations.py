@@ -37,7 +37,8 @@ def repair_annotations(
     *,
     masks: bool,
 ) -> list[Record]:
-    """
+    """Repair annotations, and leave out the annotations that cannot be trained on.
+
     Args:
         annotations: the annotations as the file has them.
         images: the repaired images by their ids in the file; None for an image that is dropped.

@@ -83,7 +83,8 @@ class Convention:
         return f"{self.order} in {self.unit}"
 
     def to_coco(self, boxes: Array, sizes: Array) -> Array:
-        """
+        """Convert boxes in this convention to the convention of COCO.
+
         Args:
             boxes: (4, N).
             sizes: (2, N), width and height.

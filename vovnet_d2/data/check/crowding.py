@@ -44,7 +44,8 @@ class Crowding(NamedTuple):
 
 
 def measure_crowding(counts: Iterable[int], limit: int) -> Crowding | None:
-    """
+    """Count the objects beyond a limit of detections per image.
+
     Args:
         counts: the number of objects in each image, without crowds.
         limit: the number of detections per image.

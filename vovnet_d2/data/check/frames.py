@@ -61,7 +61,8 @@ class Frame:
 def interpret_annotations(
     annotations: list[Record], frames: Mapping[int | str, Frame], findings: Findings
 ) -> tuple[list[Record], str]:
-    """
+    """Convert annotations in unusual conventions to COCO's format.
+
     Args:
         annotations: the annotations as the file has them.
         frames: the images that can be used, by their ids in the file.

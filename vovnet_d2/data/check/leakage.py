@@ -26,7 +26,8 @@ _SEVERAL = 3
 def compare_files(
     mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile], findings: Findings
 ) -> set[str]:
-    """
+    """Find the image files of a training set that are also in the validation set.
+
     Args:
         mine: the files of the training set, by name.
         others: the files of the validation set, by name.

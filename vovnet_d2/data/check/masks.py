@@ -74,7 +74,8 @@ def is_box_mask(mask: Any, box: Sequence[float]) -> bool:
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:
-    """
+    """Repair the mask of an annotation, and note its problems.
+
     Args:
         value: the ``segmentation`` of an annotation, which is not empty.
         where: a description of the annotation for messages.

@@ -35,7 +35,8 @@ class NearNames:
         return dict(found)
 
     def find(self, name: str) -> str | None:
-        """
+        """Find the file that is meant by a name with mistakes.
+
         Args:
             name: ``file_name`` of an image for which there is no file.
 

@@ -56,7 +56,8 @@ def _group_by_id(
 
 
 def repair_categories(records: list[Record], findings: Findings) -> dict[int | str, Record]:
-    """
+    """Repair the ids and the names of the categories, and note their problems.
+
     Returns:
         the categories by their ids in the file. Each category has a unique id and a unique name.
     """
@@ -110,7 +111,8 @@ def find_unused_supercategories(records: list[Record], used: Container[Any]) -> 
 def repair_images(
     records: list[Record], root: Path, title: str, findings: Findings
 ) -> tuple[dict[int | str, Record | None], dict[int, ImageFile]]:
-    """
+    """Repair the records of the images, and note the problems of the records and the files.
+
     Args:
         records: the images as the file has them.
         root: the folder of the images.

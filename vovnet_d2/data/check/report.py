@@ -26,7 +26,8 @@ def count_problems(checked: Sequence[CheckedSet], between: Between) -> int:
 
 
 def format_report(checked: Sequence[CheckedSet], between: Between, *, fixing: bool = False) -> str:
-    """
+    """Return the text of the report on the problems of data sets.
+
     Args:
         fixing: True to say what the corrected copy changes for each problem.
     """

@@ -19,7 +19,8 @@ Content = dict[str, Any]
 
 @dataclass
 class LabelledObject:
-    """
+    """Describes an object in the same form for all formats of annotations.
+
     Attributes:
         name: the name of the class.
         box: x, y, width and height in pixels.
@@ -35,7 +36,8 @@ class LabelledObject:
 
 @dataclass
 class LabelledImage:
-    """
+    """Describes an image and its objects in the same form for all formats of annotations.
+
     Attributes:
         file_name: the path relative to the folder of images, with slashes.
         size: width and height in pixels.

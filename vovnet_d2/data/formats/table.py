@@ -41,7 +41,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Format:
-    """
+    """Describes a format of annotations that can be converted to COCO's format.
+
     Attributes:
         title: the name of the format.
         example: the path that a user gives, in words.
@@ -58,7 +59,8 @@ class Format:
 
 
 class Annotations(NamedTuple):
-    """
+    """Holds annotations that were converted to COCO's format.
+
     Attributes:
         content: the annotations in COCO's format.
         images: the folder that file names are relative to.

@@ -33,7 +33,8 @@ _MOST = 2  # larger numbers are pixels and not fractions
 
 
 class _Classes(NamedTuple):
-    """
+    """Describes the classes and the number of keypoint values of a YOLO data set.
+
     Attributes:
         file: the file with the names.
         names: the names of the classes, in the order of their numbers.
