@@ -52,10 +52,10 @@ def test_both_kinds_of_config_draw_the_same_images() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (OPTIONS, "less than 0.625 of the images have each: bird (0.1), dog (0.4)."),
+        (OPTIONS, "less than the share 0.625 of the images are repeated: bird (0.1), dog (0.4)."),
         (
             [*REPEATED, "DATALOADER.REPEAT_THRESHOLD", "0.4"],
-            "less than 0.4 of the images have each: bird (0.1).",
+            "less than the share 0.4 of the images are repeated: bird (0.1).",
         ),
         (REPEATED, "has no effect: no class is in less than the share"),
         (["DATALOADER.REPEAT_THRESHOLD", "0.5"], "REPEAT_THRESHOLD 0.5 has no effect: images of"),

@@ -34,7 +34,7 @@ def predict_like_sahi(predictor: DefaultPredictor, rgb: np.ndarray) -> dict:
 @pytest.mark.parametrize(("config", "order"), [(MASK_RCNN, "BGR"), (FASTER_RCNN, "RGB")])
 def test_a_saved_config_in_sahi(tmp_path: Path, config: str, order: str) -> None:
     """The detections are those of Predictor. For a network that takes RGB, the attribute has to be
-    set that docs/deploy.md names: without it the colours change places."""
+    set that docs/deploy.md names: without it red and blue are swapped."""
     cfg: CfgNode = save(tmp_path, config, **{"INPUT.FORMAT": order})
     (tmp_path / "config.yaml").write_text(cfg.dump())
     predictor = load_like_sahi(tmp_path / "config.yaml", cfg.MODEL.WEIGHTS)
