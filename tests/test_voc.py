@@ -102,7 +102,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "difficult": (edit(">0</difficult>", ">2</difficult>"), "has '2' for 'difficult'"),
     "no size": (edit("<size>", "<sizes>"), r"000001\.xml: mismatched tag"),
     "fraction": (edit("<width>80<", "<width>80.0<"), "'size' must be whole numbers"),
-    "other size": (edit("<width>80<", "<width>81<"), "81 x 60 and 80 x 60"),
+    "other size": (edit("<width>80<", "<width>81<"), "81 x 60, but the image is 80 x 60"),
     "order": (edit(">40<", ">0<"), r"object 0 has the box .* not above its minima"),
     "no box": (edit("bndbox", "polygon"), "lacks 'bndbox/xmin' in its 'object'"),
     "no file": (lambda r: (r / "Annotations/000003.xml").unlink(), r"no annotation file .*3\.xml"),
