@@ -4,6 +4,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,16 @@ def test_timms_network_does_not_fit(
     cfg.PRETRAIN.NUM_CLASSES = 3
     with pytest.raises(ValueError, match=message):
         build_class_teacher(cfg)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_input_that_a_file_states_is_that_of_the_teacher(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a statement it is the input of timm's weights of the network."""
+    stated = InputConvention("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    network = timm.create_model("ese_vovnet19b_slim", num_classes=3)
+    found = {"model": network.state_dict()}, SimpleNamespace(input=stated if known else None)
+    monkeypatch.setattr(class_teacher, "read_weights", lambda path: found)
+    _, convention = class_teacher._load("ese_vovnet19b_slim", "file.pth", 3)
+    assert (convention == stated) == known

@@ -1,13 +1,15 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 import logging
+from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from vovnet_d2.engine import load_config
+from vovnet_d2.engine import detection, load_config
 from vovnet_d2.engine.scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
+from vovnet_d2.engine.schedule import Row
 
 # Of the 3x schedule for 16 images per step, by hand.
 WRITTEN = {"BASE_LR": 0.02, "MAX_ITER": 270000, "STEPS": (210000, 250000), "WARMUP_ITERS": 1000}
@@ -121,3 +123,18 @@ def test_a_batch_without_its_rate_is_warned_of(
     warn_of_unscaled_batch(written, small)
     warn_of_unscaled_batch(written, written)
     assert not caplog.text
+
+
+def test_custom_data_do_not_hide_a_learning_rate_of_another_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user's file sets the learning rate for its batch, and the command line another batch."""
+    row = Row("SOLVER.MAX_ITER", 10, 20, "fitted")
+    monkeypatch.setattr(detection, "fit_to_data", lambda *_, **__: [row])
+    path = tmp_path / "mine.yaml"
+    path.write_text("SOLVER: {BASE_LR: 0.02, IMS_PER_BATCH: 16}")
+    for batch, warnings in (("16", 0), ("2", 1)):
+        words = ["--config-file", str(path), "SOLVER.IMS_PER_BATCH", batch]
+        task = detection.DetectionTask(detection.argument_parser().parse_args(words))
+        task.fit(task.load(), resuming=False)
+        assert caplog.text.count("SOLVER.BASE_LR 0.02 was written for a batch of 16") == warnings

@@ -24,7 +24,12 @@ from vovnet_d2 import Predictor
 from vovnet_d2.backends import BACKENDS, use_backend
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.backends.quantized import check_quantized, mark_quantized
-from vovnet_d2.engine.quantization import _agreement, find_images, quantize_detector
+from vovnet_d2.engine.quantization import (
+    _agreement,
+    find_images,
+    quantize_detector,
+    to_markdown,
+)
 from vovnet_d2.export import int8
 from vovnet_d2.export.dense import DensePart
 from vovnet_d2.export.int8 import KEEP_FLOAT, Quantizer
@@ -243,6 +248,14 @@ def test_the_fastest_for_a_quantized_file(
 
 def detections(boxes: list, scores: list, classes: list) -> tuple:
     return Boxes(torch.tensor(boxes).reshape(-1, 4)), torch.tensor(scores), torch.tensor(classes)
+
+
+def test_a_report_without_detections_says_so() -> None:
+    nothing = {"detections": 0, "matched": 1.0, "score difference": 0.0}
+    report = {"environment": {}, "megabytes": {"float32": "2", "INT8": "1"}, "float layers": []}
+    page = to_markdown(report | {"agreement": nothing})
+    assert "There is no float32 detection with a score of at least" in page
+    assert "100" not in page
 
 
 def test_agreement() -> None:

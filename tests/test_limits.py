@@ -5,6 +5,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ from vovnet_d2.checkpoint.metadata import BGR_255, InputConvention, check_input_
 from vovnet_d2.data.check import Source, check_data_sets
 from vovnet_d2.data.check.conventions import COCO, Sample, find_conventions
 from vovnet_d2.data.check.files import inspect_files
+from vovnet_d2.data.check.frames import _map_points
 from vovnet_d2.data.check.orientation import compare_readings
+from vovnet_d2.data.check.problems import Findings
+from vovnet_d2.data.check.records import repair_categories
 from vovnet_d2.data.check.values import Numbering
+from vovnet_d2.data.image_file import read_labels
 from vovnet_d2.data.records import check_records, find_absurd
 from vovnet_d2.drawing.artist import Artist, Shown
-from vovnet_d2.engine import rehearsal
+from vovnet_d2.drawing.curves import read_metrics
+from vovnet_d2.engine import load_config, rehearsal
+from vovnet_d2.engine.own_data import _warn_of_contents
 from vovnet_d2.export.masks import paste_masks
 from vovnet_d2.modeling.single_shot.detections import select_detections
 
@@ -283,3 +290,69 @@ def test_a_score_at_the_threshold_is_no_detection() -> None:
             max_detections=9,
         )
         assert len(found) == number
+
+
+# Cases at which a rule changes
+
+
+def test_an_input_of_unknown_format_agrees_with_both() -> None:
+    mean, std = (100.0,) * 3, (50.0,) * 3
+    known = {name: InputConvention(name, mean, std) for name in ("", "RGB", "BGR")}
+    agreeing = {(a, b) for a in known for b in known if known[a].agrees_with(known[b])}
+    assert {(a, b) for a in known for b in known} - agreeing == {("RGB", "BGR"), ("BGR", "RGB")}
+
+
+def test_a_polygon_with_half_a_point_stays() -> None:
+    for polygon in ([1, 2, 3], [1, "2", 3, 4], None):
+        assert _map_points(polygon, lambda points: points + 1) == polygon
+    assert _map_points([1, 2, 3, 4], lambda points: points + 1) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"images": [1, 2', "at its end, so it may be truncated"),
+        ('{"images": [1, 2}', "at its end, so it may be truncated"),
+        ('{"images": [1; 2]}', "at line 1, column 14"),
+    ],
+)
+def test_a_file_that_may_be_truncated(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    findings = check_data_sets([Source("a", tmp_path / "a.json", tmp_path)])[0][0].findings
+    assert any(place in example for example in findings.examples["json"])
+
+
+def test_a_step_that_was_made_again_counts_once(tmp_path: Path) -> None:
+    rows = [(19, 3.0), (39, 2.0), (39, 1.5), (59, 1.0)]
+    lines = [json.dumps({"iteration": step, "total_loss": loss}) for step, loss in rows]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert read_metrics(tmp_path / "metrics.json") == {
+        "total_loss": [(19, 3.0), (39, 1.5), (59, 1.0)]
+    }
+
+
+def test_label_maps_in_colour_are_refused(tmp_path: Path) -> None:
+    """Two of three channels that are the same are not grey."""
+    for channels in ([1, 1, 2], [1, 2, 1], [2, 1, 1]):
+        Image.fromarray(np.full((4, 4, 3), channels, np.uint8)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="colour"):
+            read_labels(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(tmp_path / "a.png")
+    assert (read_labels(tmp_path / "a.png") == 7).all()
+
+
+def test_the_last_of_two_categories_with_one_id_counts() -> None:
+    """As in pycocotools."""
+    records = [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]
+    assert repair_categories(records, Findings())[1]["name"] == "b"
+
+
+@pytest.mark.parametrize(("objects", "rectangles", "warned"), [(10, 10, 1), (9, 9, 0), (11, 10, 0)])
+def test_masks_that_are_all_rectangles(
+    objects: int, rectangles: int, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A crowd is no object."""
+    cfg = load_config("", ["MODEL.MASK_ON", "True"])
+    counts = {"num_annotations": objects + 1, "num_crowds": 1, "num_box_masks": rectangles}
+    _warn_of_contents(cfg, "a.json", SimpleNamespace(**counts, unused_supercategories=[]))
+    assert caplog.text.count("are rectangles") == warned

@@ -45,6 +45,11 @@ def test_both_kinds_of_config_draw_the_same_images() -> None:
         factor = {0: 1.0, 1: 1.25, 2: 2.5}[max(labels)]
         assert counts[index] == pytest.approx(passes * factor, rel=0.1)
     plain = build_train_stream(RECORDS, mapper=dict, total_batch_size=2)
+    mixed = build_train_stream(
+        RECORDS, mapper=dict, total_batch_size=2, aspect_ratio_grouping=False
+    )
+    assert plain._is_wide is not None
+    assert mixed._is_wide is None
     drawn = itertools.islice(plain.batches(plain.place), 500)
     assert set(Counter(index for batch in drawn for _, index in batch).values()) == {100}
 

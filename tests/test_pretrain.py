@@ -431,8 +431,11 @@ def test_cifar10_is_evaluated_on_images_of_its_own(
 def test_cifar10(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_cifar10(tmp_path / "data", monkeypatch)
     out = tmp_path / "out"
-    results = launch(data, out, "PRETRAIN.NETWORK", network, "PRETRAIN.IMAGE_SIZE", "8")
-    assert "50 images of 10 classes in train" in read_log(out)
+    options = ["PRETRAIN.NETWORK", network, "PRETRAIN.IMAGE_SIZE", "8", "TEST.EVAL_PERIOD", "1"]
+    results = launch(data, out, *options)
+    # Two iterations of four images.
+    assert "50 images of 10 classes in train; 2 iterations are 0.2 epochs" in read_log(out)
+    assert not (out / "model_best.pth").exists()  # the last weights are the best ones
     saved = torch.load(out / "model_final.pth", weights_only=True)["model"]
     assert saved["network.linear.weight"].shape[0] == 10
     again = launch(

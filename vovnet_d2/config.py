@@ -330,7 +330,9 @@ def get_config_file(name: str) -> str:
     same = [file for file in files if Path(file).name == Path(name).name]
     close = [*dict.fromkeys(same + get_close_matches(name, files, n=3, cutoff=0.6))][:3]
     hint = f" Close to it: {', '.join(close)}." if close else ""
-    raise UserFileNotFoundError(f"No config file {name!r} in {root}.{hint}")
+    raise UserFileNotFoundError(
+        f"No config file {name!r} in the working folder or in {root}.{hint}"
+    )
 
 
 def find_config_folder() -> Path:

@@ -23,6 +23,7 @@ from .own_data import add_own_data_arguments
 from .registered_data import register_data
 from .rehearsal import rehearse_evaluation
 from .run import run_task
+from .scaling import warn_of_unscaled_batch
 from .task import YamlTask
 from .written import find_written
 
@@ -96,3 +97,5 @@ class DetectionTask(YamlTask):
         # No row means that the data did not change the schedule.
         if not any(row.key == "SOLVER.MAX_ITER" for row in rows):
             super().fit(cfg, resuming=resuming)
+        elif not args.auto_scale_lr:  # the user's file may have set the learning rate
+            warn_of_unscaled_batch(self._written, cfg)

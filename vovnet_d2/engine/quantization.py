@@ -232,7 +232,10 @@ def to_markdown(report: dict[str, Any]) -> str:
         tabulate(rows, ["", "float32", "INT8"], tablefmt="github", disable_numparse=True),
         "",
     ]
-    if agreement := report.get("agreement"):
+    agreement = report.get("agreement")
+    if agreement and not agreement["detections"]:
+        lines += [f"There is no float32 detection with a score of at least {MIN_SCORE}.", ""]
+    elif agreement:
         lines += [
             f"INT8 finds {agreement['matched']:.1%} of the {agreement['detections']} float32 "
             f"detections (score at least {MIN_SCORE}) again, with an IoU of at least {MIN_IOU}. "

@@ -195,7 +195,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     cells = [(row.key, _text(row.before), _text(row.value), row.reason) for row in rows]
     return tabulate(
         cells,
-        headers=["key", "config file", "this run", "why"],
+        headers=["key", "package's value", "this run", "why"],
         tablefmt="simple",
         disable_numparse=True,
         maxcolwidths=[None, 30, 30, 60],
