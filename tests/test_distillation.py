@@ -241,7 +241,8 @@ def test_a_training_with_a_teacher(
     final = read_state(tmp_path / "a" / "model_final.pth")
     assert list(final["model"]) == list(plain.state_dict())
     log = (tmp_path / "a" / "log.txt").read_text()
-    assert f"The teacher {teacher[0]} with the weights {teacher[1]} teaches p3, p4, p5" in log
+    named = f"The teacher {teacher[0]} with the weights {teacher[1]}"
+    assert f"{named} teaches the feature maps p3, p4, p5" in log
     assert [0 < loss < 2 * 3 * 6 for loss in read_losses(tmp_path / "a")] == [True]
 
     # The state after two iterations, from which the same is reached.

@@ -76,6 +76,7 @@ def schedule(tool: str, words: list[str]) -> Schedule:
     else:
         cfg = load_config(args.config_file, args.opts, add_config=add)
     if is_for_custom_data(words):
+        cfg.DATASETS.TEST = ("own_val",)  # of --val-annotations
         fit_schedule(cfg, *find_written(args.config_file, args.opts), num_images=500)
     return Schedule(cfg, Trainer.build_lr_scheduler(cfg, optimizer(cfg.SOLVER.BASE_LR)), written)
 
