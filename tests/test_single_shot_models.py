@@ -246,6 +246,15 @@ def build_tiny(kind: str, **options: Any) -> Any:
     return build_model(tiny_config(kind, **options))
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_backbones_begin_as_caffes_xavier_has_them(kind: str) -> None:
+    """Weights are uniform up to the root of 3 / fan-in."""
+    for name, layer in build_tiny(kind).backbone.bottom_up.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 500:
+            bound = (3 / layer.weight[0].numel()) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound, name
+
+
 def samples(numbers: tuple[int, ...] = (2, 0, 1), size: int = 128) -> list[dict[str, Any]]:
     found = []
     for number in numbers:
