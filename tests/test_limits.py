@@ -342,7 +342,7 @@ def test_label_maps_in_colour_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_last_of_two_categories_with_one_id_counts() -> None:
-    """As in pycocotools."""
+    """pycocotools takes the last one, too."""
     records = [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]
     assert repair_categories(records, Findings())[1]["name"] == "b"
 
