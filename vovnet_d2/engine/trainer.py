@@ -394,7 +394,7 @@ class Trainer(EvaluatingTrainer):
         batches = self._place.batches + iterations - self.start_iter
         return replace(self._place, batches=batches)
 
-    # What a checkpoint has that Detectron2's checkpoints do not have
+    # The following state is in our checkpoints and not in those of Detectron2.
 
     def gather_rank_states(self) -> None:
         """Gather the states that differ between processes. All processes call this method before
