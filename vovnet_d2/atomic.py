@@ -13,8 +13,6 @@ from pathlib import Path
 from .errors import UserError
 from .made import is_foreign, note_made, put_aside
 
-__all__ = ["FileNotWrittenError", "atomic_write", "remove_leftovers", "write_text"]
-
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".vovnet_d2.partial"

@@ -14,8 +14,6 @@ from .errors import UserFileNotFoundError
 from .modeling.build import require_own_builders
 from .modeling.specs import VoVNetSpec
 
-__all__ = ["add_vovnet_config", "find_config_folder", "get_config_file"]
-
 _SUFFIXES = (".yaml", ".py")
 
 

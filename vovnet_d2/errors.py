@@ -4,16 +4,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "UserError",
-    "UserFileNotFoundError",
-    "UserImportError",
-    "UserKeyError",
-    "UserValueError",
-    "describe",
-    "one_line",
-]
-
 
 class UserError(Exception):
     """The user can fix this, and the message says how.

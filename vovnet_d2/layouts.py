@@ -23,8 +23,6 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "KeyMatch", "match_keys", "rename_keys"]
-
 LAYOUTS = ("native", "detectron2", "timm", "osmr")
 
 # Module names as templates, one column for each of LAYOUTS. {s} is the stage (2 to 5), {i} the

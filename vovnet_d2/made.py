@@ -18,17 +18,6 @@ from pathlib import Path
 
 from .errors import UserValueError
 
-__all__ = [
-    "LIST_NAME",
-    "is_foreign",
-    "is_made_here",
-    "is_run",
-    "note_made",
-    "note_run",
-    "put_aside",
-    "refuse_foreign",
-]
-
 LIST_NAME = ".vovnet_d2_made.jsonl"
 
 _RUN = (".", "run")  # the entry for a folder that a run writes to

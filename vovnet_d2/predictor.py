@@ -27,8 +27,6 @@ from .errors import UserValueError
 from .modeling.inference import optimize_for_inference
 from .tiles import TiledDetector
 
-__all__ = ["Predictor", "read_image"]
-
 logger = logging.getLogger(__name__)
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str]

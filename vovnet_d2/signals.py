@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["ending_signals"]
-
 
 def ending_signals() -> list[signal.Signals]:
     """Return the following signals, as far as the system has them. Windows has the first two.

@@ -17,8 +17,6 @@ from torchvision.ops import batched_nms
 
 from .errors import UserValueError
 
-__all__ = ["TiledDetector", "check_tiles", "cut_tiles"]
-
 MAX_IOU = 0.5
 """The overlap (IoU) of two boxes of one category above which the less likely one is left out."""
 

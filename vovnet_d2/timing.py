@@ -29,18 +29,6 @@ import torchvision
 
 from . import __version__
 
-__all__ = [
-    "command_line",
-    "describe_environment",
-    "interleaved_rounds",
-    "package_version",
-    "ratios",
-    "synchronize",
-    "tf32_in_use",
-    "time_interleaved",
-    "write_csv",
-]
-
 
 def describe_environment(device: torch.device | str) -> dict[str, str]:
     """Return the date, command, hardware, versions and settings that a time on ``device`` depends

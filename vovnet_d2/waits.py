@@ -9,8 +9,6 @@ from datetime import timedelta
 
 from .errors import UserValueError
 
-__all__ = ["longest_wait"]
-
 
 def longest_wait() -> timedelta:
     """Return how long a process waits for another one that does not answer.

@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["counted", "listed", "suggest"]
-
 
 def counted(number: int, plural: str) -> str:
     """Return a number and its noun, such as "2,667 problems" or "1 category".

@@ -13,8 +13,6 @@ from .checkpoint.zoo import ZOO, ZooEntry
 from .modeling.specs import VOVNET_SPECS, VoVNetSpec
 from .modeling.vovnet import VoVNet
 
-__all__ = ["render", "table_of_weights"]
-
 _HEAD = """\
 # Weights for download
 

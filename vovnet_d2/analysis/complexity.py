@@ -20,8 +20,6 @@ from .memory_access import LayerCost, layer_cost
 from .observe import PartTracker, observe
 from .peak_memory import PeakMemory
 
-__all__ = ["CONVENTIONS", "Complexity", "PartComplexity", "analyze"]
-
 CONVENTIONS = {
     "parameters": "weights and biases, including scale and shift of frozen norms, without running "
     "statistics",

@@ -37,8 +37,6 @@ from ..checkpoint import convert_state_dict
 from ..errors import UserValueError
 from ..modeling.specs import STAGE_NAMES
 
-__all__ = ["Connectivity", "measure_connectivity", "plot_connectivity"]
-
 _INPUT = "input"
 
 

@@ -30,8 +30,6 @@ from torch import nn
 from ..timing import ratios, time_interleaved
 from .memory_access import LayerCost, convolution_cost
 
-__all__ = ["Case", "make_cases", "measure", "plot"]
-
 SHAPE_RATIOS = (1, 2, 4, 6, 8, 12)
 SPLITS = (1, 2, 4, 8)
 

@@ -17,8 +17,6 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads import Res5ROIHeads, ROIHeads, StandardROIHeads
 from torch import Tensor, nn
 
-__all__ = ["Head", "countable_heads"]
-
 Features = dict[str, Tensor]
 
 # Detectron2's DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST, for detectors without a proposal generator.

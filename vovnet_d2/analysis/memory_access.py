@@ -22,8 +22,6 @@ import torchvision.ops  # noqa: F401, registers torch.ops.torchvision.deform_con
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["LayerCost", "convolution_cost", "layer_cost"]
-
 
 @dataclass(frozen=True)
 class LayerCost:

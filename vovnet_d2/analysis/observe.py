@@ -14,8 +14,6 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Observer", "PartTracker", "observe"]
-
 
 class Observer(Protocol):
     """An object that is called after every operator of a forward pass."""

@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from .observe import PartTracker
 
-__all__ = ["PeakMemory"]
-
 
 class PeakMemory:
     """Counts the bytes of the tensors alive after each operator of a forward pass without autograd.

@@ -18,8 +18,6 @@ from ..made import refuse_foreign
 from ..timing import write_csv
 from .complexity import CONVENTIONS, Complexity
 
-__all__ = ["format_table", "plot_complexity", "write_report"]
-
 # Quantities and their names.
 _QUANTITIES = {
     "parameters": "parameters",

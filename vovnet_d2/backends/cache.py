@@ -22,8 +22,6 @@ from ..export.formats import OPSET, export
 from ..export.targets import ExportTarget, select_target
 from ..made import is_made_here
 
-__all__ = ["CACHE", "cache_folder", "digest_of", "export_dense_part", "model_key"]
-
 CACHE = "VOVNET_D2_CACHE"
 """The environment variable with the folder of the cache."""
 

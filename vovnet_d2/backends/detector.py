@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ..export.dense import find_dense_head, prediction_name
 from ..modeling.inference import optimize_for_inference
 
-__all__ = ["run_dense_part_elsewhere"]
-
 
 @dataclass
 class _Results:

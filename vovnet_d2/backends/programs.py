@@ -15,15 +15,6 @@ import torch
 from ..errors import UserImportError, UserValueError, describe
 from ..export.formats import Program, load_onnxruntime
 
-__all__ = [
-    "AUTO",
-    "BACKENDS",
-    "TORCH",
-    "check_backend",
-    "find_backends",
-    "warn_of_broken",
-]
-
 logger = logging.getLogger(__name__)
 
 TORCH, AUTO = "torch", "auto"

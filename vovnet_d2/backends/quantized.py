@@ -9,8 +9,6 @@ from typing import Any
 
 from ..errors import UserFileNotFoundError, UserValueError
 
-__all__ = ["check_quantized", "mark_quantized"]
-
 _KEY = "vovnet_d2.model"
 """The metadata entry of an ONNX file that holds the key of the float model."""
 

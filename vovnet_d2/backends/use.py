@@ -28,8 +28,6 @@ from .detector import run_dense_part_elsewhere
 from .programs import AUTO, BACKENDS, TORCH, check_backend, find_backends, warn_of_broken
 from .quantized import check_quantized
 
-__all__ = ["rank_backends", "use_backend"]
-
 logger = logging.getLogger(__name__)
 
 SIZE = (480, 640)

@@ -23,8 +23,6 @@ from .report import FILES, format_table, write_study
 from .study import MODES, Plan, Study
 from .treatments import TREATMENTS
 
-__all__ = ["main", "make_plan", "parse_arguments", "run"]
-
 _DESCRIPTION = """Networks side by side, by the VoVNet paper's six figures: GFLOPs, latency and FPS,
 parameters, peak memory, energy per image, computation efficiency. All cases are timed in turn,
 round after round.

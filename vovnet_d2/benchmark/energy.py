@@ -14,8 +14,6 @@ import torch
 
 from ..timing import synchronize
 
-__all__ = ["EnergyMeter", "NoEnergyMeter", "find_meter", "joules_per_call"]
-
 POWERCAP = Path("/sys/class/powercap")
 
 

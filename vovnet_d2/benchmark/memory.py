@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["allocated", "peak_memory", "saved_bytes"]
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes a line to standard error at each start
 
 SOURCES = {

@@ -35,16 +35,6 @@ from ..modeling.vovnet import VoVNet
 from .plain import plain
 from .workload import as_pixels
 
-__all__ = [
-    "BACKBONES",
-    "DEFAULT_NORM",
-    "Network",
-    "backbone",
-    "calibrate_norms",
-    "detector",
-    "takes_norm",
-]
-
 DEFAULT_NORM = "FrozenBN"
 _TIMM = "timm:"
 

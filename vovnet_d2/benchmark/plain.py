@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from ..modeling.convolution import ConvNormAct
 
-__all__ = ["plain"]
-
 
 def plain(model: nn.Module) -> nn.Module:
     """

@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-__all__ = ["plot_cell"]
-
 _AXES = {
     "fps": "images per second →",
     "accuracy": "accuracy →",

@@ -12,8 +12,6 @@ from tabulate import tabulate
 
 from .study import OWN_SIZE
 
-__all__ = ["PAPER_TABLES", "PaperTable", "Published", "format_paper_table"]
-
 
 class Published(NamedTuple):
     """A row of a table, with the names of the columns of a study. The accuracy is mAP on VOC07 or

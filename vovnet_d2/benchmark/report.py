@@ -23,8 +23,6 @@ from .plots import plot_cell
 from .published import PaperTable, format_paper_table
 from .study import MODES, Study
 
-__all__ = ["CONVENTIONS", "FILES", "format_table", "write_study"]
-
 CONVENTIONS = {
     "GFLOPs": "multiply-adds of convolutions, fully-connected layers and attention for one image, "
     "in units of 10^9, as the VoVNet paper counts; in training with the backward pass. Of a "

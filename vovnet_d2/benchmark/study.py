@@ -31,8 +31,6 @@ from .networks import Network, calibrate_norms
 from .treatments import TREATMENTS, Treatment, compiled_or_failed
 from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
 
-__all__ = ["MODES", "OWN_SIZE", "Plan", "Study"]
-
 MODES = ("inference", "training")
 OWN_SIZE = "own size"  # each network has its own image size
 _ENERGY_BLOCKS = 3

@@ -19,8 +19,6 @@ from ..modeling.vovnet import VoVNet
 from ..timing import tf32_in_use
 from .plain import plain
 
-__all__ = ["TREATMENTS", "Treatment", "compiled_or_failed"]
-
 
 @dataclass(frozen=True)
 class Treatment:

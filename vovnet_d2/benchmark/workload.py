@@ -16,15 +16,6 @@ from ..analysis.memory_access import layer_cost
 from ..analysis.observe import observe
 from .treatments import Treatment
 
-__all__ = [
-    "as_pixels",
-    "count_multiply_adds",
-    "detector_inputs",
-    "inference",
-    "random_images",
-    "training_step",
-]
-
 _OBJECTS = 8  # per image, about as many as in COCO
 _LEARNING_RATE = 1e-6  # small steps keep the weights finite
 

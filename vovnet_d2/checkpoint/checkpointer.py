@@ -33,8 +33,6 @@ from .recognition import Description, describe_state_dict, find_prefix
 from .sources import read_weights
 from .zoo import metadata_of_layout
 
-__all__ = ["CATEGORY_KINDS", "VoVNetCheckpointer"]
-
 logger = logging.getLogger(__name__)
 
 CATEGORY_KINDS = ("thing_classes", "stuff_classes")

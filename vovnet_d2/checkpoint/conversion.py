@@ -16,14 +16,6 @@ from ..errors import UserValueError
 from .metadata import InputConvention, Metadata
 from .recognition import Description, describe_state_dict, native_names
 
-__all__ = [
-    "convert_state_dict",
-    "fold_normalization",
-    "osmr_caveats",
-    "reorder_channels",
-    "timm_caveats",
-]
-
 _FIRST = "stem.conv1.weight"
 
 

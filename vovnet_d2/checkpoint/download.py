@@ -15,8 +15,6 @@ from ..errors import UserFileNotFoundError, UserValueError
 from .fetching import agrees, fetch, file_digest
 from .zoo import HUB_FILE, ZooEntry
 
-__all__ = ["MIRROR", "download"]
-
 logger = logging.getLogger(__name__)
 
 MIRROR = "VOVNET_D2_WEIGHTS"

@@ -26,8 +26,6 @@ from ..errors import UserFileNotFoundError, one_line
 from .reading import looks_like_html
 from .zipped import find_weights, unpacked
 
-__all__ = ["agrees", "fetch", "file_digest", "name_of"]
-
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 30  # seconds without a byte

@@ -18,8 +18,6 @@ from vovnet_d2.modeling.vovnet import VoVNet
 from .metadata import Metadata
 from .recognition import Description, config_line, native_names, norm_kind
 
-__all__ = ["Match", "contradictions", "find_vovnets", "match_model", "misfits"]
-
 
 def find_vovnets(model: nn.Module) -> dict[str, VoVNet]:
     """Return the VoVNets in a model by their prefixes, such as "backbone.bottom_up."."""

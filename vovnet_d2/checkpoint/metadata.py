@@ -17,15 +17,6 @@ from vovnet_d2.modeling.specs import Stem, VoVNetSpec
 
 from ..errors import UserValueError
 
-__all__ = [
-    "BGR_255",
-    "BGR_IMAGENET",
-    "RGB_IMAGENET",
-    "InputConvention",
-    "Metadata",
-    "check_input_convention",
-]
-
 
 @dataclass(frozen=True)
 class InputConvention:

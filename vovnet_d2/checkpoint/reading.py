@@ -24,8 +24,6 @@ import torch
 from ..errors import UserValueError
 from .zipped import find_weights, unpacked
 
-__all__ = ["METADATA_KEY", "find_state_dict", "looks_like_html", "read_checkpoint"]
-
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "vovnet_d2"

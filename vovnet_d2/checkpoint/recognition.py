@@ -18,15 +18,6 @@ from vovnet_d2.modeling.specs import STAGE_NAMES, VOVNET_SPECS, ESEPlacement, Vo
 
 from ..errors import UserValueError
 
-__all__ = [
-    "Description",
-    "config_line",
-    "describe_state_dict",
-    "find_prefix",
-    "native_names",
-    "norm_kind",
-]
-
 # What a name of any layout begins with, after the prefix.
 _BEGINNING = re.compile(
     r"(?:^|(?<=\.))(?=stem\.|stem_\d\.|stage\d\.|stages[._]\d"

@@ -20,8 +20,6 @@ from .metadata import Metadata
 from .reading import METADATA_KEY, read_checkpoint
 from .zoo import ZOO, ZooEntry, get_entry, in_zoo
 
-__all__ = ["locate", "read_weights"]
-
 logger = logging.getLogger(__name__)
 
 _HEURISTICS = "?matching_heuristics=True"  # Detectron2's option, written after the file's name

@@ -15,8 +15,6 @@ from ..errors import UserFileNotFoundError, UserValueError
 from .metadata import Metadata
 from .reading import METADATA_KEY
 
-__all__ = ["save_weights"]
-
 
 def save_weights(
     path: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata, *, key: str = "model"

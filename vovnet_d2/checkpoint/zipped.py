@@ -10,8 +10,6 @@ from pathlib import PurePosixPath
 
 from ..errors import UserValueError
 
-__all__ = ["find_weights", "unpacked"]
-
 _SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
 _TORCH_RECORDS = ("data.pkl", "constants.pkl")  # PyTorch's own files are zip archives, too
 

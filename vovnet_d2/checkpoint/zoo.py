@@ -15,8 +15,6 @@ from ..errors import UserValueError
 from .metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, InputConvention, Metadata
 from .recognition import Description
 
-__all__ = ["ZOO", "ZooEntry", "get_entry", "in_zoo", "metadata_of_layout"]
-
 HUB_FILE = "model.safetensors"
 _DD3D_HEADS = ("fcos2d_head", "fcos3d_head")
 

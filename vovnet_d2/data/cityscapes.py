@@ -18,8 +18,6 @@ from types import ModuleType
 
 from ..errors import UserValueError, describe
 
-__all__ = ["check_cityscapes", "provide_cityscapes_scripts"]
-
 _PACKAGE = "cityscapesscripts"
 _PARENTS = ("deeplearning", "deeplearning.projects", "deeplearning.projects.cityscapesApi")
 

@@ -20,8 +20,6 @@ from .digit_images import load_sources
 from .digits import CLASS_NAMES, digit_split
 from .image_file import read_image
 
-__all__ = ["SPLITS", "build_classification_dataset", "class_names"]
-
 SPLITS = ("train", "val")
 
 Transform = Callable[[Image.Image], Any]

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ..errors import UserValueError
 
-__all__ = ["CopyPaste", "paste_objects"]
-
 _FIELDS = {"gt_boxes", "gt_classes", "gt_masks"}
 
 

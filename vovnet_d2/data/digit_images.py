@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from ..errors import UserImportError, UserValueError
 
-__all__ = ["GLYPH_MARGIN", "Digit", "Sources", "load_sources", "make_image"]
-
 GLYPH_MARGIN = 2  # pixels around a glyph that belong to no other glyph and lie on the canvas
 
 _CROP_SIDES = (112, 192)  # pixels of the photograph that become one canvas

@@ -38,8 +38,6 @@ from ..errors import UserValueError
 from .digit_images import GLYPH_MARGIN, Digit, Sources, load_sources, make_image
 from .workers import attend_to_workers
 
-__all__ = ["CLASS_NAMES", "build_digits", "digit_split", "register_digits"]
-
 CLASS_NAMES = tuple("0123456789")
 
 # Raise this number with every change that alters a pixel or an annotation. Then the copies of users

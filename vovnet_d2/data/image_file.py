@@ -24,8 +24,6 @@ from PIL import Image
 
 from ..errors import UserFileNotFoundError, UserValueError, one_line
 
-__all__ = ["ImageHeader", "read_header", "read_image", "read_labels", "why_unreadable"]
-
 ORIENTATION = 274  # EXIF's tag
 # For each EXIF orientation, the transposition that turns the stored picture upright. Orientation 1
 # needs none.

@@ -13,8 +13,6 @@ from ..errors import UserValueError
 from ..words import suggest
 from .check.values import are_numbers
 
-__all__ = ["Flips", "derive_flips", "find_problem", "keypoint_names", "parse_flips"]
-
 Flips = tuple[tuple[str, str], ...]
 
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}

@@ -20,8 +20,6 @@ from ..errors import UserValueError
 from .image_file import read_image, read_labels
 from .ssd_augmentation import ssd_augmentations
 
-__all__ = ["AugmentedTestMapper", "Mapper", "SSDMapper", "build_augmentations", "build_mapper"]
-
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     """Build the mapper of a config. It is an :class:`SSDMapper` in a training with

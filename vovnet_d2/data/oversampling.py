@@ -13,8 +13,6 @@ from detectron2.config import CfgNode
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch.utils.data import Sampler
 
-__all__ = ["build_sampler", "report_repeats"]
-
 logger = logging.getLogger(__name__)
 
 _REPEATING = RepeatFactorTrainingSampler.__name__

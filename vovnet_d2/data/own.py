@@ -27,8 +27,6 @@ from ..errors import UserValueError, describe
 from .check.masks import has_mask
 from .keypoints import Flips
 
-__all__ = ["OwnDataSet", "match_categories", "register_own_data"]
-
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]

@@ -29,8 +29,6 @@ from .check.records import (
 from .check.values import is_box, is_number
 from .keypoints import find_problem, keypoint_names
 
-__all__ = ["Contents", "read_coco", "read_contents"]
-
 _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes a corrected copy."
 _NUM_LOOKED_FOR = 20
 

@@ -20,8 +20,6 @@ from .check.names import NearNames
 from .check.orientation import TurnedFile, judge
 from .image_file import ImageHeader, read_header, read_image, why_unreadable
 
-__all__ = ["check_files", "has_size_of_file", "spread"]
-
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]

@@ -24,8 +24,6 @@ from .check.conventions import (
 )
 from .check.masks import find_rle_problem, has_mask
 
-__all__ = ["check_records", "find_absurd"]
-
 # The largest absolute value of a number, as a multiple of the longer side of its image. The memory
 # for drawing a mask grows with the numbers of its polygons.
 _REACH = 10

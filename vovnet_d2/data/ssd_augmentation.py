@@ -24,8 +24,6 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserValueError
 
-__all__ = ["Distort", "Expand", "RandomInterpolationResize", "SamplerCrop", "ssd_augmentations"]
-
 Array = NDArray[Any]
 
 

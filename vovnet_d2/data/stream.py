@@ -29,17 +29,6 @@ from ..errors import UserValueError
 from .image_file import read_header
 from .workers import attend_to_workers
 
-__all__ = [
-    "Place",
-    "TrainingStream",
-    "build_detection_stream",
-    "goes_to_gpu",
-    "sample_seed",
-    "seed_all",
-    "seeded",
-    "step_seed",
-]
-
 _NUM_REPLACEMENTS = 100
 
 Sample = tuple[int, int]  # position, index in the data set

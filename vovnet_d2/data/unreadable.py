@@ -19,8 +19,6 @@ from ..errors import UserValueError, one_line
 from .check.files import resolve_inside
 from .image_file import read_image, why_unreadable
 
-__all__ = ["ReadableOnly", "UnreadableImageError", "image_roots"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -29,16 +29,6 @@ from ..errors import UserFileNotFoundError, UserValueError
 from ..words import counted, listed
 from .image_file import read_header
 
-__all__ = [
-    "check_voc",
-    "check_voc_set",
-    "is_voc_set",
-    "load_voc",
-    "parse_annotations",
-    "read_objects",
-    "register_voc",
-]
-
 Record = dict[str, Any]
 
 _OURS = "_no_difficult"  # the end of the names of data sets that this module's loader reads

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 from ..signals import ending_signals
 from ..waits import longest_wait
 
-__all__ = ["attend_to_workers", "dismiss_workers", "is_silent_worker", "stay_until_dismissed"]
-
 _FAREWELL = 300  # seconds for the current step to end
 _LAST_FAREWELL = 1  # seconds for workers to end with the main process
 

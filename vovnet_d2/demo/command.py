@@ -36,8 +36,6 @@ from .results import ResultsFile
 from .run import Outcome, Run
 from .selection import Selection
 
-__all__ = ["main"]
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _INTERRUPTED = 130  # the usual exit status of shells

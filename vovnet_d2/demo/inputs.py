@@ -20,8 +20,6 @@ from PIL import Image
 from ..data.image_file import read_image
 from ..errors import UserFileNotFoundError, UserValueError
 
-__all__ = ["PICTURE_SUFFIXES", "Camera", "Frame", "Picture", "Pictures", "Source", "Video"]
-
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 logger = logging.getLogger(__name__)
 

@@ -19,16 +19,6 @@ from ..errors import UserValueError
 from ..made import note_made, refuse_foreign
 from .inputs import PICTURE_SUFFIXES, Frame, Picture
 
-__all__ = [
-    "PictureFiles",
-    "Sink",
-    "VideoFile",
-    "Window",
-    "plan_pictures",
-    "plan_video",
-    "refuse_overwriting",
-]
-
 logger = logging.getLogger(__name__)
 
 # The codecs for each suffix of a video. The first codec that OpenCV can write is taken. Browsers

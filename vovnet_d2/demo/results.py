@@ -16,8 +16,6 @@ from ..errors import UserValueError
 from ..made import note_made
 from .inputs import Frame
 
-__all__ = ["ResultsFile"]
-
 
 class ResultsFile(AbstractContextManager["ResultsFile"]):
     """Writes a list detection by detection. The file is valid JSON once it is closed.

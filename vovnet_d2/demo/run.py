@@ -19,8 +19,6 @@ from .outputs import Sink
 from .results import ResultsFile
 from .selection import Selection
 
-__all__ = ["Outcome", "Run"]
-
 
 @dataclass
 class Outcome:

@@ -14,8 +14,6 @@ from detectron2.data.catalog import Metadata
 from ..drawing.artist import Shown
 from ..errors import UserValueError
 
-__all__ = ["Selection"]
-
 
 class Selection:
     """Selects predictions by their score and their category."""

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
-__all__ = ["Artist", "Shown", "name_of"]
-
 Pixels = NDArray[np.uint8]
 
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..atomic import atomic_write
 
-__all__ = ["SCORES", "Series", "draw_curves", "read_metrics"]
-
 Series = dict[str, list[tuple[int, float]]]
 
 SCORES = ("/AP", "/mIoU", "/IoU", "/PQ", "/top1")

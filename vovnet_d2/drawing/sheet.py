@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from ..atomic import atomic_write
 
-__all__ = ["enlargement", "write_sheet"]
-
 _WIDTH = 16.0  # inches
 _TALLEST = 4.0  # height divided by width of the space for a picture
 # Small images are enlarged to these pixels, and thin ones to at most these. Labels stay the same.

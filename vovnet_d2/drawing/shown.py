@@ -20,8 +20,6 @@ from ..data.records import find_absurd
 from ..errors import UserValueError
 from .artist import Shown, name_of
 
-__all__ = ["from_record", "from_results", "from_sample", "objects"]
-
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]

@@ -11,8 +11,6 @@ from torch import nn
 
 from ..errors import UserValueError
 
-__all__ = ["gradients_stay_here", "split_batch"]
-
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
     """Split the batch of a process into parts of as many images each.

@@ -25,8 +25,6 @@ from .nonfinite import NonFiniteLossError
 from .precision import autocast_dtype
 from .solver import load_optimizer_state
 
-__all__ = ["AgreedSteps", "MixedPrecisionTrainer", "build_steps"]
-
 _ROOM = 256  # the most losses of a step: every process sends this many numbers, also without losses
 
 

@@ -20,17 +20,6 @@ from numpy.typing import NDArray
 from ..data.stream import seeded
 from ..errors import UserImportError, UserValueError
 
-__all__ = [
-    "Anchors",
-    "Fit",
-    "TrainingBoxes",
-    "collect_boxes",
-    "fit_anchors",
-    "mean_best_iou",
-    "per_level",
-    "read_anchors",
-]
-
 Array = NDArray[np.float64]
 
 _MOST_IMAGES = 500

@@ -19,8 +19,6 @@ from .config import find_config, is_lazy_file, load_config
 from .initial_weights import check_all_loaded
 from .lazy_config import instantiate, load_lazy_config, to_cfg
 
-__all__ = ["AnyConfig", "as_cfg", "build_network", "load_any_config", "load_network"]
-
 logger = logging.getLogger(__name__)
 
 AnyConfig: TypeAlias = CfgNode | DictConfig

@@ -10,8 +10,6 @@ import argparse
 
 from detectron2.engine import default_argument_parser
 
-__all__ = ["PICKLE_HELP", "add_options_argument", "argument_parser", "base_parser"]
-
 PICKLE_HELP = (
     "read weights stored as Python pickles (.pkl). Only their arrays are read; a pickle that would "
     "run code is refused"

@@ -12,8 +12,6 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["EMA_SUFFIX", "WeightAverage", "name_of_average"]
-
 logger = logging.getLogger(__name__)
 
 EMA_SUFFIX = "_EMA"

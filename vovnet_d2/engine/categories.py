@@ -19,8 +19,6 @@ from ..data.own import register_own_data
 from ..errors import describe
 from .num_classes import find_num_classes
 
-__all__ = ["category_names", "find_difference", "find_metadata", "first_difference"]
-
 logger = logging.getLogger(__name__)
 
 _LACKING: Any = object()  # differs from every name

@@ -16,8 +16,6 @@ from ..errors import UserValueError
 from ..modeling.baselines.timm_backbone import create_pretrained, require_network
 from .distillation import Teacher
 
-__all__ = ["ClassTeacher", "build_class_teacher", "soft_target_loss"]
-
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return how far the student's probabilities are from the teacher's, both softened.

@@ -38,8 +38,6 @@ from .hooks import BestCheckpointer
 from .memory_format import to_memory_format
 from .trainer import Trainer
 
-__all__ = ["AccuracyEvaluator", "ClassifierTrainer", "ImageClassifier", "build_network"]
-
 logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -11,8 +11,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
-__all__ = ["CategoriesByName", "PlainCOCOEvaluator", "convert_anew"]
-
 # The annotation files that Detectron2 has written for data sets without one.
 _CONVERTED: set[str] = set()
 

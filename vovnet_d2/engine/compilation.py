@@ -17,8 +17,6 @@ from torch import nn
 
 from ..errors import UserValueError
 
-__all__ = ["check_compilation", "compile_backbone", "explain_compilation", "run_eagerly"]
-
 logger = logging.getLogger(__name__)
 
 _BACKEND = "inductor"

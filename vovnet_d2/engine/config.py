@@ -18,17 +18,6 @@ from ..errors import UserFileNotFoundError, UserKeyError, UserValueError, one_li
 from ..words import suggest
 from .other_projects import translate
 
-__all__ = [
-    "find_config",
-    "get_value",
-    "is_lazy",
-    "is_lazy_file",
-    "list_keys",
-    "load_config",
-    "resolve_config",
-    "set_value",
-]
-
 
 def find_config(name: str) -> str:
     """Return the path of a config file: ``name`` itself, or the file of that name in this package.

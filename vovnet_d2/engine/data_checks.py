@@ -33,8 +33,6 @@ from .num_classes import check_num_classes, find_num_classes
 from .registered_data import load_metadata
 from .semantic_data import check_label_maps
 
-__all__ = ["check_data", "check_data_sets", "check_stream"]
-
 logger = logging.getLogger(__name__)
 
 _COCO_KEYPOINTS = 17

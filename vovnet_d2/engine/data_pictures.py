@@ -32,15 +32,6 @@ from ..made import note_made, refuse_foreign
 from .registered_data import load_records
 from .trainer import Trainer
 
-__all__ = [
-    "Drawn",
-    "draw_annotations",
-    "draw_results",
-    "draw_training_samples",
-    "write_contact_sheet",
-    "write_pictures",
-]
-
 logger = logging.getLogger(__name__)
 
 _MAX_UNREADABLE = 1000

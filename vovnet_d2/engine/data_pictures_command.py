@@ -19,8 +19,6 @@ from .launch import run_or_exit
 from .own_data import add_own_data_arguments
 from .registered_data import register_data
 
-__all__ = ["main"]
-
 _SHEETS = (".png", ".jpg", ".jpeg", ".pdf")
 
 _DESCRIPTION = """\

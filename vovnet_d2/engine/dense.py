@@ -14,8 +14,6 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
-__all__ = ["read_loss_normalizers", "write_loss_normalizers"]
-
 
 def read_loss_normalizers(model: nn.Module) -> dict[str, float]:
     """Return the normalizers of this process, by the name of the detector in ``model``.

@@ -27,8 +27,6 @@ from .scaling import warn_of_unscaled_batch
 from .task import YamlTask
 from .written import find_written
 
-__all__ = ["argument_parser", "main", "run"]
-
 _EXAMPLE = "COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml"
 
 

@@ -15,8 +15,6 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from ..data.check.crowding import DEFAULT_LIMIT, measure_crowding
 
-__all__ = ["evaluated_detections", "explain_crowding"]
-
 _COCO_IDS = {category["id"] for category in COCO_CATEGORIES if category["isthing"]}
 
 

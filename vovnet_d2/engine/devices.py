@@ -13,8 +13,6 @@ from detectron2.utils import comm
 
 from ..errors import UserValueError
 
-__all__ = ["check_device", "choose_device", "parse_device"]
-
 logger = logging.getLogger(__name__)
 
 

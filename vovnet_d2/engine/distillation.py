@@ -20,15 +20,6 @@ from .any_config import as_cfg, load_any_config, load_network
 from .memory_format import to_memory_format
 from .run_checks import check_network
 
-__all__ = [
-    "FeatureTeacher",
-    "Teacher",
-    "add_teacher",
-    "add_teacher_argument",
-    "correlation_loss",
-    "teacher_options",
-]
-
 logger = logging.getLogger(__name__)
 
 _Self = TypeVar("_Self", bound="Teacher")

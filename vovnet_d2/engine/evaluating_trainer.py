@@ -23,8 +23,6 @@ from ..tiles import TiledDetector
 from .evaluation import build_evaluator, main_metric
 from .precision import autocast
 
-__all__ = ["EvaluatingTrainer", "Results", "merge_results"]
-
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]

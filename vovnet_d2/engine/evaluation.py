@@ -32,8 +32,6 @@ from .detection_limit import evaluated_detections
 from .old_numpy import old_numpy
 from .voc_evaluation import VOCEvaluator
 
-__all__ = ["build_evaluator", "check_evaluators", "has_faster_coco", "main_metric"]
-
 logger = logging.getLogger(__name__)
 
 _COCO_APIS = ("auto", "pycocotools", "faster-coco-eval")

@@ -21,8 +21,6 @@ from ..data.own import match_categories
 from ..errors import UserValueError, describe, one_line
 from .coco_evaluators import CategoriesByName
 
-__all__ = ["COCO", "FasterCOCOEvaluator", "FasterCOCOeval", "in_detectron2"]
-
 logger = logging.getLogger(__name__)
 
 _LIMIT = 2**53  # ids that a double holds exactly

@@ -34,17 +34,6 @@ from .quiet import errors_only
 from .schedule import Row, fit_schedule, format_rows
 from .written import COMMAND_LINE, Written
 
-__all__ = [
-    "ANCHOR_KEYS",
-    "TrainingData",
-    "add_fitting_arguments",
-    "data_of",
-    "fit_to_data",
-    "keep_record",
-    "loading_data",
-    "refuse_to_fit",
-]
-
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]

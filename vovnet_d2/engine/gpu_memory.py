@@ -13,8 +13,6 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 
-__all__ = ["GpuMemoryError", "explain_lack_of_memory"]
-
 
 class GpuMemoryError(UserError, RuntimeError):
     """A GPU has too little memory for the run; the message says what needs less."""

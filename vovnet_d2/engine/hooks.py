@@ -25,19 +25,6 @@ from ..drawing.curves import read_metrics
 from .compilation import run_eagerly
 from .interruption import Interrupted
 
-__all__ = [
-    "BestCheckpointer",
-    "Checkpointing",
-    "EarlyStopping",
-    "EndOfTraining",
-    "EpochCount",
-    "EpochPrinter",
-    "EvalHook",
-    "PreciseBN",
-    "UnreadableCount",
-    "WeightsCheckpointer",
-]
-
 logger = logging.getLogger(__name__)
 
 

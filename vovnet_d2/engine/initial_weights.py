@@ -16,8 +16,6 @@ from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..checkpoint.zoo import ZOO
 from ..errors import UserValueError
 
-__all__ = ["check_all_loaded", "check_initialisation", "is_pretrained", "report_loaded"]
-
 logger = logging.getLogger(__name__)
 
 

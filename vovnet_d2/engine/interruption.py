@@ -15,15 +15,6 @@ import torch.distributed as dist
 
 from ..signals import ending_signals
 
-__all__ = [
-    "INTERRUPTED",
-    "Interrupted",
-    "StopRequest",
-    "exit_on_signal",
-    "handle_signals",
-    "is_lost_connection",
-]
-
 INTERRUPTED = 75
 """Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 

@@ -48,8 +48,6 @@ from .interruption import (
 )
 from .quiet import escape_unwritable, hide_known_messages
 
-__all__ = ["launch_command", "launch_or_exit", "run_or_exit"]
-
 Run = Callable[[Any], Any]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

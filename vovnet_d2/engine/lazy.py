@@ -56,8 +56,6 @@ from .run_checks import check_run
 from .task import Task
 from .trainer import Trainer
 
-__all__ = ["LazyTrainer", "build_train_stream", "main", "run"]
-
 logger = logging.getLogger(__name__)
 
 _DATASET_MAPPER = f"{DatasetMapper.__module__}.{DatasetMapper.__qualname__}"

@@ -22,17 +22,6 @@ from ..errors import UserError, UserKeyError, UserValueError, one_line
 from ..words import suggest
 from .config import find_config, get_value, is_lazy_file, load_config, set_value
 
-__all__ = [
-    "as_yaml_options",
-    "in_lazy_terms",
-    "instantiate",
-    "load_lazy_config",
-    "name_of_target",
-    "paths_of",
-    "to_cfg",
-    "write_back",
-]
-
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 # The packages that the config.yaml of a training may call without --allow-unsafe-yaml.

@@ -21,8 +21,6 @@ from .lazy_config import instantiate, load_lazy_config, name_of_target, paths_of
 from .schedule import SCHEDULE_KEYS, Row
 from .written import COMMAND_LINE, Written, is_shipped
 
-__all__ = ["fit_lazy_config"]
-
 _WARMUP = "lr_multiplier.warmup_length"
 # The schedules of this package's files, of which a user's file may import one.
 _SCHEDULES = [

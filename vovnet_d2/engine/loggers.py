@@ -21,8 +21,6 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from ..atomic import write_text
 from ..errors import UserValueError
 
-__all__ = ["TrackerWriter", "check_loggers"]
-
 logger = logging.getLogger(__name__)
 
 _FILE = "loggers.json"  # in OUTPUT_DIR: the run's id in each tracker, for --resume

@@ -11,8 +11,6 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 
-__all__ = ["in_main_process"]
-
 T = TypeVar("T")
 
 

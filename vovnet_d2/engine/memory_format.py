@@ -10,8 +10,6 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-__all__ = ["prefers_channels_last", "to_memory_format"]
-
 
 def prefers_channels_last(device: str | torch.device) -> bool:
     """Return True if a training on ``device`` is faster in channels-last order."""

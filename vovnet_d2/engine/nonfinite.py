@@ -20,14 +20,6 @@ from ..data.stream import Place, TrainingStream
 from ..errors import UserError
 from .precision import autocast_dtype
 
-__all__ = [
-    "KeptStatistics",
-    "NonFiniteLossError",
-    "NonFiniteStep",
-    "TrainingDivergedError",
-    "image_names",
-]
-
 
 class TrainingDivergedError(UserError, FloatingPointError):
     """A training ends at a loss that is NaN or infinite; the message names likely causes."""

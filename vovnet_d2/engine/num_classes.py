@@ -9,8 +9,6 @@ from detectron2.data.catalog import Metadata
 
 from ..errors import UserValueError
 
-__all__ = ["check_num_classes", "find_num_classes", "instance_class_keys"]
-
 # For each meta-architecture: the config nodes with its numbers of classes, by the metadata that has
 # the names of the classes.
 _NUM_CLASSES = {

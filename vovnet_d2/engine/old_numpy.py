@@ -10,8 +10,6 @@ from unittest import mock
 
 import numpy as np
 
-__all__ = ["old_numpy"]
-
 _count_nonzero = np.count_nonzero
 
 

@@ -23,8 +23,6 @@ from fvcore.common.registry import Registry
 
 from ..errors import UserValueError
 
-__all__ = ["PARTS", "translate"]
-
 logger = logging.getLogger(__name__)
 
 # Keys of AdelaiDet's MODEL.FCOS that this package does not have, and the values that ask for what

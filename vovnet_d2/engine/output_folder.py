@@ -15,8 +15,6 @@ from ..errors import UserValueError
 from ..made import LIST_NAME, is_made_here, is_run, put_aside
 from .main_process import in_main_process
 
-__all__ = ["choose_folder", "keep_earlier_run", "keep_foreign_config"]
-
 logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"  # which --resume follows

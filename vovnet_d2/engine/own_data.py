@@ -26,13 +26,6 @@ from .main_process import in_main_process
 from .num_classes import find_num_classes, instance_class_keys
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
-__all__ = [
-    "add_annotation_arguments",
-    "add_own_data_arguments",
-    "find_annotations",
-    "use_own_data",
-]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

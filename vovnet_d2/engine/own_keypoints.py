@@ -13,8 +13,6 @@ from ..data.own import OwnDataSet
 from ..data.own_files import Contents
 from ..errors import UserValueError
 
-__all__ = ["KEYPOINT_KEY", "find_keypoints", "refuse_idle_flips"]
-
 logger = logging.getLogger(__name__)
 
 KEYPOINT_KEY = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"

@@ -23,8 +23,6 @@ from .compilation import run_eagerly
 from .num_classes import find_num_classes
 from .precision import autocast
 
-__all__ = ["draw_predictions"]
-
 logger = logging.getLogger(__name__)
 
 _NUM_IMAGES = 6

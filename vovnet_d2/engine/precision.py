@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_map
 
 from ..errors import UserValueError
 
-__all__ = ["autocast", "autocast_dtype", "predict_in_float32"]
-
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

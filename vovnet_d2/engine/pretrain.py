@@ -23,8 +23,6 @@ from .launch import launch_command
 from .run import run_task
 from .task import YamlTask
 
-__all__ = ["add_pretraining_config", "argument_parser", "main", "run"]
-
 
 def add_pretraining_config(cfg: CfgNode) -> None:
     """Add the keys of classification to a config. ``MODEL.VOVNET``, ``INPUT.FORMAT`` and

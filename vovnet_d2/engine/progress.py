@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from .quiet import terminal_handlers
 
-__all__ = ["ProgressBar", "shorten_log"]
-
 # The first steps are slower than the others: libraries choose their algorithms in them.
 _WARMUP_STEPS = 2
 _TIMED_STEPS = 4

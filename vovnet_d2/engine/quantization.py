@@ -35,8 +35,6 @@ from .evaluation import build_evaluator, check_evaluators
 from .registered_data import register_package_data
 from .trainer import Trainer
 
-__all__ = ["find_images", "quantize_detector", "to_markdown"]
-
 logger = logging.getLogger(__name__)
 
 BACKEND = "onnxruntime"

@@ -11,14 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = [
-    "errors_only",
-    "escape_unwritable",
-    "hide_known_messages",
-    "shorten_long_messages",
-    "terminal_handlers",
-]
-
 # The beginnings of warnings, as regular expressions.
 _WARNINGS = (
     r"torch\.meshgrid: in an upcoming release",  # from a call in Detectron2

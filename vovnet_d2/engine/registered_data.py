@@ -25,14 +25,6 @@ from ..errors import UserFileNotFoundError, UserValueError, describe, one_line
 from .main_process import in_main_process
 from .own_data import use_own_data
 
-__all__ = [
-    "explain_loading",
-    "load_metadata",
-    "load_records",
-    "register_data",
-    "register_package_data",
-]
-
 
 def register_package_data() -> None:
     """Register the data sets that Detectron2 does not know or cannot evaluate by itself."""

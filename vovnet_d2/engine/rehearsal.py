@@ -39,8 +39,6 @@ from .quiet import errors_only
 from .registered_data import load_records
 from .trainer import Trainer
 
-__all__ = ["rehearse_evaluation"]
-
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]

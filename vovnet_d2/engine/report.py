@@ -27,8 +27,6 @@ from ..drawing.curves import draw_curves
 from .detection_limit import explain_crowding
 from .pictures import draw_predictions
 
-__all__ = ["format_results", "write_report"]
-
 logger = logging.getLogger(__name__)
 
 # Meta-architecture to the node and key that hold its score threshold.

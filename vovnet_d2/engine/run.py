@@ -39,8 +39,6 @@ from .run_log import start_log
 from .task import Task
 from .trainer import Trainer
 
-__all__ = ["run_task"]
-
 logger = logging.getLogger(__name__)
 
 

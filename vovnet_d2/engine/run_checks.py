@@ -21,8 +21,6 @@ from .loggers import check_loggers
 from .other_projects import PARTS
 from .precision import autocast_dtype
 
-__all__ = ["check_config", "check_network", "check_run", "check_schedule"]
-
 logger = logging.getLogger(__name__)
 
 

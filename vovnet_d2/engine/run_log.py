@@ -17,8 +17,6 @@ from .interruption import is_lost_connection
 from .progress import shorten_log
 from .quiet import escape_unwritable, shorten_long_messages
 
-__all__ = ["start_log"]
-
 
 def start_log(output_dir: str, *, progress: bool) -> None:
     """Start the log of a run in ``log.txt``.

@@ -15,8 +15,6 @@ from tabulate import tabulate
 from ..errors import UserValueError
 from .config import get_value
 
-__all__ = ["report_scaling", "scale_to_batch", "warn_of_unscaled_batch"]
-
 logger = logging.getLogger(__name__)
 
 _SCALED = (

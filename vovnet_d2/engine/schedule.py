@@ -15,8 +15,6 @@ from tabulate import tabulate
 
 from .config import get_value, set_value
 
-__all__ = ["SCHEDULE_KEYS", "Row", "fit_schedule", "format_rows"]
-
 logger = logging.getLogger(__name__)
 
 SCHEDULE_KEYS = (

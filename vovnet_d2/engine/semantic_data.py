@@ -13,8 +13,6 @@ from detectron2.utils import comm
 from ..data.check.label_maps import LabelCounts, count_labels, explain_labels
 from ..errors import UserValueError
 
-__all__ = ["check_label_maps"]
-
 logger = logging.getLogger(__name__)
 
 

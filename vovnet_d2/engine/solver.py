@@ -16,8 +16,6 @@ from torch import nn, optim
 
 from ..errors import UserValueError
 
-__all__ = ["build_optimizer", "list_optimizers", "load_optimizer_state", "stage_lr_factor"]
-
 _FUSED = (optim.SGD, optim.Adam, optim.AdamW)  # these have a fused step on GPUs
 _PARTS = ("stem", "stage2", "stage3", "stage4", "stage5")
 _PART = re.compile(rf"(?:^|\.)backbone\.(?:bottom_up\.)?({'|'.join(_PARTS)})\.")

@@ -16,8 +16,6 @@ from .run_checks import check_config
 from .scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
 from .trainer import Trainer
 
-__all__ = ["Task", "YamlTask"]
-
 
 class Task:
     """A run of one kind. :func:`~vovnet_d2.engine.run.run_task` calls the methods in this order.

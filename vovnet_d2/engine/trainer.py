@@ -63,8 +63,6 @@ from .precision import predict_in_float32
 from .registered_data import explain_loading
 from .solver import build_optimizer
 
-__all__ = ["Trainer"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator, pascal_voc_evalua
 from ..data.voc import parse_annotations, read_objects
 from ..words import listed
 
-__all__ = ["VOCEvaluator"]
-
 logger = logging.getLogger(__name__)
 
 

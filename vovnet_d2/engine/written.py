@@ -17,8 +17,6 @@ from fvcore.common.config import BASE_KEY
 from ..config import find_config_folder
 from .config import find_config, list_keys, load_config
 
-__all__ = ["COMMAND_LINE", "Written", "find_written", "is_shipped"]
-
 COMMAND_LINE = "set on the command line"
 
 

@@ -11,8 +11,6 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.proposal_generator import RPN
 from torch import Tensor, nn
 
-__all__ = ["DensePart", "find_dense_head", "prediction_name"]
-
 
 class DensePart(Backbone):
     """The backbone, its FPN and the dense head of a detector as one network.

@@ -23,8 +23,6 @@ from torch.fx.experimental import _config as symbolic_shapes
 from ..errors import UserImportError, UserValueError
 from .targets import BackboneTarget, DetectorTarget, ExportTarget
 
-__all__ = ["FORMATS", "ExportedFile", "Format", "Program", "export", "load", "load_onnxruntime"]
-
 logger = logging.getLogger(__name__)
 
 OPSET = 20

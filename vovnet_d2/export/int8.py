@@ -18,8 +18,6 @@ from torch import Tensor
 from ..errors import UserValueError
 from .formats import load_onnxruntime
 
-__all__ = ["KEEP_FLOAT", "Quantizer"]
-
 KEEP_FLOAT = ("stage5", "fpn_outputs", "ese")
 """The parts that stay in float by default. The last stage and the outputs of FPN lose the most
 accuracy: NVIDIA's INT8 version of PETR with V-99-eSE keeps them in float16. eSE has little work."""

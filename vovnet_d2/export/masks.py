@@ -7,8 +7,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["paste_masks"]
-
 
 def paste_masks(
     masks: torch.Tensor,

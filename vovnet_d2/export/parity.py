@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torchvision.ops import box_iou
 
-__all__ = ["DetectionDifference", "MapDifference", "compare"]
-
 MAP_TOLERANCE = 1e-4
 """The largest difference of a feature map, relative to its largest value."""
 

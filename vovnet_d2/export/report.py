@@ -21,8 +21,6 @@ from .formats import FORMATS, ExportedFile, Program, export, load
 from .parity import DetectionDifference, Difference, MapDifference, compare
 from .targets import ExportTarget
 
-__all__ = ["export_and_check", "to_markdown"]
-
 WARMUP, REPEATS = 2, 5
 
 Inputs = tuple[torch.Tensor, ...]

@@ -24,8 +24,6 @@ from ..modeling.inference import optimize_for_inference
 from .dense import DensePart
 from .masks import paste_masks
 
-__all__ = ["PARTS", "BackboneTarget", "DetectorTarget", "ExportTarget", "select_target"]
-
 PARTS = ("backbone", "fpn", "dense", "detector")
 """The parts of a detector: the backbone without FPN, with FPN, with FPN and dense head (see
 :class:`~.dense.DensePart`), or the whole detector."""

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpointed"]
-
 
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """Return ``block(x)`` and keep only ``x``; the backward pass runs the block again.

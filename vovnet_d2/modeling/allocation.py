@@ -8,8 +8,6 @@ import ctypes
 import platform
 from functools import cache
 
-__all__ = ["keep_freed_memory"]
-
 # The values of M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX in glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 

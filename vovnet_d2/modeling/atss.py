@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-__all__ = ["match_adaptively"]
-
 ANCHOR_SCALE = 8
 """Side of an anchor in strides of its feature map."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .training_step import convolve, normalize
 
-__all__ = ["ConvNormAct"]
-
 
 class ConvNormAct(Conv2d):
     """Detectron2's convolution with norm and activation, which also takes several feature maps.

@@ -24,8 +24,6 @@ from ..errors import UserValueError
 from .atss import match_adaptively
 from .gfl import DistributionTransform, GFLHead, distribution_focal_loss, quality_focal_loss
 
-__all__ = ["FCOS"]
-
 _ASSIGNMENTS = ("center", "atss")
 _LOSSES = ("fcos", "gfl")
 

@@ -16,8 +16,6 @@ from torch import nn
 
 from ..errors import UserValueError
 
-__all__ = ["LastLevelP6", "attach_fpn", "strided_top_block"]
-
 
 class LastLevelP6(nn.Module):
     """The top level P6, a 3x3 convolution of stride 2 (:paper:`FCOS` with one top level)."""

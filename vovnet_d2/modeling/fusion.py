@@ -25,8 +25,6 @@ from .convolution import ConvNormAct
 from .layers import ConvTranspose2d, DeformableConv2d
 from .tracing import has_hooks
 
-__all__ = ["fuse_norms"]
-
 logger = logging.getLogger(__name__)
 
 # These classes apply their norm to a plain convolution. Others may standardise the weight first.

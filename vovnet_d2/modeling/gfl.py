@@ -14,13 +14,6 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-__all__ = [
-    "DistributionTransform",
-    "GFLHead",
-    "distribution_focal_loss",
-    "quality_focal_loss",
-]
-
 
 class GFLHead(RetinaNetHead):
     """The head of GFL: RetinaNet's with one anchor, and with a distribution for each box side.

@@ -17,8 +17,6 @@ from ..errors import UserValueError
 from .fusion import fuse_norms
 from .onednn import pack_convolutions
 
-__all__ = ["optimize_for_inference"]
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -20,17 +20,6 @@ from ..errors import UserValueError
 from .convolution import ConvNormAct
 from .tracing import call_as_one_node, is_traced
 
-__all__ = [
-    "NORMS",
-    "ConvTranspose2d",
-    "DeformableConv2d",
-    "DepthwiseSeparableConv2d",
-    "EffectiveSE",
-    "bottleneck",
-    "conv_norm_act",
-    "max_pool",
-]
-
 Norm = str | Callable[[int], nn.Module]
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")

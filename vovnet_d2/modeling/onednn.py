@@ -22,8 +22,6 @@ from .convolution import ConvNormAct
 from .tracing import has_hooks, is_followed, is_traced
 from .training_step import needs_gradient
 
-__all__ = ["PackedConv2d", "PackedSequential", "pack_convolutions"]
-
 _SIZES = 64  # sizes of feature maps for which a layer keeps its packed weight
 
 

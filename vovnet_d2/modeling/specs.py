@@ -15,8 +15,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import UserValueError
 
-__all__ = ["STAGE_NAMES", "VOVNET_SPECS", "VoVNetSpec", "get_spec"]
-
 STAGE_NAMES = ("stage2", "stage3", "stage4", "stage5")
 
 Stem = Literal["strided", "pooled"]

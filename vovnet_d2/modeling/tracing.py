@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-__all__ = ["call_as_one_node", "has_hooks", "is_followed", "is_symbolic", "is_traced"]
-
 
 def is_symbolic(x: Any) -> bool:
     """Return True if ``x`` is a placeholder of ``torch.fx.symbolic_trace``."""

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from .tracing import call_as_one_node, has_hooks, is_followed
 
-__all__ = ["convolve", "needs_gradient", "normalize"]
-
 _Params = tuple[Any, Any, Any, int]  # stride, padding, dilation and groups
 
 

@@ -35,8 +35,6 @@ from .layers import (
 from .specs import STAGE_NAMES, VoVNetSpec, get_spec
 from .tracing import is_symbolic
 
-__all__ = ["OSABlock", "VoVNet", "VoVNetStem"]
-
 LayerFactory = Callable[..., nn.Module]
 
 

@@ -20,8 +20,6 @@ from ..data.check.crowding import DEFAULT_LIMIT
 from ..engine.evaluation import has_faster_coco
 from .detections import Detections
 
-__all__ = ["METRICS", "AveragePrecision", "evaluate"]
-
 logger = logging.getLogger(__name__)
 
 # Each metric has an IoU threshold (None: the mean over .50, .55, ..., .95) and a range of areas.

@@ -19,8 +19,6 @@ from ..data.own import match_categories
 from ..errors import UserFileNotFoundError, UserValueError, describe
 from .run_folder import MissingPart, RunFolder, read_run
 
-__all__ = ["Detections", "read_detections", "register_files"]
-
 
 @dataclass(frozen=True)
 class Detections:

@@ -19,8 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from ..drawing.curves import SCORES, Series
 from .average_precision import Curves
 
-__all__ = ["draw_precision_recall", "draw_training", "sparkline"]
-
 # Okabe and Ito's colours, which colour-blind people can tell apart, and their names in the style
 # sheet, which has others for dark pages.
 _SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]

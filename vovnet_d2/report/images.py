@@ -23,8 +23,6 @@ from ..drawing.shown import objects
 from .detections import Detections
 from .matching import Annotation, ImageMatches
 
-__all__ = ["Tile", "draw_tile", "judge"]
-
 _LONG_SIDE = 560  # pixels of the longer side of a picture
 _QUALITY = 82
 

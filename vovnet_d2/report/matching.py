@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-__all__ = ["MIN_IOU", "ImageMatches", "confusion_matrix", "match_images", "rank_images"]
-
 MIN_IOU = 0.5
 
 Annotation = dict[str, Any]

@@ -31,8 +31,6 @@ from .images import Tile, draw_tile
 from .matching import MIN_IOU, ImageMatches, confusion_matrix, match_images, rank_images
 from .run_folder import MissingPart, Results, RunFolder, read_run
 
-__all__ = ["write_page"]
-
 logger = logging.getLogger(__name__)
 
 _TASKS = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}

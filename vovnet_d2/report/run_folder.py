@@ -17,8 +17,6 @@ from ..engine.config import is_lazy
 from ..engine.lazy_config import to_cfg
 from ..errors import UserFileNotFoundError, UserValueError
 
-__all__ = ["MissingPart", "RunFolder", "read_run"]
-
 _FILES = ("config.yaml", "metrics.json", "results.json")
 
 # Values by data set, task and metric; None where a metric could not be computed.

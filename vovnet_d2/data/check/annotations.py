@@ -16,8 +16,6 @@ from .masks import TOLERANCE, is_empty_mask, mask_area, mask_box, repair_mask
 from .problems import Findings
 from .values import Numbering, are_numbers, as_id, is_box, is_number, is_whole
 
-__all__ = ["Linked", "link_annotations", "repair_annotations", "repair_ids"]
-
 Record = dict[str, Any]
 Linked = tuple[str, Record, Record]
 """A description of an annotation for messages, the annotation, and its image."""

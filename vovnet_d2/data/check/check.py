@@ -46,15 +46,6 @@ _GEOMETRY = ["box_outside", "box_beyond", "box_and_mask", "degenerate_box", "pol
 _GEOMETRY += ["empty_mask", "unknown_category", "unknown_image"]
 _LEAST = 10
 
-__all__ = [
-    "CheckedSet",
-    "Source",
-    "check_data_sets",
-    "find_registered",
-    "require_free",
-    "write_fixed",
-]
-
 
 @dataclass(frozen=True)
 class Source:

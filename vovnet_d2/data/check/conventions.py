@@ -19,17 +19,6 @@ from numpy.typing import NDArray
 from .masks import box_of
 from .values import are_numbers, is_box, is_number
 
-__all__ = [
-    "COCO",
-    "Convention",
-    "Sample",
-    "boxes_agree",
-    "find_conventions",
-    "find_polygon_convention",
-    "polygons_of",
-    "sample_of",
-]
-
 Array = NDArray[np.float64]
 
 # For each order of the four numbers, the conversion to x, y, width, height.

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from ...words import counted
 
-__all__ = ["DEFAULT_LIMIT", "Crowding", "measure_crowding"]
-
 DEFAULT_LIMIT = 100
 """The number of detections per image that Detectron2's networks give and that COCO's evaluation
 counts, unless ``TEST.DETECTIONS_PER_IMAGE`` has another value."""

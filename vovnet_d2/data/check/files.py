@@ -19,8 +19,6 @@ from tqdm import tqdm
 from ...errors import UserValueError, one_line
 from ..image_file import ImageHeader, read_header, read_image
 
-__all__ = ["ImageFile", "inspect_files", "is_dark", "resolve_inside"]
-
 _DARK = 16  # values of 12 bits are below this in the upper 8 of 16 bits
 # Thumbnails of less contrast look alike, whatever they show.
 _FLAT = 4.0

@@ -26,8 +26,6 @@ from .orientation import TurnedFile, compare_readings, judge, turn_annotation
 from .problems import Findings
 from .values import are_numbers, as_id, is_box, is_number
 
-__all__ = ["Frame", "interpret_annotations"]
-
 Record = dict[str, Any]
 Size = tuple[int, int]
 Array = NDArray[Any]

@@ -19,8 +19,6 @@ from ...errors import UserFileNotFoundError
 from ...words import listed
 from ..image_file import read_header, read_labels
 
-__all__ = ["LabelCounts", "check_label_set", "count_labels", "explain_labels", "is_label_set"]
-
 _MAX_EXAMPLES = 5
 
 

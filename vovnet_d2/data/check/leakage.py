@@ -13,8 +13,6 @@ import numpy as np
 from .files import ImageFile
 from .problems import Findings
 
-__all__ = ["compare_files", "near_pairs"]
-
 # Bits of 256. Unrelated pictures differ in about 128 bits, with a standard deviation of 8 if the
 # bits are independent. A copy at another size or JPEG quality differs in a few.
 _NEAR = 16

@@ -17,19 +17,6 @@ from ...errors import UserValueError
 from .problems import Findings
 from .values import are_numbers, is_whole
 
-__all__ = [
-    "Mask",
-    "box_of",
-    "decode_counts",
-    "find_rle_problem",
-    "has_mask",
-    "is_box_mask",
-    "is_empty_mask",
-    "mask_area",
-    "mask_box",
-    "repair_mask",
-]
-
 Mask = list[list[float]] | dict[str, Any]
 
 TOLERANCE = 1.0

@@ -18,8 +18,6 @@ from ..image_file import TURNS, ImageHeader, read_image
 from .masks import decode_counts, find_rle_problem
 from .values import are_numbers, is_box
 
-__all__ = ["TurnedFile", "compare_readings", "judge", "turn_annotation", "turn_box"]
-
 Box = Sequence[float]
 _MIN_BOXES = 3
 _MIN_SCORE = 3.0  # standard errors by which one reading must be better

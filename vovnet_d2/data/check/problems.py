@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from .crowding import DEFAULT_LIMIT
 
-__all__ = ["PROBLEMS", "Findings", "Problem", "Severity"]
-
 _MAX_EXAMPLES = 5
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from .problems import Findings
 
-__all__ = ["SECTIONS", "is_plain", "read_annotation_file"]
-
 SECTIONS = ("categories", "images", "annotations")
 
 

@@ -16,17 +16,6 @@ from .names import NearNames
 from .problems import Findings
 from .values import Numbering, as_id, is_id, is_number, is_text, is_whole
 
-__all__ = [
-    "find_unused_supercategories",
-    "has_file_name",
-    "has_size",
-    "note_contents",
-    "repair_categories",
-    "repair_images",
-    "size_of",
-    "unique_images",
-]
-
 Record = dict[str, Any]
 
 

@@ -22,8 +22,6 @@ from ...words import counted, listed
 from .problems import Findings
 from .reading import read_annotation_file
 
-__all__ = ["find_foreign_file", "states_categories"]
-
 _LOADERS = "detectron2.data.datasets"
 _LARGE = 2**24  # bytes
 

@@ -11,8 +11,6 @@ from ...words import counted
 from .check import CheckedSet
 from .problems import PROBLEMS, Findings, Severity
 
-__all__ = ["count_problems", "format_report", "report_to_json"]
-
 Between = Mapping[tuple[str, str], Findings]
 
 

@@ -8,17 +8,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
-__all__ = [
-    "Numbering",
-    "are_numbers",
-    "as_id",
-    "is_box",
-    "is_id",
-    "is_number",
-    "is_text",
-    "is_whole",
-]
-
 _LIMIT = 2**53  # a double, and so every reader of JSON, holds smaller whole numbers exactly
 
 

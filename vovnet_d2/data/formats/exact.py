@@ -12,8 +12,6 @@ from decimal import Decimal, InvalidOperation
 
 from ...errors import UserValueError
 
-__all__ = ["exact", "read_number"]
-
 
 def exact(value: float | Decimal) -> Decimal:
     """Return the shortest decimal that a floating-point number stands for: 0.1 for 0.1."""

@@ -15,8 +15,6 @@ from ..image_file import read_header
 from .labelled import LabelledImage
 from .notes import read_each
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFolder", "last_part", "list_files", "read_text", "slashed"]
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from .exact import exact
 
-__all__ = ["LabelledImage", "LabelledObject", "box_around", "to_coco"]
-
 Content = dict[str, Any]
 """The content of a file in COCO's format is a dictionary of this type."""
 

@@ -23,8 +23,6 @@ from .images import ImageFolder, last_part, list_files, read_text, slashed
 from .labelled import Content, LabelledImage, LabelledObject, box_around, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_labelme", "read"]
-
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _POLYGONS = ("polygon", "oriented_rectangle")
 _CROWD = "iscrowd"  # a flag of a shape

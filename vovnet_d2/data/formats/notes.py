@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from ...errors import UserValueError
 
-__all__ = ["Notes", "read_each"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -22,8 +22,6 @@ from .images import ImageFolder, read_text
 from .labelled import Content, LabelledImage, LabelledObject, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_open_images", "read"]
-
 _SIDES = ("XMin", "XMax", "YMin", "YMax")
 _NEEDED = ("ImageID", "LabelName", *_SIDES)
 _COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", *_SIDES, "IsGroupOf")

@@ -21,8 +21,6 @@ from ..check.files import ImageFile, inspect_files, resolve_inside
 from ..check.leakage import near_pairs
 from .labelled import Content
 
-__all__ = ["find_groups", "split_content"]
-
 _NOTHING = None  # the class of images without objects
 
 

@@ -28,16 +28,6 @@ from . import labelme, open_images, voc, yolo
 from .labelled import Content
 from .notes import Notes
 
-__all__ = [
-    "FORMATS",
-    "Annotations",
-    "Format",
-    "describe_formats",
-    "read_annotations",
-    "recognise",
-    "write_coco",
-]
-
 
 @dataclass(frozen=True)
 class Format:

@@ -19,8 +19,6 @@ from .images import ImageFolder, last_part, list_files, read_text, slashed
 from .labelled import Content, LabelledImage, LabelledObject, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_voc", "read"]
-
 _SUFFIX = ".xml"
 
 

@@ -24,8 +24,6 @@ from .images import IMAGE_SUFFIXES, ImageFolder, list_files, read_text, slashed
 from .labelled import Content, LabelledImage, LabelledObject, box_around, to_coco
 from .notes import Notes, read_each
 
-__all__ = ["find_images", "is_yolo", "read"]
-
 _YAML = (".yaml", ".yml")
 _NAMES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
 _NO_LABELS = (*_NAMES, "train.txt", "val.txt", "valid.txt", "test.txt")

@@ -22,8 +22,6 @@ from torch import nn
 
 from ...errors import UserValueError
 
-__all__ = ["CIFAR_SPECS", "CifarClassifier", "CifarSpec"]
-
 
 @dataclass(frozen=True)
 class CifarSpec:

@@ -17,8 +17,6 @@ from ..single_shot.extras import norm_relu_conv
 from ..single_shot.layers import fill_xavier
 from ..tracing import is_traced
 
-__all__ = ["DenseNet67"]
-
 _STEM_CHANNELS = (64, 64, 128)
 _LAYERS_PER_BLOCK = (6, 8, 8, 8)
 _BOTTLENECK_CHANNELS = 64

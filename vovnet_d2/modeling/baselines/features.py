@@ -18,15 +18,6 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from ...errors import UserValueError
 
-__all__ = [
-    "FeatureBackbone",
-    "convert_norms",
-    "freeze",
-    "maps_on_meta",
-    "parameters_behind",
-    "stage_name",
-]
-
 
 class FeatureBackbone(Backbone):
     """A backbone around a network that returns its feature maps in a list."""

@@ -17,8 +17,6 @@ from ..layers import Norm, conv_norm_act
 from ..tracing import is_traced
 from .densenet import halve
 
-__all__ = ["PeleeNet"]
-
 _STEM_CHANNELS = 32
 _LAYERS = {"stage2": 3, "stage3": 4, "stage4": 8, "stage5": 6}
 _BOTTLENECK_CHANNELS = {"stage2": 16, "stage3": 32, "stage4": 64, "stage5": 64}

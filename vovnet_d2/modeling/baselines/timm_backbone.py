@@ -15,8 +15,6 @@ from torch import nn
 from ...errors import UserFileNotFoundError, UserValueError
 from .features import FeatureBackbone, convert_norms, freeze, parameters_behind, stage_name
 
-__all__ = ["TimmBackbone"]
-
 _PROBE_SIZE = 256
 
 

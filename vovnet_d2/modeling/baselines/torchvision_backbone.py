@@ -23,8 +23,6 @@ from .features import (
     stage_name,
 )
 
-__all__ = ["TorchvisionBackbone"]
-
 _IMAGE_SIZE = (512, 512)
 
 

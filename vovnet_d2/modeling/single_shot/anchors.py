@@ -15,8 +15,6 @@ from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, Defa
 
 from ...errors import UserValueError
 
-__all__ = ["SSDAnchorGenerator"]
-
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class SSDAnchorGenerator(DefaultAnchorGenerator):

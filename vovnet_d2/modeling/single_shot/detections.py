@@ -11,8 +11,6 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-__all__ = ["select_detections"]
-
 
 def select_detections(
     boxes: Tensor,

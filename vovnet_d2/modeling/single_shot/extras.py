@@ -16,8 +16,6 @@ from torch import nn
 from ..layers import Norm
 from .layers import conv_norm
 
-__all__ = ["BackboneWithExtras", "DSODExtra", "SSDExtra", "norm_relu_conv"]
-
 
 class BackboneWithExtras(Backbone):
     """A backbone and further stages, each of which reads the last feature map before it."""

@@ -14,8 +14,6 @@ from torch import nn
 from ..layers import ConvTranspose2d, Norm
 from .layers import L2Norm, Predictor, ResidualBlock, conv_norm
 
-__all__ = ["RefineDetHead", "SSDHead", "TransferConnection"]
-
 Maps = list[torch.Tensor]
 
 

@@ -13,15 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import Norm, conv_norm_act
 
-__all__ = [
-    "L2Norm",
-    "Predictor",
-    "ResidualBlock",
-    "conv_norm",
-    "fill_xavier",
-    "set_norm_momentum",
-]
-
 
 def conv_norm(
     in_channels: int,

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .matching import Targets
 
-__all__ = ["mine_hard_negatives", "single_shot_losses"]
-
 
 def mine_hard_negatives(
     background_loss: Tensor, positive: Tensor, candidates: Tensor, ratio: float

@@ -11,8 +11,6 @@ import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-__all__ = ["BACKGROUND", "IGNORED", "Targets", "assign_targets", "match_anchors"]
-
 BACKGROUND = -1
 """An anchor that may serve as a negative."""
 IGNORED = -2

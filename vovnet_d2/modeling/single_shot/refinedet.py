@@ -21,8 +21,6 @@ from .losses import single_shot_losses
 from .matching import assign_targets
 from .ssd import SingleShotDetector, arguments_from_config, taps
 
-__all__ = ["RefineDet"]
-
 
 @META_ARCH_REGISTRY.register()
 class RefineDet(SingleShotDetector):

@@ -24,8 +24,6 @@ from .layers import Predictor, fill_xavier, set_norm_momentum
 from .losses import single_shot_losses
 from .matching import assign_targets
 
-__all__ = ["SingleShotDetector"]
-
 _EXTRAS = {"dsod": DSODExtra, "ssd": SSDExtra}
 
 
