@@ -9,8 +9,6 @@ lower bound, arithmetic intensity, peak memory. It needs neither weights nor a G
     python tools/analyze_model.py --config-file COCO-Detection/faster_rcnn_V_39_eSE_FPN_3x.yaml
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

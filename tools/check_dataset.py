@@ -14,8 +14,6 @@ could not be written; 2 for a mistake in the arguments. The first two describe t
 also with --fix.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

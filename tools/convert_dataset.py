@@ -13,8 +13,6 @@ Exit status: 0 if all is written; 1 if a file could not be written; 2 for a mist
 asked for, or in the annotations.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -12,8 +12,6 @@ The result is the backbone (and its classifier, if there is one): what stands be
 detector's file is left out, since such files load as they are.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -15,8 +15,6 @@ A report of the same name is written next to the files. It lists differences, op
 The exit status is 1 if a file does not agree with the model, and 2 for a mistake in the arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

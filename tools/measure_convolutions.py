@@ -8,8 +8,6 @@ one convolution against the same work in several. Writes convolutions_DEVICE.csv
     python tools/measure_convolutions.py --device cuda --dtype float16 --batch 16 --output output/x
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

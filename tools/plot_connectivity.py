@@ -13,8 +13,6 @@ With the name of a network for the weights it shows what initialisation alone gi
 trained weights against.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ size, confusion matrix, best and worst images, config and environment. The page 
 The second is for data sets that only a script of yours registers.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

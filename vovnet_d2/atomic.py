@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are written whole or not at all."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config keys that this package adds to Detectron2's, and the config files it ships."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path

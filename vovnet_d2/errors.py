@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can fix. Command lines show the message alone, without a traceback."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """The user can fix this, and the message says how.

@@ -16,8 +16,6 @@ This module imports nothing from the package. Both the model, when it loads a st
 checkpoint tools, when they convert one, read this table.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from functools import cache

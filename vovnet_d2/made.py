@@ -7,8 +7,6 @@ file that was written there. A file that is not in the list, or that somebody ha
 belongs to somebody else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

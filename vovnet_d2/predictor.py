@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of a trained detector for images, in batches."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Sequence

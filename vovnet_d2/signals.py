@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The signals that end a run."""
 
-from __future__ import annotations
-
 import signal
 
 

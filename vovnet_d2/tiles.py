@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run detectors on the tiles of large images, so that small objects keep their pixels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ speeds up meets all cases alike. Each round has another order, so that no case a
 that fills the caches. The ratio of two cases is taken within each round.
 """
 
-from __future__ import annotations
-
 import csv
 import datetime
 import os

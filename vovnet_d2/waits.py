@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that one process waits for another."""
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 

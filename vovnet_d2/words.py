@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put numbers and names into the words of a message."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the page MODEL_ZOO.md: ``python -m vovnet_d2.zoo_page > MODEL_ZOO.md``."""
 
-from __future__ import annotations
-
 import torch
 from tabulate import tabulate
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of a network, stage by stage, found by one forward pass on tensors without data."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

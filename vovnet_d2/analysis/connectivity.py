@@ -18,8 +18,6 @@ Each kind of block has other connections:
   the block, or the classifier after the last block.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

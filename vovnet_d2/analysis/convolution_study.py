@@ -14,8 +14,6 @@ widths. With 448 channels in the reference, the work differs by up to 2.1 %, so 
 accesses are compared per multiply-add.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ heads before the choice of boxes are plain networks on feature maps of the backb
 it run on a number of regions that the config limits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

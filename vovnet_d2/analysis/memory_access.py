@@ -10,8 +10,6 @@ weights counts once. Among layers of equal work ``B = k^2 h w c_in c_out``, the 
 Costs are in elements, not bytes, and for one image unless the input is a batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 fvcore's analyses use ``torch.jit.trace``, which cannot trace a convolution of meta tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak memory of a forward pass: the most bytes of tensors that are alive at one time."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Mapping

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The complexity of a network as a table, CSV, JSON and figure."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of files for backends, named after the content of the network."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A detector in which a program computes the backbone, the FPN and the dense head."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field

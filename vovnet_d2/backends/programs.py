@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends: what each needs, where it can compute, and how it loads an ONNX file."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The notes in a quantized file: the model that it was made from, and its outputs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

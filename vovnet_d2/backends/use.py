@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors whose dense part runs in a backend: a given one, or the fastest that is installed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

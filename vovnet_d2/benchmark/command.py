@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse the command line of the benchmark, and run it."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the energy counters of devices. Idle energy is included, as in the VoVNet paper."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the peak memory of a call, and what a forward pass keeps for the backward pass."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterator

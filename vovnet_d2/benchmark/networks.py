@@ -7,8 +7,6 @@ Norms then have the statistics of random images, so that values are neither huge
 networks and in low precision.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Each block calls Detectron2's convolution and norm, and keeps the concatenated f
 backward pass. The memory format is NCHW.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the four plots of the VoVNet paper's Figure 3."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

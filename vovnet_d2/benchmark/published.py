@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the VoVNet paper's tables of detectors, with measured figures next to the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

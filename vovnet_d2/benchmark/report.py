@@ -5,8 +5,6 @@
 Every file says how and where its numbers were measured. In JSON and CSV every record says it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

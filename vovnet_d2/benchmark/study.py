@@ -4,8 +4,6 @@
 computation efficiency. Every network is measured under every treatment, for each mode, image size
 and batch."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import sys

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepare networks for timing: plain, which is as they are commonly written, or made fast."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the work that is timed: one inference, or one training step, on random images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

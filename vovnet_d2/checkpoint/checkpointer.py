@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extend Detectron2's checkpointer to VoVNet's weights in every layout."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

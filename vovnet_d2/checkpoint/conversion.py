@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert weights to other names or another channel order, or fuse the normalisation into them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal

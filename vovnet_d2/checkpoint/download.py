@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Get the files of the zoo from a folder or mirror of the user, from a cache, or from the web."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

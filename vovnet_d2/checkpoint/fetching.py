@@ -6,8 +6,6 @@
 huggingface_hub resumes downloads, but only from a repository of the hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

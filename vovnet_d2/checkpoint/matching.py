@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Assign the tensors of a file to the tensors of a model, before anything is loaded."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@
 The first bytes of a file tell its kind. The name does not: often a .pth is a saved HTML page.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network in a state dict is recognised by names and shapes."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A value of ``MODEL.WEIGHTS`` leads to a file on this machine, and to the content of the file."""
 
-from __future__ import annotations
-
 import logging
 import re
 from difflib import get_close_matches

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights are written to a file, with the facts that tensors alone do not tell."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

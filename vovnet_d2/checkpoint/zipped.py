@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of weights inside a zip archive, as osmr/imgclsmob publishes them (.pth.zip)."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights for download, by name: where they are, what they are, and under which licence."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 """Support for Cityscapes: its scripts get the name that newer versions of Detectron2 import, and
 its files are checked."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

@@ -4,8 +4,6 @@
 """Copy-paste augmentation (arXiv 2012.07177) puts objects of one training image into another
 one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -11,8 +11,6 @@ These rules hold for every file:
 - A label map gives its numbers as they are stored: the indices of a palette, or grey values.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

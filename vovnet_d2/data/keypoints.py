@@ -3,8 +3,6 @@
 """Keypoints of custom data sets: their names, and the pairs that are swapped in a mirrored
 picture."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of rare classes are drawn more often, by Detectron2's RepeatFactorTrainingSampler."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@
 A fault that would stop or spoil a run is refused. tools/check_dataset.py lists all faults.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Set
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture files of records in Detectron2's format are checked before a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -3,8 +3,6 @@
 """Records in Detectron2's format are checked once before a run. The check finds faults that would
 end the run later, fill the memory, or spoil the results silently."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from numbers import Real

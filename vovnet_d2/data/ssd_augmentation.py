@@ -7,8 +7,6 @@ Detectron2. The changes of colours follow SSD's code.
 All random numbers come from NumPy's global generator, which Detectron2 seeds in every worker.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

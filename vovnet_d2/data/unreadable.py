@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that cannot be read are named in an error, or are left out and counted."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import multiprocessing

@@ -6,8 +6,6 @@ Detectron2 registers ``voc_2007_trainval`` and so on. Its loader treats difficul
 other objects, as DSOD does. RefineDet is trained without them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import xml.etree.ElementTree as ElementTree

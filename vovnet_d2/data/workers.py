@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The workers of data loaders end after the main process has saved its state, and not before."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import signal

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse the command line of ``tools/demo.py``, and run the demo."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read images from files, a video or a camera."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import logging

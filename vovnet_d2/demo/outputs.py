@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write drawn pictures to files, to a video or to a window."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write detections as JSON in COCO's results format."""
 
-from __future__ import annotations
-
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the demo, from a source of images to its outputs."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Select the predictions that are shown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any

@@ -5,8 +5,6 @@
 Detectron2's visualizer draws by matplotlib, which takes several times as long as a small network.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the losses of a training, and its scores on the validation data."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

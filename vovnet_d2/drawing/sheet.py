@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A contact sheet: several pictures in one, each with a title."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

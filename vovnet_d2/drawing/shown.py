@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn annotated images, training samples and results into what the artist draws."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch in parts, whose gradients are summed: ``SOLVER.ACCUMULATE``."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

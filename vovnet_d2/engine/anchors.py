@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anchors that fit the boxes of a data set, by k-means."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple

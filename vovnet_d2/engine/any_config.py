@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs of both kinds, YAML files and LazyConfigs, for all tools that use a trained network."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import TypeAlias

@@ -4,8 +4,6 @@
 :data:`PICKLE_HELP` and :func:`add_options_argument`, too.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from detectron2.engine import default_argument_parser

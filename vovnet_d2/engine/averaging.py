@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exponential moving average (EMA) of the weights of a training: ``SOLVER.EMA``."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

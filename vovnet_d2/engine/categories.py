@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of the categories that a network predicts by number."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest

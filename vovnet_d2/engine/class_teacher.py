@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation of classifiers: a trained network of timm's gives soft targets."""
 
-from __future__ import annotations
-
 import timm
 import torch
 import torch.nn.functional as F

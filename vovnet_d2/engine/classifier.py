@@ -5,8 +5,6 @@
 The augmentation and the optimizers are those of timm.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2's evaluator of COCO-format data sets, for categories and annotations of all kinds."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

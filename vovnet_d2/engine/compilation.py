@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with a backbone that torch.compile has compiled: ``SOLVER.COMPILE``."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs are found, told apart, and loaded from YAML files safely."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the data sets of a run: they are there, and fit the network and each other."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

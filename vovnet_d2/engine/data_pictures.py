@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a data set: its annotations, what training makes of them, and results on it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

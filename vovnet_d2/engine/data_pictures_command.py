@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line of ``tools/visualize_data.py``."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

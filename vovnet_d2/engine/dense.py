@@ -5,8 +5,6 @@
 Each process keeps the average number of positive anchors, which normalises the losses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

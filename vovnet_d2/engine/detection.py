@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluating detectors: ``tools/train_net.py``."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

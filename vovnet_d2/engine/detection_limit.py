@@ -4,8 +4,6 @@
 gives and an evaluation counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device that a run computes on: ``MODEL.DEVICE`` and ``--device``."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 

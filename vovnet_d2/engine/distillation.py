@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: a trained detector teaches another one its feature maps."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of the trainer that evaluates a network."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluator of a data set, chosen by its metadata, and the metric that sums it up."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

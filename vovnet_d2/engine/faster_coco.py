@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2's evaluator of COCO-format data sets, on faster-coco-eval, which must be installed."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 the same schedule and anchors, even if the data have changed or ``--epochs`` is not repeated.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

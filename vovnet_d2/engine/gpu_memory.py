@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error of a GPU with too little memory, and the settings that need less memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights that a run starts from: whether there are any, and whether they are complete."""
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals, and the loss of another process: events that end a run from outside."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -15,8 +15,6 @@ torchrun itself ends with status 1 if any of its processes fails. It passes SIGT
 processes, and SIGUSR1 with its ``--signals-to-handle``.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import multiprocessing

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LazyConfigs are loaded from a file and overrides, and read under the keys of YAML files."""
 
-from __future__ import annotations
-
 import builtins
 import re
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LazyConfig that fits its data."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment trackers that get the metrics of a training: ``LOGGERS``."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

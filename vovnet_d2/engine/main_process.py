@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work that the main process does for all processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

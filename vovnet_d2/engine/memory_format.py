@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of dimensions in memory that a network is trained in."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

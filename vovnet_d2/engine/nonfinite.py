@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that are NaN or infinite: the errors, the record of such a step, and its likely causes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

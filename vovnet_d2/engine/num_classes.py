@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The number of categories of a network, by the keys of its meta-architecture."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of earlier versions of NumPy that the packages of LVIS and Cityscapes need."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock

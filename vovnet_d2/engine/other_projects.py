@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translation of the config files of other VoVNet projects into this package's keys."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder of a run. Files that are there already are kept."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

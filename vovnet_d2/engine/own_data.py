@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments for annotation files on a command line, and the config that they give."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keypoints of annotation files on the command line."""
 
-from __future__ import annotations
-
 import logging
 
 from detectron2.config import CfgNode

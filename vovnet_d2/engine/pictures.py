@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predictions at the end of a run are drawn next to the ground truth."""
 
-from __future__ import annotations
-
 import logging
 import os
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed precision on GPUs and CPUs, for training and evaluation."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

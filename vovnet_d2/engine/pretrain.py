@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of a classifier, whose checkpoint is the backbone of a detector."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A progress bar in the terminal in place of the log, for ``train_net.py --progress``."""
 
-from __future__ import annotations
-
 import logging
 import time
 

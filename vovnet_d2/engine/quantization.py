@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A detector is quantized on the images of a data set, and its accuracy is compared with float."""
 
-from __future__ import annotations
-
 import json
 import logging
 import random

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fewer messages in the terminal: some known ones are hidden, and long ones are cut to a line."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets are registered and loaded, or a sentence says why they cannot be."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

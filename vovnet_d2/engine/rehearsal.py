@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation of a run is tried before the first iteration, not after hours of training."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

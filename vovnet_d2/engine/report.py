@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that a run leaves in its folder: results.md, results.json, and two pictures."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training or evaluation run, from its config to its report."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the config of a run: its parts fit each other, this machine and the processes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 

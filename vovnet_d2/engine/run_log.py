@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log of a run: its file, and what the terminal shows of it."""
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learning rate and the schedule are fitted to another batch than that of the config."""
 
-from __future__ import annotations
-
 import logging
 import math
 from fractions import Fraction

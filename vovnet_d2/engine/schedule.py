@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedule of a training follows from the number of its images and the size of its batch."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

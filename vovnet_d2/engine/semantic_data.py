@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check of label maps for semantic segmentation, before the first iteration of a run."""
 
-from __future__ import annotations
-
 import logging
 
 from detectron2.config import CfgNode

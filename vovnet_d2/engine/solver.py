@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of a training, and its groups of parameters."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of runs: how the config of a run is read, checked and fitted to its data."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

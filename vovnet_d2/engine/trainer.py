@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2's DefaultTrainer on GPUs and CPUs, in full and mixed precision."""
 
-from __future__ import annotations
-
 import logging
 import time
 import weakref

@@ -3,8 +3,6 @@
 """Detectron2's evaluation of PASCAL VOC, also for coordinates with fractions and for classes
 without objects."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import OrderedDict, defaultdict

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find which keys of a config the user has set, and the config without them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense part of a detector: the backbone, its FPN and the head that reads every location."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from detectron2.modeling import Backbone

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file formats: how each is written and run, and the operators in its graph."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import operator

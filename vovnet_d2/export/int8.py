@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static post-training quantization of an exported network to INT8, by ONNX Runtime's tools."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property, partial

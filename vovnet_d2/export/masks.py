@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pasting of masks into an image, by operators that every back end has."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export to files, with a report of the differences between each file and the model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a model that can be exported, as functions from tensors to tensors."""
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

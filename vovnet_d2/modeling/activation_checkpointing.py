@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: blocks that run a second time in the backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the C library that keep freed memory of a CPU for the next image."""
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from functools import cache

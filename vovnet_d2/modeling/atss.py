@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive training sample selection (arXiv 1912.02424): the anchors that learn an object."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@
 Elsewhere in ``modeling``, only the meta-architectures read a config, in ``from_config``.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

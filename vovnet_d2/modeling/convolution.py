@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution with norm and activation, of one feature map or of the concatenation of several."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@
 ATSS can assign the objects to locations, and the losses and head can be those of GFL.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

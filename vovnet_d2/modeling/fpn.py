@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2's FPN and its top levels, on top of VoVNet."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

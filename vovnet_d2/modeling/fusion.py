@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fusion of batch norms into the convolutions before them, for inference."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -3,8 +3,6 @@
 """Generalized focal loss (GFL, arXiv 2006.04388): scores that say how well a box fits, and box
 sides that are predicted as distributions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

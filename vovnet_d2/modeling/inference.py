@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preparation of a backbone or a detector for inference."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from typing import Any

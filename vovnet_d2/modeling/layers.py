@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that OSA blocks and stems are made of."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable

@@ -6,8 +6,6 @@ torch.compile uses the same operators. Here they are called without compilation 
 a GPU, in a graph, with gradients and in mixed precision, plain operators are called.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest

@@ -6,8 +6,6 @@ VoVNet (v1): :paper:`VoVNet` arXiv 1904.09730, Table 1. VoVNetV2 (eSE): :paper:`
 arXiv 1911.06667, section 3.3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that tell a layer whether its call is traced and needs plain operators."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ benchmarks/training_step_on_cpu/what_was_tried.md says what each part saves, and
 tried.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Average precision by class and size, and the curves of precision over recall, by COCO's rules."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

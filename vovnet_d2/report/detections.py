@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predictions of an evaluation, and the annotations that they are compared with."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves are drawn as SVG in the colours of the page's style sheet."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of single images: what is annotated, and what was predicted."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

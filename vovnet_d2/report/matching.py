@@ -12,8 +12,6 @@ crowd of their class.
 AP has another matching, which is made class by class and for every score.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

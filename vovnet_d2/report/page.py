@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the page of a run, as one file that needs no other file."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable, Sequence

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the files that a run left in its folder. Any of them may be missing or incomplete."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

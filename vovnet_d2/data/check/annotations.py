@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotations are repaired: their ids and references, boxes, masks and keypoints."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping

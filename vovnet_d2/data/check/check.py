@@ -6,8 +6,6 @@ One pass checks a set and repairs a copy of it. Each rule notes what it found, a
 that satisfies the rule, or drops the record. The check discards the copy, and ``--fix`` writes it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

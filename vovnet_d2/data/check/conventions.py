@@ -7,8 +7,6 @@ the sizes of the images show the convention.
 One convention is found for a whole set, before single annotations are checked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A count of the images that have more objects than an evaluation counts detections in an image."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files are found by their names, and read."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,6 @@
 """Faults that all annotations of a set share are found and corrected: another order or unit of the
 numbers, another size of the pictures, or pictures that were turned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

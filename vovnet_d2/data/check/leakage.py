@@ -3,8 +3,6 @@
 """Pictures that two data sets share are found, as a network must not be tested on its training
 pictures."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 

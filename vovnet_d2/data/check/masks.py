@@ -3,8 +3,6 @@
 """Polygons and run-length encodings are checked before pycocotools reads them. pycocotools reads
 outside its memory if they are malformed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Integral

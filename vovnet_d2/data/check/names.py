@@ -3,8 +3,6 @@
 """Files are found by names that are almost right: names with backslashes, URLs, and names with
 another folder, suffix, case or Unicode form."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections import defaultdict

@@ -3,8 +3,6 @@
 """The annotations of a picture with an EXIF orientation fit the picture either as the file stores
 it or after it is turned. This module finds out which, and turns annotations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

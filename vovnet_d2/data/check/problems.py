@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The problems that a data set can have, and those that were found in one."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from enum import Enum
 from functools import partial

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An annotation file is read as lists of records, even if parts of it are malformed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

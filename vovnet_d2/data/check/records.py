@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Categories and images are repaired: ids, names, files and sizes."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping

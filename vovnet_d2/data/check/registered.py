@@ -7,8 +7,6 @@ Detectron2 registers the categories of its own names ("coco_2017_train", "lvis_v
 loaders stop at a file with other categories or, for LVIS and for keypoints, train on wrong names.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The findings are reported as text and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

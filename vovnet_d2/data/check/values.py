@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers and ids of JSON files are checked and converted."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard

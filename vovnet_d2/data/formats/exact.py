@@ -6,8 +6,6 @@ VOC counts pixels from 1, and YOLO has fractions of the sides of the image. Bina
 numbers would change the last digits in a conversion, and decimal numbers do not.
 """
 
-from __future__ import annotations
-
 from decimal import Decimal, InvalidOperation
 
 from ...errors import UserValueError

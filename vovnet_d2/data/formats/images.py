@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are found in their folder, and annotation files are listed and read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

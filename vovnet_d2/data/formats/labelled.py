@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format is first read into images with their objects, and then converted to COCO's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath

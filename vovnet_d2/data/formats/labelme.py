@@ -6,8 +6,6 @@ Shapes with the same label and ``group_id`` are parts of one object, as in Label
 to COCO.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import partial

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes and losses of a conversion are collected, and so are the problems that stop it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 

@@ -6,8 +6,6 @@ Labels are names, or codes ("/m/01g317") whose names are in another file of the 
 ("class-descriptions.csv"). A box around a group of objects (``IsGroupOf``) becomes a crowd.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ Data", ECML PKDD 2011: images of the rarest class come first, and each goes to t
 most of this class.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

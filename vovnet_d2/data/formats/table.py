@@ -13,8 +13,6 @@ reasons:
   makes objects of the parts of VOC's objects, and refuses polygons in YOLO's files.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

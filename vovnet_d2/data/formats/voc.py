@@ -6,8 +6,6 @@ Pixels count from 1, and the last pixel belongs to the object, as VOC defines an
 reads them. Difficult objects become crowds.
 """
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path, PurePosixPath

@@ -6,8 +6,6 @@ image's sides. The names of the classes are in data.yaml or classes.txt.
 An image without a text file has no objects, as in Ultralytics' training.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from decimal import Decimal

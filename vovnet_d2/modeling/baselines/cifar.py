@@ -9,8 +9,6 @@ the input and all layers before it. In one-shot aggregation (OSA) a layer reads 
 and all outputs are concatenated once, at the end.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DenseNet-67, the backbone of DSOD (DS/64-64-16-1 in :paper:`DSOD` arXiv 1708.01241, Table 1)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

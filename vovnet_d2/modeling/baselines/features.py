@@ -6,8 +6,6 @@ The names of feature maps are those of VoVNet: "stage2" is the last one of strid
 last one of stride 32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PeleeNet (:paper:`Pelee` arXiv 1804.06882, section 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

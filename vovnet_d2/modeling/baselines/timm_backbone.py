@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks of timm (pytorch-image-models) as backbones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any

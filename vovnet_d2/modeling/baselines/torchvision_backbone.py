@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classifiers of torchvision as backbones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches

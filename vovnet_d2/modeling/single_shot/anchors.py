@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Default boxes of SSD. RefineDet uses Detectron2's ``DefaultAnchorGenerator``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection of the detections of an image from the scores and boxes of all anchors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages that single-shot detectors add to a backbone for coarser feature maps."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heads of SSD, DSOD and RefineDet, which predict scores and offsets of every anchor."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

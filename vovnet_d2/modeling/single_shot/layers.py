@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that single-shot detectors add to a backbone."""
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F

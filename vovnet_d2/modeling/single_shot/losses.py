@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SSD's loss, with hard-negative mining."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransform

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The assignment of objects to anchors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RefineDet: the ARM stage refines and filters anchors, and the ODM stage makes objects of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

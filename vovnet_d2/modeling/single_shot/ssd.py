@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SSD and DSOD, which predict the scores and the box of every anchor at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
