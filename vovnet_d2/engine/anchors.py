@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..data.stream import seeded
 from ..errors import UserImportError, UserValueError
+from .in_features import explain_in_features
 
 Array = NDArray[np.float64]
 
@@ -79,7 +80,7 @@ def read_anchors(cfg: CfgNode) -> Anchors:
     meta = cfg.clone()
     meta.defrost()
     meta.MODEL.DEVICE = "meta"
-    with torch.device("meta"):  # shapes without values
+    with torch.device("meta"), explain_in_features(meta):  # shapes without values
         modules = list(build_model(meta).modules())
     found = [module for module in modules if type(module) is DefaultAnchorGenerator]
     # FCOS gets its locations from a generator of anchors that the config does not describe.

@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..errors import UserValueError
 from .config import find_config, is_lazy_file, load_config
+from .in_features import explain_in_features
 from .initial_weights import check_all_loaded
 from .lazy_config import instantiate, load_lazy_config, to_cfg
 
@@ -56,7 +57,8 @@ def build_network(config: AnyConfig, cfg: CfgNode) -> nn.Module:
         cfg: the same config under the keys of YAML files, with the device that was chosen.
     """
     if not isinstance(config, DictConfig):
-        return build_model(cfg)
+        with explain_in_features(cfg):
+            return build_model(cfg)
     return instantiate(config, "model").to(cfg.MODEL.DEVICE)
 
 

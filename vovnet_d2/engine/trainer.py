@@ -46,6 +46,7 @@ from .hooks import (
     UnreadableCount,
     WeightsCheckpointer,
 )
+from .in_features import explain_in_features
 from .initial_weights import report_loaded
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .loggers import TrackerWriter
@@ -461,7 +462,9 @@ class Trainer(EvaluatingTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return to_memory_format(predict_in_float32(super().build_model(cfg), cfg), cfg)
+        with explain_in_features(cfg):
+            model = super().build_model(cfg)
+        return to_memory_format(predict_in_float32(model, cfg), cfg)
 
     @classmethod
     def add_teacher(cls, cfg: CfgNode, model: nn.Module, *, allow_pickle: bool) -> None:

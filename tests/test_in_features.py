@@ -1,0 +1,37 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that ask for feature maps which the backbone does not return."""
+
+import pytest
+from engine_runs import FASTER_RCNN, RETINANET
+
+from vovnet_d2.engine import Trainer, load_config
+from vovnet_d2.engine.any_config import build_network
+from vovnet_d2.engine.in_features import explain_in_features
+
+# Thin levels, as only the names of the feature maps matter.
+THIN = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32"]
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        (FASTER_RCNN, "MODEL.RPN.IN_FEATURES"),
+        (FASTER_RCNN, "MODEL.ROI_HEADS.IN_FEATURES"),
+        (RETINANET, "MODEL.RETINANET.IN_FEATURES"),
+    ],
+)
+def test_the_message_names_the_key_and_the_feature_maps(file: str, key: str) -> None:
+    cfg = load_config(file, [*THIN, key, "['res4']"])
+    returned = ", ".join(cfg.MODEL.FPN.IN_FEATURES).replace("stage", "p")
+    message = rf"{cfg.MODEL.BACKBONE.NAME} returns no .*'res4', which is in {key}\. .* {returned}"
+    with pytest.raises(KeyError, match=message):
+        build_network(cfg, cfg)
+    with pytest.raises(KeyError, match=message):
+        Trainer.build_model(cfg)
+
+
+def test_another_key_error_stays() -> None:
+    cfg = load_config(FASTER_RCNN, THIN)
+    with pytest.raises(KeyError, match=r"^'something'$"), explain_in_features(cfg):
+        raise KeyError("something")
