@@ -30,7 +30,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experiment:
-    """
+    """Describes an experiment: its data, its trainings and its report.
+
     Attributes:
         title: heading of the report.
         data: what the networks are trained on, for the titles of the figures.

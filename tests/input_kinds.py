@@ -92,7 +92,8 @@ FOUND = "problems listed, status 1"
 
 @dataclass(frozen=True)
 class Kind:
-    """
+    """Describes a kind of data set, and what the tools do with it.
+
     Attributes:
         change: makes the good data set one of this kind.
         expected: what the tools do, by name; SAME where they are not named.

@@ -15,6 +15,9 @@ OPENINGS = re.compile(
 )
 """Words that a docstring does not begin with. CONTRIBUTING.md has examples of what to write."""
 
+SECTIONS = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
+"""Sections that only the docstring of ``__init__`` begins with: the class has the sentence."""
+
 ROOMS = ("benchmarks", "docs", "tests", "tools", "vovnet_d2")
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 
@@ -29,10 +32,19 @@ def find_docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
 
 def find_fragments(source: str) -> list[str]:
     """Return the line number and the first line of each docstring that begins with a fragment."""
+    tree = ast.parse(source)
+    constructors = [
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and node.name == "__init__"
+        and isinstance(node.body[0], ast.Expr)
+    ]
     return [
         f"{docstring.lineno}: {docstring.value.strip().splitlines()[0]}"
-        for docstring in find_docstrings(ast.parse(source))
-        if OPENINGS.match(docstring.value.strip())
+        for docstring in find_docstrings(tree)
+        if OPENINGS.match(text := docstring.value.strip())
+        or (SECTIONS.match(text) and docstring not in constructors)
     ]
 
 
@@ -51,6 +63,10 @@ def test_docstrings_begin_with_a_sentence(file: Path) -> None:
         ("Return True if a file is there.", False),
         ("Whatever the config says, keep one file.", False),
         ("Official names of the variants.", False),
+        ("\n    Args:\n        a: a number.\n    ", True),
+        ("\n    Attributes:\n        a: a number.\n    ", True),
+        ("Returns: a number.", True),
+        ("Add two numbers.\n\n    Args:\n        a: a number.\n    ", False),
     ],
 )
 def test_which_openings_are_refused(docstring: str, refused: bool) -> None:
@@ -58,3 +74,9 @@ def test_which_openings_are_refused(docstring: str, refused: bool) -> None:
     variable = f'x = 1\n"""{docstring}"""\n'
     for source in (function, variable):
         assert bool(find_fragments(source)) == refused
+
+
+def test_only_a_constructor_begins_with_its_arguments() -> None:
+    method = 'def {}(self, a):\n    """\n    Args:\n        a: a number.\n    """\n'
+    assert find_fragments(method.format("__init__")) == []
+    assert find_fragments(method.format("run")) == ["2: Args:"]

@@ -51,7 +51,8 @@ def facts(value: Any, place: str = "", seen: tuple[int, ...] = ()) -> Iterator[t
 def expect_to_be_read(
     cfg: CfgNode, changes: Mapping[str, Any], make: Callable[[CfgNode], Any]
 ) -> None:
-    """
+    """Fail if another value of a key changes nothing.
+
     Args:
         changes: key to another value, or to a dictionary with this value under the key and what
             has to be set before it.

@@ -47,7 +47,8 @@ SHORT = ["SOLVER.MAX_ITER", "2", "MODEL.DEVICE", "cpu"]
 
 @dataclass
 class Setting:
-    """
+    """Says where and how a tool runs.
+
     Attributes:
         folder: to write to.
         masks: whether the networks learn masks.
@@ -75,7 +76,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """
+    """Says how a tool ended.
+
     Attributes:
         kind: WORKS, FOUND, REFUSED, or what no tool may do.
         text: all that was printed.

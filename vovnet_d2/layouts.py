@@ -146,7 +146,8 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
 
 
 def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
-    """
+    """Translate the keys of a state dict to another layout.
+
     Args:
         keys: all keys of a state dict, without prefix, in any of :data:`LAYOUTS`.
         to: the layout wanted, one of :data:`LAYOUTS`.

@@ -140,7 +140,8 @@ class Predictor:
     def __call__(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
-        """
+        """Predict what is in one image or several.
+
         Args:
             images: one image, or several of any sizes. An image is a uint8 array: (H, W, 3) in BGR,
                 as OpenCV reads it, (H, W) or (H, W, 1) in grey, or (H, W, 4) in BGRA, whose

@@ -32,10 +32,7 @@ class Tile(NamedTuple):
 
 
 def check_tiles(tiles: Sequence[int], overlap: float) -> None:
-    """
-    Raises:
-        ValueError: ``tiles`` is not a height and a width, or the overlap is not a share below 1.
-    """
+    """Raise ValueError unless ``tiles`` are two sides in pixels and the overlap is from 0 to 1."""
     if len(tiles) != 2 or any(not isinstance(side, int) or side < 1 for side in tiles):
         raise UserValueError(
             f"Tiles of {tiles} cannot be cut: give a height and a width in pixels, such as "
@@ -112,7 +109,8 @@ class TiledDetector(nn.Module):
         self.train(model.training)
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """
+        """Detect objects in each image, tile by tile.
+
         Args:
             batched_inputs: dicts with "image" (C, H, W), in the size of the image file.
 

@@ -59,7 +59,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _site_path(link: str, source: str, target: str) -> str:
-    """
+    """Translate a link of the repository to a link of the site.
+
     Args:
         link: a link on a page, relative to the page.
         source: the path of the page in the repository.

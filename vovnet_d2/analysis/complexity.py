@@ -69,7 +69,8 @@ class PartComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """
+    """The costs of a network, part by part.
+
     Attributes:
         image_size: (height, width) of the input after padding.
         parts: the costs of the parts, in the order in which they run.

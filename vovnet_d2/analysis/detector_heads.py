@@ -23,7 +23,8 @@ _PRECOMPUTED_PROPOSALS = 1000
 
 @dataclass(frozen=True)
 class Head:
-    """
+    """A head of a detector whose costs can be counted.
+
     Attributes:
         modules: the modules that do its work; none contains another.
         run: runs it on the feature maps of the backbone.

@@ -23,7 +23,8 @@ INT8 = ("openvino", "onnxruntime")
 
 @dataclass(frozen=True)
 class Backend:
-    """
+    """Describes a backend: what it needs, and how it loads a file.
+
     Attributes:
         packages: the packages that it needs; the names are those of import and of pip.
         load: loads an ONNX file to run on a device.

@@ -222,10 +222,7 @@ def read_accuracy(words: list[str]) -> dict[str, float]:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """
-    Raises:
-        FileNotFoundError, KeyError, ValueError: the arguments do not make sense.
-    """
+    """Return what the benchmark measures. Raise an error if the arguments do not make sense."""
     if not args.models and not args.config_file:
         raise UserValueError("Nothing to measure: give --models, --config-file or --preset.")
     if not args.config_file and (args.opts or args.weights or args.allow_unsafe_yaml):

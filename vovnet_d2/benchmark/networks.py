@@ -39,7 +39,8 @@ _TIMM = "timm:"
 
 @dataclass(frozen=True)
 class Network:
-    """
+    """Describes a network that the benchmark can build.
+
     Attributes:
         build: makes the network on torch's current device, with random weights.
         is_detector: True if it takes Detectron2's list of dicts, rather than (N, 3, H, W).

@@ -16,12 +16,9 @@ from ..modeling.convolution import ConvNormAct
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """
-    Args:
-        model: a VoVNet, or a model with one in it, for training or inference.
+    """Return a copy of a model in which each VoVNet has separate norms and is in NCHW.
 
-    Returns:
-        a copy with the same weights under the same names, in the same mode, in NCHW.
+    The copy has the same weights under the same names, and is in the same mode.
     """
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in model.modules():

@@ -26,7 +26,8 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperTable:
-    """
+    """A table of the VoVNet paper that the benchmark can repeat.
+
     Attributes:
         folder: the folder of the config files.
         detectors: the paper's values for each detector, by the name of its config file.

@@ -20,7 +20,8 @@ from .plain import plain
 
 @dataclass(frozen=True)
 class Treatment:
-    """
+    """Describes a way to prepare and to run a network.
+
     Attributes:
         description: a description for tables.
         plain: take the plain network, see ``benchmark/plain.py``: separate norms, NCHW.

@@ -106,7 +106,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self.missing_outside_backbone: list[str] = []
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
+        """Load a file into the model and the other objects.
+
         Args:
             path: a file, a URL or a name of the zoo. If it is empty, nothing is loaded.
             checkpointables: names of the objects to load in addition to the model; all by default.

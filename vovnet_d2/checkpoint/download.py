@@ -78,10 +78,7 @@ def _in_folder(entry: ZooEntry, folder: Path) -> str:
 
 
 def _checked(entry: ZooEntry, path: str) -> str:
-    """
-    Raises:
-        ValueError: the file has another checksum than the entry.
-    """
+    """Return a path. Raise ValueError if the file has another checksum than its entry."""
     if entry.checksum and not agrees(path, entry.checksum):
         raise UserValueError(
             f"{path} is not the file that {entry.source} is ({entry.checksum}): delete it, and it "

@@ -80,7 +80,8 @@ class Match:
 def match_model(
     model: nn.Module, backbone: str, state_dict: Mapping[str, torch.Tensor], found: Description
 ) -> Match:
-    """
+    """Match the tensors of a file with those of a model.
+
     Args:
         backbone: the prefix of the VoVNet in the model that gets the tensors.
         state_dict: the state dict of the file.

@@ -162,13 +162,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, data: Any) -> Metadata:
-        """
-        Args:
-            data: the result of :meth:`to_dict`, from a file.
-
-        Raises:
-            ValueError: it is not that.
-        """
+        """Read the result of :meth:`to_dict`. Raise ValueError if ``data`` is something else."""
         try:
             convention = data.get("input")
             stem, residual = data.get("stem"), data.get("residual")

@@ -276,7 +276,8 @@ def _read_array_pickle(file: IO[bytes], path: str, allow_pickle: bool) -> Any:
 
 
 def find_state_dict(content: Any, depth: int = 2) -> tuple[str, dict[Any, Any]] | None:
-    """
+    """Find the tensors in the content of a file.
+
     Args:
         depth: how many dicts may be nested, as a file may hold a dict that holds itself.
 

@@ -69,10 +69,9 @@ class Description:
         return min(VOVNET_SPECS, key=distance)
 
     def differences(self, spec: VoVNetSpec) -> dict[str, tuple[Any, Any]]:
-        """
-        Returns:
-            for each field in which the file is not ``spec``, the file's value and the spec's. A
-            file of fewer stages is compared as far as it goes.
+        """Return the fields in which the file is not ``spec``, with both values, the file's first.
+
+        A file of fewer stages is compared as far as it goes.
         """
         found = {}
         for name, value in self.fields.items():
@@ -167,7 +166,8 @@ def _no_vovnet(names: list[str]) -> str:
 
 
 def native_names(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """
+    """Translate the names of VoVNet's tensors in a file to our own.
+
     Args:
         names: all names of a state dict.
         prefix: the prefix of VoVNet's names; see :func:`find_prefix`.

@@ -32,7 +32,8 @@ _HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+(?:\.zip)?$")
 def read_weights(
     weights: str, *, allow_pickle: bool = False
 ) -> tuple[dict[str, Any], Metadata | None]:
-    """
+    """Read weights, and find out what is known about them.
+
     Args:
         weights: see :func:`locate`. ``?entry=NAME`` at the end chooses one of several sets of
             weights in a file.

@@ -183,10 +183,7 @@ def in_zoo(weights: str) -> bool:
 
 
 def get_entry(name: str) -> ZooEntry:
-    """
-    Raises:
-        ValueError: there are no weights of that name. The message lists the known names.
-    """
+    """Return an entry of the zoo. Raise ValueError, with the known names, if there is none."""
     if name in ZOO:
         return ZOO[name]
     close = get_close_matches(name, ZOO, n=1, cutoff=0.5)

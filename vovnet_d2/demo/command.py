@@ -200,13 +200,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """
-    Args:
-        argv: the arguments; by default ``sys.argv[1:]``.
-
-    Raises:
-        SystemExit: always; ``--help`` lists the statuses.
-    """
+    """Run the command line of ``tools/demo.py``, and exit with a status that ``--help`` lists."""
     sys.exit(run_or_exit(_run, _argument_parser().parse_args(argv)))
 
 

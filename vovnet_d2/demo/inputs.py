@@ -42,7 +42,8 @@ class Frame(NamedTuple):
 
 
 class Source(Protocol):
-    """
+    """A source of images.
+
     Attributes:
         unit: the word for an image of the source.
         total: the number of images, or None if it is not known.

@@ -75,10 +75,8 @@ def plan_video(output: str, name: str) -> Path:
 
 
 def refuse_overwriting(targets: Sequence[Path], inputs: Iterable[Path]) -> None:
-    """
-    Raises:
-        ValueError: a target is one of the inputs, also under another name, or another file that
-            this package did not make.
+    """Raise ValueError if a target is one of the inputs, also under another name, or another file
+    that this package did not make.
     """
     read = {_identity(path) for path in inputs if path.exists()}
     for target in targets:
@@ -123,10 +121,7 @@ class PictureFiles(Sink):
         """Do nothing: each file is complete already."""
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
-        """
-        Raises:
-            ValueError: the file cannot be written.
-        """
+        """Write a picture. Raise ValueError if the file cannot be written."""
         target = self._targets[frame.number - 1]
         if not cv2.imwrite(str(target), drawn):
             raise UserValueError(f"{target} cannot be written.")
@@ -163,10 +158,7 @@ class VideoFile(Sink):
             note_made(self._path)
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
-        """
-        Raises:
-            ValueError: the video cannot be written.
-        """
+        """Write a frame. Raise ValueError if the video cannot be written."""
         if self._writer is None:
             height, width = drawn.shape[:2]
             self._size = (width, height)

@@ -20,7 +20,8 @@ from .selection import Selection
 
 @dataclass
 class Outcome:
-    """
+    """Counts what a run of the demo did.
+
     Attributes:
         done: the number of images whose outputs were written.
         skipped: the number of inputs that could not be read to their end.
@@ -34,7 +35,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """
+    """Runs a detector on a source of images.
+
     Attributes:
         predictor: with predictions on the CPU.
         selection: selects the predictions to show.

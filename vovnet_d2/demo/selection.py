@@ -38,10 +38,7 @@ class Selection:
                 )
 
     def __call__(self, prediction: dict[str, Any]) -> Shown:
-        """
-        Args:
-            prediction: for an image, in Detectron2's output format, on the CPU.
-        """
+        """Select from the prediction for an image, in Detectron2's output format and on the CPU."""
         instances = prediction.get("instances")
         if instances is not None:
             instances = instances[instances.scores >= self.min_score]

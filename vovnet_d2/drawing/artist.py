@@ -66,7 +66,8 @@ class Artist:
         ]
 
     def draw(self, pixels: Pixels, shown: Shown, *, scale: float = 1.0) -> Pixels:
-        """
+        """Draw a prediction or annotations on a copy of a picture.
+
         Args:
             pixels: (H, W, 3), BGR.
             scale: enlarge the picture by this factor before something is drawn.
@@ -132,10 +133,7 @@ class Artist:
         return list(map(_describe, names, instances.scores.tolist()))
 
     def _draw_keypoints(self, canvas: Pixels, points: NDArray[np.float32], radius: int) -> None:
-        """
-        Args:
-            points: (K, 3), each with x, y and a score.
-        """
+        """Draw keypoints (K, 3), each with x, y and a score, and the limbs between them."""
         places = [(int(x), int(y)) for x, y, _ in np.rint(points)]
         visible = points[:, 2] > _MIN_KEYPOINT_SCORE
         for one, other, color in self._limbs:

@@ -26,7 +26,8 @@ def enlargement(image: NDArray[np.uint8]) -> float:
 def write_sheet(
     file: str | os.PathLike[str], pictures: Sequence[tuple[str, NDArray[np.uint8]]]
 ) -> None:
-    """
+    """Write pictures with titles into one file.
+
     Args:
         file: the file, whose suffix is the format: .png, .jpg or .pdf.
         pictures: titles with pixels (H, W, 3), RGB.

@@ -32,7 +32,8 @@ class DensePart(Backbone):
         return self.backbone.size_divisibility
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
+        """Compute feature maps and predictions.
+
         Args:
             images: (N, C, H, W), normalised and padded for the backbone.
 

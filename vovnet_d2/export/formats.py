@@ -39,7 +39,8 @@ Program = Callable[..., tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """
+    """Describes a file that was exported.
+
     Attributes:
         exporter: the exporter of torch that wrote it.
         operators: number of nodes by their names, in the graph and its subgraphs, without
@@ -55,7 +56,8 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class Format:
-    """
+    """Describes a format: how files of it are written and read.
+
     Attributes:
         write: exports a target to a path.
         read: loads the file, to run on a device.

@@ -24,7 +24,8 @@ Outputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class MapDifference:
-    """
+    """The difference between two feature maps.
+
     Attributes:
         absolute: the largest difference; infinite if the shapes differ.
         relative: the largest difference divided by the largest expected absolute value.
@@ -40,7 +41,8 @@ class MapDifference:
 
 @dataclass(frozen=True)
 class DetectionDifference:
-    """
+    """The difference between the detections of two models in an image.
+
     Attributes:
         expected: number of detections of the original model.
         found: number of detections of the exported model.

@@ -19,7 +19,8 @@ class ConvNormAct(Conv2d):
     """
 
     def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
-        """
+        """Apply the layer to the concatenation of feature maps.
+
         Args:
             maps: one feature map or several, each (N, channels, H, W), with ``in_channels``
                 channels in all.

@@ -60,7 +60,8 @@ class FCOS(fcos.FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """
+        """Read the arguments from a config.
+
         Raises:
             ValueError: ``MODEL.FCOS.IN_FEATURES`` names a feature map that the backbone does not
                 return, or ``LOSSES`` or ``REG_MAX`` has a value that cannot be used.

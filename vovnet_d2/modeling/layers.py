@@ -235,11 +235,7 @@ class EffectiveSE(nn.Module):
         weight_init.c2_msra_fill(self.fc)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            x: (N, C, H, W).
-            residual: (N, C, H, W), added to the result.
-        """
+        """Weight the channels of ``x``, and add ``residual`` to it. Both are (N, C, H, W)."""
         gate = F.hardsigmoid(self.fc(x.mean((2, 3), keepdim=True)))
         return x * gate if residual is None else residual + x * gate
 

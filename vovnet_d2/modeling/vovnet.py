@@ -235,7 +235,8 @@ class VoVNet(Backbone):
         return self
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
+        """Compute the feature maps and the logits that were asked for.
+
         Args:
             x: (N, C, H, W), with H and W of at least 32. If a stride does not divide a size,
                 convolutions round it up, and pooling of an odd size rounds it down.

@@ -20,7 +20,8 @@ from .run_folder import MissingPart, RunFolder, read_run
 
 @dataclass(frozen=True)
 class Detections:
-    """
+    """The predictions of a run, with the annotations of the same images.
+
     Attributes:
         truth: the annotations.
         predictions: in COCO's results format, with the categories of the annotations.

@@ -34,7 +34,8 @@ _ARTIST = Artist(
 
 @dataclass(frozen=True)
 class Tile:
-    """
+    """Two pictures of an image, side by side on the page.
+
     Attributes:
         name: the file name of the image.
         truth: a JPEG picture of the annotations as a data URI; empty if the image cannot be read.
@@ -69,7 +70,8 @@ def draw_tile(detections: Detections, matches: ImageMatches) -> Tile:
 
 
 class Judgement(NamedTuple):
-    """
+    """Says whether an object and its prediction agree.
+
     Attributes:
         kind: "correct", "confused" (the class is another) or "alone" (without a match).
         label: the class, and what went wrong.

@@ -29,7 +29,8 @@ Annotation = dict[str, Any]
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """
+    """The matches between the objects and the predictions of an image.
+
     Attributes:
         objects: annotations other than crowds.
         predictions: the predictions that count.
@@ -124,7 +125,8 @@ def _overlaps(
 def confusion_matrix(
     images: Iterable[ImageMatches], category_ids: Sequence[int]
 ) -> NDArray[np.int64]:
-    """
+    """Count the objects by their category and by the predicted category.
+
     Returns:
         (K + 1, K + 1) numbers of objects, by their category in the rows and by the predicted one
         in the columns. The last row counts predictions where there is no object. The last column

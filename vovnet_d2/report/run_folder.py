@@ -27,7 +27,8 @@ class MissingPart(Exception):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """
+    """The files of a run, as far as they can be read.
+
     Attributes:
         config_text: config.yaml, if there is one.
         config: its values, empty if they cannot be read.
@@ -75,7 +76,8 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """
+    """Read the folder of a run.
+
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the folder is not the output of a run.

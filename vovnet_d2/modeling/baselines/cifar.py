@@ -23,7 +23,8 @@ from ...errors import UserValueError
 
 @dataclass(frozen=True)
 class CifarSpec:
-    """
+    """Describes a classifier for the small images of CIFAR.
+
     Attributes:
         connections: "dense", or "osa" for one-shot aggregation.
         layers: number of 3x3 convolutions in each of the three blocks.
@@ -116,13 +117,7 @@ class CifarClassifier(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            x: (N, C, H, W), H and W at least 4.
-
-        Returns:
-            "linear", (N, num_classes), as a VoVNet classifier does.
-        """
+        """Return "linear", (N, num_classes), for images (N, C, H, W) of at least 4x4 pixels."""
         x = self.stem(x)
         for number in range(1, _NUM_BLOCKS + 1):
             x = getattr(self, f"block{number}")(x)

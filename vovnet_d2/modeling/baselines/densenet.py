@@ -81,7 +81,8 @@ class DenseNet67(Backbone):
         }
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
+        """Compute the two feature maps.
+
         Args:
             x: (N, C, H, W).
 

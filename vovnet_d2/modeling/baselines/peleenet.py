@@ -167,13 +167,7 @@ class PeleeNet(Backbone):
         self._shapes = {name: shapes[name] for name in self.out_features}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            x: (N, C, H, W).
-
-        Returns:
-            the feature maps of ``out_features``; their sizes are rounded up.
-        """
+        """Return the feature maps of ``out_features`` for images (N, C, H, W). Sizes round up."""
         outputs = {}
         for name in self._stages:
             x = getattr(self, name)(x)

@@ -98,10 +98,7 @@ class SSDHead(nn.Module):
         )
 
     def forward(self, features: Maps) -> tuple[Maps, Maps]:
-        """
-        Returns:
-            the logits and the offsets of each feature map.
-        """
+        """Return the logits and the offsets of each feature map."""
         logits, deltas = zip(
             *(level(x) for level, x in zip(self.levels, features, strict=True)), strict=True
         )
@@ -127,10 +124,7 @@ class TransferConnection(nn.Module):
         self.conv3 = conv_norm(channels, channels, 3, norm=norm)
 
     def forward(self, x: torch.Tensor, coarser: torch.Tensor | None) -> torch.Tensor:
-        """
-        Args:
-            coarser: the result of the coarser level, with half the height and width.
-        """
+        """Combine ``x`` with the coarser level's result, which has half the height and width."""
         x = self.conv2(self.conv1(x))
         if self.upsample is not None:
             x = F.relu_(x + self.upsample(coarser))
@@ -176,7 +170,8 @@ class RefineDetHead(nn.Module):
         )
 
     def forward(self, features: Maps) -> tuple[Maps, Maps, Maps, Maps]:
-        """
+        """Compute the predictions of both modules.
+
         Args:
             features: the feature maps, the finest first; each has half the height and width of the
                 one before.

@@ -85,10 +85,8 @@ class RefineDet(SingleShotDetector):
         predictions: Sequence[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """
-        Returns:
-            "loss_arm_cls", "loss_arm_box_reg", "loss_odm_cls" and "loss_odm_box_reg"; see
-            :func:`single_shot_losses`.
+        """Return the losses "loss_arm_cls", "loss_arm_box_reg", "loss_odm_cls" and
+        "loss_odm_box_reg"; see :func:`single_shot_losses`.
         """
         arm_logits, arm_deltas, odm_logits, odm_deltas = self._flatten_both(predictions)
         options = {

@@ -135,10 +135,7 @@ class SingleShotDetector(DenseDetector):
         predictions: Sequence[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """
-        Returns:
-            "loss_cls" and "loss_box_reg"; see :func:`single_shot_losses`.
-        """
+        """Return the losses "loss_cls" and "loss_box_reg"; see :func:`single_shot_losses`."""
         logits, deltas = self._flatten(predictions, [self.num_classes + 1, 4])
         anchors = self._anchors(features)
         targets = assign_targets(anchors, gt_instances, self.iou_thresholds)
@@ -155,10 +152,7 @@ class SingleShotDetector(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Sequence[list[Tensor]]
     ) -> list[Instances]:
-        """
-        Returns:
-            the detections of each image, in pixels of the network's input.
-        """
+        """Return the detections of each image, in pixels of the network's input."""
         logits, deltas = self._flatten(predictions, [self.num_classes + 1, 4])
         boxes = self._decode(deltas, self._anchors(features))
         scores = logits.float().softmax(dim=-1)[..., : self.num_classes]
