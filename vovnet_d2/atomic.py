@@ -66,11 +66,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove the temporary files that killed processes left in ``folder``.
-
-    Returns:
-        their names.
-    """
+    """Remove the temporary files that killed processes left. Return their names."""
     found = sorted(
         path
         for path in Path(folder).glob(f"*.*{_SUFFIX}")

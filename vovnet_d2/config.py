@@ -332,11 +332,7 @@ def get_config_file(name: str) -> str:
 
 
 def find_config_folder() -> Path:
-    """Return the folder of the config files of this package.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """Return the folder of this package's configs. Raise FileNotFoundError if there is none."""
     package = Path(__file__).parent
     # A wheel has the folder inside the package, a checkout next to the package.
     for folder in (package / "configs", package.parent / "configs"):

@@ -146,16 +146,8 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
 
 
 def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
-    """Translate the keys of a state dict to another layout.
-
-    Args:
-        keys: all keys of a state dict, without prefix, in any of :data:`LAYOUTS`.
-        to: the layout wanted, one of :data:`LAYOUTS`.
-
-    Returns:
-        old name to new name, for the keys that change. Keys that ``to`` has no name for are left
-        out.
-    """
+    """Return the new names of keys, without prefix, in the layout ``to``, one of :data:`LAYOUTS`.
+    Only keys that change and that ``to`` has a name for are in the result."""
     return {
         key: match.names[to]
         for key, match in match_keys(keys).items()

@@ -23,13 +23,8 @@ _EDGE = 1 << 20  # the fingerprint of a file covers these bytes at each end
 
 
 def note_made(path: str | os.PathLike[str], *, content: str | os.PathLike[str] = "") -> None:
-    """Note that this package has just written a file.
-
-    A list that cannot be written is no error. The file then counts as somebody else's.
-
-    Args:
-        content: a file that is about to be renamed to ``path``; by default ``path`` itself.
-    """
+    """Note that this package has just written a file, or is about to rename ``content`` to it. A
+    list that cannot be written is no error. The file then counts as somebody else's."""
     path = Path(path)
     with suppress(OSError):
         _append(path.parent, path.name, _fingerprint(Path(content or path)))
@@ -66,11 +61,7 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
 
 
 def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse to write to files that are there already, unless this package made them.
-
-    Raises:
-        ValueError: one of them is somebody else's.
-    """
+    """Raise ValueError if one of the files is there already and this package did not make it."""
     for path in map(Path, paths):
         if is_foreign(path):
             raise UserValueError(
@@ -80,11 +71,7 @@ def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def put_aside(path: str | os.PathLike[str]) -> str:
-    """Rename a file to a free name: its own name with ``.before``, and a number if necessary.
-
-    Returns:
-        the new name.
-    """
+    """Add ``.before``, and a number if necessary, to the name of a file. Return the new name."""
     path = os.fspath(path)
     name, number = f"{path}.before", 2
     while os.path.lexists(name):

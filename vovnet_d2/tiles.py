@@ -45,14 +45,10 @@ def check_tiles(tiles: Sequence[int], overlap: float) -> None:
 
 
 def cut_tiles(height: int, width: int, tiles: Sequence[int], overlap: float) -> list[Tile]:
-    """Cut an image into tiles of one size, or smaller where the image is.
+    """Cut an image into tiles of one size (height and width), or smaller where the image is.
 
-    The tiles are spread evenly. The first and the last tile of a row or column touch the borders
-    of the image.
-
-    Args:
-        tiles: height and width of a tile.
-        overlap: the least share of its side by which a tile overlaps the next tile.
+    The tiles are spread evenly. The first and the last tile of a row or column touch the borders of
+    the image. A tile overlaps the next one by at least the share ``overlap`` of its side.
     """
     rows, columns = (
         list(_cut_side(side, tile, overlap))
@@ -203,11 +199,8 @@ def _gather(
     chosen: list[tuple[int, int]],
     size: tuple[int, int],
 ) -> Tensor:
-    """Gather a field of the chosen detections, in the coordinates of the image.
-
-    Args:
-        chosen: for each detection the index of its tile, and its index in that tile.
-    """
+    """Gather a field of the chosen detections, in the coordinates of the image. ``chosen`` has for
+    each detection the index of its tile, and its index in that tile."""
     if name != "pred_masks":
         values = [found[i].get(name)[j] for i, j in chosen]
         stacked = torch.stack(values) if values else found[0].get(name)[:0]

@@ -181,11 +181,8 @@ def write_csv(
     rows: Sequence[Mapping[str, Any]],
     protocol: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a table, with a line ``# name: value`` above it for each entry of ``protocol``.
-
-    Args:
-        rows: the lines of the table. The keys of the first line are the columns.
-    """
+    """Write a table, with a line ``# name: value`` above it for each entry of ``protocol``. The
+    columns are the keys of the first row."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in (protocol or {}).items())
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

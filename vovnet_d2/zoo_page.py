@@ -86,11 +86,7 @@ The configs named after these variants train from scratch, with norms that learn
 
 
 def table_of_weights(quote: str = "") -> str:
-    """Return the table of the weights for download, in Markdown.
-
-    Args:
-        quote: the character before and after a name.
-    """
+    """Return the table of the weights for download, in Markdown, with ``quote`` around names."""
     rows = []
     for name, entry in ZOO.items():
         parameters, multiply_adds = _costs(entry.spec)

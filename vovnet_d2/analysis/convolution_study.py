@@ -69,11 +69,8 @@ class Case:
 
 
 def make_cases(channels: int) -> list[Case]:
-    """Return the cases of both comparisons, the reference of each comparison first.
-
-    Args:
-        channels: number of input and of output channels of the references.
-    """
+    """Return the cases of both comparisons, the reference of each comparison first. ``channels``
+    are the input and the output channels of the references."""
     cases = []
     for kernel_size in (1, 3):
         for ratio in SHAPE_RATIOS:
@@ -148,11 +145,8 @@ def _function(
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Draw the relative time (solid) and memory access (dashed) of both comparisons.
-
-    Args:
-        rows: the result of :func:`measure`.
-    """
+    """Draw the relative time (solid) and memory access (dashed) of both comparisons in
+    :func:`measure`."""
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained", sharey=True)
     panels = {
         "shape": ("one convolution of another shape", "input channels : output channels"),

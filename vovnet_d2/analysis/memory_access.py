@@ -64,13 +64,11 @@ def convolution_cost(
 def layer_cost(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> LayerCost | None:
-    """Return the cost of an operator that a ``TorchDispatchMode`` has seen.
+    """Return the cost of an operator that a ``TorchDispatchMode`` has seen, or None for operators
+    that do not count.
 
     Convolutions (also transposed and deformable ones), fully-connected layers and attention count.
     In a product of two computed tensors, the second counts as weights.
-
-    Returns:
-        None for any other operator.
     """
     packet = getattr(func, "_overloadpacket", None)
     if packet == torch.ops.torchvision.deform_conv2d:

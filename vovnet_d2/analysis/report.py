@@ -56,16 +56,11 @@ def format_table(complexity: Complexity) -> str:
 
 
 def write_report(complexity: Complexity, folder: Path, header: Mapping[str, Any]) -> list[Path]:
-    """Write ``complexity.csv``, ``.json`` and ``.png`` into ``folder``, with exact numbers.
+    """Write ``complexity.csv``, ``.json`` and ``.png`` into ``folder``, with exact numbers, and
+    return the paths. Raise ValueError if one of the files exists and this package did not make it.
 
     Args:
         header: lines for the top of each file: "network", "command", ...
-
-    Returns:
-        the paths.
-
-    Raises:
-        ValueError: one of the files exists, and this package did not make it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     csv, json_path, png = paths = [folder / f"complexity.{kind}" for kind in ("csv", "json", "png")]

@@ -32,13 +32,8 @@ def cache_folder() -> Path:
 
 
 def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
-    """Export the dense part of a detector to ONNX, or find the file of an earlier export.
-
-    Args:
-        model: a detector of Detectron2's.
-
-    Returns:
-        the file, and the names of its outputs.
+    """Export the dense part of a detector to ONNX, or find the file of an earlier export. Return
+    the file and the names of its outputs.
 
     Raises:
         FileNotWrittenError: the file cannot be written.
@@ -56,11 +51,8 @@ def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
 
 
 def _write(target: ExportTarget, path: Path) -> None:
-    """Write the dense part of a detector as ONNX.
-
-    Raises:
-        ValueError: an operator cannot be exported.
-    """
+    """Write the dense part of a detector as ONNX. Raise ValueError if an operator cannot be
+    exported."""
     try:
         export(target, "onnx", path)
     except ValueError as error:

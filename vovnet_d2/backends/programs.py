@@ -71,11 +71,8 @@ def check_backend(name: str, device: torch.device, *, int8: bool = False) -> Non
 
 
 def find_backends(device: torch.device, *, int8: bool = False) -> list[str]:
-    """Return the names of the backends, except torch, that are installed and take this device.
-
-    Args:
-        int8: True if they have to run quantized files.
-    """
+    """Return the names of the backends, except torch, that are installed and take this device. With
+    ``int8``, they must run quantized files."""
     names = [name for name in BACKENDS if not (int8 and name not in INT8)]
     return [name for name in names if not _missing_packages(name) and _takes(name, device)]
 

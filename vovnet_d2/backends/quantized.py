@@ -12,22 +12,13 @@ _KEY = "vovnet_d2.model"
 
 
 def mark_quantized(model: Any, key: str) -> None:
-    """Write into an ONNX model which float model it was quantized from.
-
-    Args:
-        key: the result of :func:`model_key` for the float model.
-    """
+    """Write the :func:`model_key` of the float model into an ONNX model quantized from it."""
     model.metadata_props.add(key=_KEY, value=key)
 
 
 def check_quantized(path: Path, key: str) -> tuple[str, ...]:
-    """Check that a quantized file was made from a model.
-
-    Args:
-        key: the result of :func:`model_key` for the model.
-
-    Returns:
-        the names of the outputs of the file.
+    """Check that a quantized file was made from the model with a :func:`model_key`, and return the
+    names of its outputs.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -83,13 +83,8 @@ def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]
     """Return the backends that compute the dense part of a detector, the fastest first.
 
     They are measured once, and the times are kept for this machine. A backend that fails is left
-    out with a warning. The times are not kept then, so that it is tried again.
-
-    Args:
-        model, int8: see :func:`use_backend`.
-
-    Raises:
-        FileNotFoundError, FileNotWrittenError, ValueError: see :func:`use_backend`.
+    out with a warning. The times are not kept then, so that it is tried again. For the arguments
+    and the errors see :func:`use_backend`.
     """
     device = torch.device(model.device)
     names = find_backends(device, int8=bool(int8))

@@ -252,12 +252,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of the results, before anything is measured.
-
-    Raises:
-        ValueError: the folder cannot be made, or has files of these names that this package did
-            not make.
-    """
+    """Make the folder of the results, before anything is measured. Raise ValueError if it cannot be
+    made, or has files of these names that this package did not make."""
     refuse_foreign(path / name for name in FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -269,12 +265,7 @@ def make_folder(path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, write the results after each cell, and print them. An
-    interruption keeps what is measured.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: the arguments do not make sense, or nothing that
-            they ask for could run.
-    """
+    interruption keeps what is measured. Raise an error if nothing could run."""
     study = Study(make_plan(args))
     if args.output:
         make_folder(args.output)

@@ -96,11 +96,7 @@ def _is_counted(domain: Path) -> bool:
 
 
 def find_meter(device: torch.device) -> EnergyMeter:
-    """Return the best meter for a device.
-
-    Raises:
-        NoEnergyMeter: there is none.
-    """
+    """Return the best meter for a device. Raise NoEnergyMeter if there is none."""
     return _find_nvml(device) if device.type == "cuda" else Rapl(POWERCAP)
 
 

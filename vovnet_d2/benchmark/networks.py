@@ -191,13 +191,8 @@ def _config_name(config_file: str) -> str:
 
 
 def calibrate_norms(model: Any, images: Tensor) -> None:
-    """Give each batch norm of a backbone, frozen or not, the statistics of its input, in one
-    forward pass.
-
-    Args:
-        model: a backbone, or a detector with one.
-        images: (N, C, H, W), normalised.
-    """
+    """Give each batch norm of a backbone, or of a detector's backbone, the statistics of its input
+    in one forward pass. ``images`` are (N, C, H, W), normalised."""
 
     def take_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         var, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))

@@ -95,12 +95,9 @@ _SOURCE = (
 
 
 def format_paper_table(table: PaperTable, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write a table with the paper's columns for each treatment and batch.
-
-    Args:
-        rows: the rows of a study. Training, other image sizes than the config's, and networks
-            that are not in the table are left out.
-    """
+    """Write a table with the paper's columns for each treatment and batch, from the rows of a
+    study. Training, other image sizes than the config's, and networks that are not in the table are
+    left out."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         same_work = row["mode"] == "inference" and row["compared_at"] == OWN_SIZE

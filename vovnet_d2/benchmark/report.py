@@ -92,14 +92,8 @@ def _format(row: Mapping[str, Any], column: str) -> str:
 
 def write_study(study: Study, folder: Path, paper_table: PaperTable | None = None) -> list[Path]:
     """Write ``benchmark.json``, ``benchmark.csv``, ``README.md`` and a PNG of plots for each mode,
-    size and batch into ``folder``.
-
-    Args:
-        paper_table: a table of the paper, which is filled in and put into ``README.md``.
-
-    Returns:
-        the paths.
-    """
+    size and batch into ``folder``, and return the paths. ``paper_table`` is a table of the paper,
+    which is filled in and put into ``README.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     protocol = {**study.protocol, "memory": SOURCES[study.plan.device.type]}
     records = [{**row, **protocol} for row in study.rows]

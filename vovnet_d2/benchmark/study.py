@@ -217,11 +217,7 @@ class Study:
 
     def run(self, save: Callable[[], object] = lambda: None) -> None:
         """Measure everything. If something ends this early, keep the rows that are measured.
-
-        Args:
-            save: a function that is called after each mode, batch and size. If it fails, measuring
-                goes on.
-        """
+        ``save`` is called after each mode, batch and size. If it fails, measuring goes on."""
         plan = self.plan
         assert self._protocol, "taken beforehand: the checkout may be another one afterwards"
         cells = [_Cell(*values) for values in product(plan.modes, plan.sizes, plan.batches)]

@@ -63,14 +63,10 @@ class Treatment:
 
     def for_training(self, model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         """Return a copy of a model for training, in the memory format of the trainer.
+        ``channels_last`` is ``MODEL.CHANNELS_LAST`` of its config.
 
         In mixed precision the trainer also casts boxes and scores to float32, which is not timed.
-
-        Args:
-            channels_last: ``MODEL.CHANNELS_LAST`` of its config.
-
-        Raises:
-            ValueError: this treatment has no effect in the model.
+        Raise ValueError if this treatment has no effect in the model.
         """
         if self.plain:
             return plain(model).train()

@@ -152,11 +152,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resume from the newest checkpoint that every process can read, or load weights.
-
-        Raises:
-            ValueError: there are checkpoints, and none of them can be read.
-        """
+        """Resume from the newest checkpoint that every process can read, or load weights. Raise
+        ValueError if there are checkpoints, and none of them can be read."""
         names = comm.all_gather(self._checkpoints_to_resume() if resume else [])[0]
         if not names:
             extra = self.load(path, checkpointables=[])
@@ -182,12 +179,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save as :class:`Checkpointer` does, and add the facts that the tensors do not tell, see
-        :class:`Metadata`.
-
-        Raises:
-            FileNotWrittenError: the file cannot be written, for example on a full disk. Earlier
-                checkpoints stay.
-        """
+        :class:`Metadata`. If the file cannot be written, raise FileNotWrittenError; earlier
+        checkpoints stay."""
         if not self.save_dir or not self.save_to_disk:
             return
         try:

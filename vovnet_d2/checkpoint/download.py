@@ -61,11 +61,8 @@ def download(entry: ZooEntry) -> str:
 
 
 def _in_folder(entry: ZooEntry, folder: Path) -> str:
-    """Return the path of an entry's file in a folder; empty if the folder lacks the file.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """Return the path of an entry's file in a folder; empty if the folder lacks the file. Raise
+    FileNotFoundError if there is no such folder."""
     if not folder.is_dir():
         raise UserFileNotFoundError(
             f"{MIRROR} is {folder}, which is no folder: name one with files of weights in it, or a "

@@ -80,16 +80,8 @@ class Match:
 def match_model(
     model: nn.Module, backbone: str, state_dict: Mapping[str, torch.Tensor], found: Description
 ) -> Match:
-    """Match the tensors of a file with those of a model.
-
-    Args:
-        backbone: the prefix of the VoVNet in the model that gets the tensors.
-        state_dict: the state dict of the file.
-        found: the result of :func:`describe_state_dict` for the state dict.
-
-    Raises:
-        ValueError: names in the file contradict each other; see :func:`native_names`.
-    """
+    """Match the tensors of a file with those of a model, whose VoVNet has the prefix ``backbone``.
+    Raise ValueError if names in the file contradict each other; see :func:`native_names`."""
     renamed = native_names(state_dict, found.prefix)
     # A prefix of the file that ends with the model's, "module.backbone.bottom_up." for instance,
     # belongs to a whole model, the rest of which is loaded as well.
@@ -132,16 +124,8 @@ def match_model(
 
 
 def misfits(net: VoVNet, match: Match, found: Description) -> list[str]:
-    """List the architecture mismatches between a file and the model; empty if there is none.
-
-    Args:
-        net: the VoVNet of the model.
-        match: the match of the file and the model.
-        found: the description of the file.
-
-    Returns:
-        sentences that say what differs, with the config lines that fit the file.
-    """
+    """List the architecture mismatches between a file and the VoVNet of a model, as sentences with
+    the config lines that fit the file. The list is empty if there is none."""
     sentences = []
     if differences := found.differences(net.spec):
         values = "; ".join(

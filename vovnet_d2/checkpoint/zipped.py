@@ -55,11 +55,8 @@ def find_weights(path: str) -> zipfile.ZipInfo | None:
 
 
 def unpacked(path: str, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Yield the content of a file in an archive, in pieces of at most a megabyte.
-
-    Raises:
-        ValueError: the archive is damaged.
-    """
+    """Yield the content of a file in an archive, in pieces of at most a megabyte. Raise ValueError
+    if the archive is damaged."""
     try:
         # Not more bytes come out than the entry promises, and their checksum is compared.
         with zipfile.ZipFile(path) as archive, archive.open(entry) as source:

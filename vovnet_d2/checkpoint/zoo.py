@@ -196,12 +196,10 @@ def get_entry(name: str) -> ZooEntry:
 
 def metadata_of_layout(found: Description, names: Iterable[str]) -> Metadata:
     """Return the metadata that the layout of a file implies, for a file that has none itself.
+    ``names`` are those of all its tensors, also outside the VoVNet.
 
     Such metadata are conventions of the publishers, so they are less certain than metadata in the
     file.
-
-    Args:
-        names: the names of all tensors of the file, also of the parts outside the VoVNet.
     """
     if found.layout == "timm":
         # timm's v1 models have no residual; all its VoVNets have the strided stem by default.

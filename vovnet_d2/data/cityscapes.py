@@ -46,12 +46,9 @@ _WAY_OUT = (
 
 
 def check_cityscapes(image_dir: str, gt_dir: str) -> None:
-    """Check the files of a split before a run. The classes of objects are checked only if
-    Cityscapes' scripts are installed. A training on objects needs these scripts anyway.
-
-    Args:
-        image_dir: the folder with a folder of pictures for each city.
-        gt_dir: the folder with a folder of annotations for each city.
+    """Check the files of a split before a run. Both folders have a folder for each city. The
+    classes of objects are checked only if Cityscapes' scripts are installed. A training on objects
+    needs these scripts anyway.
 
     Raises:
         ValueError: there is no picture, a file name is not one of Cityscapes, annotations are

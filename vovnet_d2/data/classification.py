@@ -24,15 +24,8 @@ Transform = Callable[[Image.Image], Any]
 
 
 def class_names(data: str, split: str) -> list[str]:
-    """Return the names of the classes, in the order of their numbers.
-
-    Args:
-        data, split: see :func:`build_classification_dataset`.
-
-    Raises:
-        FileNotFoundError: the folder or a part of it is missing.
-        ValueError: there is no such split.
-    """
+    """Return the names of the classes, in the order of their numbers. For the arguments and the
+    errors see :func:`build_classification_dataset`."""
     kind = _kind(data, split)
     if kind == "digits":
         return list(CLASS_NAMES)

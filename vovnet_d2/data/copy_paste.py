@@ -50,11 +50,8 @@ class CopyPaste:
         self.probability = probability
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the sample of a record, with or without objects of another image.
-
-        Raises:
-            ValueError: the objects have no masks, or have keypoints.
-        """
+        """Return the sample of a record, with or without objects of another image. Raise ValueError
+        if the objects have no masks, or have keypoints."""
         sample = self.mapper(record)
         if sample is None or np.random.uniform() >= self.probability:
             return sample

@@ -56,11 +56,8 @@ class _Glyph(NamedTuple):
 
 
 def load_sources() -> Sources:
-    """Read the scans and photographs that come with scikit-learn.
-
-    Raises:
-        ImportError: scikit-learn is missing, or Pillow, with which it reads photographs.
-    """
+    """Read the scans and photographs that come with scikit-learn. Raise ImportError if scikit-learn
+    is missing, or Pillow, with which it reads photographs."""
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:

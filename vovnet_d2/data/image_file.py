@@ -110,10 +110,7 @@ def _not_a_picture(file: str | os.PathLike[str], error: Exception) -> UserValueE
 
 
 def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
-    """Read a label map, which has a class for each pixel.
-
-    Returns:
-        (H, W), the numbers that the file stores.
+    """Return a label map (H, W) with the numbers that the file stores: a class for each pixel.
 
     Raises:
         FileNotFoundError: there is no such file.

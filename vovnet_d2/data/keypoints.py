@@ -23,10 +23,8 @@ _GLUED = re.compile(r"^(left|right)(?=.)|(?<=.)(left|right)$", re.IGNORECASE)
 
 
 def keypoint_names(categories: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the names that categories give their keypoints. Categories without names are ignored.
-
-    Args:
-        categories: the categories of a file in COCO's format.
+    """Return the names that categories in COCO's format give their keypoints. Categories without
+    names are ignored.
 
     Raises:
         ValueError: no category names its keypoints, two categories have different names, or a name
@@ -54,12 +52,8 @@ def keypoint_names(categories: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
-    """Return what is wrong with the keypoints of objects, or an empty string.
-
-    Args:
-        annotations: the annotations of a file in COCO's format.
-        count: the number of keypoints of an object.
-    """
+    """Return what is wrong with the keypoints in COCO's annotations, or an empty string. ``count``
+    is the number of keypoints of an object."""
     labelled = 0
     for index, annotation in enumerate(annotations):
         points = annotation.get("keypoints")
@@ -80,14 +74,8 @@ def find_problem(annotations: Sequence[Mapping[str, Any]], count: int) -> str:
 def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
     """Find the pairs of keypoints that are swapped in a mirrored picture. The names of a pair
     differ in one part: "left" and "right", or "l" and "r". Examples are left_eye, EyeL, l_eye and
-    lefteye.
-
-    Args:
-        mirrored: True if pictures are mirrored at all.
-
-    Raises:
-        ValueError: pictures are mirrored, and a name with a side has no counterpart.
-    """
+    lefteye. If pictures are ``mirrored``, raise ValueError for a name with a side and without
+    counterpart."""
     pairs: list[tuple[str, str]] = []
     for name in names:
         other = _mirror(name)
@@ -124,11 +112,8 @@ def _says_side(name: str) -> bool:
 
 
 def parse_flips(text: str, names: Sequence[str]) -> Flips:
-    """Parse the pairs of a command line: "left_eye:right_eye,left_ear:right_ear", or "none".
-
-    Raises:
-        ValueError: a part is no pair, or a name is unknown or occurs twice.
-    """
+    """Parse the pairs of a command line: "left_eye:right_eye,left_ear:right_ear", or "none". Raise
+    ValueError if a part is no pair, or if a name is unknown or occurs twice."""
     if text.strip().lower() == "none":
         return ()
     pairs = [tuple(name.strip() for name in part.split(":")) for part in text.split(",")]

@@ -23,11 +23,7 @@ from .ssd_augmentation import ssd_augmentations
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     """Build the mapper of a config. It is an :class:`SSDMapper` in a training with
-    ``INPUT.SSD_AUGMENTATION``.
-
-    Raises:
-        ValueError: see :func:`build_augmentations`.
-    """
+    ``INPUT.SSD_AUGMENTATION``. For the errors see :func:`build_augmentations`."""
     ssd = is_train and cfg.INPUT.SSD_AUGMENTATION
     mapper = SSDMapper if ssd else Mapper
     augmentations = build_augmentations(cfg, is_train)
@@ -42,8 +38,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     ``INPUT.SSD_AUGMENTATION`` comes before the flipping. Very thin images keep at least one pixel
     in each direction, which Detectron2's resizing does not guarantee.
 
-    Raises:
-        ValueError: SSD's augmentation without a fixed size, or with ``INPUT.CROP``.
+    Raise ValueError for SSD's augmentation without a fixed size, or with ``INPUT.CROP``.
     """
     augmentations = [_leaving_a_pixel(a) for a in utils.build_augmentation(cfg, is_train)]
     size = cfg.INPUT.FIXED_SIZE
@@ -72,15 +67,9 @@ class Mapper(DatasetMapper):
         self.augmentations = T.AugmentationList(augmentations)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Read the image of a record, augment it and return the input of the network.
-
-        Args:
-            dataset_dict: the record of an image in Detectron2's format.
-
-        Returns:
-            the record with "image" (C, H, W). In training it has "instances" instead of
-                "annotations", and "sem_seg" (H, W), int64, instead of "sem_seg_file_name".
-        """
+        """Read the image of a record in Detectron2's format, augment it and return the input of the
+        network: the record with "image" (C, H, W). In training it has "instances" instead of
+        "annotations", and "sem_seg" (H, W), int64, instead of "sem_seg_file_name"."""
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)

@@ -18,13 +18,8 @@ _MOST_NAMED = 10
 
 
 def build_sampler(records: Sequence[Mapping[str, Any]], threshold: float) -> Sampler[int]:
-    """Return Detectron2's sampler for training.
-
-    Args:
-        records: images in Detectron2's format.
-        threshold: images of a class that is in a smaller share of the images are repeated; 0
-            repeats none.
-    """
+    """Return Detectron2's sampler for training. Images of a class that is in a share of the images
+    below ``threshold`` are repeated; 0 repeats none."""
     if not threshold:
         return TrainingSampler(len(records))
     find_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
@@ -34,12 +29,8 @@ def build_sampler(records: Sequence[Mapping[str, Any]], threshold: float) -> Sam
 def report_repeats(
     cfg: CfgNode, records: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> None:
-    """Log which classes are repeated, or that the keys of ``DATALOADER`` have no effect.
-
-    Args:
-        records: images in Detectron2's format.
-        names: the names of the classes; empty if they have none.
-    """
+    """Log which classes are repeated, or that the keys of ``DATALOADER`` have no effect. ``names``
+    are the names of the classes; empty if they have none."""
     threshold, sampler = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.SAMPLER_TRAIN
     if sampler != _REPEATING:
         if threshold:

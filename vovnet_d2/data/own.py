@@ -59,14 +59,8 @@ class OwnDataSet:
 
     @classmethod
     def from_config(cls, entry: Any) -> OwnDataSet:
-        """Return the data set that an entry of ``DATASETS.OWN`` describes.
-
-        Args:
-            entry: an entry of ``DATASETS.OWN``.
-
-        Raises:
-            ValueError: a key is missing or unknown, or the numbers of names and ids differ.
-        """
+        """Return the data set that an entry of ``DATASETS.OWN`` describes. Raise ValueError if a
+        key is missing or unknown, or if the numbers of names and ids differ."""
         keys = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or entry.keys() | _OF_KEYPOINTS != set(keys):
             raise UserValueError(f"DATASETS.OWN has {entry!r}: an entry must have the keys {keys}.")
@@ -91,11 +85,8 @@ class OwnDataSet:
         return found | {"keypoint_flips": [list(pair) for pair in self.keypoint_flips]}
 
     def load(self) -> list[Record]:
-        """Return the images in Detectron2's format.
-
-        Raises:
-            ValueError: the annotation file is not in COCO's format, or has other categories.
-        """
+        """Return the images in Detectron2's format. Raise ValueError if the annotation file is not
+        in COCO's format, or has other categories."""
         try:
             records = _load_records(self.json, self.images)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -119,11 +110,8 @@ class OwnDataSet:
         return records
 
     def register(self) -> None:
-        """Register the data set with Detectron2, unless it is registered already.
-
-        Raises:
-            ValueError: a data set of another kind has this name.
-        """
+        """Register the data set with Detectron2, unless it is registered already. Raise ValueError
+        if a data set of another kind has this name."""
         if self.name in DatasetCatalog:
             other = MetadataCatalog.get(self.name).get("own_data_set")
             if other == self:
@@ -152,15 +140,9 @@ class OwnDataSet:
 
 
 def register_own_data(entries: Sequence[Any]) -> None:
-    """Register custom data sets with Detectron2. Each replaces an earlier custom data set of the
-    same name.
-
-    Args:
-        entries: ``DATASETS.OWN`` of a config.
-
-    Raises:
-        ValueError: an entry is not one of :meth:`OwnDataSet.to_config`, or its name is taken.
-    """
+    """Register the entries of ``DATASETS.OWN`` with Detectron2. Each replaces an earlier custom
+    data set of the same name. Raise ValueError if an entry is not one of
+    :meth:`OwnDataSet.to_config`, or if its name is taken."""
     for entry in entries:
         OwnDataSet.from_config(entry).register()
 

@@ -99,11 +99,8 @@ def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
 
 
 def read_coco(json: str) -> dict[str, Any]:
-    """Read a file in COCO's format, in any encoding that JSON may have, to convert it.
-
-    Raises:
-        ValueError: the file is not in COCO's format.
-    """
+    """Read a file in COCO's format, in any encoding that JSON may have, to convert it. Raise
+    ValueError if the file is not in COCO's format."""
     return _read(json, evaluated=False)[0]
 
 

@@ -79,15 +79,9 @@ class ReadableOnly:
         return self._skipped[0] if self._skipped else 0
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Map a record to the input of the network, or leave its unreadable image out.
-
-        Returns:
-            the result of the mapper for the record; None if its image is left out.
-
-        Raises:
-            UnreadableImageError: the image cannot be read and too many were left out before it, or
-                the image is outside the folders.
-        """
+        """Map a record to the input of the network, or return None if its unreadable image is left
+        out. Raise UnreadableImageError if too many were left out before it, or if the image is
+        outside the folders."""
         if "file_name" not in record:  # a custom data set may hold something else
             return self.mapper(record)
         self._require_inside(record["file_name"])

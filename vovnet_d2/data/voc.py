@@ -90,11 +90,8 @@ def parse_annotations(path: str) -> ElementTree.Element:
 
 def read_objects(tree: ElementTree.Element) -> list[Record]:
     """Return the objects of an annotation file as dicts with "name", "difficult" (0 or 1) and
-    "bbox" (the four numbers as they are written).
-
-    Raises:
-        ValueError: an object lacks its name or a number.
-    """
+    "bbox" (the four numbers as they are written). Raise ValueError if an object lacks its name or a
+    number."""
     return [
         {
             "name": _text(item, "name").strip(),
@@ -148,11 +145,8 @@ def is_voc_set(name: str) -> bool:
 
 
 def check_voc_set(name: str) -> int:
-    """Check all files of a registered data set, see :func:`check_voc`.
-
-    Returns:
-        the number of images.
-    """
+    """Check all files of a registered data set by :func:`check_voc`, and return the number of
+    images."""
     metadata = MetadataCatalog.get(name)
     arguments = metadata.dirname, metadata.split, metadata.thing_classes
     try:

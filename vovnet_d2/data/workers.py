@@ -18,12 +18,9 @@ _LAST_FAREWELL = 1  # seconds for workers to end with the main process
 
 
 def attend_to_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Let the workers of a loader run until they are dismissed. The loader waits at most
-    :func:`longest_wait` for a worker that does not answer, for example because its disk hangs.
-
-    Returns:
-        ``loader`` itself.
-    """
+    """Let the workers of a loader run until they are dismissed, and return the loader. The loader
+    waits at most :func:`longest_wait` for a worker that does not answer, for example because its
+    disk hangs."""
     loader.worker_init_fn = stay_until_dismissed
     # Without SIGCHLD (Windows), torch notices that a worker has ended only if the loader has no
     # timeout.

@@ -43,11 +43,7 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
         note_made(self._path)
 
     def write(self, frame: Frame, shown: Shown) -> None:
-        """Write the detections of an image.
-
-        Raises:
-            ValueError: the network predicts no instances.
-        """
+        """Write the detections of an image. Raise ValueError if the network predicts none."""
         if shown.instances is None:
             raise UserValueError(
                 "The network predicts no instances, so nothing can be written as JSON: leave out "

@@ -45,11 +45,8 @@ def read_metrics(path: str | os.PathLike[str]) -> Series:
 
 
 def draw_curves(folder: str) -> str | None:
-    """Draw the losses in ``folder/metrics.json``, and AP if it was evaluated.
-
-    Returns:
-        the path of the picture, or None if nothing was trained.
-    """
+    """Draw the losses in ``folder/metrics.json``, and AP if it was evaluated. Return the path of
+    the picture, or None if nothing was trained."""
     metrics = os.path.join(folder, "metrics.json")
     if not os.path.isfile(metrics):
         return None

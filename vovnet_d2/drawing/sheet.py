@@ -26,12 +26,7 @@ def enlargement(image: NDArray[np.uint8]) -> float:
 def write_sheet(
     file: str | os.PathLike[str], pictures: Sequence[tuple[str, NDArray[np.uint8]]]
 ) -> None:
-    """Write pictures with titles into one file.
-
-    Args:
-        file: the file, whose suffix is the format: .png, .jpg or .pdf.
-        pictures: titles with pixels (H, W, 3), RGB.
-    """
+    """Write pictures, titles with pixels (H, W, 3) in RGB, into one .png, .jpg or .pdf file."""
     from matplotlib.figure import Figure  # draws without a display, unlike pyplot
 
     ratio = float(np.mean([pixels.shape[0] / pixels.shape[1] for _, pixels in pictures]))

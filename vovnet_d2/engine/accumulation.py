@@ -11,15 +11,12 @@ from ..errors import UserValueError
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split the batch of a process into parts of as many images each.
+    """Split the batch of a process into parts of as many images each. Raise UserValueError if the
+    number of parts does not divide the number of images.
 
     Args:
         batch: a list with an item for each image, or tensors whose first dimension counts images,
             alone or in a tuple.
-        parts: the number of parts.
-
-    Raises:
-        UserValueError: the number of parts does not divide the number of images.
     """
     if parts == 1:
         return [batch]

@@ -140,14 +140,12 @@ class AgreedSteps(SimpleTrainer):
         return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
     def _agree(self, values: dict[str, float], data_time: float, reason: str) -> _Shared:
-        """Let all processes continue the step, or none.
+        """Let all processes continue the step, or none. If a loss of one process is not finite,
+        raise NonFiniteLossError.
 
         Each process calls this method once for each part of a batch. The call comes before the
         backward pass, in which processes wait for each other to share gradients or the statistics
         of norms.
-
-        Raises:
-            NonFiniteLossError: a loss of one process is not finite.
         """
         signal = self.request.signal
         stop = bool(reason or signal) or not _is_finite(values)

@@ -71,11 +71,8 @@ class Fit(NamedTuple):
 
 
 def read_anchors(cfg: CfgNode) -> Anchors:
-    """Read the anchors of a config; the network's feature maps give the strides.
-
-    Raises:
-        ValueError: the network has no anchors that a size and a ratio describe.
-    """
+    """Read the anchors of a config; the network's feature maps give the strides. Raise ValueError
+    if the network has no anchors that a size and a ratio describe."""
     name, network = cfg.MODEL.ANCHOR_GENERATOR.NAME, cfg.MODEL.META_ARCHITECTURE
     meta = cfg.clone()
     meta.defrost()

@@ -51,11 +51,8 @@ def as_cfg(config: AnyConfig) -> CfgNode:
 
 
 def build_network(config: AnyConfig, cfg: CfgNode) -> nn.Module:
-    """Build the network that ``config`` describes.
-
-    Args:
-        cfg: the same config under the keys of YAML files, with the device that was chosen.
-    """
+    """Build the network that ``config`` describes. ``cfg`` is the same config under the keys of
+    YAML files, with the device that was chosen."""
     if not isinstance(config, DictConfig):
         with explain_in_features(cfg):
             return build_model(cfg)

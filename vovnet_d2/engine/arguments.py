@@ -77,11 +77,8 @@ def base_parser(
 
 
 def argument_parser(tool: str = "train_net") -> argparse.ArgumentParser:
-    """Return the parser of a tool that takes YAML files. Its last words are config options.
-
-    Args:
-        tool: the name of the tool, for the examples in the help.
-    """
+    """Return the parser of a tool that takes YAML files. Its last words are config options. The
+    examples in the help have the name of the tool."""
     parser, group = base_parser(
         _EXAMPLES.format(tool=tool),
         unsafe_help="load config files with Python tags (!!python/...), which can run any code: "

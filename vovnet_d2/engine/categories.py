@@ -80,14 +80,11 @@ def find_metadata(cfg: CfgNode, weights: Names | None = None) -> Metadata:
 
     They come from the first data set in ``DATASETS.TEST``, then ``DATASETS.TRAIN``, that is
     registered and has the number and the names of categories of the network and its weights.
-    Without such a data set, the names come from the weights. If the weights have no names, the
-    categories are numbers from 0, and a warning says so.
+    Without such a data set, the names come from the weights, see
+    :attr:`VoVNetCheckpointer.loaded_categories`. If the weights have no names, the categories are
+    numbers from 0, and a warning says so.
 
-    Args:
-        weights: :attr:`VoVNetCheckpointer.loaded_categories`.
-
-    Raises:
-        ValueError: ``DATASETS.OWN`` is not what it should be.
+    Raise ValueError if ``DATASETS.OWN`` is not what it should be.
     """
     register_digits()
     register_own_data(cfg.DATASETS.OWN)

@@ -58,15 +58,12 @@ class ClassTeacher(Teacher):
         self.loss_weight = loss_weight
 
     def compute_loss(self, images: Tensor, input_format: str, logits: Tensor) -> Tensor:
-        """Compute the loss between the logits of the student and those of the teacher.
+        """Compute the loss between the logits of the student, (N, number of classes), and those of
+        the teacher.
 
         Args:
             images: the images of the student, (N, 3, H, W), with values from 0 to 255.
             input_format: the order of their channels, "BGR" or "RGB".
-            logits: the logits of the student, (N, number of classes).
-
-        Returns:
-            a scalar.
         """
         if input_format != self.convention.format:
             images = images.flip(1)

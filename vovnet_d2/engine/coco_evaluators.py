@@ -41,13 +41,10 @@ class PlainCOCOEvaluator(CategoriesByName):
 
 
 def convert_anew(name: str, folder: str) -> None:
-    """Have Detectron2 write the annotation file of a data set that has none, from what is
-    registered now.
+    """Have Detectron2 write the annotation file of a data set that has none to the evaluator's
+    folder, from what is registered now.
 
     Otherwise Detectron2 takes the file of an earlier run, whatever has changed since.
-
-    Args:
-        folder: the folder of the evaluator's files.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("json_file") in _CONVERTED:

@@ -27,11 +27,8 @@ _MISSING = re.compile(
 
 
 def check_compilation(cfg: CfgNode) -> None:
-    """Check the keys of ``SOLVER.COMPILE``.
-
-    Raises:
-        UserValueError: the memory budget is no share, or nothing is compiled with it.
-    """
+    """Check the keys of ``SOLVER.COMPILE``. Raise UserValueError if the memory budget is no share,
+    or if nothing is compiled with it."""
     node = cfg.SOLVER.COMPILE
     if not 0 <= node.MEMORY_BUDGET <= 1:
         raise UserValueError(
@@ -102,13 +99,8 @@ def run_eagerly(cfg: CfgNode) -> AbstractContextManager[object]:
 
 @contextmanager
 def explain_compilation(cfg: CfgNode) -> Iterator[None]:
-    """Say in a sentence that the machine has no compiler for the network that the context compiles.
-
-    Any other error of torch.compile keeps its traceback.
-
-    Raises:
-        UserValueError: a C++ compiler, a C compiler or Triton is missing.
-    """
+    """Raise a UserValueError if the machine has no compiler (C++, C, or Triton) for the network
+    that the context compiles. Any other error of torch.compile keeps its traceback."""
     try:
         yield
     except Exception as error:

@@ -19,10 +19,7 @@ from .other_projects import translate
 
 def find_config(name: str) -> str:
     """Return the path of a config file: ``name`` itself, or the file of that name in this package.
-
-    Raises:
-        FileNotFoundError: there is neither. The message has the names that are close to it.
-    """
+    Raise FileNotFoundError, with the names that are close to it, if there is neither."""
     if PathManager.isfile(name):
         return name
     try:
@@ -37,17 +34,12 @@ def find_config(name: str) -> str:
 
 
 def resolve_config(name: str) -> tuple[str, bool]:
-    """Return the path of a config, which may also be a name of Detectron2's model zoo.
-
-    The names of this package come first, see :func:`find_config`.
+    """Return the path of a config, which may also be a name of Detectron2's model zoo. The names of
+    this package come first, see :func:`find_config`, also for the error.
 
     Returns:
         the path, and True if the file is Detectron2's own. The Python tags of such a file are
         trusted as the code of Detectron2 is.
-
-    Raises:
-        FileNotFoundError: there is no such file. The message has the names of this package that are
-            close to it.
     """
     try:
         return find_config(name), False

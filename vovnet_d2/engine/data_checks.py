@@ -77,14 +77,8 @@ def _check_data_set(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> No
 
 
 def check_data_sets(cfg: CfgNode, key: str) -> None:
-    """Check that the data sets of a config are there, whatever the network is.
-
-    Args:
-        key: "TRAIN" or "TEST": the key of ``DATASETS`` that names the data sets.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: see :func:`check_data`.
-    """
+    """Check that the data sets of ``DATASETS.TRAIN`` or ``DATASETS.TEST``, as ``key`` says, are
+    there, whatever the network is. For the errors see :func:`check_data`."""
     names = cfg.DATASETS[key]
     _check_names(f"DATASETS.{key}", names, required=True)
     for name in names:
@@ -93,11 +87,7 @@ def check_data_sets(cfg: CfgNode, key: str) -> None:
 
 def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
     """Look once at the annotations and files of a training, if its loader has a list of them. Say
-    which images are repeated.
-
-    Raises:
-        ValueError: see :func:`check_records` and :func:`check_files`.
-    """
+    which images are repeated. For the errors see :func:`check_records` and :func:`check_files`."""
     if isinstance(loader, TrainingStream) and isinstance(loader.dataset, DatasetFromList):
         name, classes = ", ".join(cfg.DATASETS.TRAIN), find_num_classes(cfg).get("thing_classes")
         records = (loader.dataset[index] for index in range(len(loader.dataset)))

@@ -163,14 +163,8 @@ def _require_known(
 
 
 def write_pictures(folder: Path, drawn: Iterator[Drawn]) -> int:
-    """Write one file for each picture, numbered in their order.
-
-    Returns:
-        the number of pictures.
-
-    Raises:
-        ValueError: a file exists, and this package did not make it.
-    """
+    """Write one file for each picture, numbered in their order, and return their number. Raise
+    ValueError if a file exists and this package did not make it."""
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for count, (name, pixels) in enumerate(drawn, start=1):
@@ -182,14 +176,8 @@ def write_pictures(folder: Path, drawn: Iterator[Drawn]) -> int:
 
 
 def write_contact_sheet(file: Path, drawn: Iterator[Drawn]) -> int:
-    """Write one picture with all pictures in it, and the names of the files.
-
-    Returns:
-        the number of pictures.
-
-    Raises:
-        ValueError: the file exists, and this package did not make it.
-    """
+    """Write one picture with all pictures in it, and the names of the files. Return their number.
+    Raise ValueError if the file exists and this package did not make it."""
     refuse_foreign([file])
     pictures = [(Path(name).name, pixels) for name, pixels in drawn]
     if pictures:

@@ -70,14 +70,8 @@ def _argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line of ``tools/visualize_data.py``.
-
-    Args:
-        argv: the arguments, by default those of the program that is running.
-
-    Raises:
-        SystemExit: with status 2, if the arguments are wrong.
-    """
+    """Run the command line of ``tools/visualize_data.py``, and exit with status 2 for wrong
+    arguments."""
     run_or_exit(_run, _argument_parser().parse_args(argv))
 
 
@@ -87,11 +81,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace, folder: str) -> None:
-    """Draw what is asked for.
-
-    Args:
-        folder: the folder for converted annotations.
-    """
+    """Draw what is asked for. Converted annotations go to ``folder``."""
     try:
         from . import data_pictures
     except ImportError as error:

@@ -40,24 +40,15 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line of ``tools/train_net.py``, in as many processes as it asks for.
-
-    Args:
-        argv: the arguments, by default those of the program that is running.
-
-    Raises:
-        SystemExit: see :func:`launch_command`.
-    """
+    """Run the command line of ``tools/train_net.py``, in as many processes as it asks for. For the
+    exit see :func:`launch_command`."""
     launch_command(run, argument_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train or evaluate a detector in this process; see :func:`run_task`.
-
-    Raises:
-        ValueError: there is no config, or a run that only evaluates has ``--epochs`` or
-            ``--fit-anchors``; for the others see :func:`run_task`.
-    """
+    """Train or evaluate a detector in this process; see :func:`run_task`, also for the errors.
+    Raise ValueError if there is no config, or if a run that only evaluates has ``--epochs`` or
+    ``--fit-anchors``."""
     _require_config(args)
     refuse_to_fit(args)
     args.opts = [*args.opts, *teacher_options(args)]

@@ -19,27 +19,18 @@ _COCO_IDS = {category["id"] for category in COCO_CATEGORIES if category["isthing
 def evaluated_detections(limit: int, metadata: Metadata) -> int:
     """Return how many detections of a category in an image COCO's evaluation is to count.
 
-    The evaluation counts all detections of the network. For COCO's own categories it counts 100,
-    which is part of the definition of AP on COCO, even if a network gives more (single-shot
-    detectors give 200 to 500).
-
-    Args:
-        limit: ``TEST.DETECTIONS_PER_IMAGE``.
-        metadata: the metadata of the data set.
+    The evaluation counts all detections of the network (``TEST.DETECTIONS_PER_IMAGE``, the
+    ``limit``). For COCO's own categories it counts 100, which is part of the definition of AP on
+    COCO, even if a network gives more (single-shot detectors give 200 to 500).
     """
     ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
     return DEFAULT_LIMIT if ids.keys() == _COCO_IDS else max(limit, DEFAULT_LIMIT)
 
 
 def explain_crowding(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> str:
-    """Say how many objects are beyond ``TEST.DETECTIONS_PER_IMAGE``, and what to set.
-
-    Args:
-        records: the records of a data set to evaluate on, in Detectron2's format.
-
-    Returns:
-        a sentence without a full stop; empty if no image has more objects than that.
-    """
+    """Say how many objects of a data set to evaluate on are beyond ``TEST.DETECTIONS_PER_IMAGE``,
+    and what to set, in a sentence without a full stop. It is empty if no image has more objects
+    than that."""
     objects = ((a for a in r.get("annotations", ()) if not a.get("iscrowd", 0)) for r in records)
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     crowding = measure_crowding((sum(1 for _ in each) for each in objects), limit)

@@ -15,11 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Choose and check ``MODEL.DEVICE``; see :func:`choose_device`.
-
-    Raises:
-        ValueError: there is no such device, or several processes cannot share it.
-    """
+    """Choose and check ``MODEL.DEVICE``; see :func:`choose_device`. Raise ValueError if there is no
+    such device, or if several processes cannot share it."""
     choose_device(cfg)
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
@@ -30,11 +27,8 @@ def check_device(cfg: CfgNode) -> None:
 
 
 def choose_device(cfg: CfgNode) -> None:
-    """Set ``MODEL.DEVICE`` to cpu, with a warning, if it is a GPU and torch finds no GPU.
-
-    Raises:
-        ValueError: torch cannot use the device.
-    """
+    """Set ``MODEL.DEVICE`` to cpu, with a warning, if it is a GPU and torch finds no GPU. Raise
+    ValueError if torch cannot use the device."""
     name = cfg.MODEL.DEVICE
     try:
         device = torch.device(name)
@@ -51,11 +45,8 @@ def choose_device(cfg: CfgNode) -> None:
 
 
 def parse_device(text: str) -> torch.device:
-    """Read the value of ``--device``: the CPU, or a GPU that torch finds.
-
-    Raises:
-        argparse.ArgumentTypeError: the value is no such device.
-    """
+    """Read the value of ``--device``: the CPU, or a GPU that torch finds. Raise ArgumentTypeError
+    for any other value."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     choices = ["cpu", *(["cuda", *gpus] if gpus else [])]
     if text not in choices:

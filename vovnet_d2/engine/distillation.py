@@ -98,11 +98,8 @@ class FeatureTeacher(Teacher):
         self._features: Mapping[str, Tensor] | None = None  # the student's, in a forward pass
 
     def attach(self, student: nn.Module) -> None:
-        """Add the loss to those that a detector returns in training.
-
-        Raises:
-            ValueError: one of the networks has no such feature map, or their strides differ.
-        """
+        """Add the loss to those that a detector returns in training. Raise ValueError if one of the
+        networks has no such feature map, or if their strides differ."""
         backbone: Any = student.backbone
         ours, theirs = backbone.output_shape(), self.network.output_shape()  # type: ignore[operator]
         self.in_features = self.in_features or list(ours)

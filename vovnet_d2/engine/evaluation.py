@@ -62,11 +62,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> Dat
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Refuse a config with a data set that cannot be evaluated.
-
-    Raises:
-        ValueError: a data set of ``DATASETS.TEST`` cannot be evaluated here.
-    """
+    """Raise ValueError if a data set of ``DATASETS.TEST`` cannot be evaluated here."""
     for name in cfg.DATASETS.TEST:
         _find_builder(cfg, name)
 

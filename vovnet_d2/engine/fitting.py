@@ -86,11 +86,7 @@ def _parse_epochs(text: str) -> Fraction:
 
 
 def refuse_to_fit(args: argparse.Namespace) -> None:
-    """Refuse ``--epochs`` and ``--fit-anchors`` in a run without training.
-
-    Raises:
-        ValueError: one of the two is given with ``--eval-only``.
-    """
+    """Raise ValueError if ``--epochs`` or ``--fit-anchors`` is given with ``--eval-only``."""
     if args.eval_only and args.epochs is not None:
         raise UserValueError("--epochs is for a training: leave it out with --eval-only.")
     if args.eval_only and args.fit_anchors:
@@ -269,11 +265,7 @@ def _load_records(cfg: CfgNode) -> list[Record]:
 @contextmanager
 def loading_data() -> Iterator[None]:
     """Hide the messages of loading in the context. The training loads the data again and shows
-    them.
-
-    Raises:
-        ValueError: no image is left.
-    """
+    them. Raise ValueError if no image is left."""
     try:
         with errors_only("detectron2.data", "vovnet_d2.data"):
             yield
@@ -282,12 +274,9 @@ def loading_data() -> Iterator[None]:
 
 
 def keep_record(folder: str, facts: dict[str, Any] | None, *, anew: bool) -> None:
-    """Write the facts that a training is fitted to into its folder.
-
-    Args:
-        facts: ``args.fitted`` of :func:`fit_to_data`; None if nothing was fitted.
-        anew: True if the training starts anew. Then the file of an earlier training is removed.
-    """
+    """Write the facts that a training is fitted to, ``args.fitted`` of :func:`fit_to_data`, into
+    its folder. If there are none and the training starts ``anew``, remove the file of an earlier
+    training."""
     path = os.path.join(folder, _FILE)
     if facts:
         write_text(path, json.dumps(facts) + "\n")

@@ -20,11 +20,8 @@ class GpuMemoryError(UserError, RuntimeError):
 
 @contextmanager
 def explain_lack_of_memory(cfg: CfgNode, *, training: bool) -> Iterator[None]:
-    """Explain, if a GPU runs out of memory in the context, which settings need less memory.
-
-    Raises:
-        GpuMemoryError: a GPU has run out of memory.
-    """
+    """Raise a GpuMemoryError that says which settings need less memory, if a GPU runs out of memory
+    in the context."""
     try:
         yield
     except torch.OutOfMemoryError as error:

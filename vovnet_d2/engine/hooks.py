@@ -304,11 +304,8 @@ class EarlyStopping(HookBase):
             self._values = dict(state_dict["values"])
 
     def _end_if_vain(self) -> None:
-        """End the training in all processes if the metric has not risen for long enough.
-
-        Raises:
-            EndOfTraining: the training ends.
-        """
+        """End the training in all processes, by EndOfTraining, if the metric has not risen for long
+        enough."""
         message = ""
         if comm.is_main_process():
             value, at = self.trainer.storage.latest().get(self._metric, (math.nan, -1))

@@ -54,16 +54,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def launch_command(
     run: Run, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> None:
-    """Call :func:`launch_or_exit` with the arguments of a command line.
-
-    Args:
-        run: the function that each process calls.
-        argv: the arguments. By default those of the running program, whose command line is then
-            ``args.command``.
-
-    Raises:
-        SystemExit: as :func:`launch_or_exit` does.
-    """
+    """Call :func:`launch_or_exit` with the arguments of a command line. By default these are the
+    arguments of the running program, whose command line is then ``args.command``."""
     args = parser.parse_args(argv)
     if argv is None:
         args.command = command_line()
@@ -159,11 +151,8 @@ def _join_torchrun() -> None:
 
 
 def run_or_exit(run: Run, args: Any) -> Any:
-    """Call ``run(args)`` in this process alone, and end with a sentence for a known error.
-
-    Raises:
-        SystemExit: see :func:`launch_or_exit`.
-    """
+    """Call ``run(args)`` in this process alone, and end with a sentence for a known error. For the
+    statuses see :func:`launch_or_exit`."""
     escape_unwritable(sys.stdout, sys.stderr)
     hide_known_messages()
     try:

@@ -176,12 +176,8 @@ class LazyTrainer(Trainer):
 
 
 def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
-    """Let the mapper of a loader name the images that it cannot read.
-
-    Args:
-        loader: the description of the loader, which is changed.
-        names: the data sets of the loader.
-    """
+    """Let the mapper in the description of a loader, which is changed, name the images of its data
+    sets that it cannot read."""
     if loader.get("mapper") is not None:  # a loader of the user may have no mapper
         if loader.mapper.get("_target_") in (DatasetMapper, _DATASET_MAPPER):
             loader.mapper._target_ = Mapper  # it reads files as all tools of this package do
@@ -190,14 +186,7 @@ def _name_unreadable_images(loader: DictConfig, names: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line of ``tools/lazyconfig_train_net.py``, in as many processes as it asks
-    for.
-
-    Args:
-        argv: the arguments, by default those of the program that is running.
-
-    Raises:
-        SystemExit: see :func:`launch_command`.
-    """
+    for. For the exit see :func:`launch_command`."""
     launch_command(run, lazy_argument_parser(), argv)
 
 
@@ -216,17 +205,7 @@ def lazy_argument_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, or only evaluate, in this process, then write the report.
-
-    Args:
-        args: the arguments, from :func:`lazy_argument_parser`.
-
-    Returns:
-        the results of the last evaluation, as :meth:`Trainer.test` gives them.
-
-    Raises:
-        see :func:`~vovnet_d2.engine.run.run_task`.
-    """
+    """Train or evaluate a LazyConfig in this process; see :func:`run_task`."""
     refuse_to_fit(args)
     return run_task(LazyTask(args))
 

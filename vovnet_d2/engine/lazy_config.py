@@ -260,12 +260,8 @@ def _fits(value: Any, before: Any) -> bool:
 
 
 def instantiate(config: DictConfig, key: str) -> Any:
-    """Build the object that a key describes.
-
-    Raises:
-        ValueError: the called function does not have the given arguments, or a reference leads
-            nowhere.
-    """
+    """Build the object that a key describes. Raise ValueError if the called function does not have
+    the given arguments, or if a reference leads nowhere."""
     try:
         return detectron2_instantiate(OmegaConf.select(config, key))
     except (OmegaConfBaseException, TypeError) as error:
@@ -275,13 +271,11 @@ def instantiate(config: DictConfig, key: str) -> Any:
 
 
 def to_cfg(config: DictConfig) -> CfgNode:
-    """Return the part of a LazyConfig that the engine reads, under the keys of YAML files.
+    """Return the part of a LazyConfig that the engine reads, under the keys of YAML files. Raise
+    ValueError if a reference in the config leads nowhere.
 
     This part says where files go, how long the training is, and which data it takes. It does not
     say how the model is built.
-
-    Raises:
-        ValueError: a reference in the config leads nowhere.
     """
     cfg = load_config()
     cfg.MODEL.META_ARCHITECTURE = name_of_target(config.model)
@@ -320,11 +314,7 @@ def _describe_backbone(cfg: CfgNode, config: DictConfig) -> None:
 
 def paths_of(cfg: CfgNode) -> dict[str, str]:
     """Return the paths in a LazyConfig of all values that the engine reads, by the keys of YAML
-    files.
-
-    Args:
-        cfg: the config that :func:`to_cfg` makes of the LazyConfig.
-    """
+    files. ``cfg`` is what :func:`to_cfg` makes of the LazyConfig."""
     return _KEYS | _HEAD_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
 
 

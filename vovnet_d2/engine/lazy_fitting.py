@@ -31,15 +31,8 @@ _SCHEDULES = [
 def fit_lazy_config(
     config: DictConfig, cfg: Any, args: argparse.Namespace, *, resuming: bool
 ) -> None:
-    """Do what :func:`fit_to_data` does.
-
-    Args:
-        config: the LazyConfig, and ``cfg`` what :func:`to_cfg` makes of it; both are changed.
-        args: the arguments of the command line.
-
-    Raises:
-        ImportError, ValueError: see :func:`fit_to_data`.
-    """
+    """Fit a LazyConfig, and the ``cfg`` that :func:`to_cfg` makes of it, to its data. For the
+    arguments and the errors see :func:`fit_to_data`."""
     paths = paths_of(cfg) | {"SOLVER.WARMUP_ITERS": _WARMUP}
     if generator := _find_generator(config):
         paths |= {key: f"{generator}.{name}" for key, name in _ANCHOR_NAMES.items()}

@@ -105,11 +105,8 @@ _TRACKERS: dict[str, Callable[[CfgNode, str | None], _Tracker]] = {
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Look for the packages that ``LOGGERS`` names.
-
-    Raises:
-        ValueError: a name is unknown, or its package is not installed.
-    """
+    """Raise ValueError if ``LOGGERS`` has an unknown name, or a name whose package is not
+    installed."""
     if isinstance(cfg.LOGGERS, str):
         raise UserValueError(
             f"LOGGERS must be a list of names: write LOGGERS \"['{cfg.LOGGERS}']\"."

@@ -124,12 +124,8 @@ def _list_causes(cfg: CfgNode, *, rate: float) -> str:
 
 
 def image_names(loader: Iterable[Any], place: Place) -> list[str]:
-    """Return the names of the images of a batch of this process.
-
-    Args:
-        loader: the loader of the training data. Only a :class:`TrainingStream` knows the names.
-        place: the place of the batch in the stream.
-    """
+    """Return the names of the images of this process's batch at a place in the stream. Only a
+    :class:`TrainingStream` knows the names."""
     if not isinstance(loader, TrainingStream):
         return []
     return [loader.name(index) for _, index in next(loader.batches(place))]

@@ -37,16 +37,8 @@ def instance_class_keys() -> list[str]:
 
 
 def check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> None:
-    """Check that a data set has as many categories as the network.
-
-    Args:
-        key: the config key that names the data set, such as "DATASETS.TRAIN".
-        name: the data set.
-        metadata: its metadata.
-
-    Raises:
-        ValueError: the numbers differ.
-    """
+    """Raise ValueError if a data set, which a config key such as "DATASETS.TRAIN" names, has
+    another number of categories than the network."""
     for kind, node in _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
         classes = metadata.get(kind)
         if classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:

@@ -56,13 +56,8 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_annotation_arguments(
     group: argparse._ActionsContainer, split: str, use: str = "annotations"
 ) -> None:
-    """Add the arguments for the annotations and images of a split.
-
-    Args:
-        group: a parser, or a group of arguments.
-        split: "train" or "val".
-        use: the help text.
-    """
+    """Add the arguments for the annotations and images of a split, "train" or "val". ``use`` is the
+    help text."""
     group.add_argument(
         f"--{split}-annotations",
         f"--{split}-json",
@@ -78,12 +73,8 @@ def add_annotation_arguments(
 
 
 def find_annotations(args: argparse.Namespace, split: str) -> tuple[Path, Path | None] | None:
-    """Return the annotations and the folder of images that a command line gives for a split.
-
-    Raises:
-        FileNotFoundError: there are no such annotations.
-        ValueError: one of the two arguments is missing and needed.
-    """
+    """Return the annotations and the folder of images that a command line gives for a split. Raise
+    an error if they are not there, or if one of the two arguments is missing and needed."""
     given = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
     path, folder = (Path(os.path.abspath(os.path.expanduser(p))) if p else None for p in given)
     if path and (folder or recognise(path) != "coco"):

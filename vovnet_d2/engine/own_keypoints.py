@@ -18,15 +18,8 @@ _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes 
 
 
 def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) -> None:
-    """Refuse ``--keypoint-flips`` if the argument has no effect.
-
-    Args:
-        flips: ``--keypoint-flips``.
-        trained_file: True if annotations to train on are given.
-
-    Raises:
-        ValueError: nothing is trained on, or the network predicts no keypoints.
-    """
+    """Raise ValueError if ``--keypoint-flips`` has no effect: without annotations to train on
+    (``trained_file``), or if the network predicts no keypoints."""
     if flips is None:
         return
     if not cfg.MODEL.KEYPOINT_ON:

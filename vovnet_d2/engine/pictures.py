@@ -29,11 +29,8 @@ _MIN_SCORE = 0.5
 
 def draw_predictions(cfg: CfgNode, model: nn.Module) -> str | None:
     """Draw the annotations of some images of the first data set in ``DATASETS.TEST``, and to the
-    right of them the predictions of the model.
-
-    Returns:
-        the path of the picture, or None if there is no such data set, no image in it, or no OpenCV.
-    """
+    right of them the predictions of the model. Return the path of the picture, or None if there is
+    no such data set, no image in it, or no OpenCV."""
     if not cfg.DATASETS.TEST or cfg.DATASETS.TEST[0] not in DatasetCatalog:
         return None
     try:

@@ -20,11 +20,8 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype:
-    """Return the dtype that ``SOLVER.AMP.DTYPE`` means on ``MODEL.DEVICE``.
-
-    Raises:
-        ValueError: the name is unknown, or the device does not compute in that type.
-    """
+    """Return the dtype that ``SOLVER.AMP.DTYPE`` means on ``MODEL.DEVICE``. Raise ValueError if the
+    name is unknown, or if the device does not compute in that type."""
     name = cfg.SOLVER.AMP.DTYPE
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -35,26 +35,15 @@ def register_data(
     cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
 ) -> None:
     """Register the data sets that a config may name, and complete the config by the user's files.
-
-    Args:
-        args: the arguments of :func:`add_own_data_arguments`, and ``opts``.
-        folder: the folder for converted annotations; ``OUTPUT_DIR`` by default.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: see :func:`use_own_data` and :func:`register_own_data`.
-    """
+    For the arguments and the errors see :func:`use_own_data`."""
     register_package_data()
     use_own_data(cfg, args, training=training, folder=folder)
     register_own_data(cfg.DATASETS.OWN)
 
 
 def load_records(name: str) -> list[dict[str, Any]]:
-    """Load a registered data set in Detectron2's format.
-
-    Raises:
-        ValueError: the files of the data set cannot be used.
-    """
+    """Load a registered data set in Detectron2's format. Raise ValueError if its files cannot be
+    used."""
     try:
         return DatasetCatalog.get(name)
     except Exception as error:
@@ -64,12 +53,10 @@ def load_records(name: str) -> list[dict[str, Any]]:
 
 
 def load_metadata(name: str, *, evaluated: bool) -> Metadata:
-    """Return the metadata of a data set. If its categories or files are missing, load it first.
+    """Return the metadata of a data set. If its categories or files are missing, load it first. For
+    an evaluation (``evaluated``), look for its files too.
 
     Some data sets have their categories only once they are loaded, and some write their files then.
-
-    Args:
-        evaluated: look for the files of an evaluation, too.
 
     Raises:
         FileNotFoundError: files of the data set are missing.
@@ -147,11 +134,8 @@ def _loading_error(name: str, error: Exception, *, evaluated: bool) -> UserValue
 
 @contextmanager
 def explain_loading() -> Iterator[None]:
-    """Say in a sentence that training data cannot be loaded, or have no image to train on.
-
-    Raises:
-        ValueError: Detectron2's loader fails in this context.
-    """
+    """Raise a ValueError with a sentence if training data cannot be loaded in this context, or have
+    no image to train on."""
     try:
         yield
     except Exception as error:

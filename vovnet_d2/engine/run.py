@@ -112,16 +112,11 @@ def _set_up(task: Task, cfg: CfgNode) -> CfgNode:
 
 
 def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
-    """Start the log in ``OUTPUT_DIR``, and remove what a killed run left half-written.
+    """Start the log in ``OUTPUT_DIR``, remove what a killed run left half-written, and return the
+    last checkpoint in the folder; empty if there is none.
 
     If an evaluation would overwrite the report of a run, ``OUTPUT_DIR`` is changed to another
-    folder.
-
-    Returns:
-        the last checkpoint in the original ``OUTPUT_DIR``; empty if there is none.
-
-    Raises:
-        ValueError: see :func:`choose_folder`.
+    folder. For the errors see :func:`choose_folder`.
     """
     folder = cfg.OUTPUT_DIR
     cfg.OUTPUT_DIR = choose_folder(folder, training=not args.eval_only, resume=args.resume)
@@ -140,12 +135,8 @@ def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
 def _set_up_with_detectron2(
     saved: CfgNode | DictConfig, cfg: CfgNode, args: argparse.Namespace
 ) -> None:
-    """Call Detectron2's ``default_setup``, which writes ``config.yaml`` to ``OUTPUT_DIR``. Before a
-    new training, move the files of an earlier training in this folder aside.
-
-    Args:
-        saved: the config that ``config.yaml`` keeps.
-    """
+    """Call Detectron2's ``default_setup``, which writes ``saved`` to ``OUTPUT_DIR/config.yaml``.
+    Before a new training, move the files of an earlier training in this folder aside."""
     folder = cfg.OUTPUT_DIR
     path = find_config(args.config_file) if args.config_file else ""
     if comm.is_main_process():

@@ -36,11 +36,8 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
 
 
 def check_network(cfg: CfgNode) -> None:
-    """Check that the parts of the network that a config names are registered.
-
-    Raises:
-        ValueError: a part is not registered. The message has the names that are close to it.
-    """
+    """Raise ValueError, with the names that are close, if a config names a part of the network that
+    is not registered."""
     for key in ("META_ARCHITECTURE", "BACKBONE.NAME", *_used_parts(cfg)):
         node, _, name = key.rpartition(".")
         value = cfg.MODEL[node][name] if node else cfg.MODEL[name]
@@ -77,11 +74,7 @@ def _check_registered(key: str, name: str, registry: Registry) -> None:
 
 
 def check_run(cfg: CfgNode, *, training: bool) -> None:
-    """Check the keys that matter for a run, however its network is built.
-
-    Raises:
-        ValueError: see :func:`check_config`.
-    """
+    """Check the keys that matter for a run, whatever builds the net; see :func:`check_config`."""
     if training:
         _check_batch(cfg)
         check_loggers(cfg)

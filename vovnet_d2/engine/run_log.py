@@ -17,12 +17,8 @@ from .quiet import escape_unwritable, shorten_long_messages
 
 
 def start_log(output_dir: str, *, progress: bool) -> None:
-    """Start the log of a run in ``log.txt``.
-
-    Args:
-        output_dir: the folder of the run.
-        progress: True if the terminal shows a progress bar instead of the log.
-    """
+    """Start the log of a run in ``log.txt``. With ``progress``, the terminal shows a progress bar
+    instead."""
     rank = comm.get_rank()
     # These arguments equal those of default_setup, so that default_setup adds no handlers.
     setup_logger(output_dir, distributed_rank=rank)

@@ -80,10 +80,7 @@ def report_scaling(written: CfgNode, scaled: CfgNode) -> None:
 
 def _scale(cfg: CfgNode, batch: int, max_iter: int | None) -> CfgNode:
     """Scale the learning rates of a config by its batch, and all iterations by one factor.
-
-    Args:
-        max_iter: the new ``SOLVER.MAX_ITER``; None for as many images as the config has.
-    """
+    ``max_iter`` is the new ``SOLVER.MAX_ITER``; None for as many images as the config has."""
     scaled = cfg.clone()
     solver, reference = scaled.SOLVER, cfg.SOLVER.IMS_PER_BATCH
     solver.BASE_LR *= batch / reference

@@ -15,11 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_label_maps(cfg: CfgNode, name: str) -> None:
-    """Read all label maps of a data set once, shared among the processes.
-
-    Args:
-        cfg: a config whose network has ``MODEL.SEM_SEG_HEAD``.
-        name: a registered data set.
+    """Read all label maps of a registered data set once, shared among the processes.
 
     Raises:
         ValueError: a label map cannot be read or has another size than its picture, a value is no

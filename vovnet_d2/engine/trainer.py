@@ -246,15 +246,8 @@ class Trainer(EvaluatingTrainer):
                     dist.broadcast(buffer, 0)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint in ``OUTPUT_DIR``, or start from ``MODEL.WEIGHTS``.
-
-        Args:
-            resume: True to resume if there is such a checkpoint.
-
-        Raises:
-            FileNotFoundError: the file is missing.
-            ValueError: the file does not fit the network.
-        """
+        """Resume from the last checkpoint in ``OUTPUT_DIR``, if there is one, or start from
+        ``MODEL.WEIGHTS``. Raise an error if this file is missing or does not fit the network."""
         super().resume_or_load(resume=resume)
         report_loaded(self.checkpointer, self.cfg, resume=resume)
         if difference := find_difference(self.cfg, self.cfg.DATASETS.TRAIN, self.checkpointer):
@@ -308,11 +301,7 @@ class Trainer(EvaluatingTrainer):
 
     def run_step(self) -> None:
         """Make a step. A step whose loss is not finite is skipped, up to
-        ``SOLVER.MAX_SKIPPED_STEPS`` times.
-
-        Raises:
-            TrainingDivergedError: too many steps were skipped.
-        """
+        ``SOLVER.MAX_SKIPPED_STEPS`` times. Then TrainingDivergedError is raised."""
         seed_all(step_seed(self._place.seed, self.iter, comm.get_rank()))
         self._statistics.keep()
         try:
@@ -323,11 +312,8 @@ class Trainer(EvaluatingTrainer):
             self._skip_step(error)
 
     def _skip_step(self, error: NonFiniteLossError) -> None:
-        """Record a step whose loss is not finite, and count it as skipped.
-
-        Raises:
-            TrainingDivergedError: too many steps were skipped before.
-        """
+        """Record a step whose loss is not finite, and count it as skipped. Raise
+        TrainingDivergedError if too many steps were skipped before."""
         loader = self._trainer.data_loader
         images = comm.gather(image_names(loader, self._find_place(self.iter)))
         rate = self.optimizer.param_groups[0]["lr"]
@@ -447,11 +433,8 @@ class Trainer(EvaluatingTrainer):
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         """Return the config for the batch of ``num_workers`` processes, if
-        ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many processes the config was written.
-
-        Raises:
-            ValueError: so many processes cannot share the batch of the config.
-        """
+        ``SOLVER.REFERENCE_WORLD_SIZE`` says for how many processes the config was written. Raise
+        ValueError if so many cannot share the batch of the config."""
         batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference < 0 or (reference and batch % reference):
             raise UserValueError(

@@ -37,11 +37,8 @@ def find_written(
     *,
     allow_unsafe_yaml: bool = False,
 ) -> Written:
-    """Separate the settings of a user from those in the files of this package.
-
-    Args:
-        config_file, options, allow_unsafe_yaml: see :func:`load_config`.
-    """
+    """Separate the settings of a user from those in the files of this package. For the arguments
+    see :func:`load_config`."""
     given: dict[str, str] = {}
     shipped = _split(find_config(config_file), given) if config_file else []
     base = load_config()
@@ -54,10 +51,7 @@ def find_written(
 
 def _split(path: str, given: dict[str, str]) -> list[str]:
     """Add the keys of a user's file, and of the user's files that it inherits from, to ``given``.
-
-    Returns:
-        the shipped files that these inherit from, or ``path`` if it is one.
-    """
+    Return the shipped files that these inherit from, or ``path`` if it is one."""
     if not os.path.isfile(path):  # on a server
         return []
     if is_shipped(path):

@@ -32,15 +32,8 @@ class DensePart(Backbone):
         return self.backbone.size_divisibility
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute feature maps and predictions.
-
-        Args:
-            images: (N, C, H, W), normalised and padded for the backbone.
-
-        Returns:
-            the feature maps by name, then the predictions of the head, named by
-            :func:`prediction_name`.
-        """
+        """Compute the feature maps of images (N, C, H, W), normalised and padded for the backbone,
+        by name, then the predictions of the head, named by :func:`prediction_name`."""
         outputs = dict(self.backbone(images))
         if self.head is not None:
             predictions = self.head([outputs[name] for name in self.head_features])

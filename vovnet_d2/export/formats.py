@@ -111,11 +111,7 @@ def formats_for(target: type[ExportTarget]) -> list[str]:
 
 
 def check_format(format: str, target: type[ExportTarget]) -> None:
-    """Check that a format takes a target, and that its packages are installed.
-
-    Raises:
-        ValueError, ModuleNotFoundError: see :func:`export`.
-    """
+    """Check that a format takes a target and that its packages are there; see :func:`export`."""
     if format not in FORMATS:
         raise UserValueError(f"Unknown format {format!r}: choose from {', '.join(FORMATS)}.")
     choices = formats_for(target)

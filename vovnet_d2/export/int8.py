@@ -90,14 +90,8 @@ class Quantizer:
         return [name for name in named if name in parts] + plurals
 
     def quantize(self, layers: Collection[str]) -> Any:
-        """Return the ONNX model with some layers quantized.
-
-        Args:
-            layers: keys of :attr:`layers`.
-
-        Raises:
-            ValueError: there are no images to calibrate on.
-        """
+        """Return the ONNX model with some layers, keys of :attr:`layers`, quantized. Raise
+        ValueError if there are no images to calibrate on."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         excluded = [

@@ -223,11 +223,8 @@ def _take_as_preprocessed(batched_inputs: list[dict[str, torch.Tensor]]) -> Imag
 
 
 def _infer(model: Any, image: torch.Tensor, *size: torch.Tensor) -> list[dict[str, Any]]:
-    """Run a model on an image; in a trace :func:`paste_masks` pastes the masks.
-
-    Args:
-        size: height and width of the result, or nothing for no post-processing.
-    """
+    """Run a model on an image; in a trace :func:`paste_masks` pastes the masks. ``size`` is the
+    height and width of the result, or nothing for no post-processing."""
     inputs = {"image": image, **dict(zip(("height", "width"), size, strict=False))}
     is_rcnn = isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN)
     if not is_rcnn or (size and not torch.jit.is_tracing()):

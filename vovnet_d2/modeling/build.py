@@ -172,11 +172,8 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 
 
 def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:
-    """Build the network of torchvision that ``MODEL.TORCHVISION`` names.
-
-    Raises:
-        ValueError: the input does not have three channels, which torchvision's networks need.
-    """
+    """Build the network of torchvision that ``MODEL.TORCHVISION`` names. Raise ValueError if the
+    input does not have three channels, which these networks need."""
     if input_shape.channels != 3:
         raise UserValueError(
             f"torchvision's networks take images of 3 channels, not {input_shape.channels}: timm "
@@ -251,11 +248,8 @@ def register_backbones(*, override: bool = False) -> None:
 
 
 def require_own_builders() -> None:
-    """Check that no other package has registered the names of our builders.
-
-    Raises:
-        KeyError: another package has; the message says which one, and how to choose.
-    """
+    """Raise KeyError if another package has registered the names of our builders. The message says
+    which one, and how to choose."""
     if foreign := _foreign_builders():
         owners = ", ".join(f"{name} (by {module})" for name, module in foreign.items())
         raise UserKeyError(

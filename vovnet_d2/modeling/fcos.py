@@ -60,12 +60,9 @@ class FCOS(fcos.FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a config.
-
-        Raises:
-            ValueError: ``MODEL.FCOS.IN_FEATURES`` names a feature map that the backbone does not
-                return, or ``LOSSES`` or ``REG_MAX`` has a value that cannot be used.
-        """
+        """Read the arguments from a config. Raise ValueError if ``MODEL.FCOS.IN_FEATURES`` names a
+        feature map that the backbone does not return, or if ``LOSSES`` or ``REG_MAX`` cannot be
+        used."""
         node = cfg.MODEL.FCOS
         _check_choice("LOSSES", node.LOSSES, _LOSSES)
         if node.REG_MAX < 1:

@@ -70,10 +70,7 @@ def _is_pristine(module: nn.Module) -> bool:
 
 def _behind_normalisation(norm: Any) -> nn.Sequential | None:
     """Return the modules that a norm applies after normalising: timm's norms have an activation.
-
-    Returns:
-        None if these modules do not explain what the norm computes.
-    """
+    Return None if these modules do not explain what the norm computes."""
     rest = nn.Sequential(*norm.children())
     mean = norm.running_mean
     x = torch.linspace(-3, 3, 4 * len(mean)).to(mean).view(1, len(mean), 2, 2)
@@ -113,11 +110,7 @@ def _fuse(conv: Any, norm: Any) -> nn.Module | None:
 def _norms_behind_convolutions(
     model: nn.Module, backbone: nn.Module
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """Find the convolutions of a backbone whose output only a batch norm reads.
-
-    Returns:
-        pairs of a convolution and its norm.
-    """
+    """Return the convolutions of a backbone whose output only a batch norm reads, with the norm."""
     registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     calls: Counter[nn.Module] = Counter()
     # The keys are ids of outputs. Each output is kept, so that no other tensor gets its id.

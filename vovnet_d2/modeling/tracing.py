@@ -16,11 +16,8 @@ def is_symbolic(x: Any) -> bool:
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Return True if this call is compiled, exported or traced.
-
-    Args:
-        tensors: the inputs of the call. Some may be placeholders of ``torch.fx``.
-    """
+    """Return True if this call with some tensors is compiled, exported or traced. Some of the
+    tensors may be placeholders of ``torch.fx``."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -30,13 +27,11 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def is_followed(*tensors: Any) -> bool:
-    """Return True if this call is traced, or if something else sees its operators one by one.
+    """Return True if this call with some tensors is traced, or if something else sees its operators
+    one by one.
 
     Transforms of torch.func, forward-mode differentiation, dispatch modes such as FlopCounterMode
     and FakeTensorMode, and subclasses of tensors such as DTensor do. They need plain operators.
-
-    Args:
-        tensors: the inputs of the call.
     """
     return (
         is_traced()

@@ -125,13 +125,9 @@ def _overlaps(
 def confusion_matrix(
     images: Iterable[ImageMatches], category_ids: Sequence[int]
 ) -> NDArray[np.int64]:
-    """Count the objects by their category and by the predicted category.
-
-    Returns:
-        (K + 1, K + 1) numbers of objects, by their category in the rows and by the predicted one
-        in the columns. The last row counts predictions where there is no object. The last column
-        counts objects that were not found.
-    """
+    """Count objects by their category in the rows and by the predicted category in the columns, (K
+    + 1, K + 1). The last row counts predictions where there is no object. The last column counts
+    objects that were not found."""
     place = {category_id: k for k, category_id in enumerate(category_ids)}
     background = len(place)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)

@@ -70,14 +70,12 @@ def link_annotations(
     categories: Mapping[int | str, Record],
     findings: Findings,
 ) -> list[Linked]:
-    """Find the image and the category of each annotation, and repair its "iscrowd".
-
-    Args:
-        annotations, images, categories, findings: see :func:`repair_annotations`.
+    """Find the image and the category of each annotation, and repair its "iscrowd". For the
+    arguments see :func:`repair_annotations`.
 
     Returns:
         copies of the annotations whose image and category can be used, with the repaired ids of the
-            image and the category.
+        image and the category.
     """
     found = []
     for where, annotation, image in _with_images(annotations, images, findings):

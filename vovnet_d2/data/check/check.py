@@ -299,12 +299,7 @@ def _drop_images(checked: CheckedSet, names: set[str]) -> None:
 
 
 def require_free(path: Path) -> None:
-    """Check that a new file can be written to a path.
-
-    Raises:
-        FileNotFoundError: there is no folder for this file.
-        ValueError: the path is taken.
-    """
+    """Raise an error unless a new file can be written to a path."""
     if path.exists():
         raise UserValueError(f"{path} exists already: choose another name for the corrected copy.")
     if not path.parent.is_dir():
@@ -312,10 +307,8 @@ def require_free(path: Path) -> None:
 
 
 def write_fixed(checked: CheckedSet, path: Path) -> str:
-    """Write the corrected copy of a set's annotation file, whole or not at all.
-
-    Returns:
-        a sentence with the numbers of images, annotations and categories that were kept.
+    """Write the corrected copy of a set's annotation file, whole or not at all. Return a sentence
+    with the numbers of images, annotations and categories that were kept.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -40,14 +40,8 @@ class Crowding(NamedTuple):
 
 
 def measure_crowding(counts: Iterable[int], limit: int) -> Crowding | None:
-    """Count the objects beyond a limit of detections per image.
-
-    Args:
-        counts: the number of objects in each image, without crowds.
-        limit: the number of detections per image.
-
-    Returns:
-        None if no image has more objects than that.
+    """Count the objects beyond a limit of detections per image. ``counts`` are the numbers of
+    objects in the images, without crowds. Return None if no image has more objects than the limit.
     """
     numbers = list(counts)
     over = [number - limit for number in numbers if number > limit]

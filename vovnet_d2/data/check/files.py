@@ -41,18 +41,10 @@ class ImageFile(ImageHeader):
 
 
 def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
-    """Find the file of an image by its name in an annotation file. The name must not lead out of
-    the folder.
+    """Return the file of an image by its ``file_name`` in an annotation file, relative to ``root``.
 
     Only the name is checked. A symbolic link may lead anywhere, as the user has made it: DVC,
     git-annex and shared folders of clusters do so.
-
-    Args:
-        root: the folder of a data set's images.
-        name: ``file_name`` of an image, relative to ``root``.
-
-    Returns:
-        the path of the file.
 
     Raises:
         ValueError: the name leads out of ``root`` by ".." or as an absolute path, or is no path.
@@ -72,11 +64,7 @@ def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
 
 
 def inspect_files(paths: Iterable[str], title: str) -> Mapping[str, ImageFile]:
-    """Read and decode each file as training does, several at a time.
-
-    Args:
-        title: the heading of the progress bar.
-    """
+    """Read each file as training does, several at a time. A progress bar has the title."""
     unique = list(dict.fromkeys(paths))
     # Decoding and hashing let other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

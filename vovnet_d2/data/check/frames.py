@@ -60,13 +60,12 @@ def interpret_annotations(
     """Convert annotations in unusual conventions to COCO's format.
 
     Args:
-        annotations: the annotations as the file has them.
         frames: the images that can be used, by their ids in the file.
         findings: gets what all annotations have in common.
 
     Returns:
         the annotations in COCO's format for the pictures as they are read, and the reason why no
-            corrected copy can be written; the reason is empty if one can.
+        corrected copy can be written; the reason is empty if one can.
     """
     pairs = [(a, frames.get(as_id(a.get("image_id")))) for a in annotations]  # type: ignore[arg-type]
     pairs = _interpret_polygons(pairs, findings)

@@ -61,12 +61,8 @@ class LabelCounts:
 
 
 def count_labels(records: Sequence[Mapping[str, Any]], title: str) -> LabelCounts:
-    """Read all label maps once, several at a time.
-
-    Args:
-        records: in Detectron2's format, with "sem_seg_file_name".
-        title: the heading of the progress bar.
-    """
+    """Read all label maps once, several at a time. The records, in Detectron2's format, name them
+    under "sem_seg_file_name". A progress bar has the title."""
     counts = LabelCounts()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(_inspect, records)
@@ -86,14 +82,8 @@ def is_label_set(name: str) -> bool:
 
 
 def check_label_set(name: str) -> tuple[str, bool]:
-    """Check a registered data set of label maps, with the classes that its metadata list.
-
-    Returns:
-        a report, and True if the label maps can be used.
-
-    Raises:
-        FileNotFoundError: the files of the data set are missing.
-    """
+    """Check a registered data set of label maps, with the classes that its metadata list. Return a
+    report, and True if the label maps can be used. Raise FileNotFoundError if files are missing."""
     metadata = MetadataCatalog.get(name)
     try:
         records = [r for r in DatasetCatalog.get(name) if "sem_seg_file_name" in r]

@@ -22,16 +22,8 @@ _SEVERAL = 3
 def compare_files(
     mine: Mapping[str, ImageFile], others: Mapping[str, ImageFile], findings: Findings
 ) -> set[str]:
-    """Find the image files of a training set that are also in the validation set.
-
-    Args:
-        mine: the files of the training set, by name.
-        others: the files of the validation set, by name.
-        findings: gets the problems.
-
-    Returns:
-        the names in ``mine`` of files whose bytes are also in ``others``.
-    """
+    """Return the names of a training set's files whose bytes are also in the validation set, and
+    note such problems. Both mappings have the files by their names."""
     by_digest = {file.digest: name for name, file in others.items()}
     leaked = {name for name, file in mine.items() if file.digest in by_digest}
     for name in sorted(leaked):

@@ -59,15 +59,8 @@ def is_box_mask(mask: Any, box: Sequence[float]) -> bool:
 
 
 def repair_mask(value: Any, height: int, width: int, where: str, findings: Findings) -> Mask | None:
-    """Repair the mask of an annotation, and note its problems.
-
-    Args:
-        value: the ``segmentation`` of an annotation, which is not empty.
-        where: a description of the annotation for messages.
-
-    Returns:
-        the part of the value that is a mask of the image; None if no part is.
-    """
+    """Repair the "segmentation" of an annotation, which is not empty, and note its problems. Return
+    the part of the value that is a mask of the image; None if no part is."""
     if isinstance(value, dict):
         return _repair_rle(value, height, width, where, findings)
     if not isinstance(value, list):

@@ -31,14 +31,8 @@ class NearNames:
         return dict(found)
 
     def find(self, name: str) -> str | None:
-        """Find the file that is meant by a name with mistakes.
-
-        Args:
-            name: ``file_name`` of an image for which there is no file.
-
-        Returns:
-            the name, relative to the folder, of the only file that can be meant. None if there is
-                no such file, or if several are equally near.
+        """Find the file that is meant by a name for which there is no file. Return its name,
+        relative to the folder. Return None if no file can be meant, or if several are equally near.
         """
         meant = _plain(name)
         if not meant or not (near := self._by_key.get(_key(meant), [])):

@@ -18,16 +18,8 @@ def is_plain(path: Path) -> bool:
 
 
 def read_annotation_file(path: Path, findings: Findings) -> dict[str, Any] | None:
-    """Read an annotation file, and leave out what is malformed.
-
-    Args:
-        path: a file in COCO's format.
-        findings: gets the problems of the file.
-
-    Returns:
-        the content, in which each of :data:`SECTIONS` is a list of dicts; None if the file cannot
-            be read.
-    """
+    """Read a file in COCO's format, and leave out what is malformed. Return the content, in which
+    each of :data:`SECTIONS` is a list of dicts; None if the file cannot be read."""
     try:
         data = path.read_bytes()
         encoding = json.detect_encoding(data)

@@ -43,11 +43,8 @@ def _group_by_id(
 
 
 def repair_categories(records: list[Record], findings: Findings) -> dict[int | str, Record]:
-    """Repair the ids and the names of the categories, and note their problems.
-
-    Returns:
-        the categories by their ids in the file. Each category has a unique id and a unique name.
-    """
+    """Repair the ids and the names of the categories, and note their problems. Return them by their
+    ids in the file. Each category has a unique id and a unique name."""
     found: dict[int | str, Record] = {}
     for meant, group in _group_by_id(records, "category", findings).items():
         if len(group) > 1:
@@ -81,12 +78,8 @@ def _repair_names(categories: list[Record], findings: Findings) -> None:
 
 
 def find_unused_supercategories(records: list[Record], used: Container[Any]) -> list[Record]:
-    """Return the categories without annotations that others name as their supercategory.
-
-    Args:
-        records: the categories, with names.
-        used: the ids of the categories that have annotations.
-    """
+    """Return the categories that others name as their supercategory and whose ids are not in
+    ``used``."""
     pairs = [(record.get("supercategory"), record["name"]) for record in records]
     above = {name for name, own in pairs if isinstance(name, str) and name != own}
     return [r for r in records if r["id"] not in used and r["name"] in above]
@@ -98,12 +91,8 @@ def find_unused_supercategories(records: list[Record], used: Container[Any]) -> 
 def repair_images(
     records: list[Record], root: Path, title: str, findings: Findings
 ) -> tuple[dict[int | str, Record | None], dict[int, ImageFile]]:
-    """Repair the records of the images, and note the problems of the records and the files.
-
-    Args:
-        records: the images as the file has them.
-        root: the folder of the images.
-        title: the heading of the progress bar.
+    """Repair the records of the images, and note the problems of the records and the files. A
+    progress bar has the title.
 
     Returns:
         the images by their ids in the file, with None for an image that cannot be used; and the

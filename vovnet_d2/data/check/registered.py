@@ -33,17 +33,12 @@ def states_categories(name: str) -> bool:
 
 
 def find_foreign_file(name: str) -> str:
-    """Compare the annotation files of a data set with the categories that its metadata state.
-
-    Args:
-        name: a data set for which :func:`states_categories` holds.
+    """Compare the annotation files of a data set, for which :func:`states_categories` holds, with
+    the categories that its metadata state. Raise ValueError if a file cannot be read.
 
     Returns:
         a sentence without a full stop that names the file and its categories; empty if the files
-            have the categories of the data set.
-
-    Raises:
-        ValueError: a file cannot be read.
+        have the categories of the data set.
     """
     metadata = MetadataCatalog.get(name)
     for key, path in _files(metadata).items():

@@ -22,11 +22,7 @@ def count_problems(checked: Sequence[CheckedSet], between: Between) -> int:
 
 
 def format_report(checked: Sequence[CheckedSet], between: Between, *, fixing: bool = False) -> str:
-    """Return the text of the report on the problems of data sets.
-
-    Args:
-        fixing: True to say what the corrected copy changes for each problem.
-    """
+    """Return the text of the report. With ``fixing``, it says what the corrected copy changes."""
     lines = []
     for one in checked:
         counts = ", ".join(counted(count, what) for what, count in one.counts.items())

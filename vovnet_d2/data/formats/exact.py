@@ -17,15 +17,8 @@ def exact(value: float | Decimal) -> Decimal:
 
 
 def read_number(text: str | None, where: str) -> Decimal:
-    """Read a number of a file.
-
-    Args:
-        text: the number; None if it is missing.
-        where: the file and the line or element in the file, for the error.
-
-    Raises:
-        ValueError: the text is no finite number.
-    """
+    """Read a number of a file; None if it is missing. ``where`` is the file and the line or element
+    in the file. Raise ValueError, with this place, if the text is no finite number."""
     try:
         number = Decimal((text or "").strip().replace("_", "?"))
     except InvalidOperation:

@@ -30,11 +30,8 @@ class ImageFolder:
         self._near = NearNames(root)
 
     def find(self, *names: str) -> str | None:
-        """Return the path of the first name that leads to a file, relative to the folder.
-
-        Args:
-            names: possible paths. They may come from another operating system, or lack the suffix.
-        """
+        """Return the path of the first name that leads to a file, relative to the folder. The names
+        may come from another operating system, or lack the suffix."""
         for name in filter(None, map(slashed, names)):
             if self._is_file(name):
                 return name
@@ -49,11 +46,8 @@ class ImageFolder:
         return inside and known and (self.root / name).is_file()
 
     def sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """Read the width and height of images from the headers of their files.
-
-        Raises:
-            ValueError: a file is no picture.
-        """
+        """Read the width and height of images from the headers of their files. Raise ValueError if
+        a file is no picture."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             started = [pool.submit(self._size, name) for name in names]
             return read_each(started, Future.result)
@@ -95,12 +89,8 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file, with or without a byte order mark.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is neither in UTF-8 nor in UTF-16 with a byte order mark.
-    """
+    """Read a text file, with or without a byte order mark. Raise ValueError if the file is neither
+    in UTF-8 nor in UTF-16 with a byte order mark."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -19,12 +19,8 @@ class Notes:
         self._first: dict[str, str] = {}
 
     def add(self, what: str, where: str) -> None:
-        """Count one case.
-
-        Args:
-            what: the kind of the case, in words, as the plural subject of a line.
-            where: the file and the line or element of this case.
-        """
+        """Count one case of a kind, which is the plural subject of a line. ``where`` is the file
+        and the line or element of this case."""
         self._counts[what] = self._counts.get(what, 0) + 1
         self._first.setdefault(what, where)
 
@@ -34,15 +30,8 @@ class Notes:
 
 
 def read_each(items: Iterable[T], read: Callable[[T], R], what: str = "files") -> list[R]:
-    """Read all items, or raise one error if some of them cannot be read.
-
-    Args:
-        what: the name of the items in the message.
-
-    Raises:
-        ValueError: some items cannot be read. The message has the first problem and the number of
-            the others.
-    """
+    """Read all items, or raise one ValueError with the first problem and the number of the others.
+    In it, ``what`` names the items."""
     results: list[R] = []
     problems: list[str] = []
     for item in items:

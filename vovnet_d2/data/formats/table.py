@@ -80,11 +80,7 @@ def _read_coco(path: Path, images: Path, part: str | None, notes: Notes) -> Cont
 
 
 def write_coco(content: Content, path: Path) -> None:
-    """Write a file in COCO's format, whole or not at all.
-
-    Raises:
-        FileNotWrittenError: the file cannot be written, for example on a full disk.
-    """
+    """Write a file in COCO's format, whole, or raise FileNotWrittenError."""
     write_text(path, json.dumps(content, ensure_ascii=False))
 
 
@@ -125,15 +121,8 @@ def describe_formats(separator: str = "; ") -> str:
 
 
 def recognise(path: Path) -> str:
-    """Return the format of annotations.
-
-    Returns:
-        a key of :data:`FORMATS`.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the format is unknown.
-    """
+    """Return the format of annotations, a key of :data:`FORMATS`. Raise an error if there is no
+    such file or folder, or if the format is unknown."""
     if not path.exists():
         raise UserFileNotFoundError(f"There is no annotation file {path}.")
     for key, known in FORMATS.items():

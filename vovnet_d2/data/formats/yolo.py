@@ -134,11 +134,8 @@ def _load_yaml(file: Path) -> dict[str, Any]:
 
 
 def _listed_images(file: Path, part: str | None, folder: ImageFolder | None = None) -> list[str]:
-    """List the paths of the images in a part of data.yaml, or in all parts.
-
-    Args:
-        folder: the folder that is searched for images whose path in the file is wrong.
-    """
+    """List the paths of the images in a part of data.yaml, or in all parts. Images whose path in
+    the file is wrong are looked for in ``folder``."""
     content = _load_yaml(file)
     parts = {key: content[key] for key in ("train", "val", "valid", "test") if content.get(key)}
     parts |= {"val": parts.pop("valid")} if "val" not in parts and "valid" in parts else {}

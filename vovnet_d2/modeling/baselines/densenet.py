@@ -81,14 +81,8 @@ class DenseNet67(Backbone):
         }
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the two feature maps.
-
-        Args:
-            x: (N, C, H, W).
-
-        Returns:
-            "first", (N, 352, H/8, W/8), and "second", (N, 512, H/16, W/16); sizes are rounded up.
-        """
+        """Return "first", (N, 352, H/8, W/8), and "second", (N, 512, H/16, W/16); sizes are rounded
+        up."""
         x = halve(self.stem(x))
         x = halve(self.transition1(self.block1(x)))
         first = self.transition2(self.block2(x))

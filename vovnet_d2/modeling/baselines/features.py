@@ -53,11 +53,8 @@ class FeatureBackbone(Backbone):
 
 
 def stage_name(stride: int) -> str:
-    """Return the name of the stage with a stride, such as "stage3" for stride 8.
-
-    Raises:
-        ValueError: the stride is not a power of 2.
-    """
+    """Return the name of the stage with a stride, such as "stage3" for stride 8. Raise ValueError
+    if the stride is not a power of 2."""
     if stride & (stride - 1):
         raise UserValueError(
             f"The network has a feature map of stride {stride}. Backbones need powers of 2: choose "
@@ -117,10 +114,7 @@ def maps_on_meta(
     network: nn.Module, size: tuple[int, int], in_channels: int
 ) -> tuple[Sequence[torch.Tensor], dict[str, torch.Tensor]]:
     """Run a network on the meta device for an image of (H, W), without a change to the network.
-
-    Returns:
-        the outputs, and the parameters that they were computed from.
-    """
+    Return the outputs, and the parameters that they were computed from."""
     parameters = {
         name: torch.empty_like(p, device="meta", requires_grad=True)
         for name, p in network.named_parameters()
@@ -137,12 +131,8 @@ def maps_on_meta(
 def parameters_behind(
     network: nn.Module, size: tuple[int, int], in_channels: int, maps: Iterable[int]
 ) -> set[str]:
-    """Return the names of the parameters that some feature maps of a network are computed from.
-
-    Args:
-        size: (H, W) of an image that the network can take.
-        maps: indices of the feature maps.
-    """
+    """Return the names of the parameters that the feature maps with some indices are computed from,
+    for an image of (H, W) that the network can take."""
     found, parameters = maps_on_meta(network, size, in_channels)
     total = torch.stack([found[index].sum() for index in maps]).sum()
     gradients = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)

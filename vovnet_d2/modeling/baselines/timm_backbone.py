@@ -121,11 +121,7 @@ def _create(
 
 
 def require_network(timm: Any, name: str) -> None:
-    """Check that timm has a network of this name.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Raise ValueError if timm has no network of this name."""
     if not timm.is_model(name):
         architecture = name.partition(".")[0]
         close = get_close_matches(architecture, timm.list_models(), n=3)

@@ -170,15 +170,9 @@ class RefineDetHead(nn.Module):
         )
 
     def forward(self, features: Maps) -> tuple[Maps, Maps, Maps, Maps]:
-        """Compute the predictions of both modules.
-
-        Args:
-            features: the feature maps, the finest first; each has half the height and width of the
-                one before.
-
-        Returns:
-            the logits and the offsets of the ARM for each feature map, then those of the ODM.
-        """
+        """Return the logits and the offsets of the ARM for each feature map, then those of the ODM.
+        The feature maps come the finest first; each has half the height and width of the one
+        before."""
         refined: Maps = []
         coarser = None
         for connection, x in zip(reversed(self.tcb), reversed(features), strict=True):

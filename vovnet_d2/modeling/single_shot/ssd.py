@@ -176,11 +176,8 @@ class SingleShotDetector(DenseDetector):
 
 
 def taps(backbone: Backbone, names: Sequence[str]) -> list[Any]:
-    """Return the shapes of the feature maps that a detector reads.
-
-    Raises:
-        ValueError: ``MODEL.SINGLE_SHOT.IN_FEATURES`` is empty, or one of them does not exist.
-    """
+    """Return the shapes of the feature maps that a detector reads. Raise ValueError if
+    ``MODEL.SINGLE_SHOT.IN_FEATURES`` is empty, or if one of them does not exist."""
     shapes = backbone.output_shape()
     missing = [name for name in names if name not in shapes]
     if missing or not names:
