@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -122,7 +123,8 @@ def test_folder_with_all_sorts(
         assert before.shape == after.shape
         assert (before != after).any()
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == "Done: 7 of 9 images. Not read: 2, named above."
+    end = r"Done: 7 of 9 images, [\d,]+ objects\. Not read: 2, named above\."
+    assert re.fullmatch(end, out.splitlines()[-1])
     for name in ("03_cut.png", "05_empty.jpg"):
         assert f"pictures/{name} is not a picture that can be read" in err
     assert "hidden" not in err
@@ -145,15 +147,28 @@ def test_what_make_demo_says_can_be_run() -> None:
 def test_all_is_well(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(Path("pictures"), 3)
     words = ("--input", "pictures/0[01].png", "pictures", "pictures/02.png", "--output", "drawn")
-    assert demo(network, *words, "--batch-size", 2) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "Done: 3 of 3 images."
+    assert demo(network, *words, "--batch-size", 2, "--json", "found.json") == 0
+    count = len(json.loads(Path("found.json").read_text()))
+    assert capsys.readouterr().out.splitlines()[-1] == f"Done: 3 of 3 images, {count:,} objects."
 
 
-def test_nothing_to_draw_leaves_the_pixels(network: CfgNode) -> None:
+def test_config_options_without_the_word_before_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, is_hinted in ((["MODEL.WEIGHTS", "a.pth"], True), (["--outptu", "a"], False)):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--config-file", "a.yaml", "--webcam", "0", *words])
+        assert ("after the word --opts" in capsys.readouterr().err) is is_hinted
+
+
+def test_nothing_to_draw_leaves_the_pixels(
+    network: CfgNode, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_pictures(Path("pictures"), 2)
     assert demo(network, "--input", "pictures", "--output", "out", "--score-threshold", 1) == 0
     for name in ("00.png", "01.png"):
         assert np.array_equal(cv2.imread(f"pictures/{name}"), cv2.imread(f"out/{name}"))
+    done, hint = capsys.readouterr().out.splitlines()[-2:]
+    assert done == "Done: 2 of 2 images, 0 objects."
+    assert "lower --score-threshold" in hint
 
 
 def test_one_picture_to_one_file(network: CfgNode) -> None:

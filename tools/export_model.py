@@ -31,7 +31,7 @@ from vovnet_d2.backends import check_backend
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.data.mapper import build_augmentations
 from vovnet_d2.engine.any_config import AnyConfig, as_cfg, build_network, load_any_config
-from vovnet_d2.engine.arguments import add_options_argument
+from vovnet_d2.engine.arguments import add_options_argument, parse_options_last
 from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.engine.initial_weights import check_all_loaded
 from vovnet_d2.engine.launch import run_or_exit
@@ -323,7 +323,7 @@ def _random_images(sizes: Sequence[str], model: nn.Module, *, batched: bool) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_or_exit(run, argument_parser().parse_args(argv))
+    run_or_exit(run, parse_options_last(argument_parser(), argv))
 
 
 if __name__ == "__main__":

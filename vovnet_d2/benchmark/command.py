@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..engine.arguments import add_options_argument
+from ..engine.arguments import add_options_argument, parse_options_last
 from ..engine.devices import parse_device
 from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
@@ -192,7 +192,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser()
     chosen, _ = parser.parse_known_args(words)
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
-    return parser.parse_args(words)
+    return parse_options_last(parser, words)
 
 
 def read_references(words: list[str], names: list[str]) -> dict[str, str]:

@@ -14,12 +14,13 @@ import torch
 from ..backends import AUTO, BACKENDS, TORCH
 from ..drawing.artist import Artist
 from ..engine.any_config import as_cfg, load_any_config
-from ..engine.arguments import PICKLE_HELP, add_options_argument
+from ..engine.arguments import PICKLE_HELP, add_options_argument, parse_options_last
 from ..engine.config import find_config
 from ..engine.launch import run_or_exit
 from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory
 from ..predictor import Predictor
+from ..words import counted
 from .inputs import Camera, Pictures, Video
 from .outputs import (
     PictureFiles,
@@ -201,7 +202,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line of ``tools/demo.py``, and exit with a status that ``--help`` lists."""
-    sys.exit(run_or_exit(_run, _argument_parser().parse_args(argv)))
+    sys.exit(run_or_exit(_run, parse_options_last(_argument_parser(), argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -267,8 +268,11 @@ def _open_sinks(
 def _conclude(source: Pictures | Video | Camera, outcome: Outcome) -> int:
     """Say what was done, and return the exit status."""
     of = f" of {source.total}" if source.total else ""
-    print(f"Done: {outcome.done}{of} {source.unit}s.", end="")
+    found = "" if outcome.objects is None else f", {counted(outcome.objects, 'objects')}"
+    print(f"Done: {outcome.done}{of} {source.unit}s{found}.", end="")
     print(f" Not read: {outcome.skipped}, named above." if outcome.skipped else "")
+    if outcome.done and outcome.objects == 0:
+        print("No object was detected. A lower --score-threshold shows less certain ones.")
     if outcome.interrupted and not isinstance(source, Camera):
         return _INTERRUPTED
     return 1 if outcome.skipped else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..drawing.artist import Artist
+from ..drawing.artist import Artist, Shown
 from ..predictor import Predictor
 from .inputs import Frame, Source
 from .outputs import Sink
@@ -24,11 +24,14 @@ class Outcome:
 
     Attributes:
         done: the number of images whose outputs were written.
+        objects: the number of objects that were detected on them; None for a network that labels
+            pixels only.
         skipped: the number of inputs that could not be read to their end.
         interrupted: True if Ctrl-C ended the run.
     """
 
     done: int = 0
+    objects: int | None = None
     skipped: int = 0
     interrupted: bool = False
 
@@ -62,8 +65,11 @@ class Run:
         try:
             with tqdm(total=source.total, unit=source.unit) as bar:
                 for frame, prediction in self._predict(source.frames(skip)):
-                    if not self._keep(frame, prediction):
+                    shown = self.selection(prediction)
+                    if not self._keep(frame, shown):
                         break
+                    if shown.instances is not None:
+                        outcome.objects = (outcome.objects or 0) + len(shown.instances)
                     outcome.done += 1
                     bar.update(frame.number - bar.n)
         except KeyboardInterrupt:
@@ -75,9 +81,8 @@ class Run:
             predictions = self.predictor([frame.pixels for frame in batch])
             yield from zip(batch, predictions, strict=True)
 
-    def _keep(self, frame: Frame, prediction: dict[str, Any]) -> bool:
+    def _keep(self, frame: Frame, shown: Shown) -> bool:
         """Draw and write a prediction; return False to stop."""
-        shown = self.selection(prediction)
         go_on = []
         if self.sinks:
             drawn = self.artist.draw(frame.pixels, shown)

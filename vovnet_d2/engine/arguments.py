@@ -5,6 +5,8 @@
 """
 
 import argparse
+import re
+from collections.abc import Sequence
 
 from detectron2.engine import default_argument_parser
 
@@ -93,6 +95,18 @@ def argument_parser(tool: str = "train_net") -> argparse.ArgumentParser:
         "share of it",
     )
     return parser
+
+
+def parse_options_last(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line with ``--opts``, and tell a user who left this word out to add it."""
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        is_option = any(re.fullmatch(r"[A-Z][A-Z0-9_]*\.[A-Z0-9_.]+|[\w.]+=.*", w) for w in unknown)
+        hint = ". Config options come last, after the word --opts" * is_option
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
 
 
 def add_options_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

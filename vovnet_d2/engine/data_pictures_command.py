@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserImportError, UserValueError
-from .arguments import add_options_argument
+from .arguments import add_options_argument, parse_options_last
 from .config import load_config
 from .data_checks import check_data, check_data_sets
 from .launch import run_or_exit
@@ -72,7 +72,7 @@ def _argument_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line of ``tools/visualize_data.py``, and exit with status 2 for wrong
     arguments."""
-    run_or_exit(_run, _argument_parser().parse_args(argv))
+    run_or_exit(_run, parse_options_last(_argument_parser(), argv))
 
 
 def _run(args: argparse.Namespace) -> None:
