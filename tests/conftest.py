@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -15,6 +16,31 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import setuptools  # noqa: F401 (fails if it is imported after something has looked for pip)
+import yaml
+
+
+def load_yaml_fast(stream: object) -> object:
+    """Read YAML by PyYAML's parser in C, which takes a tenth of the time of the one in Python.
+
+    What the parser in C refuses, and what is nested so deeply that it would crash, is read in
+    Python, so that the errors are those that users see.
+    """
+    if isinstance(stream, bytes):
+        return load_yaml_in_python(stream)
+    text = stream if isinstance(stream, str) else stream.read()
+    if len(re.findall(r"[\[{]", text)) < 100 and not re.search(r"^[ ?-]{100}", text, re.M):
+        try:
+            return yaml.load(text, Loader=yaml.CSafeLoader)
+        except (ValueError, yaml.YAMLError):
+            pass
+    if stream is not text:
+        stream.seek(0)
+    return load_yaml_in_python(stream)
+
+
+load_yaml_in_python = yaml.safe_load
+if yaml.__with_libyaml__:
+    yaml.safe_load = load_yaml_fast
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ checkpoint tools, when they convert one, read this table.
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 LAYOUTS = ("native", "detectron2", "timm", "osmr")
@@ -124,6 +124,16 @@ def _rows(depthwise: bool) -> list[dict[str, _Template]]:
     ]
 
 
+@lru_cache(maxsize=1 << 14)
+def _match_key(key: str, depthwise: bool) -> KeyMatch | None:
+    """Recognise a key. A state dict is searched several times while it is loaded."""
+    for row in _rows(depthwise):
+        for layout, template in row.items():
+            if (parsed := template.parse(key)) is not None:
+                return KeyMatch(layout, {k: t.write(*parsed) for k, t in row.items()})
+    return None
+
+
 def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
     """Recognise the keys of a state dict, without prefix, that name VoVNet's tensors.
 
@@ -136,13 +146,8 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
     keys = list(keys)
     names = {part.strip(".") for part in _DEPTHWISE_PARTS[0] if part}
     depthwise = any(not names.isdisjoint(re.split(r"[./]", key)[-2:-1]) for key in keys)
-    found = {}
-    for key in keys:
-        for row in _rows(depthwise):
-            for layout, template in row.items():
-                if (parsed := template.parse(key)) is not None and key not in found:
-                    found[key] = KeyMatch(layout, {k: t.write(*parsed) for k, t in row.items()})
-    return found
+    matches = {key: _match_key(key, depthwise) for key in keys}
+    return {key: match for key, match in matches.items() if match is not None}
 
 
 def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:

@@ -64,7 +64,8 @@ def is_lazy_file(path: str) -> bool:
     if path.endswith(".py"):
         return True
     try:
-        return is_lazy(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        text = Path(path).read_text(encoding="utf-8")
+        return "_target_" in text and is_lazy(yaml.safe_load(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
 
