@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -39,11 +40,32 @@ def start(
         options: of the config.
         rank: of the process, among ``world`` that meet at ``port``, as torchrun starts them.
     """
+    return fork(_train, root, out, list(options), rank, world, port)
+
+
+def start_classifiers(out: Path, arguments: Sequence[str], timeout: int) -> list[BaseProcess]:
+    """Start two processes of ``tools/pretrain_net.py``, as torchrun starts them.
+
+    Args:
+        arguments: of the tool.
+        timeout: seconds that the processes wait for each other.
+    """
+    port = free_port()
+    return [fork(_classify, out, list(arguments), r, 2, port, timeout) for r in range(2)]
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a process that has imported everything.
+
+    It is forked from a server, which the first call starts.
+    """
+    path = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    environment = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fault_runs"])
-    arguments = (root, out, list(options), rank, world, port)
-    process = context.Process(target=_train, args=arguments)
-    process.start()
+    context.set_forkserver_preload(["fault_runs", "vovnet_d2.engine.pretrain"])
+    process = context.Process(target=target, args=arguments)
+    with mock.patch.dict(os.environ, environment, CUDA_VISIBLE_DEVICES=""):
+        process.start()
     return process
 
 
@@ -64,25 +86,40 @@ def wait_for(condition: Callable[[], bool], *, timeout: float = 90, step: float 
 
 
 def _train(root: Path, out: Path, options: list[str], rank: int, world: int, port: int) -> None:
-    descriptor = os.open(out / f"output.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as ordinarily
-    torch.set_num_threads(1)
+    _set_up(out, rank, world, port, TIMEOUT)
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
     register_all_coco(str(root))
-    if world > 1:
-        os.environ |= {
-            **{"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
-            **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)},
-            **{"TORCHELASTIC_RUN_ID": "faults", "VOVNET_D2_TIMEOUT": str(TIMEOUT)},
-        }
     build_hooks = Trainer.build_hooks
     Trainer.build_hooks = lambda self: [*build_hooks(self), Progress(out, rank)]
     sys.argv = ["train_net.py"]
     options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(out), *options]
     main(["--config-file", FASTER_RCNN, "--resume", *options])
+
+
+def _classify(
+    out: Path, arguments: list[str], rank: int, world: int, port: int, timeout: int
+) -> None:
+    from vovnet_d2.engine import pretrain
+
+    _set_up(out, rank, world, port, timeout)
+    sys.argv = ["pretrain_net.py"]
+    pretrain.main(arguments)
+
+
+def _set_up(out: Path, rank: int, world: int, port: int, timeout: int) -> None:
+    """Write what this process prints to a file, and set the variables that torchrun sets."""
+    descriptor = os.open(out / f"output.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as ordinarily
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {
+            **{"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
+            **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)},
+            **{"TORCHELASTIC_RUN_ID": "faults", "VOVNET_D2_TIMEOUT": str(timeout)},
+        }
 
 
 def make_steps(rank: int, world: int, port: int, results: Queue) -> None:

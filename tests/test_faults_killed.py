@@ -21,14 +21,6 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Return the environment of the server that processes are forked from."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 def start_all(root: Path, out: Path, options: list[str], world: int) -> list[BaseProcess]:
     port = free_port()
     return [start(root, out, options, rank=rank, world=world, port=port) for rank in range(world)]
