@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Studies of networks that take a time and an energy that are known."""
+"""Benchmark studies of networks whose time and energy are known."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ from vovnet_d2.benchmark.study import Plan, Study
 
 
 class Sleeper(nn.Module):
-    """Takes a time that is known."""
+    """Network that sleeps for `seconds` in each forward pass."""
 
     def __init__(self, seconds: float):
         super().__init__()
@@ -33,13 +33,13 @@ def sleeper(name: str, seconds: float) -> Network:
 
 
 def measure_energy_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Returns the seconds for energy with which each case is called once for its energy."""
+    """Let each case run only once while its energy is measured; return `energy_seconds` for it."""
     monkeypatch.setattr(study, "_LEAST_ENERGY_SECONDS", 0)
     return 1e-9
 
 
 class SteadyMeter(energy.EnergyMeter):
-    """Ten joules for every measurement, whatever it is of."""
+    """Meter that reads ten joules in every measurement."""
 
     source = "a test"
 

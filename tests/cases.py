@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Many cases of one proof in one test."""
+"""A context manager for tests that check many cases in a loop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keypoints and stuff, which COCO has beside boxes and masks, added to the miniature."""
+"""Add COCO's annotations of keypoints and stuff to the miniature of :mod:`coco_tree`."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def add_tasks(root: Path) -> None:
 
 
 def _write_keypoints(path: Path, instances: dict) -> None:
-    """All objects are persons, their keypoints on the diagonals of their boxes."""
+    """Write every object as a person whose keypoints lie on a diagonal of its box."""
     along = np.linspace(0.1, 0.9, NUM_KEYPOINTS)
     annotations = []
     for annotation in instances["annotations"]:
@@ -40,7 +40,11 @@ def _write_keypoints(path: Path, instances: dict) -> None:
 
 
 def _write_stuff(folder: Path, instances: dict) -> None:
-    """Label maps: 0 where an object is; else 1 and 2 above and below; a column is not labelled."""
+    """Write label maps of stuff.
+
+    Pixels of objects are 0. Other pixels are 1 in the upper half and 2 in the lower half. The first
+    column is not labelled.
+    """
     folder.mkdir()
     for image in instances["images"]:
         labels = np.ones((image["height"], image["width"]), dtype=np.uint8)

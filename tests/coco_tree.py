@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A miniature COCO: the real layout, file names and category ids, with shapes for objects."""
+"""A miniature COCO with the real layout, file names and category ids. Its objects are shapes."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,18 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 THINGS = [category for category in COCO_CATEGORIES if category["isthing"]]
-# The categories that occur, with the colour of their shapes: ids before and after gaps in COCO's.
+# Ids of the categories in use, and the colours of their shapes. COCO's ids have gaps; these ids
+# lie before and after such gaps.
 COLORS = {1: (220, 30, 30), 13: (30, 200, 30), 90: (40, 60, 230)}
 
 
 def write_coco_tree(
     root: Path, *, num_train: int = 6, num_val: int = 3, size: tuple[int, int] = (64, 80)
 ) -> Path:
-    """Write ``root/coco/{train2017,val2017,annotations}``; the second image has no annotations and
-    the third a crowd. ``size`` is height and width in pixels. Returns ``root``."""
+    """Write ``root/coco/{train2017,val2017,annotations}``, and return ``root``.
+
+    The second image has no annotations. The third image has a crowd. ``size`` is height and width
+    in pixels."""
     folder = root / "coco"
     (folder / "annotations").mkdir(parents=True)
     for split, count, seed in (("train2017", num_train, 1), ("val2017", num_val, 2)):
@@ -44,7 +47,7 @@ def write_coco_tree(
 
 
 def _draw(pixels: np.ndarray, rng: np.random.Generator, *, crowd: bool) -> dict:
-    """Paint a rectangle, and annotate it: by a polygon, or as a crowd by uncompressed RLE."""
+    """Paint a rectangle and return its annotation: a polygon, or uncompressed RLE for a crowd."""
     height, width = pixels.shape[:2]
     h, w = int(rng.integers(14, 30)), int(rng.integers(14, 30))
     y, x = int(rng.integers(0, height - h)), int(rng.integers(0, width - w))

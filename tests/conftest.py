@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
-# Several tests run at a time (pytest-xdist), each in one thread, and so do the processes that they
-# start. A thread that waits leaves the processor to the others. Read when torch is imported.
+# pytest-xdist runs several tests at a time. Each test, and each process that it starts, computes in
+# one thread, and a waiting thread leaves the processor to others. torch reads these variables when
+# it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
-import setuptools  # noqa: F401 (fails if it is imported after something has looked for pip)
+import setuptools  # noqa: F401 (the import fails once some other code has looked for pip)
 import yaml
 
 
 def load_yaml_fast(stream: object) -> object:
-    """Read YAML by PyYAML's parser in C, which takes a tenth of the time of the one in Python.
+    """Read YAML with PyYAML's parser in C, which is ten times as fast as the parser in Python.
 
-    What the parser in C refuses, and what is nested so deeply that it would crash, is read in
-    Python, so that the errors are those that users see.
+    The parser in Python reads the text if the parser in C refuses it, or if the text is nested so
+    deeply that the parser in C would crash. So tests see the same errors as users.
     """
     if isinstance(stream, bytes):
         return load_yaml_in_python(stream)
@@ -44,7 +45,7 @@ if yaml.__with_libyaml__:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch  # here, as the process that deals out the tests needs none
+    import torch  # imported here: the process of pytest-xdist that distributes tests needs no torch
 
     if torch.cuda.is_available():
         return
@@ -66,13 +67,13 @@ def only_new_objects_are_collected() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is kept in, or taken from, the cache of whoever runs the tests."""
+    """Use an empty cache folder instead of the cache of the person who runs the tests."""
     os.environ["VOVNET_D2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def freed_memory_is_returned() -> Iterator[None]:
-    """Let the demo and the studies that tests run leave the C library as it is.
+    """Keep the demo and the studies that tests run from changing the settings of the C library.
 
     With their settings, each process that runs tests would keep the most memory that any test
     needed, and several of them would fill a small machine.
@@ -87,13 +88,13 @@ def freed_memory_is_returned() -> Iterator[None]:
 def seed() -> None:
     """Give every test the same random numbers, whichever tests run before it.
 
-    Without a GPU torch.manual_seed would only note where it was called, which takes longer than
-    most of the tests.
+    Without a GPU, torch.manual_seed would also record its call stack for CUDA, which takes longer
+    than most of the tests.
     """
     import torch
 
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (which libraries use)
+    np.random.seed(0)  # noqa: NPY002 (libraries use this global generator)
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small data sets with every fault that the check of data sets finds, and what must hold of a
-corrected copy; test modules name this file in ``pytest_plugins``."""
+"""Small data sets with every fault that the check of data sets finds, and the properties that a
+corrected copy must have. Test modules name this file in ``pytest_plugins``."""
 
 import contextlib
 import io
@@ -71,7 +71,7 @@ def make_content() -> Content:
 
 
 class DataSet:
-    """Four small images and their annotations, to be spoilt."""
+    """Four small images and their annotations, for tests to damage."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,7 +85,7 @@ class DataSet:
         self.content = make_content()
 
     def check(self, *words: str) -> tuple[int, list[dict[str, Any]]]:
-        """Exit status and findings of the tool."""
+        """Run the tool, and return its exit status and its findings."""
         report = self.folder / "report.json"
         file, images = str(self.json), str(self.images)
         words = ("--json", str(report), "--masks", *words)
@@ -102,7 +102,7 @@ def data(tmp_path: Path) -> DataSet:
     return DataSet(tmp_path / "data")
 
 
-# What is wrong: each fault spoils the content or the files. ``raw`` replaces the whole JSON text.
+# Faults. Each one changes the content or the files. ``raw`` replaces the whole JSON text.
 
 
 def setting(section: str, key: str, value: Any) -> Callable[[DataSet], None]:
@@ -120,7 +120,7 @@ def without(section: str, key: str) -> Callable[[DataSet], None]:
 
 
 def adding(section: str, **changes: Any) -> Callable[[DataSet], None]:
-    """A copy of the first record, changed."""
+    """Add a copy of the first record of a section, with some changes."""
 
     def spoil(data: DataSet) -> None:
         data.content[section].append(data.content[section][0] | changes)
@@ -144,7 +144,7 @@ def raw(make: Callable[[str], bytes]) -> Callable[[DataSet], None]:
 
 
 def file(make: Callable[[Path], Any]) -> Callable[[DataSet], None]:
-    """Change the first image's file."""
+    """Change the file of the first image."""
     return lambda data: make(data.images / NAMES[0])
 
 
@@ -173,12 +173,12 @@ def upwards_from_a_link(data: DataSet) -> None:
 
 
 def rename(name: str) -> Callable[[DataSet], None]:
-    """The file stays; its name in the annotations changes."""
+    """Change the name of the first image in the annotations, and leave its file as it is."""
     return setting("images", "file_name", name)
 
 
 def image_ids(number: float) -> Callable[[DataSet], None]:
-    """The first image has another id, and so have its annotations."""
+    """Give the first image and its annotations another image id."""
 
     def spoil(data: DataSet) -> None:
         data.content["images"][0]["id"] = number
@@ -227,9 +227,9 @@ def keypoints(*points: float, declared: int = 2, counted: int | None = 2) -> Cal
     return spoil
 
 
-BOX = [4, 6, 16, 20]  # the first annotation's
+BOX = [4, 6, 16, 20]  # the box of the first annotation
 NAN = float("nan")
-# name: (what spoils the set, the problems that are found, notes aside)
+# name: (function that damages the set, names of the problems that the check finds, without notes)
 FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "truncated": (raw(lambda text: text[:300].encode()), {"json"}),
     "empty file": (raw(lambda text: b""), {"json"}),
@@ -396,7 +396,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "keypoints miscounted": (keypoints(1, 2, 2, 1, 1, 1, counted=1), {"num_keypoints"}),
     "nothing left": (all_annotations("iscrowd", 1), {"empty"}),
 }
-# Nothing is left of these that could be trained on.
+# After the repair, nothing is left in these sets that a network could be trained on.
 HOPELESS = {name for name, (_, problems) in FAULTS.items() if problems & {"json", "empty"}}
 
 
@@ -416,7 +416,7 @@ def spoil(data: DataSet, fault: Callable[[DataSet], None]) -> None:
 
 
 def require_trainable(data: DataSet) -> None:
-    """Detectron2 loads and maps every image of the set, and evaluation of the truth gives 100."""
+    """Check that Detectron2 loads and maps every image, and that the ground truth scores 100 AP."""
     name = f"checked {data.folder}"
     register_coco_instances(name, {}, str(data.json), str(data.images))
     try:
@@ -440,7 +440,7 @@ def require_trainable(data: DataSet) -> None:
 
 
 def evaluate_the_truth(path: Path, kind: str = "bbox") -> float:
-    """COCO's AP of the annotations taken for predictions."""
+    """Return COCO's AP when the annotations are used as predictions."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
         found = [

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny detectors of every kind, and images with objects for them."""
+"""Tiny detectors of every kind, and images with objects as their inputs."""
 
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ def detector_config(name: str, *options: str) -> Any:
 
 
 def let_it_find(model: Any) -> Any:
-    """Let a dense head predict boxes of a few strides with scores that differ.
+    """Make a dense head predict boxes with sides of a few strides and with different scores.
 
-    Equal scores may come in any order. The norms take their statistics from one batch.
+    The scores differ because equal scores have no fixed order. The norms take their statistics
+    from one batch.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):

@@ -16,9 +16,9 @@ INITIALISATIONS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_norm
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Build networks on the meta device, where tensors have a shape and no memory.
+    """Build networks on the meta device, where tensors have a shape but no memory.
 
-    Initialisation is left out: there is nothing to fill, and it would take half of the time.
+    Initialisation is skipped. It would have no effect there, and take half of the time.
     """
     nothing = dict.fromkeys(INITIALISATIONS, lambda tensor, *args, **options: tensor)
     with mock.patch.multiple(nn.init, **nothing), torch.device("meta"):

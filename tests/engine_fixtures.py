@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for runs of the launcher; test modules name this file in ``pytest_plugins``."""
+"""Fixtures for runs of the launcher. Test modules name this file in ``pytest_plugins``."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from fault_runs import free_port
 
 @pytest.fixture
 def catalogs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty catalogs of data sets; afterwards they are as before."""
+    """Give the test empty catalogs of data sets, and restore the catalogs afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {})
 
@@ -29,14 +29,14 @@ def coco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def coco(catalogs: None, fresh_logging: None, coco_root: Path) -> Path:
-    """The miniature, registered under Detectron2's names; returns the folder of data sets."""
+    """Register the miniature COCO under Detectron2's names; return the folder of data sets."""
     register_all_coco(str(coco_root))
     return coco_root
 
 
 @pytest.fixture
 def fresh_logging() -> Iterator[None]:
-    """Each run writes to its own log, and none is left with handlers of an earlier one."""
+    """Remove the log handlers of a run after the test, so that each run writes to its own log."""
     yield
     setup_logger.cache_clear()
     for name in ("detectron2", "fvcore", "vovnet_d2"):
@@ -47,7 +47,7 @@ def fresh_logging() -> Iterator[None]:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A group of one process."""
+    """Run the test in a distributed group of one process."""
     address = f"tcp://127.0.0.1:{free_port()}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     yield

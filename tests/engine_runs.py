@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the launcher inside the test's process, on the miniature COCO."""
+"""Runs of the launcher on the miniature COCO, inside the process of the test."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
 RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
 
-# What makes the shipped configs train for three iterations on the miniature, from nothing.
+# Options that let a shipped config train for three iterations on the miniature, without weights.
 SHORT = [
     *["MODEL.VOVNET.NORM", "BN", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"],
     *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
     *["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.002", "SOLVER.WARMUP_ITERS", "0"],
     *["SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", "0"],
 ]
-# A network thin enough that a run takes two seconds, and that finds something from the start.
+# A network that is so thin that a run takes two seconds. It predicts objects without training.
 TINY = [
     *SHORT,
     *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.FPN.OUT_CHANNELS", "16"],
@@ -49,9 +49,11 @@ def tiny_config(config: str, output_dir: Path, *options: str) -> CfgNode:
 
 @contextmanager
 def quick(*, pictures: bool = False) -> Iterator[None]:
-    """Runs inside take half of the time that they would take: Detectron2 looks keys of a config up
-    in the config, where it would write it as YAML and read that, and without ``pictures`` the
-    report has none."""
+    """Make runs inside this context take half of their usual time.
+
+    Detectron2 looks keys up in the config itself. Without this change, it would write the config as
+    YAML and read it back. The report has no pictures unless ``pictures`` is True.
+    """
     through_yaml = getattr(defaults, "_try_get_key", None)
 
     def look_up(cfg: Any, *keys: str, default: Any = None) -> Any:
@@ -77,7 +79,7 @@ def launch(
     options: list[str] = TINY,
     pictures: bool = False,
 ) -> dict:
-    """Run the launcher; ``words`` are arguments, then options that come after ``options``."""
+    """Run the launcher. ``words`` are flags and further options, which follow ``options``."""
     flags = [word for word in words if word.startswith("--")]
     more = [word for word in words if not word.startswith("--")]
     options = [*options, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *more]
@@ -99,7 +101,7 @@ def data_flags(root: Path, images: str, *splits: str) -> list[str]:
 
 
 def note_evaluated(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Return a list to which every evaluated model is added from then on."""
+    """Return a list to which each model is added when it is evaluated."""
     evaluated: list[nn.Module] = []
     test_all = Trainer.test_all.__func__
     noted = classmethod(

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors without training that find something, for the tests of export."""
+"""Untrained detectors that still find something, for the tests of export."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ OPTIONS = {
     "MODEL.RETINANET.NUM_CLASSES": 5,
     "MODEL.FCOS.NUM_CLASSES": 5,
     "MODEL.FCOS.NORM": "",  # group norm refuses feature maps of one pixel
-    # Many boxes that do not cover the picture.
+    # These options give many boxes that do not cover the whole picture.
     "MODEL.FCOS.REG_MAX": 2,
     "MODEL.FCOS.PRIOR_PROB": 0.2,
 }
@@ -47,8 +47,8 @@ def small_config(name: str, **options) -> CfgNode:
 def build_detector(cfg: CfgNode) -> nn.Module:
     """Build a detector with random weights whose scores are spread over (0, 1).
 
-    The scores after initialisation are all but equal, so that rounding decides which boxes are
-    kept.
+    After the usual initialisation the scores are almost equal, so rounding would decide which
+    boxes are kept.
     """
     model = build_model(cfg).eval()
     model.backbone.bottom_up.load_state_dict(random_state(NET), strict=False)
@@ -63,7 +63,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def pictures() -> list[Tensor]:
-    """Real ones, (1, 3, H, W), BGR, of three sizes, two of them odd."""
+    """Return three photographs (1, 3, H, W) in BGR. Two of the three sizes are odd."""
     china, flower = (
         from_numpy(image.transpose(2, 0, 1)[None, ::-1].copy()).float()
         for image in load_sample_images().images
@@ -72,5 +72,5 @@ def pictures() -> list[Tensor]:
 
 
 def run_export(words: list[str]) -> None:
-    """Run tools/export_model.py without the part that turns errors into sentences."""
+    """Run tools/export_model.py, but let errors be raised instead of printed."""
     export_model.run(export_model.argument_parser().parse_args(words))

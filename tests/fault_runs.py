@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the launcher in processes of their own, to be killed. They are forked from a server that
-has everything imported, so that a start takes a second and not ten."""
+"""Runs of the launcher in separate processes, which tests kill. The processes are forked from a
+server that has imported everything already, so a start takes one second instead of ten."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ from vovnet_d2.engine import Trainer, main
 from vovnet_d2.engine.agreed_steps import AgreedSteps
 from vovnet_d2.engine.nonfinite import NonFiniteLossError
 
-TIMEOUT = 20  # seconds that processes wait for each other
+TIMEOUT = 20  # seconds; how long processes wait for each other
 
 
 def start(
@@ -36,9 +36,10 @@ def start(
     """Start one process of a training with ``--resume``.
 
     Args:
-        root: what :func:`write_coco_tree` returned.
-        options: of the config.
-        rank: of the process, among ``world`` that meet at ``port``, as torchrun starts them.
+        root: the folder that :func:`write_coco_tree` returned.
+        options: keys and values of the config.
+        rank: the rank of the process among the ``world`` processes that meet at ``port``, as
+            torchrun starts them.
     """
     return fork(_train, root, out, list(options), rank, world, port)
 
@@ -47,8 +48,8 @@ def start_classifiers(out: Path, arguments: Sequence[str], timeout: int) -> list
     """Start two processes of ``tools/pretrain_net.py``, as torchrun starts them.
 
     Args:
-        arguments: of the tool.
-        timeout: seconds that the processes wait for each other.
+        arguments: the arguments of the tool.
+        timeout: the time in seconds that the processes wait for each other.
     """
     port = free_port()
     return [fork(_classify, out, list(arguments), r, 2, port, timeout) for r in range(2)]
@@ -76,7 +77,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], bool], *, timeout: float = 90, step: float = 0.002) -> bool:
-    """Return True if the condition came true in time."""
+    """Return True if the condition becomes true before the timeout."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
@@ -112,7 +113,7 @@ def _set_up(out: Path, rank: int, world: int, port: int, timeout: int) -> None:
     descriptor = os.open(out / f"output.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as ordinarily
+    multiprocessing.set_start_method("fork", force=True)  # the usual start method of data loaders
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {
@@ -123,9 +124,12 @@ def _set_up(out: Path, rank: int, world: int, port: int, timeout: int) -> None:
 
 
 def make_steps(rank: int, world: int, port: int, results: Queue) -> None:
-    """Make four steps of one parameter, as one process of several. In the last one's second step
-    the loss is not a number, in its third an error is raised, and in its fourth it gets a signal.
-    Puts its rank, and of each step the error, the signal and the parameter, into ``results``."""
+    """Make four training steps of a model with one parameter, as one process of several.
+
+    In the process with the last rank, the loss of the second step is NaN, the third step raises an
+    error, and a signal arrives in the fourth step. Puts the rank into ``results``, together with
+    the error, the signal and the parameter after each step.
+    """
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     parameter = torch.nn.Linear(1, 1, bias=False)
@@ -155,8 +159,10 @@ def make_steps(rank: int, world: int, port: int, results: Queue) -> None:
 
 
 class Progress(HookBase):
-    """Writes after each step how far the run is, what memory it holds and which files it has open
-    (``progress.rank<rank>``: iteration, resident bytes, open files)."""
+    """Hook that adds a line to ``progress.rank<rank>`` after each step.
+
+    The line has the iteration, the resident memory in bytes and the number of open files.
+    """
 
     def __init__(self, out: Path, rank: int):
         self._path = out / f"progress.rank{rank}"
@@ -177,7 +183,7 @@ def read_progress(out: Path, rank: int = 0) -> list[list[int]]:
 
 
 def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit, through dicts and lists."""
+    """Check that two values are equal bit for bit, also inside dicts and lists."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key in expected:
@@ -193,7 +199,7 @@ def assert_equal(found: Any, expected: Any, where: str = "") -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint without the wall time, which is never the same."""
+    """Load a checkpoint without the wall time, which differs between runs."""
     content = torch.load(path, weights_only=False)
     content.get("trainer", {}).pop("seconds", None)
     return content

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Writers of the formats of annotations, to see what their readers make of the files."""
+"""Writers of the annotation formats, to test the readers of these formats."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HELD = {
     "images": ("id", "file_name", "height", "width"),
     "categories": ("id", "name"),
 }
-# Decimals of a fraction of an image's side, tried in turn. Six are what most tools write.
+# Numbers of decimals to try for a fraction of an image's side. Most tools write six.
 _DIGITS = (6, 9, 12, 15, 18)
 
 
@@ -49,12 +49,12 @@ def fraction_texts(
     restore: Callable[[Sequence[Decimal]], list[float]],
     wanted: Sequence[float],
 ) -> list[str]:
-    """Write fractions of an image's sides with as few decimals as bring the same pixels back.
+    """Write fractions of an image's sides with as few decimals as restore the same pixels.
 
     Args:
         fractions: the numbers to write.
-        restore: computes pixels from them, as reading does.
-        wanted: those pixels.
+        restore: computes pixels from the written fractions, as a reader does.
+        wanted: the pixels to restore.
     """
     rounded = list(fractions)
     for digits in _DIGITS:
@@ -65,18 +65,18 @@ def fraction_texts(
 
 
 def from_coco(content: Content, notes: Notes) -> tuple[list[LabelledImage], list[str]]:
-    """Take images out of COCO's format.
+    """Convert the content of a COCO file to images.
 
     Args:
-        content: of a file, as :func:`to_coco` returns it or with more in it.
-        notes: what is lost is added here.
+        content: the content of a file, as :func:`to_coco` returns it, possibly with more keys.
+        notes: notes about lost information are added here.
 
     Returns:
         the images, in their order, and the names of the classes by the order of their ids.
 
     Raises:
-        ValueError: a file name leads out of the folder of images, or two images are told apart by
-            their suffixes alone, or two classes have one name.
+        ValueError: a file name leads out of the folder of images, the names of two images differ
+            only in their suffixes, or two classes have the same name.
     """
     _note_unheld(content, notes)
     categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -140,7 +140,7 @@ def _is_polygon(value: Any) -> bool:
 
 
 def _inside(file_name: str) -> str:
-    """Return a file name with slashes: other files are written under names made from it."""
+    """Return a file name with slashes. The names of other files are derived from it."""
     name = file_name.replace("\\", "/")
     path, drive = PurePosixPath(name), PureWindowsPath(name).drive
     if path.is_absolute() or drive or ".." in path.parts or not path.name:
@@ -155,7 +155,7 @@ def _inside(file_name: str) -> str:
 
 
 def write_voc(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write "Annotations", and for each part a list of "ImageSets/Main"."""
+    """Write the folder "Annotations", and a list for each part in "ImageSets/Main"."""
     for part, content in parts.items():
         images, _ = from_coco(content, notes)
         for image in images:
@@ -197,7 +197,7 @@ def _add_voc(parent: ElementTree.Element, tag: str, text: Any = None) -> Element
 
 
 def write_labelme(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write a folder for each part, with a file for each image."""
+    """Write one folder for each part, with one file for each image."""
     for part, content in parts.items():
         for image in from_coco(content, notes)[0]:
             _write_image_labelme(folder / part / f"{image.stem}.json", image, notes)
@@ -240,7 +240,7 @@ def _write_image_labelme(file: Path, image: LabelledImage, notes: Notes) -> None
 
 
 def write_open_images(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write a file of boxes for each part, and the names of the classes, in their order."""
+    """Write one file of boxes for each part, and a file with the names of the classes in order."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, content in parts.items():
         images, names = from_coco(content, notes)
@@ -271,7 +271,7 @@ def _rows_of_open_images(image: LabelledImage, notes: Notes) -> Iterator[list[An
 
 
 def write_yolo(folder: Path, parts: Mapping[str, Content], notes: Notes) -> None:
-    """Write data.yaml, "labels", and for each part a list of its images in "images"."""
+    """Write data.yaml, the folder "labels", and a list of the images of each part in "images"."""
     described: dict[str, Any] = {"path": "."}
     for part, content in parts.items():
         images, names = from_coco(content, notes)
@@ -316,7 +316,8 @@ def _polygon_texts_yolo(
     joined = list(found.polygons[0])
     if len(found.polygons) > 1:
         notes.add("objects of several polygons become one polygon, joined by lines", where)
-        for polygon in found.polygons[1:]:  # there and back along one line of no width
+        # A line of no width, which goes there and back, connects the polygons.
+        for polygon in found.polygons[1:]:
             joined = [*joined, *joined[:2], *polygon, *polygon[:2]]
     texts = []
     for value, side in zip(joined, cycle(size), strict=False):

@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as people have them, by kind: each is the good one, changed by one function.
+"""Kinds of data sets that users have. Each kind is a good data set, changed by one function.
 
-The kinds are those of public bug reports. :mod:`test_input_kinds` gives each of them to every tool.
+The kinds come from public bug reports. :mod:`test_input_kinds` runs every tool on each of them.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-ORIENTATION = 274  # EXIF's tag
+ORIENTATION = 274  # the tag in EXIF
 HEIGHT, WIDTH = 64, 80
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 60, 230)}
 NAN, INF = float("nan"), float("inf")
@@ -26,12 +26,12 @@ Record = dict[str, Any]
 
 
 class Data:
-    """Pictures of coloured rectangles with boxes, polygons and a crowd, to be spoilt.
+    """Good data set of coloured rectangles with boxes and polygons, for tests to damage.
 
     Attributes:
-        folder: of both annotation files and of ``images``.
-        content: of the annotation files, "train" and "val".
-        raw: text of a file in the place of its content.
+        folder: the folder of both annotation files and of ``images``.
+        content: the content of the annotation files, "train" and "val".
+        raw: text that is written to a file instead of its content.
     """
 
     def __init__(self, folder: Path):
@@ -54,7 +54,7 @@ class Data:
                 x, y = int(rng.integers(1, WIDTH - w)), int(rng.integers(1, HEIGHT - h))
                 category = int(rng.integers(3))
                 pixels[y : y + h, x : x + w] = list(COLOURS.values())[category]
-                # One corner is cut off: masks that are all rectangles are warned of.
+                # One corner is cut off, because the check warns if all masks are rectangles.
                 polygon = [x, y + 4, x + 4, y, x + w, y, x + w, y + h, x, y + h]
                 annotations.append(
                     {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0}
@@ -83,7 +83,7 @@ class Data:
 
 Change = Callable[[Data], None]
 
-# The outcome of a tool on a kind of data.
+# Possible outcomes of a tool on a kind of data.
 SAME = "as with the good data"
 WORKS = "works"
 REFUSED = "one sentence, status 2"
@@ -92,14 +92,14 @@ FOUND = "problems listed, status 1"
 
 @dataclass(frozen=True)
 class Kind:
-    """Describes a kind of data set, and what the tools do with it.
+    """Kind of data set, and the outcome of each tool on it.
 
     Attributes:
-        change: makes the good data set one of this kind.
-        expected: what the tools do, by name; SAME where they are not named.
-        says: what is in the sentences of those that refuse, a regular expression.
-        masks: whether the networks learn masks.
-        options: of the config, for the trainings and the evaluation.
+        change: turns the good data set into one of this kind.
+        expected: the outcomes by the name of the tool. The outcome of other tools is SAME.
+        says: a regular expression that matches the messages of tools that refuse the data.
+        masks: True if the networks learn masks.
+        options: keys and values of the config for training and evaluation.
     """
 
     change: Change
@@ -110,7 +110,7 @@ class Kind:
 
 
 def each(section: str, change: Callable[[Record], Any]) -> Change:
-    """All records of a section; ``change`` returns what of them is other."""
+    """Change all records of a section. ``change`` returns the new values of a record."""
 
     def apply(data: Data) -> None:
         for record in data.records(section):
@@ -120,7 +120,7 @@ def each(section: str, change: Callable[[Record], Any]) -> Change:
 
 
 def first(section: str, **changes: Any) -> Change:
-    """The first record of a section in both files."""
+    """Change the first record of a section in both files."""
 
     def apply(data: Data) -> None:
         for content in data.content.values():
@@ -141,7 +141,10 @@ def without(section: str, key: str) -> Change:
 
 
 def pictures(*changes: Callable[[Image.Image, Path], None]) -> Change:
-    """All files, by several changes in turn; each gets the good picture and where to save."""
+    """Save all pictures again by several functions in turn.
+
+    Each function takes the good picture and the path to save to.
+    """
 
     def apply(data: Data) -> None:
         for path, change in zip(data.files(), cycle(changes), strict=False):
@@ -152,7 +155,7 @@ def pictures(*changes: Callable[[Image.Image, Path], None]) -> Change:
     return apply
 
 
-# The operation that turns a picture back, by its orientation.
+# How the pixels of a picture are stored for each EXIF orientation.
 _STORED = {
     1: lambda p: p,
     2: lambda p: p.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -169,7 +172,10 @@ Save = Callable[[Image.Image, Path], None]
 
 
 def oriented(orientation: int) -> Save:
-    """Annotations are for the picture as it is read, so the picture stays unchanged."""
+    """Store turned pixels and the orientation that turns them back.
+
+    The picture that is read stays the same, and so the annotations still fit.
+    """
 
     def save(picture: Image.Image, path: Path) -> None:
         annotated_as_stored(orientation)(_STORED[orientation](picture), path)
@@ -178,7 +184,7 @@ def oriented(orientation: int) -> Save:
 
 
 def annotated_as_stored(orientation: int) -> Save:
-    """The stored picture is the good one, and the annotations are for that."""
+    """Add an orientation to the good pixels. The annotations fit the stored pixels only."""
 
     def save(picture: Image.Image, path: Path) -> None:
         exif = Image.Exif()
@@ -203,7 +209,7 @@ def of_12_bits(picture: Image.Image, path: Path) -> None:
 
 
 def to_tiff(array: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """TIFF files under the names that they have."""
+    """Turn the files into TIFF files, and keep their names."""
 
     def save(picture: Image.Image, path: Path) -> None:
         Image.fromarray(array(np.asarray(picture.convert("L")))).save(path, format="TIFF")
@@ -237,7 +243,7 @@ def first_file(change: Callable[[Path], Any]) -> Change:
 
 
 def named(*changes: Callable[[str], str]) -> Change:
-    """The names in the annotation files, not those of the files, by several changes in turn."""
+    """Change names in the annotation files by several functions in turn. The files keep theirs."""
 
     def apply(data: Data) -> None:
         for image, change in zip(data.records("images"), cycle(changes), strict=False):
@@ -247,7 +253,7 @@ def named(*changes: Callable[[str], str]) -> Change:
 
 
 def in_folders(change: Callable[[str], str]) -> Change:
-    """Rename files as :func:`named` does, and move them to a folder below."""
+    """Move the files to a subfolder, and change their names in the annotations as in `named`."""
 
     def apply(data: Data) -> None:
         (data.images / "sub").mkdir()
@@ -260,7 +266,7 @@ def in_folders(change: Callable[[str], str]) -> Change:
 
 
 def renamed(change: Callable[[str], str], form: str = "NFC") -> Change:
-    """Both, the names of the files in a Unicode form."""
+    """Change the names in the annotations and of the files. File names get a Unicode form."""
 
     def apply(data: Data) -> None:
         for image in data.records("images"):
@@ -275,7 +281,7 @@ def renamed(change: Callable[[str], str], form: str = "NFC") -> Change:
 
 
 def renumbered(data: Data) -> None:
-    """The file to evaluate on counts its categories from another number, in another order."""
+    """Give the categories of the validation file other ids, in another order."""
     content = data.content["val"]
     numbers = {1: 30, 2: 7, 3: 12}
     for category in content["categories"]:
@@ -307,7 +313,7 @@ def image_ids(change: Callable[[int], Any]) -> Change:
 
 
 def doubled_image(data: Data) -> None:
-    """Two images have one id, and the objects of both are of that."""
+    """Give two images the same id, and assign the objects of both images to it."""
     for content in data.content.values():
         (one, other, *_), annotations = content["images"], content["annotations"]
         for annotation in annotations:
@@ -330,7 +336,7 @@ def category_ids(change: Callable[[int], Any]) -> Change:
 
 
 def boxes(change: Callable[[float, float, float, float], list[float]]) -> Change:
-    """Without masks, which would give the convention away."""
+    """Change the boxes, and remove the masks, which would reveal the convention of the boxes."""
 
     def apply(data: Data) -> None:
         for annotation in data.records("annotations"):
@@ -345,7 +351,7 @@ def polygons(change: Callable[[list[float]], Any]) -> Change:
 
 
 def in_polygons(*numbers: Any) -> Change:
-    """One number of some polygons."""
+    """Replace one number in some of the polygons."""
 
     def apply(data: Data) -> None:
         for content in data.content.values():
@@ -367,21 +373,21 @@ def in_boxes(*numbers: Any) -> Change:
 # The table ----------------------------------------------------------------------------------------
 
 RUNS = ("train", "lazy", "evaluate")
-IMAGES = ("demo", "Predictor", "export")  # which read no annotations
+IMAGES = ("demo", "Predictor", "export")  # these read no annotations
 
 
 def expect(**tools: str) -> dict[str, str]:
-    """Expected outcomes by the name of a tool; ``runs`` and ``images`` stand for several tools."""
+    """Return the expected outcomes by tool. ``runs`` and ``images`` stand for several tools."""
     groups = {"runs": RUNS, "images": IMAGES}
     return {tool: what for name, what in tools.items() for tool in groups.get(name, (name,))}
 
 
 _OTHER_PIXELS = expect(runs=WORKS, fix=WORKS, images=WORKS, export=SAME)
-# Refused by all that train or evaluate. ``--fix`` gives the good data; or leaves something out, or
-# gives fractions that are rounded.
+# All tools that train or evaluate refuse the data. In the first case, ``--fix`` restores the good
+# data. In the second case, it leaves something out or rounds fractions.
 _MENDED = expect(runs=REFUSED, check=FOUND, draw=REFUSED)
 _REDUCED = _MENDED | expect(fix=WORKS)
-# What Detectron2's own loader takes, of registered data.
+# Detectron2's own loader of registered data sets accepts the data.
 _REGISTERED = expect(lazy=SAME)
 
 PICTURES: dict[str, Kind] = {
@@ -410,7 +416,7 @@ PICTURES: dict[str, Kind] = {
     **{
         name: Kind(
             resized(*size),
-            _OTHER_PIXELS | expect(export=REFUSED),  # of a backbone alone, which pads nothing
+            _OTHER_PIXELS | expect(export=REFUSED),  # a backbone alone does not pad images
             "too thin for the part backbone",
             masks=True,
         )
@@ -438,7 +444,7 @@ _LOOKED_FOR = "check_dataset.py lists all"
 _NEAR = (_MENDED, "seems to be '")
 
 ANNOTATIONS: dict[str, Kind] = {
-    # numbers of boxes and polygons
+    # numbers in boxes and polygons
     "boxes as corners": Kind(
         boxes(lambda x, y, w, h: [x, y, x + w, y + h]), _MENDED, "x1, y1, x2, y2 in pixels"
     ),
@@ -480,7 +486,7 @@ ANNOTATIONS: dict[str, Kind] = {
     ),
     "empty segmentations": Kind(
         each("annotations", lambda a: {"segmentation": [[]]}),
-        expect(lazy=REFUSED),  # where Detectron2's loader drops the objects
+        expect(lazy=REFUSED),  # Detectron2's loader drops the objects
         "No valid data found",
     ),
     "empty segmentations for masks": Kind(
@@ -502,7 +508,7 @@ ANNOTATIONS: dict[str, Kind] = {
         lambda data: data.raw.update(
             {split: f"\ufeff{json.dumps(content)}" for split, content in data.content.items()}
         ),
-        expect(lazy=REFUSED, check=FOUND),  # where Detectron2's loader stops
+        expect(lazy=REFUSED, check=FOUND),  # Detectron2's loader fails
         "UTF-8 BOM",
     ),
     # ids

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed and hostile configs and images, by name; those of weights and annotations are in the
-tests of these."""
+"""Malformed and hostile configs and images, by name. Malformed weights and annotations are in the
+test files of weights and annotations."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-# Configs. {mark} is a file that appears if code runs.
+# Configs. If a config manages to run code, the code creates the file {mark}.
 
 _PAYLOADS = {
     "os.system": "!!python/object/apply:os.system ['touch {mark}']",
@@ -132,11 +132,11 @@ MALFORMED_CONFIGS: dict[str, bytes] = {
     "no YAML: random": bytes(range(256)),
     "no YAML: zeros": bytes(300),
 }
-# Without fault in themselves.
+# These two are valid.
 for _harmless in ("no YAML: empty", "no YAML: null"):
     del MALFORMED_CONFIGS[_harmless]
 
-# Options of the command line: words after those of a good config.
+# Options of the command line, which follow the options of a good config.
 MALFORMED_OPTIONS = {
     "one word": ["MODEL.DEVICE"],
     "unknown key": ["MODEL.DEVIC", "cpu"],
@@ -196,7 +196,7 @@ _GOOD = {
     kind: _encode(_PICTURE, kind)
     for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO")
 }
-# Surely unreadable, whatever decodes it.
+# No decoder can read these.
 UNREADABLE_IMAGES: dict[str, bytes] = {
     "empty": b"",
     "text": b"404 Not Found",
@@ -221,7 +221,7 @@ UNREADABLE_IMAGES: dict[str, bytes] = {
     },
     **{f"{kind} without its first byte": c[1:] for kind, c in _GOOD.items() if kind != "TGA"},
 }
-# These may be decoded, or not.
+# Some decoders read these, and others do not.
 DOUBTFUL_IMAGES: dict[str, bytes] = {
     f"{kind} with byte {place} flipped": _flip(content, place)
     for kind, content in _GOOD.items()

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A training whose loss is a mean over images and whose norms see one image each, so that it does
-not matter how processes share a batch. Run it as train_net.py is run."""
+"""A training that gives the same result however processes share a batch: its loss is a mean over
+images, and its norms see one image at a time. Run it in the same way as train_net.py."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ OPTIONS = [
 
 @META_ARCH_REGISTRY.register()
 class ObjectCounter(nn.Module):
-    """Learns how many objects an image has, by the squared error."""
+    """Network that learns the number of objects in an image. The loss is the squared error."""
 
     def __init__(self, cfg: CfgNode):
         super().__init__()
@@ -56,7 +56,7 @@ TRAINERS = {"float32": Trainer, "float64": DoubleTrainer}
 
 
 def train(args: argparse.Namespace) -> None:
-    """Once in each precision, below the folder that is the last of the options."""
+    """Train once in each precision. The last option is the folder for the runs."""
     *options, folder = args.opts
     for name, trainer in TRAINERS.items():
         words = [*OPTIONS, *options, str(Path(folder) / name)]

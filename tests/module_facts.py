@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a model was told, to compare two of them: a second way beside their outputs."""
+"""Description of a model by its types and hyper-parameters, to compare it with another model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of nn.Module, and counters.
+# Attributes that say nothing about the architecture.
 _SKIPPED = {"training", "vis_period", "input_format"}
 
 
@@ -35,9 +35,9 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def facts(value: Any) -> Any:
-    """Types, hyper-parameters, and shapes of tensors, as plain dicts and lists that compare."""
+    """Return types, hyper-parameters and tensor shapes as plain dicts and lists."""
     if isinstance(value, torch.Tensor):
-        # Anchors and pixel means are values, weights are random.
+        # Weights are random, so only their shape counts. Anchors and pixel means are compared.
         known = isinstance(value, nn.Parameter) or value.device.type == "meta"
         return tuple(value.shape) if known else value.tolist()
     if isinstance(value, str | bytes | int | float | bool | None):

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small detectors that find something, saved for Predictor, and how predictions are compared."""
+"""Small detectors that are saved for Predictor, and functions that compare predictions."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ KEYPOINTS = {
     "MODEL.CHANNELS_LAST": False,
     "MODEL.ROI_HEADS.NUM_CLASSES": 1,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    "TEST.DETECTIONS_PER_IMAGE": 5,  # their heat maps are enlarged to the size of the box
+    "TEST.DETECTIONS_PER_IMAGE": 5,  # keypoint heat maps are resized to the size of each box
 }
 DETECTORS = {
     "Mask R-CNN": (MASK_RCNN, {}),
@@ -48,7 +48,7 @@ DETECTORS = {
 
 
 def save(folder: Path, config: str = MASK_RCNN, **options) -> CfgNode:
-    """A config, and in ``folder`` weights that it names."""
+    """Return a config, and save the weights that it names in ``folder``."""
     options = SMALL | options
     cfg = small_config(config, **options)
     DetectionCheckpointer(build_detector(cfg), str(folder)).save("weights")
@@ -80,6 +80,6 @@ def assert_same_instances(found: Instances, expected: Instances) -> None:
     assert torch.equal(found.pred_classes, expected.pred_classes)
     if expected.has("pred_masks"):
         assert (found.pred_masks != expected.pred_masks).float().mean() < 0.002
-    if expected.has("pred_keypoints"):  # x and y may jump to another maximum of equal height
+    if expected.has("pred_keypoints"):  # x and y may belong to another maximum of the same height
         close = (found.pred_keypoints - expected.pred_keypoints).abs() < 0.1
         assert close.float().mean() > 0.99

@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""VoVNet a second time, for the tests to compare with: written from the papers and the published
-weights' names as plain functions over a dict of tensors, sharing no line with the package."""
+"""Second implementation of VoVNet, for the tests to compare with. It follows the papers and the
+names of the published weights. It consists of plain functions over a dict of tensors, and shares no
+code with the package."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -46,8 +47,8 @@ TABLE = {
     "V-99-eSE": Net(_LARGE, _LARGE_OUT, (1, 3, 9, 3), 5, "all"),
 }
 
-# Between them: full and depthwise, with and without reduction, one block and several in a stage,
-# and all that no published model has.
+# Together they cover full and depthwise convolutions, with and without reduction, one and several
+# blocks in a stage, and the options that no published model has.
 _DEEP = replace(TABLE["V-19-slim-eSE"], blocks_per_stage=(2, 1, 3, 1), layers_per_block=2)
 STRUCTURES = {
     "full": replace(_DEEP, ese="none"),
@@ -69,15 +70,13 @@ def _kind(net: Net) -> tuple[object, ...]:
     return net.ese, net.depthwise, reduced, repeated, net.layers_per_block
 
 
-# The first variant of each kind. The others repeat its parts, more often or with other widths: what
-# a test tells of the parts it tells of these.
+# The first variant of each kind. Other variants of a kind have the same parts with other widths or
+# numbers of repeats, so a test of these parts need not run on them.
 KINDS = list({_kind(net): name for name, net in reversed(TABLE.items())}.values())[::-1]
 
 
 def thin(net, divisor: int = 8):
-    """Return the same structure, a ``Net`` or a ``VoVNetSpec``, with widths so small that it is
-    fast.
-    """
+    """Return a ``Net`` or a ``VoVNetSpec`` with the same structure and much smaller widths."""
     widths = ("stage_mid_channels", "stage_out_channels", "stem_channels")
     return replace(net, **{w: tuple(c // divisor for c in getattr(net, w)) for w in widths})
 
@@ -85,7 +84,7 @@ def thin(net, divisor: int = 8):
 def short(net):
     """Return the same structure with one stage of two blocks, and with chains of one layer.
 
-    It is for tests that take long for each layer and do the same with every one.
+    It is for tests that do the same with every layer and take long for each.
     """
     return replace(net, blocks_per_stage=(1, 2, 1, 1), layers_per_block=1)
 
@@ -93,11 +92,12 @@ def short(net):
 def tensors(
     net: Net, *, in_channels: int = 3, num_classes: int | None = None, counted: bool = False
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Published name, native name and shape of every tensor. The bottleneck variant was never
-    published: there, both names of a layer are native.
+    """Yield the published name, the native name and the shape of every tensor.
+
+    The bottleneck variant was never published. Both names of its layers are native.
 
     Args:
-        counted: whether the norms have ``num_batches_tracked``.
+        counted: True if the norms have ``num_batches_tracked``.
     """
 
     def norm(published: str, native: str, channels: int):
@@ -184,7 +184,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 
 def random_state(net: Net, **options) -> dict[str, Tensor]:
-    """Random tensors in their published names."""
+    """Return random tensors under their published names."""
     generator = torch.Generator().manual_seed(0)
     return {
         published: random_tensor(published, shape, generator)
@@ -193,15 +193,16 @@ def random_state(net: Net, **options) -> dict[str, Tensor]:
 
 
 def native_names(net: Net, **options) -> dict[str, str]:
-    """Published name to native name."""
+    """Return the native name of each published name."""
     return {published: native for published, native, _ in tensors(net, **options)}
 
 
 def features(
     net: Net, state: dict[str, Tensor], x: Tensor, *, stage5_dilation: int = 1
 ) -> dict[str, Tensor]:
-    """Return the output, in inference, of a network with the tensors of ``state``, in published
-    names.
+    """Return the feature maps of a network in inference.
+
+    ``state`` holds the tensors of the network under their published names.
     """
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
@@ -266,10 +267,15 @@ def features(
 def assert_same_maps(
     actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
 ) -> None:
-    """Equal names and shapes, and a difference of at most ``tolerance`` of the largest value."""
+    """Check that names, shapes and values are equal.
+
+    Values may differ by ``tolerance`` times the largest value of a feature map.
+    """
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, name
-        assert tensor.abs().max() > 0.01, f"{name} vanished: nothing to compare"
+        assert tensor.abs().max() > 0.01, (
+            f"{name} is almost zero, so the comparison would say nothing"
+        )
         error = (actual[name] - tensor).abs().max() / tensor.abs().max()
         assert error <= tolerance, f"{name}: relative difference {error:.1e}"

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder as training leaves it, without the training: a data set of rectangles in three
-classes, and predictions that are right, wrong and missing."""
+"""The output folder of a training, made without training. The data set has rectangles of three
+classes. Some of the predictions are right, some are wrong, and some are missing."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from pycocotools import mask as mask_util
 DATASET = "shapes_val"
 CLASSES = {2: "plain", 5: "with 'quotes' & <b>", 7: "数字 $x^$"}
 SIZE = (240, 320)  # height, width
-# What a page of such a run has for headings.
+# The headings of the report page of such a run.
 SECTIONS = [
     *["Results", "Training", DATASET, "Average precision by class and size"],
     *["Precision over recall", "Confusion matrix", "Best images", "Worst images", "Run", "Config"],
@@ -31,10 +31,10 @@ CONFIG: dict[str, Any] = {
 def write_run(
     root: Path, *, classes: dict[int, str] = CLASSES, dataset: str = DATASET, prefix: str = ""
 ) -> Path:
-    """Write and register a data set below ``root``, and what a run left that was evaluated on it.
+    """Write and register a data set below ``root``, and the files of a run that evaluated on it.
 
     Args:
-        prefix: of the names of the image files.
+        prefix: the beginning of the names of the image files.
 
     Returns:
         ``OUTPUT_DIR`` of the run.
@@ -68,8 +68,10 @@ def write_run(
 
 
 def make_shapes(classes: dict[int, str], prefix: str = "") -> tuple[dict, list[dict]]:
-    """Annotations of nine images, the last without objects, and predictions with masks and
-    keypoints."""
+    """Return annotations of nine images and predictions with masks and keypoints.
+
+    The last image has no objects.
+    """
     rng = np.random.default_rng(0)
     ids = list(classes)
     images, annotations, predictions = [], [], []
@@ -99,7 +101,7 @@ def make_shapes(classes: dict[int, str], prefix: str = "") -> tuple[dict, list[d
 
 
 def draw_box(rng: np.random.Generator) -> list[float]:
-    """Small, medium or large: X, Y, W, H."""
+    """Return a small, medium or large box as x, y, w, h."""
     w, h = rng.uniform(*[(14, 30), (40, 90), (100, 200)][rng.integers(3)], size=2)
     return [float(rng.uniform(2, SIZE[1] - w - 2)), float(rng.uniform(2, SIZE[0] - h - 2)), w, h]
 
@@ -110,7 +112,7 @@ def corners(box: list[float]) -> list[float]:
 
 
 def keypoints(box: list[float], noise: float, rng: np.random.Generator) -> list[float]:
-    """17 on the diagonal of a box."""
+    """Return 17 keypoints on the diagonal of a box."""
     places = np.linspace(0.1, 0.9, 17)[:, None] * box[2:] + box[:2]
     places = places + rng.normal(0, noise, places.shape) if noise else places
     return np.hstack([places, np.full((17, 1), 2.0)]).ravel().tolist()

@@ -1,11 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A device that stands for a GPU: its tensors have values, and no operator mixes them with others.
+"""A device that stands for a GPU, for tests on machines without one.
 
-The tensors say that they are on the device "meta", for which torch has an autograd engine on any
-machine, and hold their values on the CPU. Operators compute on these values. As on a GPU, an
-operator fails if some of its tensors are on the CPU, unless they are single numbers or indices, and
-only a copy to the CPU has a NumPy array.
+Its tensors say that they are on the device "meta", because torch has an autograd engine for this
+device on any machine. Their values are on the CPU, and operators compute with these values. As on a
+GPU, an operator fails if it mixes these tensors with tensors on the CPU, unless the latter are
+single numbers or indices. As on a GPU, only a copy on the CPU can become a NumPy array.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _INDEXING = {
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the device that stands for a GPU."""
+    """Tensor on the device that stands for a GPU."""
 
     content: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -60,7 +60,7 @@ class DeviceTensor(Tensor):
 
 
 class _Operators(TorchDispatchMode):
-    """Tensors that operators make on the device are tensors of this file."""
+    """Mode in which the results of operators on the device are `DeviceTensor`s."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -69,7 +69,10 @@ class _Operators(TorchDispatchMode):
 
 
 class _Constants(TorchFunctionMode):
-    """Constants and lists of indices have values; on "meta" torch would give them only a shape."""
+    """Mode in which constants and lists of indices keep their values.
+
+    Without it, torch would create them on the device "meta" without values.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,12 +102,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         on_device = torch.device(kwargs["device"]).type == DEVICE
         kwargs = kwargs | {"device": torch.device("cpu")}
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeviceTensor)]
-    known = {id(x.content): x for x in given}  # an operator in place returns its argument
+    known = {id(x.content): x for x in given}  # an in-place operator returns its argument
     result = func(*tree_map(_content, args), **tree_map(_content, kwargs))
 
     def wrap(value: Any) -> Any:
         if id(value) in known:
-            assert known[id(value)].shape == value.shape, f"{func} changes a shape in place."
+            assert known[id(value)].shape == value.shape, f"{func} must not change a shape in place"
             return known[id(value)]
         return DeviceTensor(value) if on_device and isinstance(value, Tensor) else value
 
@@ -117,7 +120,7 @@ def _check_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if packet in _INDEXING:
         indices = [isinstance(index, DeviceTensor) for index in tree_leaves(args[1])]
         assert isinstance(args[0], DeviceTensor) or not any(indices), (
-            f"{func} has a tensor on the CPU and indices on another device."
+            f"{func} has a tensor on the CPU and indices on another device"
         )
         args = (args[0], *args[2:])
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -126,7 +129,7 @@ def _check_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return on_device[0]
     numbers = [x.dim() == 0 and type(x) is Tensor for x in tensors]
     both = any(on_device) and not all(d or n for d, n in zip(on_device, numbers, strict=True))
-    assert not both, f"{func} has tensors on the CPU and on another device."
+    assert not both, f"{func} has tensors on the CPU and on another device"
     return any(on_device)
 
 
@@ -135,7 +138,7 @@ def _content(value: Any) -> Any:
 
 
 def move_to_device(model: nn.Module) -> nn.Module:
-    """Move the parameters and buffers of a model to the device, and nothing else."""
+    """Move only the parameters and buffers of a model to the device."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts for the tests of weights: made, copied and compared."""
+"""Functions that make, copy and compare state dicts, for the tests of weights."""
 
 import reference
 import torch
@@ -8,13 +8,13 @@ from torch import nn
 
 from vovnet_d2.layouts import LAYOUTS
 
-# The layouts that have a name for every tensor of every published variant. osmr's lacks eSE and
-# depthwise convolutions: see test_checkpoint_osmr.py.
+# The layouts that have a name for every tensor of every published variant. The layout "osmr" has no
+# names for eSE and depthwise convolutions (see test_checkpoint_osmr.py).
 COMPLETE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "osmr")
 
 
 def random_state(net: reference.Net, **options) -> dict[str, torch.Tensor]:
-    """Return the state dict of reference.py in float32, the type of files of weights."""
+    """Return the state dict of reference.py in float32, as weight files have it."""
     state = reference.random_state(net, **options)
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 

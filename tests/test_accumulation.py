@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SOLVER.ACCUMULATE: a batch in parts makes the step of the whole batch."""
+"""Training with SOLVER.ACCUMULATE makes the same steps as training on whole batches."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ BATCHES = [
 
 
 class Brightness(nn.Module):
-    """Learns how bright an image is, by two losses that are means over images."""
+    """Network that learns the brightness of an image. Its two losses are means over images."""
 
     def __init__(self, norm: str):
         super().__init__()
@@ -58,7 +58,7 @@ class Brightness(nn.Module):
 def train(
     accumulate: int, norm: str = "GN", dtype: torch.dtype = torch.float64
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Return the losses of each step, as they are logged, and the parameters after the last."""
+    """Return the logged losses of each step, and the parameters after the last step."""
     torch.manual_seed(0)
     model = Brightness(norm)
     cfg = tiny_config(FASTER_RCNN, Path("out"), "SOLVER.BASE_LR", "0.1")
@@ -96,7 +96,7 @@ def test_parts_make_the_step_of_the_whole_batch(norm: str, parts: int) -> None:
 
 
 def test_batch_norms_see_the_parts() -> None:
-    """The comparison above can fail: with batch norms the parts make another step."""
+    """Check that the comparison above can fail: with batch norms, the steps differ."""
     (whole, _), (parts, _) = train(1, "BN"), train(2, "BN")
     assert parts != pytest.approx(whole, rel=1e-6)
 
@@ -109,7 +109,7 @@ def test_mixed_precision(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[name], parameter, rtol=0.02, atol=2e-3)
 
 
-def test_a_part_whose_loss_is_not_finite_leaves_out_the_step(
+def test_a_part_with_a_loss_that_is_not_finite_skips_the_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer = nn.Linear(1, 1, bias=False)
@@ -127,7 +127,7 @@ def test_a_part_whose_loss_is_not_finite_leaves_out_the_step(
 
 
 def test_processes_agree_before_each_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise one could wait for another in a norm that shares its statistics."""
+    """Check the order, because a norm with shared statistics would otherwise wait forever."""
     layer = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.25)
     inputs = [torch.ones(2, 1)]
@@ -147,7 +147,7 @@ class FloatLoss(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x).float().sum() / 64  # so small that float16 holds it scaled
+        return self.layer(x).float().sum() / 64  # small enough that the scaled loss fits float16
 
 
 def test_a_fused_optimizer_gets_clipped_gradients_of_the_true_size(
@@ -222,7 +222,7 @@ def test_a_training_takes_its_batch_in_parts_and_resumes_to_the_bit(
     assert whole["iteration"] == 3
 
 
-def test_what_batches_are_split_like() -> None:
+def test_batches_are_split_into_equal_parts() -> None:
     images = [{"image": i} for i in range(6)]
     assert split_batch(images, 3) == [images[:2], images[2:4], images[4:]]
     pixels, labels = torch.rand(4, 3, 2, 2), torch.arange(4)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a CPU that is kept between images."""
+"""Tests of the settings that keep freed CPU memory between images."""
 
 import platform
 import subprocess
@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 from vovnet_d2.modeling import allocation
 
-# In a process of its own, as the setting is for a whole process; it runs the file alone, as to
-# import Detectron2 takes seconds. With huge pages 40 MB are about 20 pages, with the usual ones
-# 10,000.
+# The script runs in a separate process, because the setting holds for a whole process. It runs only
+# the file of the setting, because an import of Detectron2 takes seconds. 40 MB are about 20 huge
+# pages, or 10,000 usual pages.
 SCRIPT = """
 import resource
 import runpy
@@ -33,7 +33,7 @@ print(int(kept), before, page_faults())
 """
 
 
-def test_memory_is_fetched_once():
+def test_freed_memory_is_used_again():
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, allocation.__file__],
         capture_output=True,
@@ -48,14 +48,18 @@ def test_memory_is_fetched_once():
 
 
 def test_memory_of_any_size_is_kept(monkeypatch):
-    """The settings by their numbers in glibc's malloc.h, where -1 is the threshold to give back."""
+    """Check the settings by their numbers in glibc's malloc.h.
+
+    The numbers are -1 for the threshold to return memory to the system, -2 for the size of a
+    request to the system, and -4 for the number of separate mappings.
+    """
     given = {}
     library = SimpleNamespace(mallopt=lambda name, value: given.update({name: value}) or 1)
     monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert allocation.keep_freed_memory.__wrapped__()
     assert given[-1] >= 2**30
-    assert given[-4] == 0  # nothing is mapped apart
+    assert given[-4] == 0
     assert given[-2] >= 2**20
     library.mallopt = lambda name, value: 0
     assert not allocation.keep_freed_memory.__wrapped__()

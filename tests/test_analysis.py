@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Complexity by stage: against the papers' figures, fvcore, real allocations and real influence."""
+"""Complexity by stage, compared with the figures of the papers, fvcore and real allocations."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ def costs_of(function: Callable[[], object]) -> list[LayerCost]:
 
 
 def test_cost_of_other_layers() -> None:
-    """Strided, grouped, transposed and fully-connected layers, counted by hand."""
+    """Compare strided, grouped, transposed and fully-connected layers with a count by hand."""
     x = torch.empty(2, 8, 10, 10, device="meta")
     layers: dict[nn.Module, LayerCost] = {
         nn.Conv2d(8, 6, 3, 2, 1): LayerCost(1600, 300, 432, 2 * 25 * 432),
@@ -118,7 +118,7 @@ def network_memory_access(name: str, last_transition: bool = False) -> dict[str,
 def test_memory_access_of_the_cifar_networks(
     name: str, last_transition: bool, expected: int
 ) -> None:
-    """Computed by hand from equation 1; the paper says 3.7M for DenseNet-40."""
+    """Compare with values from equation 1 by hand. The paper gives 3.7M for DenseNet-40."""
     parts = network_memory_access(name, last_transition)
     assert sum(parts.values()) - parts["stem"] - parts["linear"] == expected
     if name == "DenseNet-40":
@@ -133,10 +133,10 @@ def test_only_layers_of_equal_width_meet_the_bound(name: str) -> None:
     meets = [cost.memory_access == cost.lower_bound for cost in costs]
     spec = CIFAR_SPECS[name]
     if spec.connections == "dense":
-        # Transitions alone: a dense layer's input is wider than its output.
+        # Only the transitions meet it: the input of a dense layer is wider than its output.
         assert sum(meets) == 3
     else:
-        # All but each block's first layer, the stem and the classifier.
+        # All layers meet it except the stem, the classifier and the first layer of each block.
         assert sum(meets) == 3 * (spec.layers - 1) + 3
     assert all(cost.read == cost.written for cost, met in zip(costs, meets, strict=True) if met)
 
@@ -157,7 +157,7 @@ def test_only_layers_of_equal_width_meet_the_bound(name: str) -> None:
     ],
 )
 def test_totals_of_the_variants(name: str, parameters: int, giga_multiply_adds: float) -> None:
-    """Values counted independently of this package; frozen norms count as trainable ones."""
+    """Compare with independent counts. Frozen norms count like trainable norms."""
     with shapes_alone():
         model = VoVNet(name, norm="FrozenBN", out_features=STAGES)
     total = analyze(model, (224, 224)).total
@@ -165,7 +165,9 @@ def test_totals_of_the_variants(name: str, parameters: int, giga_multiply_adds: 
     assert round(total.multiply_adds / 1e9, 3) == giga_multiply_adds
 
 
-def assert_counts_are_fvcores(complexity: Complexity, model: nn.Module, *inputs: Any) -> None:
+def assert_counts_equal_those_of_fvcore(
+    complexity: Complexity, model: nn.Module, *inputs: Any
+) -> None:
     counted = {"conv", "linear", "matmul", "addmm"}
 
     def of_module(analysis: Any, part: str) -> int:
@@ -180,11 +182,11 @@ def assert_counts_are_fvcores(complexity: Complexity, model: nn.Module, *inputs:
 
 
 @pytest.mark.parametrize("variant", SMALL_VARIANTS)
-def test_counts_are_fvcores(variant: str) -> None:
+def test_counts_equal_those_of_fvcore(variant: str) -> None:
     model = VoVNet(SMALL_VARIANTS[variant], norm="BN", num_classes=9)
     complexity = analyze(model, (64, 96))
     assert [p.part for p in complexity.parts] == ["stem", *STAGES, "linear"]
-    assert_counts_are_fvcores(complexity, model, torch.rand(1, 3, 64, 96))
+    assert_counts_equal_those_of_fvcore(complexity, model, torch.rand(1, 3, 64, 96))
     for part in complexity.parts:
         module = getattr(model, part.part)
         assert part.parameters == sum(p.numel() for p in module.parameters())
@@ -203,22 +205,22 @@ def test_another_backbone() -> None:
     complexity = analyze(model, (32, 64))
     assert [p.part for p in complexity.parts] == ["stem", "res2", "res3", "res4", "res5"]
     assert [p.output_shape for p in complexity.parts][-1] == (512, 1, 2)
-    assert_counts_are_fvcores(complexity, model, torch.rand(1, 3, 32, 64))
+    assert_counts_equal_those_of_fvcore(complexity, model, torch.rand(1, 3, 32, 64))
 
 
 @pytest.mark.parametrize("variant", SMALL_VARIANTS)
-def test_meta_tensors_tell_what_real_ones_do(variant: str) -> None:
+def test_meta_tensors_give_the_figures_of_real_tensors(variant: str) -> None:
     with shapes_alone():
         empty = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES)
     real = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES)
     found, expected = analyze(empty, (64, 64)), analyze(real, (64, 64))
     for part, other in zip(found.parts, expected.parts, strict=True):
-        # Batch norm on meta tensors returns statistics that it does not on the CPU.
+        # Batch norm on meta tensors returns statistics that batch norm on the CPU does not return.
         assert part.peak_memory == pytest.approx(other.peak_memory, rel=0.01)
         assert part == replace(other, peak_memory=part.peak_memory)
 
 
-def test_what_runs_outside_the_parts() -> None:
+def test_work_outside_the_parts_is_counted_as_other() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -235,7 +237,7 @@ def test_what_runs_outside_the_parts() -> None:
     assert found.total.parameters == 12 + 4 + 20 + 5 + 30
 
 
-def test_evaluation_is_what_is_counted() -> None:
+def test_networks_are_counted_in_evaluation_mode() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.BatchNorm2d(4)).train()
     analyze(net, (8, 8))
     assert not any(module.training for module in net.modules())
@@ -257,7 +259,7 @@ def test_units_follow_the_total() -> None:
         ("(k)", 40, "1.120"),
         ("()", 35, "980.000"),
     ):
-        net = nn.Sequential(nn.Conv2d(3, channels, 3))  # 28 parameters a channel
+        net = nn.Sequential(nn.Conv2d(3, channels, 3))  # 28 parameters per channel
         table = format_table(analyze(net, (3, 3)))
         heading, _, first = [row.split("|") for row in table.splitlines()[:3]]
         column = [cell.strip() for cell in heading].index(f"parameters {unit}")
@@ -278,7 +280,7 @@ def test_a_unit_begins_with_one(number: int, unit: str, divisor: float) -> None:
 
 
 def allocated_at_peak(model: nn.Module, image: torch.Tensor, trace: Path) -> int:
-    """Bytes that the CPU's allocator had given out at the peak, on top of what it had before."""
+    """Return the peak of the CPU's allocator in bytes, minus its state before the call."""
     with torch.no_grad():
         model(image)
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -313,7 +315,7 @@ def test_peak_memory_is_what_is_allocated(
     model = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES).eval()
     image = torch.rand(1, 3, 128, 160)
     counted = analyze(model, (128, 160)).total.peak_memory - image.nbytes
-    # Kernels take workspace for themselves, which is not in the count: do without them.
+    # Replace the convolution kernels: they allocate workspace, which is not in the count.
     monkeypatch.setattr(nn.functional, "conv2d", allocate_output)
     expected = allocated_at_peak(model, image, tmp_path / "trace.json")
     # Each allocation is rounded up to 64 bytes.
@@ -325,7 +327,7 @@ def test_a_view_counts_with_its_whole_memory() -> None:
 
 
 def test_peak_memory_by_hand() -> None:
-    """Input, output and, while it is needed elsewhere, what was computed before."""
+    """Count input, output and the tensors that later parts still need."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -395,7 +397,7 @@ def test_every_kind_of_detector_is_counted_as_a_whole(config_file: str) -> None:
     assert found.total.peak_memory >= max(p.peak_memory for p in found.parts)
 
 
-def test_heads_are_what_fvcore_counts_on_the_regions() -> None:
+def test_heads_of_regions_are_counted_as_fvcore_counts_them() -> None:
     model = detector(
         "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
         *("MODEL.RPN.POST_NMS_TOPK_TEST", 7, "TEST.DETECTIONS_PER_IMAGE", 3),
@@ -416,7 +418,7 @@ def test_heads_are_what_fvcore_counts_on_the_regions() -> None:
     mask_layers = nn.Sequential(*heads.mask_head.children())
     assert parts["mask head"].multiply_adds == count(mask_layers, 3, 8, 14, 14)
     rpn = model.proposal_generator.rpn_head
-    levels = [16, 8, 4, 2, 1]  # of 64 / 4 and down
+    levels = [16, 8, 4, 2, 1]  # sides of the feature maps from stride 4 on
     by_level = [
         count(nn.Sequential(rpn.conv, layer), 1, 8, side, side) - count(rpn.conv, 1, 8, side, side)
         for layer in (rpn.objectness_logits, rpn.anchor_deltas)
@@ -432,7 +434,7 @@ def test_image_is_padded_to_what_an_fpn_divides() -> None:
     assert analyze(model, (100, 129)).image_size == (128, 160)
 
 
-def test_what_cannot_be_counted_is_said() -> None:
+def test_parameters_that_are_not_counted_are_noted() -> None:
     model = detector("COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml")
     model.extra = nn.Linear(10, 10, device="meta")
     assert any("110 parameters of extra" in note for note in analyze(model, (64, 64)).notes)
@@ -486,7 +488,7 @@ def test_tool_takes_images_of_one_channel(capsys: pytest.CaptureFixture[str]) ->
         lines = capsys.readouterr().out.splitlines()
         (stem,) = [line.split("|") for line in lines if line.startswith("| stem ")]
         stems.append(float(stem[3]))
-    weights = 2 * 64 * 9  # the first convolution's of two channels, of 1e-6 to three decimals
+    weights = 2 * 64 * 9  # of two more channels; the table has three decimals
     assert stems[0] - stems[1] == pytest.approx(weights / 1e6, abs=0.001)
 
 
@@ -506,7 +508,7 @@ def test_tool_writes_the_same_numbers_everywhere(
 ) -> None:
     run_tool("--backbone", "V-99-eSE", "--image-size", "800", "1344", "--output", str(tmp_path))
     printed = capsys.readouterr().out
-    assert "69.524" in printed  # M parameters
+    assert "69.524" in printed  # million parameters
     content = json.loads((tmp_path / "complexity.json").read_text())
     assert content["total"]["parameters"] == 69_523_520
     assert content["network"] == "V-99-eSE"
@@ -538,7 +540,7 @@ def test_panels_of_the_figure() -> None:
     plt.close(figure)
 
 
-def test_every_quantity_has_its_rule() -> None:
+def test_every_quantity_has_a_convention() -> None:
     row = analyze(VoVNet(SMALL), (32, 32)).total.as_dict()
     assert row.keys() - CONVENTIONS.keys() == {"part", "output_shape"}
 
@@ -551,9 +553,12 @@ def test_tool_errors() -> None:
 
 
 def all_configs() -> list[str]:
-    """One of each that differ in the length of training alone. Without those of classifiers, which
-    tools/pretrain_net.py reads, of Detectron2's own deformable convolution, which needs its
-    compiled part and a GPU, and what others build on."""
+    """Return the config files of this package and of Detectron2 that can be analysed.
+
+    Of configs that differ only in the length of training, one is returned. Base files and configs
+    of classifiers, which tools/pretrain_net.py reads, are left out. So are Detectron2's own
+    deformable convolutions, which need its compiled part and a GPU.
+    """
     ours = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
     theirs = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
     found = {

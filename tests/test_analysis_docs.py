@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The pages in docs/: every figure is there and was made by the command that the page names."""
+"""Every figure on the pages in docs/ exists and was made by a command on the page."""
 
 import re
 import shlex
@@ -40,8 +40,7 @@ def test_every_figure_has_its_command(page: Path) -> None:
     assert len(images) == len(set(images))
 
 
-def test_figures_are_of_the_commands(page: Path) -> None:
-    """Each table beside a figure names the command that made it, and the page has that command."""
+def test_the_table_of_each_figure_names_a_command_on_the_page(page: Path) -> None:
     commands = set(make_docs_figures.commands(page))
     for folder in {folder_of(command) for command in commands}:
         tables = list(folder.glob("*.csv"))
@@ -53,6 +52,6 @@ def test_figures_are_of_the_commands(page: Path) -> None:
             assert table.with_suffix(".png").is_file()
 
 
-def test_nothing_lies_about() -> None:
+def test_there_are_no_unused_figures() -> None:
     made = {folder_of(c) for page in PAGES for c in make_docs_figures.commands(page)}
     assert set((DOCS / "figures").iterdir()) == made

@@ -1,7 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The measurement protocol and the convolution study: what is timed, in which order, what is
-written."""
+"""Tests of the measurement protocol and of the convolution study."""
 
 import csv
 import subprocess
@@ -32,7 +31,7 @@ def test_cases_take_turns() -> None:
 
 
 def test_times_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock of this test moves only in the cases."""
+    """Use a clock that moves only while a case runs."""
     now = 0.0
 
     def work(seconds: float) -> None:
@@ -135,7 +134,7 @@ def test_cost_of_a_case_is_of_what_is_timed(case: Case) -> None:
 def test_times_are_relative_to_the_first_at_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
         Case("shape", "1:1", 1, 16, 16),
-        Case("shape", "1:4", 1, 8, 40),  # 1.25 times the work
+        Case("shape", "1:4", 1, 8, 40),  # this case has 1.25 times the work
         Case("split", "1", 1, 16, 16),
     ]
     measured = ([2.0, 4.0], [5.0, 10.0], [1.0, 1.0])

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""--fit-anchors: sizes and ratios by k-means, measured where the anchors lie."""
+"""Tests of --fit-anchors, which fits the sizes and ratios of anchors by k-means."""
 
 import builtins
 import json
@@ -39,7 +39,7 @@ FPN = Anchors([[32], [64], [128], [256], [512]], [RATIOS] * 5, [4, 8, 16, 32, 64
 def draw_boxes(
     rng: np.random.Generator, number: int, scale: float = 60.0, spread: float = 0.6
 ) -> TrainingBoxes:
-    """Boxes of sizes that are spread as those of photographs are, in images of many shapes."""
+    """Return random boxes with sizes as in photographs, in images of many shapes."""
     sides = rng.integers(150, 400, (number, 2)).astype(float)
     spans = np.clip(scale * np.exp(rng.normal(0, spread, (number, 2))), 2, sides - 1)
     low = rng.uniform(0, 1, (number, 2)) * (sides - spans)
@@ -48,7 +48,7 @@ def draw_boxes(
 
 
 def search(anchors: Anchors, boxes: TrainingBoxes) -> float:
-    """The mean best IoU over every anchor of Detectron2's generator, as the mean of classes."""
+    """Return the best IoU of a box with any of Detectron2's anchors, as a mean over classes."""
     generator = DefaultAnchorGenerator(
         sizes=anchors.sizes,
         aspect_ratios=anchors.ratios,
@@ -69,7 +69,7 @@ def search(anchors: Anchors, boxes: TrainingBoxes) -> float:
     return float(np.mean(list(map(np.mean, by_class.values()))))
 
 
-def test_the_iou_is_that_of_a_search_over_all_anchors() -> None:
+def test_the_iou_equals_that_of_a_search_over_all_anchors() -> None:
     rng = np.random.default_rng(0)
     octaves = [[size, size * 1.3, size * 1.6] for size in (20, 50, 90)]
     for anchors in (
@@ -83,7 +83,7 @@ def test_the_iou_is_that_of_a_search_over_all_anchors() -> None:
 
 
 def squares(*sides: float, ratio: float = 1.0, each: int = 4) -> TrainingBoxes:
-    """Boxes of these sizes in images of 1024 × 1024, in places that suit every stride."""
+    """Return boxes of these sizes in the centre of 1024 × 1024 images, which suits every stride."""
     size = np.repeat(sides, each)
     half = np.stack([size / np.sqrt(ratio), size * np.sqrt(ratio)], axis=1) / 2
     centres = np.full((len(size), 2), 512.0)
@@ -94,7 +94,7 @@ def squares(*sides: float, ratio: float = 1.0, each: int = 4) -> TrainingBoxes:
     )
 
 
-def test_sizes_that_stand_apart_are_found() -> None:
+def test_distinct_sizes_are_found() -> None:
     fit = fit_anchors(FPN, squares(20, 45, 100, 220, 480))
     assert fit.anchors.sizes == [[20], [45], [100], [220], [480]]
     assert fit.after == pytest.approx(1)
@@ -116,8 +116,8 @@ def test_sizes_that_stand_apart_are_found() -> None:
     assert fit.num_boxes == 60
 
 
-def test_coarse_maps_keep_their_sizes_where_objects_are_small() -> None:
-    """On a map of stride 64 an anchor of 16 pixels would miss nearly all objects."""
+def test_coarse_feature_maps_keep_large_anchors_if_objects_are_small() -> None:
+    """Keep large anchors at stride 64, where anchors of 16 pixels would miss nearly all objects."""
     fit = fit_anchors(FPN, draw_boxes(np.random.default_rng(1), 200, scale=12))
     assert fit.anchors.sizes[-1] == [512]
     assert fit.anchors.sizes[0][0] < 20
@@ -125,7 +125,7 @@ def test_coarse_maps_keep_their_sizes_where_objects_are_small() -> None:
 
 
 def test_rare_classes_count_as_much_as_a_frequent_one() -> None:
-    """Blood smears: hundreds of red cells for a few platelets and white cells."""
+    """Fit anchors to many boxes of one class and few of two others, as in images of blood cells."""
     rng = np.random.default_rng(3)
     numbers, scales = (20, 800, 20), (20, 50, 100)
     parts = [draw_boxes(rng, *each, spread=0.1) for each in zip(numbers, scales, strict=True)]
@@ -153,12 +153,12 @@ def test_a_fit_is_never_worse_and_never_changes_the_number() -> None:
                 len(sizes) for sizes in anchors.sizes
             ]
             assert [len(r) for r in fit.anchors.ratios] == [3] * len(anchors.ratios)
-    # Sizes are rounded to a tenth of a pixel, which is worse than these.
+    # Fitted sizes are rounded to a tenth of a pixel, so they would be worse than these.
     perfect = FPN._replace(sizes=[[20.04], [45.04], [100.04], [220.04], [480.04]])
     fit = fit_anchors(perfect, squares(20.04, 45.04, 100.04, 220.04, 480.04))
     assert fit.anchors == perfect
     assert fit.before == fit.after
-    assert fit_anchors(FPN, squares(50, each=6)).after == pytest.approx(1)  # fewer sizes than maps
+    assert fit_anchors(FPN, squares(50, each=6)).after == pytest.approx(1)  # one size for all
 
 
 def test_too_few_boxes_and_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_boxes_are_as_training_sees_them() -> None:
         {
             "height": 80,
             "width": 40,
-            # The first is a pixel high, and the second less.
+            # After resizing, the first box is one pixel high, and the second box is smaller.
             "annotations": [box(0, 0, 40, 0.4), box(0, 5, 40, 5.3), box(-5, 70, 20, 90)],
         },
         {"height": 8, "width": 8, "annotations": []},
@@ -212,7 +212,7 @@ def test_boxes_are_as_training_sees_them() -> None:
 
 
 def test_boxes_of_many_images_are_of_images_from_all_over_a_set() -> None:
-    """Some hundred of 1200 images are drawn. The position of a box is the number of its image."""
+    """Check which 500 of 1200 boxes are used. The position of a box is the number of its image."""
     records = [
         {
             "height": 50,
@@ -298,7 +298,7 @@ def test_fitted_anchors_are_kept(
     assert saved["SIZES"] == record["anchors"]["sizes"]
     with pytest.raises(ValueError, match=r"began with --fit-anchors.*: add it again"):
         launch_own(digits, out, "--resume")
-    launch_own(digits, out, "--resume", config=str(out / "config.yaml"))  # which has the anchors
+    launch_own(digits, out, "--resume", config=str(out / "config.yaml"))  # it has the anchors
 
 
 def test_contradictions(catalogs: None, fresh_logging: None, digits: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Properties that all annotations of a set share: order, unit, size and turn of their pictures."""
+"""Mistakes that all annotations of a set share: order or unit of their numbers, image size or
+orientation."""
 
 import copy
 import json
@@ -25,7 +26,7 @@ NUM_IMAGES, PER_IMAGE = 4, 4
 
 
 def make(folder: Path, *, masks: bool = False, square: bool = False) -> Content:
-    """Pictures of bright rectangles on a dark ground, and their boxes."""
+    """Write images of bright rectangles on a dark background, and return their annotations."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     height, width = (60, 60) if square else SIZE
@@ -50,7 +51,7 @@ def make(folder: Path, *, masks: bool = False, square: bool = False) -> Content:
 
 
 def check(folder: Path, content: Content) -> tuple[int, set[str], Content | None]:
-    """Status, problems and the corrected copy; None if none is written."""
+    """Return the exit status, the problems, and the corrected copy if there is one."""
     (folder / "a.json").write_text(json.dumps(content))
     (fixed := folder / "fixed.json").unlink(missing_ok=True)
     words = ["--train-json", folder / "a.json", "--train-images", folder / "images"]
@@ -98,8 +99,8 @@ def test_boxes_of_another_order_or_unit(tmp_path: Path, way: str, masks: bool) -
     assert check(tmp_path, fixed)[:2] == (0, set())
 
 
-def test_pictures_tell_what_sizes_do_not(tmp_path: Path) -> None:
-    """Corners fit square images with x or y first; the edges in the pictures decide."""
+def test_edges_in_images_decide_the_order_of_corners(tmp_path: Path) -> None:
+    """Check that edges in the images decide where box corners fit with x first and with y first."""
     good = make(tmp_path, square=True)
     content = copy.deepcopy(good)
     for annotation in content["annotations"]:
@@ -108,7 +109,7 @@ def test_pictures_tell_what_sizes_do_not(tmp_path: Path) -> None:
     assert problems == {"box_convention"}
     assert fixed is not None
     assert np.allclose(boxes_of(fixed), boxes_of(good))
-    for image in content["images"]:  # now there is nothing to see
+    for image in content["images"]:  # blank images have no edges
         Image.new("RGB", (60, 60)).save(tmp_path / "images" / image["file_name"])
     _, problems, fixed = check(tmp_path, content)
     assert problems == {"box_convention_unclear"}
@@ -117,9 +118,7 @@ def test_pictures_tell_what_sizes_do_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_good_boxes_stay_as_they_are(tmp_path: Path, masks: bool) -> None:
-    """Large boxes, which would also fit as corners, stay too, and so do some that reach out a
-    little.
-    """
+    """Check boxes that would also fit as corners. One of them reaches out of its image a little."""
     content = make(tmp_path)
     for annotation in content["annotations"]:
         annotation["bbox"] = [20, 14, 50, 40]
@@ -145,7 +144,7 @@ def test_polygons_of_another_order_or_unit(tmp_path: Path, way: str) -> None:
         assert np.allclose(found["segmentation"], expected["segmentation"])
 
 
-def test_one_problem_with_most_annotations_is_not_mended_one_by_one(
+def test_a_problem_of_most_annotations_is_not_fixed_one_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     content = make(tmp_path, masks=True)
@@ -192,7 +191,7 @@ def test_annotations_of_pictures_that_were_made_smaller_before_stay(tmp_path: Pa
     assert np.array_equal(boxes_of(fixed), boxes_of(content))
 
 
-def test_all_that_is_annotated_is_resized() -> None:
+def test_all_kinds_of_annotations_are_resized() -> None:
     polygon = [10, 20, 40, 20, 40, 60]
     annotation = {"bbox": [10, 20, 30, 40], "area": 100, "segmentation": [polygon], "id": 7}
     assert _scale(annotation | {"keypoints": [10, 20, 2]}, (2, 3)) == {
@@ -208,8 +207,11 @@ def test_all_that_is_annotated_is_resized() -> None:
 
 
 def turn(folder: Path, content: Content, orientation: int, *, annotations: bool) -> Content:
-    """Store the pictures so that EXIF turns them into what they are now; the annotations go along
-    or not. Returns what annotations of the pictures as they are read must be."""
+    """Add an EXIF orientation to the images.
+
+    If ``annotations`` is True, turn the annotations, too. Return the annotations that fit the
+    images as they are then read.
+    """
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     for path in sorted((folder / "images").iterdir()):
@@ -243,7 +245,7 @@ def test_orientations(tmp_path: Path, orientation: int, turned: bool) -> None:
     assert check(tmp_path, fixed)[:2] == (0, set())
 
 
-def test_a_turn_that_nothing_tells_of_is_a_warning(tmp_path: Path) -> None:
+def test_annotations_that_fit_with_and_without_a_turn_are_a_warning(tmp_path: Path) -> None:
     content = make(tmp_path)
     for image in content["images"]:
         Image.new("RGB", SIZE[::-1]).save(tmp_path / "images" / image["file_name"])
@@ -255,8 +257,8 @@ def test_a_turn_that_nothing_tells_of_is_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_what_is_annotated_turns_with_the_pixels(orientation: int) -> None:
-    """Masks, boxes, polygons and keypoints, against Pillow's turning of a mask."""
+def test_annotations_turn_with_the_pixels(orientation: int) -> None:
+    """Compare turned masks, boxes, polygons and keypoints with a mask that Pillow turns."""
     mask = np.zeros(SIZE, np.uint8)
     mask[7:20, 30:38] = 1
     rle = mask_util.encode(np.asfortranarray(mask))
@@ -280,7 +282,7 @@ def test_what_is_annotated_turns_with_the_pixels(orientation: int) -> None:
     assert np.array_equal(drawn, expected)
 
 
-def test_16_bits_without_use(tmp_path: Path) -> None:
+def test_images_that_use_12_of_16_bits_are_reported(tmp_path: Path) -> None:
     content = make(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 4096, SIZE).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")

@@ -18,7 +18,7 @@ LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package's Python files and of the rules."""
+    """Return a folder with a copy of the Python files of the package and of the rules."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(
         ROOT / "vovnet_d2", folder / "vovnet_d2", ignore=shutil.ignore_patterns("__pycache__")
@@ -52,9 +52,10 @@ FORBIDDEN = {
 
 
 def test_forbidden_imports_and_a_new_room_are_noticed(copy: Path) -> None:
-    """The package as it is keeps the rules. The imports that are then added stand inside functions,
-    where they are as forbidden as at the head of a file. One check finds them all, as each check
-    takes seconds."""
+    """Check the package as it is, and then with forbidden imports.
+
+    These imports are inside functions, where the rules hold, too. A check takes seconds, so one
+    check must find all of them."""
     status, printed = check_imports(copy)
     assert status == 0, printed
     assert " 0 broken" in printed

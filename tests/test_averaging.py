@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SOLVER.EMA: the average of the weights, its evaluation, its files, and a resumed training."""
+"""Tests of SOLVER.EMA: the averaged weights, their evaluation and files, and resumed training."""
 
 import math
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ NO_TEST = ["DATASETS.TEST", "()"]
 
 
 def average_by_hand(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Sum the weights of all steps up, each with its share of the last average."""
+    """Return the average as a weighted sum of the weights after each step."""
     states = list(states)
     decays = [min(DECAY, (1 + n) / (10 + n)) for n in range(1, len(states))]
     shares = [
@@ -47,7 +47,7 @@ def average_by_hand(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torc
 
 
 def check_average(out: Path, steps: int) -> None:
-    """Compare the average that a training has written with that of its checkpoints."""
+    """Compare the average in the files of a training with the average of its checkpoints."""
     checkpoints = [load(out / f"model_{n:07d}.pth")["model"] for n in range(steps)]
     found = load(out / "model_final_ema.pth")
     assert found["iteration"] == steps - 1
@@ -60,7 +60,7 @@ def read_average(path: Path) -> dict[str, torch.Tensor]:
     return load(path)["trainer"]["hooks"]["WeightAverage"]
 
 
-def test_the_average_is_the_sum_by_hand_and_resumes_to_the_bit(
+def test_the_average_equals_a_weighted_sum_and_resumes_to_the_bit(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch(FASTER_RCNN, tmp_path / "whole", *EMA, *NO_TEST)
@@ -75,7 +75,7 @@ def test_the_average_is_the_sum_by_hand_and_resumes_to_the_bit(
 
 
 def test_the_average_is_evaluated_and_used_like_any_weights(coco: Path, tmp_path: Path) -> None:
-    """The results tell the two apart; MODEL.WEIGHTS and --eval-only give those of the average."""
+    """Check the results of weights and average, and evaluate the file of the average alone."""
     trained = launch(FASTER_RCNN, tmp_path, *EMA)
     assert trained.keys() == {"bbox", "bbox_EMA"}
     for name in ("results.md", "results.json", "metrics.json"):
@@ -94,7 +94,7 @@ def test_the_average_is_evaluated_and_used_like_any_weights(coco: Path, tmp_path
 
 
 def score(monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[float, float]]) -> None:
-    """Let evaluations give a value for the weights, and one for the average after it."""
+    """Make each evaluation return a given value for the weights, then one for the average."""
     values = iter([value for pair in pairs for value in pair])
     monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(values)}})
 
@@ -102,7 +102,9 @@ def score(monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[float, float]]) -> 
 def test_best_weights_and_patience(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has its best checkpoint, and the average decides how long it goes on."""
+    """Check that weights and average have a best checkpoint each, and that the average decides when
+    training stops.
+    """
     score(monkeypatch, [(30.0, 5.0), (20.0, 10.0), (10.0, 30.0), (9.0, 20.0)])
     options = [*EMA, "SOLVER.MAX_ITER", "9", "TEST.EVAL_PERIOD", "1", "TEST.PATIENCE", "1"]
     results = launch(FASTER_RCNN, tmp_path, *options)
@@ -124,11 +126,13 @@ def test_best_weights_and_patience(
     ) in read_log(tmp_path)
 
 
-def test_a_training_that_had_no_average_goes_on_with_one(
+def test_a_training_without_an_average_can_be_resumed_with_one(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The average begins with the weights there are, which the evaluation that is made up for
-    has, too."""
+    """Check that the average begins with the weights of the checkpoint.
+
+    The first evaluation, which was due before the interruption, already has this average.
+    """
     evaluated: list[dict[str, Any]] = []
 
     def test(cls: type[Trainer], cfg: Any, model: nn.Module, *_: object) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def test_the_name_of_a_metric() -> None:
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
-def test_a_decay_that_is_none(decay: float) -> None:
+def test_invalid_decays_are_refused(decay: float) -> None:
     cfg = load_config(FASTER_RCNN)
     cfg.SOLVER.EMA = decay
     with pytest.raises(ValueError, match=rf"SOLVER\.EMA is {decay}: give the decay"):
@@ -193,7 +197,7 @@ def test_a_decay_that_is_none(decay: float) -> None:
 def test_two_processes_evaluate_one_average(coco: Path, tmp_path: Path) -> None:
     port = free_port()
     options = [*EMA, "TEST.EVAL_PERIOD", "2"]
-    assert TINY[:2] == ["MODEL.VOVNET.NORM", "BN"]  # whose statistics processes do not share
+    assert TINY[:2] == ["MODEL.VOVNET.NORM", "BN"]  # its statistics differ between processes
     processes = [start(coco, tmp_path, options, rank=r, world=2, port=port) for r in range(2)]
     for process in processes:
         process.join(240)

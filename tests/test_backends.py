@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors whose dense part runs in OpenVINO or ONNX Runtime, against torch alone."""
+"""Detectors whose dense part runs in OpenVINO or ONNX Runtime, compared with torch alone."""
 
 import copy
 import importlib.metadata
@@ -62,7 +62,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-# Seeded as the tests are, so that these networks are exported once for all of them.
+# These networks have the seed of the tests, so that one export serves all tests.
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def retinanet() -> nn.Module:
 
 
 def sizes() -> list[np.ndarray]:
-    """Two images that are padded alike and run together, and one of another shape."""
+    """Return two images that are padded to the same size, and one image of another shape."""
     china, flower = (read_image(file) for file in PICTURES)
     return [china[::3, ::3], flower[::4, 1::4], flower[:300, :200]]
 
@@ -104,14 +104,14 @@ def test_the_same_predictions_as_torch(detector: str, tmp_path: Path) -> None:
         for found, wanted in zip(predictor(images), expected, strict=True):
             assert_close(found, wanted)
             assert len(wanted.get("instances", "four")) > 3
-        # The dense part is not torch's any more.
+        # The dense part has no torch parameters any more.
         assert not list(DensePart(predictor.model).parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [FCOS, DSOD])
 def test_other_dense_heads(config: str) -> None:
-    """Their outputs, as untrained ones find nothing that could be compared."""
+    """Compare outputs of heads, because untrained heads of this kind find no objects."""
     model = build_detector(small_config(config, MODEL__FCOS__NUM_CONVS=1))
     images = torch.rand(1, 3, 256, 256)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_images_are_padded_as_the_backbone_needs(retinanet: nn.Module) -> None:
 # The cache
 
 
-def test_a_file_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_is_exported_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def write(target: object, path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_file_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"p2", "p6", "head0_p2", "head1_p6"} < set(names)
     assert export_dense_part(model.train()) == (path, names)
     assert len(written) == 1
-    # A file that was cut short since is put aside, and made again.
+    # A file that is now truncated is moved aside and made again.
     path.write_bytes(bytes(1000))
     assert export_dense_part(model) == (path, names)
     assert path.stat().st_size == 5000
@@ -173,7 +173,7 @@ def test_a_file_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     changed, _ = export_dense_part(model)
     assert changed != path
     assert len(written) == 3
-    # Another version of torch or of the exporter makes a file of its own.
+    # Another version of torch or of the exporter makes another file.
     monkeypatch.setattr(cache, "version", lambda package: "99.0")
     assert export_dense_part(model)[0] not in (path, changed)
     assert len(written) == 4
@@ -182,13 +182,13 @@ def test_a_file_is_made_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_key_is_of_the_content() -> None:
     options = small_config(MASK_RCNN)
     model, same = build_detector(options), build_detector(options)
-    assert model_key(model) != model_key(same)  # other random weights
+    assert model_key(model) != model_key(same)  # they have other random weights
     same.load_state_dict(model.state_dict())
     key = model_key(model)
     assert model_key(same.train()) == key
     predict_in_float32(same, load_config("", ["SOLVER.AMP.ENABLED", "True"]))
     assert model_key(same) == key
-    same.roi_heads.box_predictor.cls_score.bias.data += 1  # which torch computes
+    same.roi_heads.box_predictor.cls_score.bias.data += 1  # torch computes this part
     assert model_key(same) == key
     same.proposal_generator.rpn_head.conv.bias.data += 1
     assert model_key(same) != key
@@ -217,7 +217,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_measured() -> None:
-    """Files of the cache stay, but not the times of backends."""
+    """Remove the measured times of backends from the cache, but keep the exported files."""
     for kept in cache_folder().glob("fastest-*.json"):
         kept.unlink()
 
@@ -250,14 +250,14 @@ def test_auto_takes_the_fastest(
     with caplog.at_level("INFO", logger="vovnet_d2"):
         use_backend(retinanet, "auto")
     assert calls[0].keys() == {"torch", *INSTALLED}
-    for found in calls[0].values():  # all did the same work
+    for found in calls[0].values():  # all compute the same
         for a, b in zip(found, calls[0]["torch"], strict=True):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
-    assert calls[0]["torch"][0].shape[2:] == (8, 8)  # of 64 × 64 pixels, as 60 is rounded up
+    assert calls[0]["torch"][0].shape[2:] == (8, 8)  # the image is padded to 64 × 64 pixels
     (message,) = [m for m in caplog.messages if "auto" in m]
     assert message.startswith(f"The backend auto is {fastest}: torch")
     assert f"{fastest} 100 ms" in message
-    # The outcome is kept, and only the chosen one is loaded.
+    # The result is kept, and later only the chosen backend is loaded.
     loaded.clear()
     chosen = use_backend(retinanet, "auto")
     assert len(calls) == 1
@@ -267,7 +267,7 @@ def test_auto_takes_the_fastest(
     assert json.loads(kept.read_text())[fastest] == 0.1
 
 
-def test_times_are_of_one_network_on_one_machine(
+def test_times_are_kept_by_network_and_machine(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, measured = tmp_path / "dense.onnx", []
@@ -336,7 +336,7 @@ def test_auto_passes_over_a_broken_backend(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One warning names it. The outcome is not kept, as the backend may be mended."""
+    """Check for one warning with its name. The choice is not kept, so it is tried again later."""
     times = {"torch": 0.3, "openvino": 0.1, "onnxruntime": 0.2}
     monkeypatch.setattr(use, "time_interleaved", lambda cases, **_: {n: [times[n]] for n in cases})
     monkeypatch.setattr(use, "SIZE", (60, 64))
@@ -354,7 +354,7 @@ def test_auto_passes_over_a_broken_backend(
     assert message.startswith("The backend openvino is installed and fails")
     assert message.endswith("RuntimeError: the driver is too old")
     assert rank_backends(retinanet) == ["onnxruntime", "torch"]
-    # The times of the other backends are kept if the broken one was not measured.
+    # Without the broken backend, the times of the others are kept.
     assert bool(list(cache_folder().glob("fastest-*.json"))) == (moment == "asking")
     monkeypatch.setitem(BACKENDS, "openvino", whole)
     assert rank_backends(retinanet) == ["openvino", "onnxruntime", "torch"]
@@ -363,7 +363,7 @@ def test_auto_passes_over_a_broken_backend(
 def test_the_next_name_is_taken_where_one_fails(
     retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The fastest backend was measured earlier, and cannot be loaded now."""
+    """Load a backend that was the fastest when it was measured, but is broken now."""
     monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], load=fail))
     with caplog.at_level("WARNING", logger="vovnet_d2"):
         chosen = use_backend(retinanet, ["openvino", "torch"])
@@ -390,14 +390,14 @@ def test_processes_take_what_the_first_has_measured(
 
 
 def test_the_version_of_a_module_of_another_package() -> None:
-    """onnxruntime-gpu has the module onnxruntime, and PyPI's name differs from the module's."""
+    """Check that the version of the module onnxruntime is found in the package onnxruntime-gpu."""
     assert package_version("yaml") == importlib.metadata.version("PyYAML")
     assert package_version("torch") == importlib.metadata.version("torch")
     assert package_version("nowhere") == "of unknown version"
 
 
 def test_the_report_of_an_export_with_onnxruntime_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report names modules, and the package of one has another name there."""
+    """Check a module of the report whose package has another name."""
 
     def find_version(name: str) -> str:
         if name == "onnxruntime":
@@ -412,7 +412,7 @@ def test_the_report_of_an_export_with_onnxruntime_gpu(monkeypatch: pytest.Monkey
     assert found["onnx"] == importlib.metadata.version("onnx")
 
 
-# TensorRT, which needs a GPU: ONNX Runtime is asked for it, and computes on the CPU in its place
+# TensorRT needs a GPU. Here ONNX Runtime is asked for TensorRT, but computes on the CPU instead.
 
 
 def test_tensorrt_is_asked_of_onnx_runtime(
@@ -451,7 +451,7 @@ def test_tensorrt_is_asked_of_onnx_runtime(
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Make these packages look as if they were not installed."""
+    """Make these packages appear as not installed."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in packages else find_spec(name)
@@ -493,7 +493,7 @@ def test_what_is_torch_s_alone(mask_rcnn: CfgNode) -> None:
 
 
 class Unknown(nn.Module):
-    """No operator of ONNX."""
+    """Network with an operator that ONNX does not have."""
 
     def __init__(self) -> None:
         super().__init__()

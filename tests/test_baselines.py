@@ -1,6 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The backbones that VoVNet is compared with: DenseNet-67, PeleeNet, timm's and torchvision's."""
+"""The backbones that VoVNet is compared with: DenseNet-67, PeleeNet, and those of timm and
+torchvision.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +41,7 @@ from vovnet_d2.modeling.specs import VOVNET_SPECS
 
 STAGES = ("stage2", "stage3", "stage4", "stage5")
 
-# Name to further arguments: a small one of each family.
+# One small network of each family, with further arguments.
 TIMM: dict[str, dict[str, Any]] = {
     "resnet10t": {},
     "efficientnet_b0": {},
@@ -47,8 +49,8 @@ TIMM: dict[str, dict[str, Any]] = {
     "mobilenetv2_035": {},
     "mobilenetv3_small_050": {},
     "convnext_atto": {},
-    "densenet121": {},  # its extraction rewrites the network
-    "hrnet_w18_small": {},  # and this one's is its own
+    "densenet121": {},  # timm rewrites this network to extract features
+    "hrnet_w18_small": {},  # this network extracts features itself
     "ese_vovnet19b_slim_dw": {},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "dynamic_img_size": True},  # NHWC
 }
@@ -60,7 +62,7 @@ TORCHVISION = {
 
 
 def make(kind: str, **options: Any) -> Backbone:
-    """A backbone of either adapter, or of our own, by its name."""
+    """Build a backbone by its name: of timm, of torchvision, or of this package."""
     if kind in TIMM:
         return TimmBackbone(kind, arguments=TIMM[kind], **options)
     if kind in TORCHVISION:
@@ -72,7 +74,7 @@ ALL = (*TIMM, *TORCHVISION, "DenseNet-67", "PeleeNet")
 
 
 def random_norms(network: nn.Module) -> None:
-    """Statistics and weights of norms that are not those of a fresh one."""
+    """Give the norms random statistics and weights, unlike those of a new norm."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
             for tensor in (module.weight, module.running_var):
@@ -81,17 +83,19 @@ def random_norms(network: nn.Module) -> None:
                 nn.init.normal_(tensor, std=0.1)
 
 
-# What every one of them holds -----------------------------------------------------------------
+# All backbones --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_strides_channels_and_gradients(kind: str) -> None:
-    """Maps are as large as their strides say, at odd sizes rounded as the network's own layers
-    round; every parameter learns."""
+    """Check the sizes and channels of feature maps, and that every parameter gets a gradient.
+
+    At odd sizes, the size of a feature map may be rounded up or down.
+    """
     model = make(kind)
     assert all(module.training for module in model.modules())
-    random_norms(model)  # some start at zero
-    # Two take only what divides.
+    random_norms(model)  # some norms start with zero weights
+    # Two of the networks only take sizes that their strides divide.
     height, width = (160, 128) if kind.startswith(("swin", "hrnet")) else (163, 131)
     maps = model(torch.randn(2, 3, height, width))
     shapes = model.output_shape()
@@ -124,12 +128,8 @@ def test_optimized_for_inference(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_maps_are_timms_own(name: str) -> None:
-    """The maps equal those of the whole network.
-
-    The last map is compared if the network returns one beside the classifier; the others come by
-    timm's other way.
-    """
+def test_timm_feature_maps_equal_features_only(name: str) -> None:
+    """Compare the feature maps with those of timm's ``features_only``."""
     model = TimmBackbone(name, out_features=["stage3", "stage4", "stage5"], arguments=TIMM[name])
     random_norms(model)
     peer = timm.create_model(name, features_only=True, **TIMM[name])
@@ -146,7 +146,7 @@ def test_timm_maps_are_timms_own(name: str) -> None:
         assert torch.equal(maps[stage], by_channels_and_size[stride])
 
 
-def test_the_order_of_the_maps_asked_for_does_not_matter() -> None:
+def test_the_order_of_out_features_does_not_matter() -> None:
     stages = ["stage4", "stage2", "stage5"]
     model = TimmBackbone("efficientnet_b0", out_features=stages)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_the_order_of_the_maps_asked_for_does_not_matter() -> None:
         assert found.shape[1:] == (shapes[stage].channels, 64 // stride, 96 // stride)
 
 
-def test_timm_features_are_the_whole_networks() -> None:
+def test_timm_features_equal_those_of_the_whole_network() -> None:
     whole = timm.create_model("efficientnet_b0")
     model = TimmBackbone("efficientnet_b0")
     random_norms(whole)
@@ -194,7 +194,7 @@ def test_timms_vovnet_is_ours() -> None:
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_maps_are_torchvisions_own(name: str) -> None:
+def test_torchvision_feature_maps_equal_its_feature_extractor(name: str) -> None:
     model = TorchvisionBackbone(name, TORCHVISION[name])
     peer = torchvision.models.get_model(name)
     random_norms(peer)
@@ -228,7 +228,7 @@ def test_later_layers_are_left_out() -> None:
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_b0", "resnet18"])
 @pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
 def test_norms(name: str, norm: str) -> None:
-    """Others take the place of every batch norm and compute the same in inference."""
+    """Check that other norms replace every batch norm and compute the same in inference."""
     x = torch.randn(1, 3, 64, 64)
     torch.manual_seed(1)
     plain = make(name)
@@ -242,7 +242,7 @@ def test_norms(name: str, norm: str) -> None:
         assert kinds
         assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
     with torch.no_grad():
-        if norm == "FrozenBN":  # synchronised ones need a GPU
+        if norm == "FrozenBN":  # synchronised norms need a GPU
             found, expected = model(x), plain.eval()(x)
             for stage in expected:
                 torch.testing.assert_close(found[stage], expected[stage], rtol=1e-4, atol=1e-4)
@@ -282,7 +282,7 @@ def test_freezing(name: str, freeze_at: int, frozen: set[str], free: set[str]) -
     assert len(moved) == 2 * len(trained) > 0
 
 
-# What a backbone refuses, and a part of what it says.
+# Arguments that a backbone refuses, and a part of its message.
 TIMM_ERRORS = (
     ({"name": "resnet5O"}, "timm has no network 'resnet5O'. Close to it: resnet50"),
     ({"out_features": ["stage6"]}, "no feature map stage6: choose from stage1, stage2, stage3"),
@@ -319,7 +319,9 @@ def test_torchvision_errors(options: dict[str, Any], message: str) -> None:
         TorchvisionBackbone(**{"name": "resnet18", "nodes": ["layer2"], **options})
 
 
-def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_weights_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
@@ -336,8 +338,8 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         TorchvisionBackbone("resnet18", ["layer1"], pretrained=True)
 
 
-def test_pretrained_weights_are_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """timm's loading, from a file in the place of the download."""
+def test_pretrained_weights_are_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let timm load a local file instead of a download."""
     peer = timm.create_model("resnet10t")
     random_norms(peer)
     torch.save(peer.state_dict(), tmp_path / "weights.pth")
@@ -353,7 +355,7 @@ def test_pretrained_weights_are_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def config(backbone: str, **options: Any) -> CfgNode:
-    """A small Faster R-CNN or RetinaNet; ``options`` with "__" for the dots."""
+    """Return the config of a small detector. In ``options``, "__" stands for a dot of a key."""
     cfg = get_cfg()
     add_vovnet_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -418,7 +420,7 @@ def test_arguments_reach_the_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        # Of the sheet: behind the transition's convolution, before its pooling.
+        # Feature maps after the convolution of a transition, before its pooling.
         ("densenet201", "features.transition{}.conv", {8: 256, 16: 896, 32: 1920}),
         ("densenet161", "features.transition{}.conv", {8: 384, 16: 1056, 32: 2208}),
     ],
@@ -432,17 +434,17 @@ def test_densenet_taps(name: str, options: str, expected: dict[int, int]) -> Non
 
 
 def test_mobilenet_taps() -> None:
-    """SSD300-MobileNet's: conv11 and conv13, which has 4.2M - 1.0M parameters behind it."""
+    """Check the feature maps conv11 and conv13, which SSD300 with MobileNet uses."""
     with shapes_alone():
         model = TimmBackbone("mobilenetv1_100", out_features=["stage4", "stage5"])
         maps = model(torch.empty(1, 3, 300, 300))
     assert [tuple(m.shape[1:]) for m in maps.values()] == [(512, 19, 19), (1024, 10, 10)]
-    # MobileNet's paper, Table 8, without the classifier's 1024 * 1000 + 1000.
+    # Table 8 of the MobileNet paper, minus 1024 * 1000 + 1000 parameters of the classifier.
     assert sum(p.numel() for p in model.parameters()) == 4_231_976 - 1_025_000
 
 
 def test_checkpoints(tmp_path: Path) -> None:
-    """A detector with a foreign backbone is saved, resumed, and read by Detectron2's own."""
+    """Save a detector with a timm backbone, resume it, and load it with Detectron2's class."""
     models = [build_model(config("build_timm_fpn_backbone")) for _ in range(3)]
     random_norms(models[0])
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in models]
@@ -472,11 +474,11 @@ def test_frozen_without_weights() -> None:
     check_initialisation(cfg, training=True, resuming=False)
 
 
-# DenseNet-67 and PeleeNet a second time, from their tables ------------------------------------
+# Second implementation of DenseNet-67 and PeleeNet, from the tables of the papers --------------
 
 
 class Replay:
-    """Layers as plain functions that take their weights from a network's, in the order of use."""
+    """Layers as plain functions, which take the weights of a network in the order of use."""
 
     def __init__(self, network: nn.Module):
         self.convs = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
@@ -504,7 +506,7 @@ class Replay:
 
 
 def padded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros to an even size, and where they are not."""
+    """Pad with zeros to an even size. Return the result, and ones where there is no padding."""
     pad = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
     return F.pad(x, pad), F.pad(torch.ones_like(x), pad)
 
@@ -570,14 +572,14 @@ def test_second_derivation(kind: str, derived: Any, size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("pool", [halve, average_halve])
 def test_pooling_in_a_graph_is_that_of_ceil_mode(pool: Callable[..., torch.Tensor]) -> None:
-    x = torch.randn(1, 2, 7, 5) - 2  # below zero, too
+    x = torch.randn(1, 2, 7, 5) - 2  # most values are negative
     torch.testing.assert_close(torch.jit.trace(pool, x)(x), pool(x))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DenseNet-67", "PeleeNet"])
 def test_graphs_compute_the_same(kind: str) -> None:
-    """They have no ceil mode, which odd sizes would show."""
+    """Export graphs without ceil mode, and compare them at an odd size."""
     model = make(kind).eval().double()
     random_norms(model)
     x = torch.randn(1, 3, 67, 101, dtype=torch.float64)
@@ -592,7 +594,7 @@ def test_graphs_compute_the_same(kind: str) -> None:
 
 
 def test_peleenet_is_as_large_as_published() -> None:
-    """2.802M parameters and 508M multiply-adds with its classifier, at 224."""
+    """Compare with the published 2.802M parameters and 508M multiply-adds of the classifier."""
     model = PeleeNet(num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == 2_802_248
     assert round(analyze(model, (224, 224)).total.multiply_adds / 1e6) == 508

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: of networks whose figures are known, and of real ones."""
+"""Benchmark studies of networks whose figures are known, and of real networks."""
 
 import re
 import statistics
@@ -69,11 +69,11 @@ def test_cases_are_compared_round_by_round():
     times = {"reference": [1.0, 2.0, 4.0]}
     row = study._compare("network", "a", [3.0, 2.0, 8.0], times, "reference")
     quartiles = (row["time_of_network_q1"], row["time_of_network"], row["time_of_network_q3"])
-    assert quartiles == (1.5, 2, 2.5)  # of 3, 1 and 2
+    assert quartiles == (1.5, 2, 2.5)  # quartiles of the ratios 3, 1 and 2
 
 
 def test_median_and_p95(monkeypatch):
-    series = [0.01 * i**2 for i in range(1, 22)]  # of another mean
+    series = [0.01 * i**2 for i in range(1, 22)]  # its mean differs from its median
 
     def rounds(calls, *, device, repeats):
         for seconds in series:
@@ -96,7 +96,7 @@ def test_median_and_p95(monkeypatch):
         (KeyError("res2"), "KeyError: 'res2'"),
     ],
 )
-def test_what_cannot_run_is_a_row(error, reason):
+def test_a_network_that_fails_has_a_row_with_its_error(error, reason):
     class Broken(Sleeper):
         def forward(self, x):
             if x.device.type != "meta" and x.shape[-1] == 64:
@@ -106,14 +106,15 @@ def test_what_cannot_run_is_a_row(error, reason):
     rows = run_study(networks=[Network("broken", lambda: Broken(0)), sleeper("well", 0)]).rows
     errors = {(row["network"], row["error"]) for row in rows}
     assert errors == {("broken", reason), ("well", "")}
-    # The reference is broken, so that there is nothing to compare with.
+    # The reference network fails, so there is no time to compare with.
     assert all(row["time_of_network"] is None for row in rows)
     assert "could not run" in format_table(rows)
 
 
 class Failing(Sleeper):
-    """A network that fails in its fifth call, after one to warm up, two for its memory and one
-    round.
+    """Network that fails in its fifth call.
+
+    The calls before are one for warm-up, two for the measurement of memory, and one round.
     """
 
     def __init__(self):
@@ -129,11 +130,11 @@ class Failing(Sleeper):
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("meter", [SteadyMeter(), energy.NoEnergyMeter("none")])
-def test_what_fails_while_timed_is_a_row(monkeypatch, mode, meter):
+def test_a_network_that_fails_while_timed_has_a_row(monkeypatch, mode, meter):
     monkeypatch.setattr(Study, "meter", meter)
     seconds = measure_energy_of_single_calls(monkeypatch)
     networks = [sleeper("first", 0), Network("failing", Failing), sleeper("last", 0)]
-    for repeats in (3, 1):  # in a round, and while its energy is measured
+    for repeats in (3, 1):  # with 3 it fails in a round; with 1, while its energy is measured
         rows = run_study(
             networks=networks,
             treatments=["plain"],
@@ -196,7 +197,7 @@ def test_more_networks_are_compiled_than_torch_allows_for(monkeypatch):
             return {"y": self.conv(x)}
 
     class Recompiled(Convolution):
-        calls = ()  # of a length that torch does not generalise, as it may a number
+        calls = ()  # torch compiles again for each length of a tuple; for numbers it may not
 
         def forward(self, x):
             self.calls = (*self.calls, None)
@@ -215,7 +216,7 @@ def test_more_networks_are_compiled_than_torch_allows_for(monkeypatch):
         assert limit in row["error"]
 
 
-def test_what_a_treatment_and_the_process_set(monkeypatch):
+def test_settings_of_treatments_and_of_the_process(monkeypatch):
     kept = []
     monkeypatch.setattr(study, "keep_freed_memory", lambda: kept.append(0) or True)
     monkeypatch.setattr(
@@ -234,8 +235,8 @@ def test_what_a_treatment_and_the_process_set(monkeypatch):
     assert result.protocol["freed memory"] == "kept by the process"
 
 
-def test_images_that_are_too_small_are_a_row():
-    """Nor can its work be counted then."""
+def test_images_that_are_too_small_have_a_row():
+    """Measure a network at an image size that is too small for it, which also prevents counting."""
 
     class Unpadded(nn.Conv2d):
         def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -280,7 +281,7 @@ def test_an_interrupted_study_keeps_what_it_has(monkeypatch, tmp_path, where, er
 
 
 def test_references(monkeypatch):
-    """Times are compared with the reference's in the same round."""
+    """Check that times are compared with the time of the reference in the same round."""
     pace = {"slow plain": 6.0, "slow optimized": 4.0, "fast plain": 3.0, "fast optimized": 1.0}
 
     def rounds(calls, *, device, repeats):
@@ -317,12 +318,12 @@ def test_references(monkeypatch):
         ({"energy_seconds": 0.01}, "seconds for energy are 0.01: .* or 0 for none"),
     ],
 )
-def test_plans_that_make_no_sense(options, message):
+def test_invalid_plans(options, message):
     with pytest.raises(ValueError, match=message):
         make_plan(**options)
 
 
-# ------------------------------------------------------------------------- real networks, thin
+# ------------------------------------------------------------------------- thin real networks
 
 
 TINY = [
@@ -340,7 +341,7 @@ TINY = [
     [
         "COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml",
         "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml",
-        "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml",  # which trains in NCHW
+        "COCO-Keypoints/keypoint_rcnn_V_39_eSE_FPN_1x.yaml",  # it trains in NCHW
         pytest.param("COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml", marks=pytest.mark.slow),
     ],
 )
@@ -368,19 +369,19 @@ def test_detectors(config):
         "COCO-PanopticSegmentation/panoptic_fpn_V_39_eSE_1x.yaml",
     ],
 )
-def test_without_weights_nothing_is_dropped(config):
+def test_without_weights_no_detection_is_dropped(config):
     model = detector(config, TINY).build()
     calibrate_norms(model.eval(), random_images(2, (64, 64), CPU))
     with torch.no_grad():
         (found,) = model(detector_inputs(model, random_images(1, (128, 128), CPU)))
-    assert 0 < len(found["instances"]) <= 5  # without those whose box is outside the image
+    assert 0 < len(found["instances"]) <= 5  # boxes outside the image are dropped
     if hasattr(model, "proposal_generator"):
         assert model.proposal_generator.nms_thresh == 1
     if "panoptic_seg" in found:
         assert sum(segment["isthing"] for segment in found["panoptic_seg"][1]) > 0
 
 
-def test_weights_that_leave_heads_random_are_told(tmp_path):
+def test_weights_without_heads_are_refused(tmp_path):
     config = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
     file = tmp_path / "backbone.pth"
     model = detector(config, TINY).build()
@@ -398,7 +399,7 @@ def test_weights_that_leave_heads_random_are_told(tmp_path):
     assert row["error"] == ""
 
 
-def test_a_runs_config_is_called_by_its_run(tmp_path):
+def test_the_config_of_a_run_is_named_after_its_folder(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         file = tmp_path / name / "config.yaml"
@@ -415,7 +416,7 @@ def test_training_at_a_size_where_one_image_leaves_a_norm_one_value():
     assert row["gflops"] > 0
 
 
-def test_heads_without_weights_get_all_the_regions_that_they_may():
+def test_heads_without_weights_get_the_largest_number_of_regions():
     model = detector("COCO-InstanceSegmentation/mask_rcnn_V_19_slim_eSE_FPN_3x.yaml", TINY).build()
     calibrate_norms(model.eval(), random_images(2, (64, 64), CPU))
     regions = {}

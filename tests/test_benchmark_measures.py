@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The instruments of the benchmark: timers, meters of energy and memory."""
+"""Tests of the timers, energy meters and memory counters of the benchmark."""
 
 import time
 from functools import partial
@@ -38,7 +38,7 @@ def test_rounds_take_all_cases_and_times_are_per_call():
 
 
 def test_each_round_has_an_order_of_its_own():
-    """The orders are the same in every call."""
+    """Check that the order differs between rounds, and is the same in every run."""
     calls = []
     cases = {name: partial(calls.append, name) for name in "abc"}
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_warmup_is_not_timed():
 
 
 class FakeNvml:
-    """A GPU of 200 W, with and without an energy counter."""
+    """Stand-in for NVML with a GPU of 200 W, with or without an energy counter."""
 
     class NVMLError(Exception):
         pass
@@ -150,8 +150,8 @@ def test_rapl_counts_packages_and_memory_and_survives_the_wrap(tmp_path):
     meter.start()
     for folder in domains:
         (root / folder / "energy_uj").write_text("500000\n")
-    # The memory's counter went on to 1,000,000, which it shows as 0, and to 500,000.
-    # To the last of them: a counter has one value more than its largest.
+    # The counter of the memory passed its largest value 999,999, began again at 0 (1,000,000 in
+    # all), and went on to 500,000.
     assert round(1e6 * meter.stop()) == 499_900 + 600_000 + 500_000
 
 
@@ -219,7 +219,10 @@ class OneMap(nn.Module):
 
 
 def test_peak_memory_of_a_training_step():
-    """Weight, momentum and, from the step before until the next ones are made, gradient."""
+    """Expect three tensors: weight, momentum and gradient.
+
+    The gradient of one step lives until the next step makes new gradients.
+    """
     model = OneMap(nn.Linear(1000, 1000, bias=False))
     call = training_step(model, torch.randn(1, 1000), TREATMENTS["plain"], CPU)
     for _ in range(2):
@@ -243,11 +246,10 @@ def test_inference_is_without_autograd():
 
 
 def test_peak_memory_of_packed_weights():
-    """A call holds the weight, the image, and the copies of the weight in the orders that oneDNN
-    chose for two images.
+    """Expect the weight, the image, and the packed copies of the weight for two image sizes.
 
-    The CPU decides how many orders there are, how large a copy is, and how much oneDNN takes for
-    the time of the call.
+    The CPU decides whether the sizes share a copy, how large a copy is, and how much memory oneDNN
+    uses during a call.
     """
     conv = optimize_for_inference(nn.Conv2d(256, 256, 3, padding=1, bias=False))
     images = [torch.randn(1, 256, side, side) for side in (8, 9)]

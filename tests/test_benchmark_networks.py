@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's networks and treatments, against other counters."""
+"""Networks and treatments of the benchmark, compared with other counters."""
 
 import pytest
 import timm
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def peer_parameters(name: str) -> int:
-    """Return the parameters of the same network elsewhere, without its classifier."""
+    """Return the parameters of another implementation of the network, without its classifier."""
     with shapes_alone():
         if name.startswith("DenseNet"):
             peer = timm.create_model(name.lower().replace("-", ""), num_classes=0)
@@ -57,7 +57,7 @@ def test_every_backbone(name):
     assert [64 // m.shape[-1] for m in maps.values()] == [4, 8, 16, 32]
 
 
-# GMACs at 224x224 from published tables and independent counts.
+# GMACs at 224x224, from published tables and independent counts.
 @pytest.mark.parametrize(
     ("name", "gmacs"),
     [
@@ -100,7 +100,7 @@ def test_unknown_networks(name, message):
 
 
 @pytest.mark.parametrize("name", ["V-19-slim-eSE", "ResNet-50"])
-def test_calibrated_maps_keep_their_size(name):
+def test_feature_maps_of_calibrated_networks_do_not_vanish_or_explode(name):
     model = backbone(name).build()
     image = torch.randn(2, 3, 128, 128)
     calibrate_norms(model, image)
@@ -153,7 +153,7 @@ def test_refusals(name):
 
 
 def test_tf32_is_set_and_put_back_under_old_and_new_names():
-    """torch 2.9 refuses to read its old names where somebody has set a new one."""
+    """Set TF32 by the new names of torch 2.9, after which torch refuses to read the old names."""
     before = tf32_in_use()
     try:
         if hasattr(torch.backends.cudnn, "conv"):
@@ -171,7 +171,7 @@ def test_tf32_is_set_and_put_back_under_old_and_new_names():
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_less_is_kept_for_the_backward_pass():
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
     model = backbone("V-19-slim-eSE").build()
     images = random_images(2, (64, 64), CPU)
     kept = {}
@@ -194,7 +194,7 @@ def test_training_step_changes_weights_and_counts_thrice():
         2 * 8 * 8 * 8 * 2 * 9,
         2 * 8 * 8 * 8 * 4 * 4,
     )
-    # The first layer's input needs no gradient.
+    # The input of the first layer needs no gradient.
     assert found == 2 * first + 3 * grouped + 3 * transposed
 
 
@@ -223,7 +223,7 @@ def test_keypoint_networks_are_not_trained_channels_last():
     assert (faster.channels_last, keypoint.channels_last) == (True, False)
 
 
-def test_work_is_of_the_size_of_the_image():
+def test_multiply_adds_grow_with_the_image():
     network = backbone("V-19-slim-dw-eSE")
     measured = Study(Plan(networks=[network], energy_seconds=0))
     small, large, again = (

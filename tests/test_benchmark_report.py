@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A study's files, tables and plots, and the tool."""
+"""Tests of the files, tables and plots of a study, and of the benchmark tool."""
 
 import csv
 import json
@@ -43,8 +43,7 @@ def measured() -> Study:
         )
 
 
-def test_plots_of_an_earlier_benchmark_go(measured, tmp_path):
-    """But those alone that this package drew."""
+def test_only_our_plots_of_an_earlier_benchmark_are_removed(measured, tmp_path):
     for name in ("inference_64x64_batch4.png", "inference_64x64_batch8.png", "photo.png"):
         (tmp_path / name).touch()
     note_made(tmp_path / "inference_64x64_batch4.png")
@@ -95,7 +94,7 @@ def test_table_parses_back(measured):
 def test_figures_of_the_paper_agree_with_each_other(table):
     for name, row in table.detectors.items():
         assert row.gflops_per_second == pytest.approx(row.gflops * row.fps, rel=0.04), name
-        watts = row.joules_per_image * row.fps  # a TITAN X takes at most 250
+        watts = row.joules_per_image * row.fps  # watts; a TITAN X takes at most 250 W
         assert 60 < watts < 140, name
         assert 0 < row.accuracy < 100, name
 
@@ -135,14 +134,14 @@ def test_the_papers_columns_have_both_figures():
 @pytest.mark.parametrize(
     ("preset", "work", "weights"),
     [
-        ("table2", 0.05, 0.03),  # the paper's with two digits, and cut off
-        ("table4", 0.003, 0.002),  # the paper's with norms counted
+        ("table2", 0.05, 0.03),  # the paper gives two digits, rounded down
+        ("table4", 0.003, 0.002),  # the paper also counts the norms
     ],
 )
 def test_the_papers_tables_are_measured(preset, work, weights, tmp_path, capsys, monkeypatch):
-    """The paper's two columns that no machine changes, of networks at full width.
+    """Compare the two columns that do not depend on the machine, at full width.
 
-    The networks of Table 2 run once. Those of Table 4 are only built and counted.
+    The networks of Table 2 run once. The networks of Table 4 are only built and counted.
     """
     monkeypatch.setattr(study, "calibrate_norms", lambda *_: None)
     monkeypatch.setattr(study, "peak_memory", lambda *_, **__: 0)
@@ -186,7 +185,7 @@ def test_four_plots():
     assert left_out == ["No accuracy was given (--accuracy) of b."]
     points = [tuple(c.get_offsets()[0]) for c in figure.axes[3].collections]
     assert points == [(50, 1.5), (50, 1.5)]
-    assert len(figure.axes[0].collections) == 1  # b's accuracy is not known
+    assert len(figure.axes[0].collections) == 1  # the accuracy of b is not known
     assert [text.get_text() for text in figure.axes[3].texts] == ["a", "b"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["plain"]
@@ -234,7 +233,7 @@ def test_presets_are_plans():
 
 
 def test_commands_of_the_gpu_report(monkeypatch):
-    """Each names networks that exist, all are for a GPU, and no two write to one folder."""
+    """Check that the commands name known networks, run on a GPU and write to different folders."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     recipe = (Path(__file__).parents[1] / "Makefile").read_text().replace("\\\n", " ")
@@ -290,7 +289,7 @@ def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
 
 
 def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
-    """A kill in the second cell leaves the first cell."""
+    """Check that the first cell is on disk if the process ends in the second cell."""
     measure = Study._measure
     sizes = []
 
@@ -308,7 +307,7 @@ def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
     words += ["--warmup", "1", "--energy-seconds", "0", "--output", str(tmp_path)]
     with pytest.raises(SystemExit):
         tool.run(tool.parse_arguments(words))
-    assert written == [2, 2]  # after the cell, and at the end
+    assert written == [2, 2]  # after each cell, and at the end
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 2
 
 
@@ -393,12 +392,12 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
         ),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(words, message, capsys):
+def test_the_message_of_a_mistake_is_one_sentence(words, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_or_exit(tool.run, tool.parse_arguments(words))
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
-    if not error.startswith("usage: "):  # argparse's
+    if not error.startswith("usage: "):  # not a message of argparse
         assert error.startswith("error: ")
         assert error.count("\n") == 1
     assert message in error.splitlines()[-1]
