@@ -12,6 +12,7 @@ from coco_tree import write_coco_tree
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.utils.logger import setup_logger
+from engine_runs import quick_set_up
 from fault_runs import free_port
 
 
@@ -37,7 +38,8 @@ def coco(catalogs: None, fresh_logging: None, coco_root: Path) -> Path:
 @pytest.fixture
 def fresh_logging() -> Iterator[None]:
     """Remove the log handlers of a run after the test, so that each run writes to its own log."""
-    yield
+    with quick_set_up():
+        yield
     setup_logger.cache_clear()
     for name in ("detectron2", "fvcore", "vovnet_d2"):
         logger = logging.getLogger(name)

@@ -48,11 +48,11 @@ def tiny_config(config: str, output_dir: Path, *options: str) -> CfgNode:
 
 
 @contextmanager
-def quick(*, pictures: bool = False) -> Iterator[None]:
-    """Make runs inside this context take half of their usual time.
+def quick_set_up() -> Iterator[None]:
+    """Let Detectron2 set runs up in a tenth of the time.
 
-    Detectron2 looks keys up in the config itself. Without this change, it would write the config as
-    YAML and read it back. The report has no pictures unless ``pictures`` is True.
+    Keys of a config are looked up in the config, which Detectron2 would write as YAML and read
+    again, and the config that is logged has no colours.
     """
     through_yaml = getattr(defaults, "_try_get_key", None)
 
@@ -67,8 +67,19 @@ def quick(*, pictures: bool = False) -> Iterator[None]:
 
     with (
         mock.patch.object(defaults, "_try_get_key", look_up, create=True),
-        mock.patch.object(report, "_draw", report._draw if pictures else lambda *_: None),
+        mock.patch.object(defaults, "_highlight", lambda code, filename: code, create=True),
     ):
+        yield
+
+
+@contextmanager
+def quick(*, pictures: bool = False) -> Iterator[None]:
+    """Make runs inside this context take half of their usual time.
+
+    They are set up quickly. The report has no pictures unless ``pictures`` is True.
+    """
+    draw = report._draw if pictures else lambda *_: None
+    with quick_set_up(), mock.patch.object(report, "_draw", draw):
         yield
 
 

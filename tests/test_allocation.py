@@ -7,6 +7,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from vovnet_d2.modeling import allocation
 
 # The script runs in a separate process, because the setting holds for a whole process. It runs only
@@ -16,13 +18,13 @@ SCRIPT = """
 import resource
 import runpy
 import sys
-import torch
+{imports}
 keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.empty(40_000_000, dtype=torch.uint8).fill_(1)
+        {use}
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 page_faults()
@@ -33,9 +35,22 @@ print(int(kept), before, page_faults())
 """
 
 
-def test_freed_memory_is_used_again():
+# What torch asks the C library for, and torch itself, whose import takes seconds.
+USES = {
+    "C library": (
+        "import ctypes; c, memory = ctypes.CDLL(None), ctypes.c_void_p()",
+        "c.posix_memalign(ctypes.byref(memory), ctypes.c_size_t(64), ctypes.c_size_t(40_000_000));"
+        "ctypes.memset(memory, 1, 40_000_000); c.free(memory)",
+    ),
+    "torch": ("import torch", "torch.empty(40_000_000, dtype=torch.uint8).fill_(1)"),
+}
+
+
+@pytest.mark.parametrize("user", ["C library", pytest.param("torch", marks=pytest.mark.slow)])
+def test_freed_memory_is_used_again(user: str) -> None:
+    imports, use = USES[user]
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, allocation.__file__],
+        [sys.executable, "-c", SCRIPT.format(imports=imports, use=use), allocation.__file__],
         capture_output=True,
         text=True,
         check=True,

@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import register_all_coco, register_all_pascal_voc
 from detectron2.utils import comm
+from devices import shapes_alone
 from engine_runs import FASTER_RCNN, RETINANET
 
 from vovnet_d2.checkpoint.zoo import ZOO
@@ -267,7 +268,7 @@ def test_training_from_scratch_is_allowed() -> None:
 
 @pytest.mark.parametrize(("name", "variant"), [(n, e.variant) for n, e in ZOO.items()])
 def test_weights_that_can_be_had_are_named(name: str, variant: str) -> None:
-    with pytest.raises(ValueError, match=rf"\(MODEL.WEIGHTS [^;]*{name}"):
+    with pytest.raises(ValueError, match=rf"\(MODEL.WEIGHTS [^;]*{name}"), shapes_alone():
         check_initialisation(
             config("MODEL.VOVNET.CONV_BODY", variant, "MODEL.VOVNET.NORM", "FrozenBN"),
             training=True,

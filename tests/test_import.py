@@ -88,11 +88,40 @@ print(cfg.MODEL.VOVNET.CONV_BODY)
 """
 
 
-def test_another_package_has_the_names(tmp_path):
-    (tmp_path / "other_package.py").write_text(OTHER_PACKAGE)
-    result = run(AFTER_ANOTHER_PACKAGE, tmp_path)
+NEW_MODULES = """
+import sys
+before = set(sys.modules)
+import vovnet_d2
+print(*sorted(set(sys.modules) - before))
+import vovnet_d2.data
+print(*sorted(set(sys.modules) - before))
+"""
+
+# Each code runs in a child of a process that has Detectron2, as to import it takes seconds.
+CHILDREN = f"""
+import os, sys
+import detectron2.modeling
+
+for code in {[AFTER_ANOTHER_PACKAGE, NEW_MODULES]}:
+    if os.fork() == 0:
+        exec(code, {{}})
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the two codes print."""
+    folder = tmp_path_factory.mktemp("other_package")
+    (folder / "other_package.py").write_text(OTHER_PACKAGE)
+    result = run(CHILDREN, folder)
     assert result.returncode == 0, result.stderr
-    first, message, unchanged, overridden, variant = result.stdout.splitlines()
+    return result.stdout.splitlines()
+
+
+def test_another_package_has_the_names(lines: list[str]) -> None:
+    first, message, unchanged, overridden, variant = lines[:5]
     assert first == unchanged == str(["other_package"] * 2 + ["vovnet_d2"] * 2)
     assert message == (
         "Registered by another package before vovnet_d2 was imported: build_vovnet_backbone (by "
@@ -102,6 +131,19 @@ def test_another_package_has_the_names(tmp_path):
     )
     assert overridden == str(["vovnet_d2"] * 4)
     assert variant == "V-39-eSE"
+
+
+def test_what_trains_and_evaluates_is_not_imported(lines: list[str]) -> None:
+    modules, with_data = (line.split() for line in lines[5:])
+    own = {tuple(name.split(".")[:2]) for name in modules if name.startswith("vovnet_d2.")}
+    late = {"predictor", "engine", "data", "analysis", "benchmark", "export", "demo"}
+    assert ("vovnet_d2", "modeling") in own
+    assert not {part for _, part in own} & late
+    others = {name.split(".")[0] for name in modules} - {"vovnet_d2", "detectron2", "fvcore"}
+    assert not others & {"matplotlib", "scipy", "sklearn", "cv2", "timm", "onnx", "huggingface_hub"}
+    assert "torchvision.models.feature_extraction" not in modules
+    assert "vovnet_d2.data.digits" in with_data
+    assert "sklearn" not in with_data
 
 
 # Rules of the structure
