@@ -34,7 +34,7 @@ each_builder = pytest.mark.parametrize("builder", BUILDERS)
 
 
 def config(builder: str = "build_vovnet_backbone", **vovnet) -> CfgNode:
-    """A thin V-19-slim-eSE; ``vovnet`` sets keys of MODEL.VOVNET."""
+    """Return a config of a thin V-19-slim-eSE. ``vovnet`` sets keys of MODEL.VOVNET."""
     cfg = get_cfg()
     add_vovnet_config(cfg)
     cfg.MODEL.BACKBONE.NAME = builder
@@ -66,7 +66,7 @@ def test_builders_are_registered():
 
 
 @each_builder
-def test_maps_of_builders(builder):
+def test_feature_maps_of_builders(builder):
     model = build(config(builder))
     assert list(model.output_shape()) == BUILDERS[builder]
     x = torch.randn(1, 3, 128, 192)
@@ -93,7 +93,7 @@ def test_p6_by_max_pooling():
 
 @pytest.mark.parametrize(("in_feature", "channels"), [("stage5", 64), ("p5", 32)])
 def test_retinanet_top_levels(in_feature, channels):
-    """Detectron2's own blocks give the same feature maps with the same weights."""
+    """Compare the feature maps with those of Detectron2's own blocks with the same weights."""
     cfg = config("build_retinanet_vovnet_fpn_backbone", TOP_BLOCK_IN_FEATURE=in_feature)
     model = build(cfg)
     top = LastLevelP6P7(channels, 32, in_feature)
@@ -206,7 +206,7 @@ def test_every_field_of_a_spec_has_its_key(field):
     value = OTHER_VALUES[field]
     assert getattr(THIN, field) != value
     cfg = config()
-    cfg.merge_from_list([f"MODEL.VOVNET.{field.upper()}", str(value)])  # as on a command line
+    cfg.merge_from_list([f"MODEL.VOVNET.{field.upper()}", str(value)])  # as text
     assert build(cfg).spec == replace(THIN, **{field: value})
 
 
@@ -267,7 +267,7 @@ def test_yaml_of_another_project(tmp_path):
     cfg.merge_from_file(str(tmp_path / "config.yaml"))
     model = build(cfg)
     assert model.bottom_up.spec == VOVNET_SPECS["V-19-slim-eSE"]
-    assert model.output_shape()["p6"] == ShapeSpec(channels=128, stride=64)  # OUT_CHANNELS: unread
+    assert model.output_shape()["p6"] == ShapeSpec(channels=128, stride=64)  # not OUT_CHANNELS
     assert isinstance(model.bottom_up.stem.conv1.norm, FrozenBatchNorm2d)
     assert isinstance(model.bottom_up.stage3[0].aggregation.norm, nn.BatchNorm2d)
     assert model.bottom_up.stage5[0].layers[0].offset.out_channels == 54
@@ -372,7 +372,7 @@ def test_wrong_number_of_fcos_top_levels():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A ``configs`` folder where an installed package has it."""
+    """Make a ``configs`` folder at the location in an installed package."""
     monkeypatch.setattr(vovnet_d2.config, "__file__", str(tmp_path / "vovnet_d2" / "config.py"))
     for name in ("COCO-Detection/faster_rcnn_V_39_eSE.yaml", "Base-FPN.yaml", "lazy/mask.py"):
         file = tmp_path / "vovnet_d2" / "configs" / name
@@ -405,14 +405,14 @@ def test_unknown_config_file(folder, name, close):
         get_config_file(name)
 
 
-def test_config_file_unlike_any(folder):
+def test_name_unlike_any_config_file(folder):
     with pytest.raises(FileNotFoundError, match=r"No config file 'zzz' in .*configs\.$"):
         get_config_file("zzz")
 
 
 @pytest.mark.parametrize("form", ["{}/no/Base-FPN.yml", "{}/Base-FPN.yml", "mine/Base-FPN.yml"])
-def test_a_path_is_not_looked_for_among_the_names(folder, tmp_path, monkeypatch, form):
-    """It is absolute, or its folder exists."""
+def test_a_path_is_not_compared_with_the_names_of_configs(folder, tmp_path, monkeypatch, form):
+    """Check paths that are absolute or whose folder exists."""
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     name = form.format(tmp_path)

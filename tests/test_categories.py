@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the categories that weights name with those that a config names."""
+"""The categories that weights name are compared with the categories of a config."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ TWO = ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
 
 
 def save(folder: Path, names: list[str] | None, *options: str) -> str:
-    """The file of a network for as many categories, which names them, or does not."""
+    """Save the weights of a network for these categories, with or without their names."""
     model = build_model(tiny_config(FASTER_RCNN, folder, *options))
     categories = {"thing_classes": names} if names else None
     VoVNetCheckpointer(model, str(folder), categories=categories).save("weights")
@@ -55,7 +55,7 @@ def test_evaluation_refuses_weights_of_other_categories(coco: Path, tmp_path: Pa
     assert "number 3 is 'airplane' for them" in read_log(tmp_path / "evaluation")
 
 
-def test_training_from_weights_of_other_categories_is_said(
+def test_training_from_weights_of_other_categories_is_logged(
     coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = save(tmp_path, [f"name {i}" for i in range(80)])
@@ -69,13 +69,13 @@ def test_training_from_weights_of_other_categories_is_said(
     [
         ({"thing_classes": ["b", "a"]}, [], True),
         ({"thing_classes": ["a", "b"]}, [], False),
-        ({"thing_classes": ["b"]}, [], False),  # which never fits the network
+        ({"thing_classes": ["b"]}, [], False),  # names that do not fit the network
         ({"thing_classes": ["b", "a"]}, ["roi_heads.box_predictor.cls_score.weight"], False),
         ({"stuff_classes": ["b", "a"]}, [], False),
         ({}, [], False),
     ],
 )
-def test_what_is_a_difference(
+def test_differences_of_categories(
     catalogs: None, tmp_path: Path, loaded: dict, missing: list[str], differs: bool
 ) -> None:
     register("mine", ["a", "b"])
@@ -124,7 +124,7 @@ def test_predictions_are_named_as_the_weights_say(
 @pytest.mark.parametrize(
     "entry", ["cat", ["cat"], {"thing_classes": "cat"}, {"thing_classes": [1]}, {"name": ["x"]}]
 )
-def test_a_file_with_something_else_under_this_name(
+def test_a_file_without_category_names_under_their_key(
     catalogs: None, tmp_path: Path, entry: object
 ) -> None:
     path = save(tmp_path, None, *TWO)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The check of one data set: each fault is found, its repair is clean, and mistakes are told."""
+"""The check of one data set finds each fault and repairs it."""
 
 import copy
 import hashlib
@@ -46,7 +46,7 @@ pytest_plugins = ["dataset_faults", "engine_fixtures"]
 
 
 def crowding(data: DataSet) -> None:
-    """A hundred objects more in the first image, beside the two there, and one in the second."""
+    """Add a hundred objects to the first image, which has two, and one object to the second."""
     one = data.content["annotations"][0]
     for index in range(101):
         box = [index % 50, 2 + 20 * (index // 50), 5, 5 + index % 3]
@@ -73,7 +73,7 @@ def category_ids(change: Callable[[int], Any]) -> Callable[[DataSet], None]:
     return apply
 
 
-# name: (what is done to the set, the note)
+# name: (function that changes the set, name of the note)
 NOTES = {
     "category ids as text": (category_ids(lambda number: f"0{number}"), "category_ids_text"),
     "ids of 60 bits": (category_ids(lambda number: 2**60 + number), "large_id"),
@@ -109,16 +109,16 @@ NOTES = {
         "tiny_box",
     ),
 }
-# In test_check_dataset_pairs.py.
+# Problems that test_check_dataset_pairs.py tests.
 BETWEEN = {"leaked_file", "near_duplicate", "all_alike", "same_name"}
 BETWEEN |= {"categories_differ", "category_ids_differ"}
-# In test_annotation_frames.py.
+# Problems that test_annotation_frames.py tests.
 TOGETHER = {"box_convention", "box_convention_unclear", "polygon_convention", "systematic"}
 TOGETHER |= {"turn_unclear", "resized", "dark_pixels"}
 ALSO = {"lost_with_image", "box_without_mask", "box_masks", "box_masks_unused", "foreign_file"}
 
 
-def test_every_problem_is_in_a_test() -> None:
+def test_every_problem_has_a_test() -> None:
     found = set().union(*(problems for _, problems in FAULTS.values()))
     found |= {note for _, note in NOTES.values()} | ALSO | BETWEEN | TOGETHER
     assert found == set(PROBLEMS)
@@ -133,7 +133,7 @@ def test_a_good_set(data: DataSet, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_images_may_be_links(data: DataSet) -> None:
-    """DVC and git-annex link images to one store, which keeps equal files once."""
+    """Use links like those of DVC and git-annex, whose store keeps equal files only once."""
     shutil.copy(data.images / "b.png", data.images / "d.png")
     store = data.folder / "store"
     store.mkdir()
@@ -172,7 +172,7 @@ def test_objects_beyond_the_default_limit_are_counted(data: DataSet) -> None:
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_masks_that_are_their_boxes(
+def test_masks_that_equal_their_boxes_are_reported(
     data: DataSet, encoded: bool, capsys: pytest.CaptureFixture
 ) -> None:
     first = data.content["annotations"][0]
@@ -194,7 +194,7 @@ def test_masks_that_are_their_boxes(
     assert capsys.readouterr().out.endswith("10 problems.\n")
     words = ["--train-json", str(data.json), "--train-images", str(data.images)]
     assert check_dataset.main(words) == 0
-    # One that is more than its box, or too few of them.
+    # There is no finding if one mask is not a rectangle, or if there are too few masks.
     x, y, w, h = first["bbox"]
     first["segmentation"] = [[x, y, x + w, y, x + w, y + h, x + 5, y + h, x, y + 5]]
     data.write()
@@ -216,7 +216,7 @@ def test_one_problem_is_singular(data: DataSet, capsys: pytest.CaptureFixture) -
     assert "\n  1 category, 4 images, 8 annotations\n" in capsys.readouterr().out
 
 
-def test_more_cases_than_examples_are_told() -> None:
+def test_at_most_five_examples_are_shown() -> None:
     findings = Findings()
     for number in range(6):
         findings.add("area", f"annotation {number}")
@@ -225,7 +225,7 @@ def test_more_cases_than_examples_are_told() -> None:
         assert shown == examples + ["..."] * (number == 5)
 
 
-def test_annotations_that_go_with_their_image_are_counted(data: DataSet) -> None:
+def test_annotations_dropped_with_their_image_are_counted(data: DataSet) -> None:
     spoil(data, file(Path.unlink))
     first = data.content["images"][0]["id"]
     expected = sum(a["image_id"] == first for a in data.content["annotations"])
@@ -236,7 +236,7 @@ def test_annotations_that_go_with_their_image_are_counted(data: DataSet) -> None
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_found_and_mended(data: DataSet, name: str) -> None:
+def test_faults_are_found_and_fixed(data: DataSet, name: str) -> None:
     fault, problems = FAULTS[name]
     spoil(data, fault)
     fixed = data.folder / "fixed.json"
@@ -263,7 +263,7 @@ NO_MASKS = {"[[]]": [[]], "[]": [], "null": None, "two points": [[1, 2, 3, 4]], 
 @pytest.mark.parametrize("all_of_them", [False, True])
 @pytest.mark.parametrize("mask", NO_MASKS)
 def test_boxes_need_no_masks(data: DataSet, mask: str, all_of_them: bool) -> None:
-    """Objects stay for their boxes, unless the check is for a network that learns masks."""
+    """Keep objects without masks, unless the check is for a network that learns masks."""
     for annotation in data.content["annotations"][: None if all_of_them else 3]:
         annotation["segmentation"] = NO_MASKS[mask]
     data.write()
@@ -278,10 +278,10 @@ def test_boxes_need_no_masks(data: DataSet, mask: str, all_of_them: bool) -> Non
         assert len(json.loads(fixed.read_text())["annotations"]) == 5
 
 
-def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
+def test_a_missing_area_is_that_of_the_mask_or_the_box(data: DataSet) -> None:
     fixed = data.folder / "fixed.json"
     spoil(data, without("annotations", "area"))
-    data.content["annotations"][0]["segmentation"] = [[4, 6, 20, 6, 20, 26]]  # half of its box
+    data.content["annotations"][0]["segmentation"] = [[4, 6, 20, 6, 20, 26]]  # half of the box
     data.write()
     data.check("--fix", str(fixed))
     truth = COCO(str(fixed))
@@ -296,7 +296,7 @@ def test_a_missing_area_is_the_masks_or_else_the_boxs(data: DataSet) -> None:
 
 
 def test_a_network_of_masks_needs_masks(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
-    """Masks are also needed if no object has one; a network of boxes needs none."""
+    """Check a set without any mask for a network of boxes, and for a network of masks."""
     for annotation in data.content["annotations"]:
         annotation["segmentation"] = [[]]
     data.write()
@@ -342,7 +342,7 @@ def test_the_size_that_a_training_resizes_to_is_given(
 def test_the_digits_are_clean_by_name(tmp_path: Path, catalogs: None, monkeypatch, capsys) -> None:
     build_digits(tmp_path, num_train=2, num_val=2, image_size=128)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    # Not built anew at its usual size.
+    # Use a small version of the digits, which takes less time to build.
     monkeypatch.setattr("vovnet_d2.data.digits.build_digits", lambda root: root)
     assert check_dataset.main(["digits_train", "digits_val"]) == 0
     assert "2 images" in capsys.readouterr().out
@@ -387,7 +387,7 @@ def test_mistakes(
     data: DataSet, words: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def look(*args: object) -> None:
-        pytest.fail("images were read before the arguments were found wrong")
+        pytest.fail("images are read before the arguments are checked")
 
     monkeypatch.setattr("vovnet_d2.data.check.records.inspect_files", look)
     data.write()
@@ -410,8 +410,8 @@ def test_file_names_cannot_write_to_the_terminal(data: DataSet, capsys) -> None:
 
 
 @pytest.mark.parametrize("filled", [True, False])
-def test_masks_that_say_no_more_than_their_boxes(filled: bool) -> None:
-    """RLE and polygons of a rectangle, and of the triangle that is half of it."""
+def test_masks_of_rectangles_are_recognised(filled: bool) -> None:
+    """Check RLE and polygons of a rectangle and of a triangle that is half of the rectangle."""
     corners = [[10, 5], [22, 5], [22, 15], *([[10, 15]] if filled else [])]
     polygons = [[float(number) for corner in corners for number in corner]]
     (encoded,) = mask_util.frPyObjects(polygons, 100, 120)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The claims of the check about Detectron2 and pycocotools, seen in both."""
+"""The claims of the check about Detectron2 and pycocotools are true for both libraries."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -39,7 +39,7 @@ def test_detectron2_stops_at_these(data: DataSet, name: str) -> None:
         DatasetCatalog.remove("spoilt")
         MetadataCatalog.remove("spoilt")
     severities = {PROBLEMS[problem].severity for problem in FAULTS[name][1]}
-    # The tools here take other encodings, so that these are only warned of.
+    # The tools of this package read other encodings, so the check only warns of them.
     least = Severity.WARNING if FAULTS[name][1] == {"encoding"} else Severity.ERROR
     assert least in severities
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The corrected copy of any damaged data set is clean, and Detectron2 takes it."""
+"""The corrected copy of a randomly damaged data set has no problems, and Detectron2 reads it."""
 
 import contextlib
 import copy
@@ -56,7 +56,7 @@ def change_and_fix(data: DataSet, changes: list) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             status = check_dataset.main(words)
-        except SystemExit as ended:  # nothing that is left could be trained on
+        except SystemExit as ended:  # nothing is left to train on
             status = ended.code
         assert status in (0, 1) or (status, fixed.exists()) == (2, False)
         if fixed.exists():

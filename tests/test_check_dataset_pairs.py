@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The check of two data sets: what training and validation have in common, and what differs."""
+"""The check of two data sets compares the sets for training and validation."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def check_two(one: DataSet, other: DataSet, *words: str) -> tuple[int, set[str],
 
 @pytest.fixture
 def other(tmp_path: Path) -> DataSet:
-    """Other pictures under other names."""
+    """A data set with other images under other names."""
     other = DataSet(tmp_path / "other")
     rng = np.random.default_rng(1)
     for image in other.content["images"]:
@@ -58,7 +58,7 @@ def test_a_leak_is_found_and_dropped_from_training(data: DataSet, other: DataSet
     assert len(json.loads(other.json.read_text())["images"]) == 4
 
 
-def test_bits_are_counted_alike_by_numpy_1_and_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_are_counted_with_numpy_1_and_2(monkeypatch: pytest.MonkeyPatch) -> None:
     words = np.random.default_rng(0).integers(0, 2**63, (3, 5, 4), dtype=np.uint64)
     expected = [[sum(int(word).bit_count() for word in row) for row in rows] for rows in words]
     for _ in range(2):
@@ -80,11 +80,9 @@ def test_a_copy_that_was_saved_again_is_noted(data: DataSet, other: DataSet, cha
     assert between["findings"][0]["examples"] == ["again.jpg and b.png"]
 
 
-def test_images_that_look_alike_are_counted_and_not_their_pairs(
-    data: DataSet, other: DataSet
-) -> None:
+def test_similar_images_are_counted_instead_of_their_pairs(data: DataSet, other: DataSet) -> None:
     picture = Image.open(data.images / "b.png")
-    for name in ("a.jpg", "c.jpg"):  # three of the first set look like one of the second
+    for name in ("a.jpg", "c.jpg"):  # with b.png, three images look like one of the other set
         picture.save(data.images / name, quality=40 if name == "a.jpg" else 50)
     picture.save(other.images / "other_b.png", compress_level=1)
     data.write()
@@ -95,8 +93,8 @@ def test_images_that_look_alike_are_counted_and_not_their_pairs(
     assert (finding["count"], finding["examples"]) == (1, ["other_b.png and a.jpg and 2 more"])
 
 
-def test_a_fixed_camera_is_told_from_copies(data: DataSet, other: DataSet) -> None:
-    """All pictures show one place, with something small at another spot in each."""
+def test_images_of_a_fixed_camera_are_no_copies(data: DataSet, other: DataSet) -> None:
+    """Use images of the same scene, each with a small object at another position."""
     place = np.asarray(Image.open(data.images / "b.png").convert("RGB"))
     for data_set, start in ((data, 0), (other, 4)):
         for index, image in enumerate(data_set.content["images"]):
@@ -112,7 +110,7 @@ def test_a_fixed_camera_is_told_from_copies(data: DataSet, other: DataSet) -> No
     assert "fixed camera" in finding["title"]
 
 
-def test_the_same_names_for_other_pictures_are_noted(data: DataSet, other: DataSet) -> None:
+def test_different_images_of_the_same_name_are_noted(data: DataSet, other: DataSet) -> None:
     (other.images / "other_a.jpg").rename(other.images / "a.jpg")
     other.content["images"][0]["file_name"] = "a.jpg"
     data.write()
@@ -127,8 +125,10 @@ def test_other_categories(data: DataSet, other: DataSet) -> None:
     assert check_two(data, other)[:2] == (1, {"categories_differ"})
 
 
-def test_ids_of_the_same_names_are_those_of_the_first_set(data: DataSet, other: DataSet) -> None:
-    """Corrected copies have one numbering, so that all tools take them; labels stay by name."""
+def test_corrected_copies_have_the_category_ids_of_the_first_set(
+    data: DataSet, other: DataSet
+) -> None:
+    """Fix two sets with different category ids. The corrected copies share the ids of the first."""
     ids = {1: 2, 2: 1}
     for category in other.content["categories"]:
         category["id"] = ids[category["id"]]

@@ -34,7 +34,7 @@ def vovnet(net: Net = NET, **args) -> VoVNet:
 
 
 def config(net: Net = NET, architecture: str = "GeneralizedRCNN") -> CfgNode:
-    """A detector so small that it is built in no time."""
+    """Return the config of a very small detector."""
     cfg = get_cfg()
     add_vovnet_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -63,7 +63,7 @@ def detector(pristine) -> nn.Module:
 
 @pytest.fixture
 def messages() -> list[str]:
-    """Return the messages that are logged below our logger, even if it does not propagate them."""
+    """Collect the messages of our logger, even if they do not propagate to the root logger."""
     logged: list[str] = []
 
     class Handler(logging.Handler):
@@ -81,7 +81,7 @@ def messages() -> list[str]:
 
 @pytest.fixture
 def no_logging(monkeypatch):
-    """Call it in a test for logging as a process begins it: without pytest's handlers."""
+    """Return a function that resets logging to the state of a new process, without handlers."""
     ours = logging.getLogger("vovnet_d2")
 
     def begin() -> None:
@@ -93,10 +93,10 @@ def no_logging(monkeypatch):
     yield begin
     setup_logger.cache_clear()
     monkeypatch.undo()
-    ours.setLevel(ours.level)  # lets Python forget which levels were enabled
+    ours.setLevel(ours.level)  # clears Python's cache of enabled levels
 
 
-def test_messages_are_seen_once_where_nobody_has_set_up_our_logger(tmp_path, capsys, no_logging):
+def test_messages_are_shown_once_if_our_logger_is_not_set_up(tmp_path, capsys, no_logging):
     torch.save(GOOD, tmp_path / "a.pth")
     no_logging()
     for _ in range(2):
@@ -105,14 +105,14 @@ def test_messages_are_seen_once_where_nobody_has_set_up_our_logger(tmp_path, cap
     assert capsys.readouterr().out.count("The file holds V-19-slim-eSE") == 1
 
 
-def test_a_logging_of_ones_own_is_left_alone(no_logging):
+def test_logging_that_is_set_up_already_stays(no_logging):
     no_logging()
     logging.getLogger().addHandler(logging.NullHandler())
     VoVNetCheckpointer(vovnet())
     assert not logging.getLogger("vovnet_d2").handlers
 
 
-# Every layout, prefix and wrapper gives the features of the published tensors
+# Every layout, prefix and wrapper gives the feature maps of the published tensors
 
 
 def in_layout(state, layout: str, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -179,7 +179,7 @@ def test_files(tmp_path, file, norm, counted):
         *product(["depthwise"], COMPLETE_LAYOUTS[1:]),
     ],
 )
-def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
+def test_load_state_dict_gives_the_same(tmp_path, structure, layout):
     net = thin(STRUCTURES[structure])
     state = in_layout(random_state(net), layout)
     torch.save(state, tmp_path / "a.pth")
@@ -192,7 +192,7 @@ def test_plain_load_state_dict_does_the_same(tmp_path, structure, layout):
 
 
 def test_a_bottleneck_and_deformable_layers(tmp_path):
-    """Layers that no other layout has names for come back from our own files."""
+    """Save and load layers that only our own layout has names for."""
     for net, args in (
         (thin(STRUCTURES["bottleneck"]), {}),
         (NET, {"stage_with_dcn": (False, True, True, True), "with_modulated_dcn": True}),
@@ -206,7 +206,7 @@ def test_a_bottleneck_and_deformable_layers(tmp_path):
         assert equal(model.state_dict(), other.state_dict())
 
 
-def test_plain_weights_start_a_deformable_network(tmp_path):
+def test_plain_weights_load_into_a_deformable_network(tmp_path):
     torch.save(GOOD, tmp_path / "a.pth")
     model = vovnet(stage_with_dcn=(False, False, True, True))
     VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
@@ -216,7 +216,7 @@ def test_plain_weights_start_a_deformable_network(tmp_path):
     assert not model.stage5[0].layers[0].offset.weight.any()
 
 
-def test_deformable_weights_do_not_start_a_plain_network(tmp_path, messages):
+def test_deformable_weights_do_not_load_into_a_plain_network(tmp_path, messages):
     source = vovnet(stage_with_dcn=(False, False, True, True))
     VoVNetCheckpointer(source, str(tmp_path)).save("a")
     path, model = str(tmp_path / "a.pth"), vovnet(stage_with_dcn=(False, False, False, True))
@@ -230,12 +230,12 @@ def test_deformable_weights_do_not_start_a_plain_network(tmp_path, messages):
     assert equal(snapshot(model), before)
     VoVNetCheckpointer(model, allow_partial=True).load(path)
     assert any(m.startswith("WARNING: Loading in part. It has 12 tensors") for m in messages)
-    # What a shorter model does not build does not matter.
+    # A shorter model loads the file, because it does not build the stages that differ.
     VoVNetCheckpointer(vovnet(out_features=["stage3"])).load(path)
 
 
-def test_a_tensor_that_a_stage_has_no_place_for(tmp_path):
-    """A bias that the norm's shift stands for in the model."""
+def test_a_tensor_that_no_stage_has_is_refused(tmp_path):
+    """Load a file with the bias of a convolution. The model has no such bias, only norms."""
     state = {**GOOD, "stage3.OSA3_1.layers.0.OSA3_1_0/conv.bias": torch.ones(10)}
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"no place for, such as stage3\.0\.layers\.0\.bias\."):
@@ -257,7 +257,7 @@ def test_half_precision_and_frozen_stages(tmp_path):
 # Detectors
 
 
-def test_a_backbone_into_a_detector(tmp_path, detector, messages):
+def test_a_backbone_loads_into_a_detector(tmp_path, detector, messages):
     torch.save(in_layout(GOOD, "timm"), tmp_path / "a.pth")
     before = snapshot(detector)
     checkpointer = VoVNetCheckpointer(detector)
@@ -276,7 +276,7 @@ def test_a_backbone_into_a_detector(tmp_path, detector, messages):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.student."])
 def test_a_whole_detector(tmp_path, detector, prefix):
-    """The heads, too, and the backbone in published names."""
+    """Load the heads, and a backbone under its published names."""
     backbone = {f"backbone.bottom_up.{name}": tensor for name, tensor in GOOD.items()}
     heads = {
         name: torch.randn_like(tensor)
@@ -313,7 +313,7 @@ def test_another_number_of_classes_leaves_the_head_alone(tmp_path, detector, mes
 
 
 def test_a_detector_with_other_heads(tmp_path, detector, messages):
-    """The names of what is missing and of what is not used, as Detectron2 logs them."""
+    """Check that missing and unused names are logged as Detectron2 logs them."""
     predictor = "roi_heads.box_predictor.bbox_pred"
     state = {k: t for k, t in snapshot(detector).items() if not k.startswith(predictor)}
     state["roi_heads.mask_head.predictor.weight"] = torch.ones(3)
@@ -331,7 +331,7 @@ def test_a_detector_with_other_heads(tmp_path, detector, messages):
     assert checkpointer.missing_outside_backbone == []
 
 
-def test_a_random_classifier_is_no_backbone(tmp_path):
+def test_a_missing_classifier_is_reported_outside_the_backbone(tmp_path):
     torch.save(GOOD, tmp_path / "a.pth")
     checkpointer = VoVNetCheckpointer(vovnet(num_classes=3, out_features=["linear"]))
     checkpointer.load(str(tmp_path / "a.pth"))
@@ -353,7 +353,7 @@ def test_the_table(tmp_path, detector, messages):
     )
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[1:]]
     assert cells[0] == ["tensors", "loaded", "missing", "unexpected", "wrong shape"]
-    # Counted from the names that reference.py gives, without batch counts.
+    # Counts of the names in reference.py, without `num_batches_tracked`.
     count = {
         stage: str(sum(n.startswith(stage) and "tracked" not in n for n in GOOD))
         for stage in STAGES
@@ -367,7 +367,7 @@ def test_the_table(tmp_path, detector, messages):
     assert any("does not tell its input" in message for message in messages)
 
 
-def test_what_the_network_expects_is_said(tmp_path, detector, messages):
+def test_the_expected_input_is_logged(tmp_path, detector, messages):
     VoVNetCheckpointer(detector, str(tmp_path)).save("a")
     VoVNetCheckpointer(detector).load(str(tmp_path / "a.pth"))
     assert messages[-1] == (
@@ -379,7 +379,7 @@ def test_what_the_network_expects_is_said(tmp_path, detector, messages):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_network_on_a_gpu(tmp_path):
-    """Files are read to the CPU; a failure gives the GPU's tensors back."""
+    """Load a good file into a network on a GPU, then a bad file, which must change nothing."""
     torch.save(GOOD, tmp_path / "a.pth")
     torch.save({**GOOD, "stem.stem_1/conv.weight": torch.ones(3)}, tmp_path / "b.pth")
     model = vovnet().cuda()
@@ -394,8 +394,8 @@ def test_a_network_on_a_gpu(tmp_path):
     assert equal(snapshot(model), before)
 
 
-def test_another_variant_is_refused_with_the_lines_that_fit(tmp_path, detector):
-    """V-57 has all tensors of V-39, of the same shapes: coverage alone would not tell."""
+def test_another_variant_is_refused_with_the_fitting_config_lines(tmp_path, detector):
+    """Load a file that has all tensors of the model in the same shapes, and more blocks."""
     more = replace(NET, blocks_per_stage=(2, 1, 4, 1), ese="last")
     torch.save(random_state(more), tmp_path / "a.pth")
     before = snapshot(detector)
@@ -412,7 +412,7 @@ def test_another_variant_is_refused_with_the_lines_that_fit(tmp_path, detector):
     assert equal(snapshot(detector), before)
 
 
-def test_a_part_may_be_allowed(tmp_path, detector, messages):
+def test_loading_in_part_can_be_allowed(tmp_path, detector, messages):
     more = replace(NET, blocks_per_stage=(2, 1, 4, 1))
     state = random_state(more)
     torch.save(state, tmp_path / "a.pth")
@@ -430,7 +430,7 @@ def test_norms_that_do_not_fit(tmp_path, norm):
         VoVNetCheckpointer(vovnet(norm=norm)).load(str(tmp_path / "a.pth"))
 
 
-def test_a_shorter_backbone_takes_a_longer_file(tmp_path):
+def test_a_shorter_backbone_loads_a_longer_file(tmp_path):
     torch.save(GOOD, tmp_path / "a.pth")
     model = vovnet(out_features=["stage3"])
     VoVNetCheckpointer(model).load(str(tmp_path / "a.pth"))
@@ -439,7 +439,7 @@ def test_a_shorter_backbone_takes_a_longer_file(tmp_path):
 
 
 class Pair(nn.Module):
-    """Two VoVNets in a model: one for colour, say, and one for depth."""
+    """Model with two VoVNets, for example one for colour and one for depth."""
 
     def __init__(self, second: Net = NET):
         super().__init__()
@@ -468,21 +468,21 @@ def test_two_networks_in_a_file(tmp_path, second, prefix, messages):
     assert not any("not found" in m or "not used" in m for m in messages)
 
 
-# What leaves no trace in the tensors
+# Fields of the spec that names and shapes of tensors do not show
 
 
 @pytest.mark.parametrize(
     ("field", "value", "line"),
     [("residual", False, "RESIDUAL: False"), ("stem", "pooled", 'STEM: "pooled"')],
 )
-def test_our_own_files_tell_stem_and_residual(tmp_path, field, value, line):
+def test_our_own_files_record_stem_and_residual(tmp_path, field, value, line):
     other = vovnet(replace(NET, **{field: value}))
     VoVNetCheckpointer(other, str(tmp_path)).save("a")
     with pytest.raises(ValueError, match=f"Its {field} is {value}.* MODEL.VOVNET.{line}"):
         VoVNetCheckpointer(vovnet()).load(str(tmp_path / "a.pth"))
 
 
-def test_single_blocks_have_no_residual_in_any_case(tmp_path):
+def test_the_residual_of_single_blocks_does_not_matter(tmp_path):
     single = replace(NET, blocks_per_stage=(1, 1, 1, 1))
     other = vovnet(replace(single, residual=not single.residual))
     VoVNetCheckpointer(other, str(tmp_path)).save("a")
@@ -491,15 +491,18 @@ def test_single_blocks_have_no_residual_in_any_case(tmp_path):
     assert torch.equal(net.stem.conv1.weight, other.stem.conv1.weight)
 
 
-def test_a_layout_tells_stem_and_residual_less_surely(tmp_path, messages):
-    """timm's v1 models have no residual; but somebody may have trained another in its names."""
+def test_a_difference_from_a_convention_of_a_layout_is_a_warning(tmp_path, messages):
+    """Load timm's names without eSE into a network with a residual, which only warns.
+
+    timm's networks of this kind have no residual, but other networks may use timm's names.
+    """
     net = replace(NET, ese="none")
     torch.save(in_layout(random_state(net), "timm"), tmp_path / "a.pth")
     VoVNetCheckpointer(vovnet(net)).load(str(tmp_path / "a.pth"))
     assert any(m.startswith("WARNING: Its residual is False (timm's convention)") for m in messages)
 
 
-def test_what_a_file_does_not_tell_is_said(tmp_path, messages):
+def test_what_a_file_does_not_record_is_logged(tmp_path, messages):
     torch.save(in_layout(GOOD, "native"), tmp_path / "a.pth")
     VoVNetCheckpointer(vovnet()).load(str(tmp_path / "a.pth"))
     assert any("does not tell its stem and residual and input" in m for m in messages)
@@ -515,7 +518,7 @@ class Data:
 
 
 class Regressor(nn.Module):
-    """A module that returns losses, as Detectron2's trainer takes it."""
+    """Model that returns losses, as Detectron2's trainer expects."""
 
     def __init__(self):
         super().__init__()
@@ -527,7 +530,7 @@ class Regressor(nn.Module):
 
 
 class Run:
-    """A training as Detectron2's launchers set it up, with its checkpointer."""
+    """Training with a checkpointer, as Detectron2's launchers set it up."""
 
     def __init__(self, folder):
         self.model = Regressor().train()
@@ -570,12 +573,12 @@ def test_resume(tmp_path):
     assert other.checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
     rest = other.checkpointer.resume_or_load("ignored", resume=True)
     assert rest["iteration"] == other.trainer.iter == 2
-    other.trainer.iter = run.trainer.iter  # Detectron2's trainers go on with the next one
+    other.trainer.iter = run.trainer.iter  # Detectron2's trainers add one when they resume
     assert same(run.state(), other.state())
     assert other.scheduler.last_epoch == 3
 
 
-def test_without_resume_the_weights_alone_are_loaded(tmp_path):
+def test_without_resume_only_weights_are_loaded(tmp_path):
     run, other = Run(tmp_path), Run(tmp_path)
     run.trainer.train(0, 3)
     fresh = copy.deepcopy(other.optimizer.state_dict())
@@ -621,7 +624,7 @@ def test_a_resume_that_fails_late_changes_nothing(tmp_path, key):
 
 
 def test_a_failure_in_the_middle_changes_nothing(tmp_path, monkeypatch):
-    """This holds for any mistake that the checks before have overlooked."""
+    """Let loading fail with an error that no earlier check can foresee."""
     torch.save(GOOD, tmp_path / "a.pth")
     model = vovnet()
     before, seen = snapshot(model), []
@@ -637,7 +640,7 @@ def test_a_failure_in_the_middle_changes_nothing(tmp_path, monkeypatch):
     assert equal(snapshot(model), before)
 
 
-# Models without a VoVNet: as Detectron2 does
+# Models without a VoVNet load as in Detectron2
 
 
 def resnet(depth: int = 18) -> nn.Module:
@@ -684,7 +687,7 @@ def test_resnets_load_as_in_detectron2(tmp_path):
         assert equal(ours.state_dict(), theirs.state_dict()), name
 
 
-def test_missing_heads_are_told_there_too(tmp_path):
+def test_missing_heads_of_resnets_are_reported(tmp_path):
     model = nn.ModuleDict({"backbone": resnet(), "head": nn.Linear(2, 2)})
     state = {k: t for k, t in model.state_dict().items() if k != "head.bias"}
     torch.save(state, tmp_path / "a.pth")
@@ -693,7 +696,7 @@ def test_missing_heads_are_told_there_too(tmp_path):
     assert checkpointer.missing_outside_backbone == ["head.bias"]
 
 
-def test_a_pickle_needs_the_opt_in_there_too(tmp_path):
+def test_a_pickle_of_a_resnet_needs_the_opt_in(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {}, "__author__": "us"}))
     with pytest.raises(ValueError, match="--allow-pickle"):
         VoVNetCheckpointer(resnet()).load(str(tmp_path / "a.pkl"))
@@ -702,7 +705,7 @@ def test_a_pickle_needs_the_opt_in_there_too(tmp_path):
 # Where files are
 
 
-def test_a_missing_file_names_those_that_are_close(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_file_names_similar_files(tmp_path, monkeypatch):
     (tmp_path / "model_final.pth").touch()
     (tmp_path / "log.txt").touch()
     monkeypatch.chdir(tmp_path)
@@ -737,7 +740,7 @@ def test_dead_links(link):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A file server, and a cache of its own for what is downloaded."""
+    """Start a file server, and use an empty cache for downloads."""
     (tmp_path / "served").mkdir()
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
 
@@ -762,7 +765,7 @@ def test_downloads(server):
     (folder / "page.pth").write_text("<!doctype html><html>gone</html>")
     content = (folder / "weights.pth").read_bytes()
     (folder / "weights-0badc0de.pth").write_bytes(content)
-    for algorithm in (hashlib.sha256, hashlib.sha1):  # torch.hub's custom and pytorchcv's
+    for algorithm in (hashlib.sha256, hashlib.sha1):  # of torch.hub and of pytorchcv
         name = f"weights-{algorithm(content).hexdigest()[:8]}.pth"
         (folder / name).write_bytes(content)
         VoVNetCheckpointer(model).load(f"{url}/{name}")

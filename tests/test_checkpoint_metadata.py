@@ -20,7 +20,7 @@ NET = thin(STRUCTURES["eSE in last"])
 
 
 def config(convention: InputConvention):
-    """Detectron2's, with the three lines of a convention, as a user writes them."""
+    """Return Detectron2's config with the three lines of an input convention."""
     cfg = get_cfg()
     for line in convention.config_lines():
         key, value = line.split(": ")
@@ -28,11 +28,11 @@ def config(convention: InputConvention):
     return cfg
 
 
-def test_detectron2s_default_is_the_published_weights():
+def test_detectron2s_default_is_the_convention_of_published_weights():
     assert InputConvention.of_config(get_cfg()) == BGR_255
 
 
-def test_the_customary_normalisation():
+def test_the_usual_normalisation():
     assert RGB_IMAGENET.pixel_mean == pytest.approx([255 * v for v in (0.485, 0.456, 0.406)])
     assert BGR_IMAGENET.pixel_mean == RGB_IMAGENET.pixel_mean[::-1]
     assert BGR_IMAGENET.pixel_std == RGB_IMAGENET.pixel_std[::-1]
@@ -52,7 +52,7 @@ CONVENTIONS = {
 
 @pytest.mark.parametrize("weights", CONVENTIONS)
 @pytest.mark.parametrize("given", CONVENTIONS)
-def test_a_config_that_disagrees_is_warned_of(weights, given):
+def test_a_config_that_disagrees_with_the_weights_is_a_warning(weights, given):
     expected, actual = CONVENTIONS[weights], CONVENTIONS[given]
     cfg = config(actual) if actual.format else get_cfg()
     if not actual.format:
@@ -75,7 +75,7 @@ def test_an_unknown_convention_is_no_warning():
 def test_rounding_is_no_difference():
     cfg = config(InputConvention("RGB", (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
     assert check_input_convention(cfg, RGB_IMAGENET) is None
-    # A fiftieth is one, of the deviation as of the mean.
+    # A change of 2 % of the deviation is a difference, in the deviation and in the mean.
     mean, std = RGB_IMAGENET.pixel_mean, RGB_IMAGENET.pixel_std
     for other in (
         replace(RGB_IMAGENET, pixel_std=(std[0] * 1.02, *std[1:])),
@@ -92,7 +92,7 @@ def test_rounding_is_no_difference():
         (("BGR", (0,), (0,)), "no deviation is 0"),
     ],
 )
-def test_conventions_that_do_not_exist(arguments, message):
+def test_invalid_conventions(arguments, message):
     with pytest.raises(ValueError, match=message):
         InputConvention(*arguments)
 
@@ -101,7 +101,7 @@ def test_conventions_that_do_not_exist(arguments, message):
 
 
 class Detector(GeneralizedRCNN):
-    """Detectron2's, as far as its input and its backbone go."""
+    """Detectron2's detector, with an empty region proposal network and empty heads."""
 
     def __init__(self, backbone: nn.Module, convention: InputConvention):
         super().__init__(
@@ -119,14 +119,14 @@ def vovnet(**changes) -> VoVNet:
 
 
 @pytest.mark.parametrize("convention", [c for c in CONVENTIONS.values() if c.format], ids=str)
-def test_a_training_writes_what_it_feeds(tmp_path, convention):
+def test_a_training_records_its_input_convention(tmp_path, convention):
     VoVNetCheckpointer(Detector(vovnet(), convention), str(tmp_path)).save("a")
     checkpointer = VoVNetCheckpointer(vovnet())
     checkpointer.load(str(tmp_path / "a.pth"))
     assert checkpointer.input_convention == convention
 
 
-def test_a_backbone_alone_does_not_know(tmp_path):
+def test_a_backbone_alone_has_no_input_convention(tmp_path):
     VoVNetCheckpointer(vovnet(), str(tmp_path)).save("a")
     checkpointer = VoVNetCheckpointer(vovnet())
     checkpointer.load(str(tmp_path / "a.pth"))
@@ -144,7 +144,7 @@ def test_a_backbone_alone_does_not_know(tmp_path):
         ("native", "", None, None),
     ],
 )
-def test_what_the_layout_tells(tmp_path, layout, prefix, classes, expected):
+def test_input_conventions_of_layouts(tmp_path, layout, prefix, classes, expected):
     state = convert_state_dict(random_state(NET, num_classes=classes), layout)
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "a.pth")
     checkpointer = VoVNetCheckpointer(vovnet())
@@ -163,7 +163,7 @@ def test_what_the_layout_tells(tmp_path, layout, prefix, classes, expected):
     ],
 )
 def test_dd3ds_weights(tmp_path, monkeypatch, caplog, prefix, others, expected):
-    """The heads tell it; the V-99-eSE alone looks like the published one."""
+    """Recognise weights of DD3D by their heads. The backbone equals the published V-99-eSE."""
     net = thin(TABLE["V-99-eSE"], 32)
     spec = VoVNetSpec(**vars(net))
     monkeypatch.setitem(VOVNET_SPECS, "V-99-eSE", spec)
@@ -184,7 +184,7 @@ def test_dd3ds_weights(tmp_path, monkeypatch, caplog, prefix, others, expected):
     assert "does not tell its" not in caplog.text
 
 
-def test_what_is_written_is_read():
+def test_metadata_survive_writing_and_reading():
     for stem in ("strided", "pooled"):
         for residual in (True, False):
             for convention in (None, *CONVENTIONS.values()):
