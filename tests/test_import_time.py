@@ -8,21 +8,25 @@ from statistics import median
 
 import pytest
 
+# Each time is that of a fork, so that Detectron2 is imported once.
 CODE = """
-import sys, time
+import os, sys, time
 import detectron2.modeling
-start = time.process_time()
-import vovnet_d2
-print(time.process_time() - start)
+for _ in range(7):
+    if os.fork() == 0:
+        assert "vovnet_d2" not in sys.modules
+        start = time.process_time()
+        import vovnet_d2
+        print(time.process_time() - start, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
-
-
-def import_anew() -> float:
-    """Return the seconds of the processor."""
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.slow
 def test_import_takes_less_than_a_tenth_of_a_second():
-    assert median(import_anew() for _ in range(7)) < 0.1
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = [float(line) for line in result.stdout.splitlines()]
+    assert len(seconds) == 7
+    assert median(seconds) < 0.1

@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine_runs import FASTER_RCNN, TINY, tiny_config
 from test_lazyconfig import TINY as TINY_LAZY
+from test_pretrain import SHORT, THIN
 from torch.utils.data import DataLoader
 
 from vovnet_d2.data.stream import TrainingStream
@@ -89,7 +90,7 @@ def test_tools_with_workers(coco_root: Path, tmp_path: Path, tool: str, method: 
             *["--config-file", LAZY, *TINY_LAZY, f"train.output_dir={tmp_path}"],
             *["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"],
         ],
-        "pretrain_net": ["--config-file", DIGITS, "SOLVER.MAX_ITER", "2", *yaml],
+        "pretrain_net": ["--config-file", DIGITS, *THIN, *SHORT, *yaml],
     }[tool]
     script = tmp_path / "run.py"
     script.write_text(RUN)
