@@ -56,12 +56,18 @@ TRAINERS = {"float32": Trainer, "float64": DoubleTrainer}
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train once in each precision. The last option is the folder for the runs."""
-    *options, folder = args.opts
+    """Train once in each precision. The last option is the folder for the runs.
+
+    After the word THEN come the options of another training, in the same processes.
+    """
+    end = args.opts.index("THEN") if "THEN" in args.opts else len(args.opts)
+    *options, folder = args.opts[:end]
     for name, trainer in TRAINERS.items():
         words = [*OPTIONS, *options, str(Path(folder) / name)]
         own = argparse.Namespace(**{**vars(args), "opts": words})
         run_task(CountingTask(own, trainer))
+    if others := args.opts[end + 1 :]:
+        train(argparse.Namespace(**{**vars(args), "opts": others}))
 
 
 class CountingTask(YamlTask):

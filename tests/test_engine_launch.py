@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from test_pretrain import SHORT, THIN
 
 from vovnet_d2.engine import argument_parser, launch, quiet
 from vovnet_d2.modeling.specs import get_spec
@@ -123,22 +124,10 @@ def test_a_ctrl_c_is_passed_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_torchrun_shares_one_run(tmp_path: Path) -> None:
-    widths = ["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8,8,8,8)", "MODEL.VOVNET.NORM", "GN"]
-    widths += ["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(8,8,8,8)"]
     finished = torchrun(
         str(TOOLS / "pretrain_net.py"),
-        *["--config-file", "Classification/V_19_slim_eSE_digits.yaml", *widths],
-        *[
-            "SOLVER.MAX_ITER",
-            "4",
-            "TEST.EVAL_PERIOD",
-            "0",
-            "SOLVER.IMS_PER_BATCH",
-            "16",
-            "DATALOADER.NUM_WORKERS",
-            "0",
-        ],
-        *["OUTPUT_DIR", str(tmp_path)],
+        *["--config-file", "Classification/V_19_slim_eSE_digits.yaml", *THIN, *SHORT],
+        *["MODEL.VOVNET.NORM", "GN", "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", str(tmp_path)],
     )
     assert finished.returncode == 0, finished.stderr
     assert "World size: 2" in (tmp_path / "log.txt").read_text()

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """All parameters after the training in one process, by precision."""
+    """Return all parameters after the training in one process, by precision."""
     folder = tmp_path_factory.mktemp("alone")
     train(parse(*files, "OUTPUT_DIR", str(folder)))
     return read_parameters(folder)
@@ -70,26 +72,47 @@ def tolerance(alone: dict[str, torch.Tensor], name: str) -> float:
     return 100 * torch.finfo(getattr(torch, name)).eps * float(alone[name].abs().max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "parts"), [*((launcher, 1) for launcher in LAUNCHERS), ("torchrun", 2)]
-)
-def test_two_processes_are_one(
-    files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, launcher: str, parts: int
-) -> None:
-    """But for the order in which gradients are summed, whose rounding is smaller in float64 by as
-    much as its numbers are finer. Likewise if each computes its batch in parts."""
+NORMS = ["SOLVER.ACCUMULATE", "2", "MODEL.VOVNET.NORM", "naiveSyncBN"]
+
+
+def shared_by_two(launcher: str, files: list[str], folder: Path) -> Path:
+    """Return the folder of the trainings of two processes.
+
+    Those of torchrun train with batches in one part and in two, and with synchronised norms.
+    """
     before, after = LAUNCHERS[launcher]
-    options = ["SOLVER.ACCUMULATE", str(parts), "OUTPUT_DIR", str(tmp_path)]
+    options = ["SOLVER.ACCUMULATE", "1", "OUTPUT_DIR", str(folder / "1")]
+    if launcher == "torchrun":
+        options += ["THEN", "SOLVER.ACCUMULATE", "2", "OUTPUT_DIR", str(folder / "2")]
+        options += ["THEN", *NORMS, "OUTPUT_DIR", str(folder / "norms")]
     command = [sys.executable, *before, str(SCRIPT), *after, *files, *options]
     done = subprocess.run(
         command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of the trainings of a launcher."""
+    return cache(lambda name: shared_by_two(name, files, tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "parts"), [*((launcher, 1) for launcher in LAUNCHERS), ("torchrun", 2)]
+)
+def test_two_processes_are_one(
+    shared: Callable[[str], Path], alone: dict[str, torch.Tensor], launcher: str, parts: int
+) -> None:
+    """But for the order in which gradients are summed, whose rounding is smaller in float64 by as
+    much as its numbers are finer. Likewise if each computes its batch in parts."""
+    folder = shared(launcher) / str(parts)
     for name in TRAINERS:
-        assert "World size: 2" in (tmp_path / name / "log.txt").read_text()
-    shared = read_parameters(tmp_path)
-    differences = {name: distance(shared[name], alone[name]) for name in TRAINERS}
+        assert "World size: 2" in (folder / name / "log.txt").read_text()
+    found = read_parameters(folder)
+    differences = {name: distance(found[name], alone[name]) for name in TRAINERS}
     print(f"{launcher}: {differences}")
     for name in TRAINERS:
         assert differences[name] < tolerance(alone, name)
@@ -118,16 +141,14 @@ def run_two(command: list[str]) -> None:
 
 @pytest.mark.slow
 def test_parts_with_synchronised_norms(
-    files: list[str], tmp_path: Path, fresh_logging: None
+    files: list[str], shared: Callable[[str], Path], tmp_path: Path, fresh_logging: None
 ) -> None:
     """Both processes compute a part, whose statistics they share, before the next part. So a part
     is that of one process with the whole batch."""
-    options = ["SOLVER.ACCUMULATE", "2", "MODEL.VOVNET.NORM", "naiveSyncBN", "OUTPUT_DIR"]
-    train(parse(*files, *options, str(tmp_path / "one")))
-    run_two([str(SCRIPT), *files, *options, str(tmp_path / "two")])
+    train(parse(*files, *NORMS, "OUTPUT_DIR", str(tmp_path)))
     found, expected = (
-        load(tmp_path / folder / "float64" / "model_final.pth")["model"]
-        for folder in ("two", "one")
+        load(folder / "float64" / "model_final.pth")["model"]
+        for folder in (shared("torchrun") / "norms", tmp_path)
     )
     for name, tensor in expected.items():
         # Detectron2's norm counts no batches, and its running variance is the biased one.
