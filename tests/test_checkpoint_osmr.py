@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""pytorchcv's VoVNets, whose weights osmr/imgclsmob publishes, against ours, in both directions."""
+"""The VoVNets of pytorchcv, whose weights osmr/imgclsmob publishes, are compared with ours."""
 
 import zipfile
 from dataclasses import replace
@@ -48,12 +48,12 @@ def peer_maps(peer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     y = x
     for module in list(peer.features)[:5]:
         maps.append(y := module(y))
-    # Its last pooling takes maps of 7x7, which an image of 224x224 has.
+    # The last pooling of the peer only takes feature maps of 7x7, as for an image of 224x224.
     return dict(zip(STAGES, [*maps, peer.output(y.mean((2, 3)))], strict=True))
 
 
 def ours(peer: nn.Module) -> VoVNet:
-    """The network that the peer's tensors are taken for."""
+    """Build our network from the names and shapes of the tensors of the peer."""
     found = describe_state_dict(peer.state_dict())
     known = metadata_of_layout(found, peer.state_dict())
     spec = VoVNetSpec(**found.fields, stem=known.stem, residual=known.residual)
@@ -62,12 +62,12 @@ def ours(peer: nn.Module) -> VoVNet:
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", PEERS)
-def test_features_are_pytorchcvs(variant):
-    """This holds in both precisions, and back, strictly, in the order of its own names."""
+def test_features_equal_those_of_pytorchcv(variant):
+    """Convert weights to our network in float32, and back to the peer in float64."""
     peer = thin_peer(variant)
     state = peer.state_dict()
     model = ours(peer)
-    stem = VOVNET_SPECS[variant].stem_channels  # of which the peer has one width
+    stem = VOVNET_SPECS[variant].stem_channels  # the peer has only one width of the stem
     assert model.spec == replace(thin(VOVNET_SPECS[variant]), stem_channels=stem)
     model.load_state_dict(state)
     x = torch.randn(1, 3, 64, 64)
@@ -81,7 +81,7 @@ def test_features_are_pytorchcvs(variant):
 
 
 @torch.no_grad()
-def test_logits_are_those_of_its_own_forward():
+def test_logits_equal_those_of_pytorchcv():
     peer = thin_peer()
     model = ours(peer)
     model.load_state_dict(peer.state_dict())
@@ -92,7 +92,7 @@ def test_logits_are_those_of_its_own_forward():
 @torch.no_grad()
 @pytest.mark.parametrize("what", ["tensors swapped", "no residual", "pooled stem"])
 def test_another_network_is_seen(what):
-    """The negative control."""
+    """Check that the comparison fails for another network."""
     peer = thin_peer()
     model = ours(peer)
     state = peer.state_dict()
@@ -110,7 +110,7 @@ def test_another_network_is_seen(what):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_files_load_as_they_are(tmp_path, zipped, caplog):
+def test_files_of_pytorchcv_load(tmp_path, zipped, caplog):
     peer = thin_peer()
     path = tmp_path / "vovnet.pth"
     torch.save(peer.state_dict(), path)
@@ -151,7 +151,7 @@ def test_other_networks_of_pytorchcv_are_refused():
     ("variant", "tensor"),
     [("V-39-eSE", r"stage2\.0\.ese\.fc"), ("V-19-dw-eSE", r"stem\.conv2\.depthwise")],
 )
-def test_what_it_has_no_names_for(variant, tensor):
+def test_tensors_without_a_name_in_pytorchcv_are_refused(variant, tensor):
     state = random_state(thin(TABLE[variant]))
     with pytest.raises(ValueError, match=rf"osmr layout has no name for .*{tensor}.*neither eSE"):
         convert_state_dict(state, "osmr")
@@ -161,7 +161,7 @@ def test_what_it_has_no_names_for(variant, tensor):
     ("changes", "caveat"),
     [({}, None), ({"residual": False}, "have residual"), ({"stem": "pooled"}, "the strided stem")],
 )
-def test_what_pytorchcv_computes_otherwise_is_said(changes, caveat):
+def test_differences_from_pytorchcv_are_noted(changes, caveat):
     spec = VoVNetSpec(**{**vars(thin(VOVNET_SPECS["V-39"])), **changes})
     found = describe_state_dict(VoVNet(spec).state_dict())
     said = osmr_caveats(found, Metadata.of_spec(spec, None))

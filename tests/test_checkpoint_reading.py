@@ -33,7 +33,7 @@ def model_of(net: Net, **args) -> VoVNet:
     return VoVNet(VoVNetSpec(**vars(net)), **{"norm": "BN", **args})
 
 
-# What runs code when it is unpickled: opening a file for writing leaves a trace.
+# A payload that runs code when it is unpickled. It opens a file for writing, which leaves a trace.
 
 
 class Payload:
@@ -116,7 +116,7 @@ def test_no_code_runs(tmp_path, write, suffix, allow_pickle):
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda writer: writer.__name__)
 def test_the_payload_would_run(tmp_path, write):
-    """The negative control of the test above."""
+    """Check that the payload of the test above runs if it is unpickled."""
     marker, path = tmp_path / "it ran", tmp_path / "weights"
     write(path, Payload(marker))
     if "torch" in write.__name__:
@@ -126,7 +126,7 @@ def test_the_payload_would_run(tmp_path, write):
     assert marker.exists()
 
 
-# What Detectron2's trainer and others write beside the tensors
+# Values that Detectron2's trainer and other trainers write in addition to tensors
 
 
 def test_values_of_trainers_are_read(tmp_path):
@@ -144,7 +144,7 @@ def test_values_of_trainers_are_read(tmp_path):
 
 
 def test_scalars_of_another_numpy_are_read(tmp_path):
-    """NumPy 1 and 2 have the function that rebuilds a scalar in modules of different names."""
+    """Read scalars of NumPy 1 and 2, which are rebuilt by functions of different modules."""
     names = [b"numpy._core.multiarray", b"numpy.core.multiarray"]
     mine, other = names if np.__version__ >= "2" else names[::-1]
     torch.save({"model": GOOD, "best": np.float64(0.5)}, tmp_path / "a.pth")
@@ -178,7 +178,7 @@ def test_wrappers(tmp_path, wrap, legacy):
     assert equal(read_checkpoint(str(path))["model"], GOOD)
 
 
-def test_averaged_weights_beside_others_are_said_and_can_be_had(tmp_path, caplog):
+def test_averaged_weights_are_noted_and_can_be_chosen(tmp_path, caplog):
     path = f"{tmp_path}/both.pth"
     torch.save({"state_dict": {"w": torch.ones(1)}, "state_dict_ema": {"w": torch.zeros(1)}}, path)
     assert read_weights(path)[0]["model"]["w"] == 1
@@ -204,7 +204,7 @@ def test_model_zoo_pickles_are_read_with_the_opt_in(tmp_path, protocol):
 
 
 def test_caffe2_pickles_are_read_as_detectron2_does(tmp_path):
-    """Written by Python 2, whose strings come as bytes."""
+    """Read a file of Python 2, whose strings arrive as bytes."""
     blobs = {"conv1_w": np.ones((2, 3)), "conv1_w_momentum": np.ones((2, 3))}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": blobs}, 2))
     content = read_checkpoint(str(tmp_path / "a.pkl"), allow_pickle=True)
@@ -212,7 +212,7 @@ def test_caffe2_pickles_are_read_as_detectron2_does(tmp_path):
     assert content == {"__author__": "Caffe2", "matching_heuristics": True}
 
 
-# Malformed files: each gets one clear sentence, and changes nothing
+# Malformed files. Each file gives one clear sentence, and does not change the model.
 
 
 def saved(content, **options) -> bytes:
@@ -227,7 +227,7 @@ def saved_safetensors(path, metadata=None) -> bytes:
 
 
 def zipped(**files: bytes) -> bytes:
-    """A zip archive of files that are called NAME.pth."""
+    """Return a zip archive with files that are called NAME.pth."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
@@ -239,7 +239,7 @@ def bomb() -> bytes:
     return zipped(a=bytes(zipped_files._HARMLESS_SIZE + 1))
 
 
-def test_what_unpacks_to_little_may_have_any_ratio(tmp_path: Path) -> None:
+def test_a_small_archive_may_have_any_compression_ratio(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(zipped(a=bytes(10**6)))
     entry = zipped_files.find_weights(str(tmp_path / "a.zip"))
     assert entry is not None
@@ -259,7 +259,7 @@ def torchscript() -> bytes:
 
 
 def flipped(content: bytes, needle: bytes) -> bytes:
-    """One byte after ``needle`` altered."""
+    """Return the content with a change in the first byte after ``needle``."""
     place = content.index(needle) + len(needle)
     return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
 
@@ -349,7 +349,7 @@ MALFORMED = {
         lambda p: saved({"model": GOOD, "vovnet_d2": {"stem": "round"}}),
         "'round'",
     ),
-    # other things than a state dict
+    # content other than a state dict
     "a whole module": (lambda p: saved(nn.Conv2d(1, 1, 1)), "save its state_dict"),
     "pickle": (lambda p: pickle.dumps({"model": {}, "__author__": ""}), "--allow-pickle"),
     "a tensor": (lambda p: saved(torch.ones(3)), "holds no tensors by name, but a Tensor"),
@@ -365,7 +365,7 @@ MALFORMED = {
         lambda p: saved({**GOOD, STEM: GOOD[STEM].to("meta")}),
         "no plain tensor",
     ),
-    # tensors of something else
+    # tensors of another network
     "a ResNet": (lambda p: saved(resnet_state()), "looks like a Detectron2 ResNet"),
     "tensors of nothing known": (lambda p: saved({"fc.weight": torch.ones(3)}), "No VoVNet"),
     "a classifier alone": (
@@ -438,8 +438,8 @@ def test_malformed_files(tmp_path, model, content, message, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["pth", "bin", "safetensors", "pkl", "weights"])
 @pytest.mark.parametrize("format", ["zip", "legacy", "safetensors"])
-def test_the_file_that_the_malformed_ones_are_made_from_loads(tmp_path, format, suffix):
-    """Their negative control, whatever the file is called."""
+def test_the_undamaged_file_loads(tmp_path, format, suffix):
+    """Check that the undamaged content loads under any file name."""
     path = tmp_path / f"weights.{suffix}"
     if format == "safetensors":
         saved_safetensors(path)
@@ -449,7 +449,7 @@ def test_the_file_that_the_malformed_ones_are_made_from_loads(tmp_path, format, 
 
 
 def test_a_zip_archive_of_one_file_loads(tmp_path):
-    """osmr publishes weights as zip archives; folders and what macOS adds do not count."""
+    """Load a zip archive, as osmr publishes, with folders and the files that macOS adds."""
     path = tmp_path / "weights.pth.zip"
     path.write_bytes(zipped(a=saved({"model": GOOD, "epoch": 3})))
     content = read_checkpoint(str(path))
@@ -462,7 +462,7 @@ def test_a_zip_archive_of_one_file_loads(tmp_path):
 
 
 def test_a_checkpoint_without_checksums_loads(tmp_path):
-    """torch.save can be told to leave them out."""
+    """Load a file that torch.save wrote without checksums, which is an option of torch."""
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(GOOD, tmp_path / "a.pth")

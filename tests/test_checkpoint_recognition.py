@@ -21,7 +21,7 @@ TOLD = {"stage_mid_channels", "stage_out_channels", "blocks_per_stage", "layers_
 
 
 def shapes(net: Net, layout: str = "detectron2", **options) -> dict[str, torch.Tensor]:
-    """Tensors without numbers, in the names of a layout."""
+    """Return tensors without values under the names of a layout."""
     state = {
         published: torch.empty(shape, device="meta")
         for published, _, shape in tensors(net, **options)
@@ -46,8 +46,8 @@ def test_variants(variant, layout):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_structures_by_the_config_lines_that_fit(structure):
-    """The lines, put into a config over the variant, give the file's architecture."""
+def test_config_lines_of_structures(structure):
+    """Check that the printed config lines give the architecture of the file."""
     net = STRUCTURES[structure]
     layout = "native" if net.bottleneck else "detectron2"
     found = describe_state_dict(shapes(net, layout))
@@ -70,7 +70,7 @@ def test_placement_of_ese(variant):
     assert found.config_lines()[1:] == ['MODEL.VOVNET.ESE: "last"']
 
 
-def test_placement_of_ese_makes_no_difference_where_stages_have_one_block():
+def test_placement_of_ese_does_not_matter_with_one_block_per_stage():
     found = describe_state_dict(shapes(replace(TABLE["V-19-eSE"], ese="last")))
     for ese in ("last", "all"):
         assert found.differences(replace(VOVNET_SPECS["V-19-eSE"], ese=ese)) == {}
@@ -96,7 +96,7 @@ PREFIXES = [
     "backbone.",
     "module.backbone.bottom_up.",
     "model.img_backbone.body.",
-    "pts.stem.",  # begins as VoVNet's own names do
+    "pts.stem.",  # looks like the beginning of a name of VoVNet
 ]
 
 
@@ -153,12 +153,12 @@ def test_other_networks(names, what):
 @pytest.mark.parametrize(
     "names",
     [
-        ["features.0.weight"],  # of a VGG, an AlexNet, a SqueezeNet, ...
+        ["features.0.weight"],  # VGG, AlexNet, SqueezeNet, ...
         ["conv1.weight", "layer1.0.conv1.weight", "stage2.0.branches.0.0.conv1.weight"],  # HRNet
         ["layers.0.attn.fc.weight"],
     ],
 )
-def test_what_could_be_several_networks_is_not_guessed(names):
+def test_names_that_several_networks_have_are_not_recognised(names):
     with pytest.raises(ValueError, match=r"^No VoVNet is in it\. Its tensors: "):
         describe_state_dict({name: torch.ones(3) for name in names})
 
@@ -169,7 +169,7 @@ def test_what_could_be_several_networks_is_not_guessed(names):
 @pytest.mark.parametrize("to", ["detectron2", "timm"])
 @pytest.mark.parametrize("variant", KINDS)
 def test_round_trips(variant, to):
-    """Bit-identical tensors under the same names; those in between are not the native ones."""
+    """Convert native names to another layout and back. Names and tensors must not change."""
     net = thin(TABLE[variant])
     names = native_names(net, num_classes=5, counted=True)
     native = {names[k]: t for k, t in random_state(net, num_classes=5, counted=True).items()}
@@ -199,7 +199,7 @@ def test_the_conversion_leaves_other_tensors_out():
     assert convert_state_dict(detector, "detectron2").keys() == state.keys()
 
 
-def test_what_other_layouts_have_no_names_for():
+def test_tensors_without_a_name_in_other_layouts_are_refused():
     net = thin(STRUCTURES["bottleneck"])
     native = random_state(net)
     native = {native_names(net)[name]: tensor for name, tensor in native.items()}
@@ -213,7 +213,7 @@ def test_an_unknown_layout():
         convert_state_dict(random_state(thin(TABLE["V-39"])), "keras")
 
 
-def test_layouts_are_those_of_the_table():
-    """Every name that the published layout has is renamed, in every layout but its own."""
+def test_other_layouts_rename_every_published_name():
+    """Check that every other layout renames every name of the published layout."""
     names = [name for name, _, _ in tensors(TABLE["V-19-dw-eSE"], num_classes=2, counted=True)]
     assert {len(rename_keys(names, to)) for to in COMPLETE_LAYOUTS} == {0, len(names)}

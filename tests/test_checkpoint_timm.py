@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""timm's VoVNets, from its own files, against ours."""
+"""The VoVNets of timm, loaded from files of timm, are compared with ours."""
 
 import pytest
 import timm
@@ -16,13 +16,13 @@ from vovnet_d2.checkpoint.conversion import timm_caveats
 from vovnet_d2.checkpoint.metadata import Metadata
 from vovnet_d2.checkpoint.zoo import metadata_of_layout
 
-# What a spec cannot say, with the reason; every other VoVNet that timm has must pass the tests.
+# VoVNets of timm that a spec cannot describe, with the reason. All others must pass the tests.
 INEXPRESSIBLE = {
     "eca_vovnet39b": "ECA, a convolution over the channels, in the place of eSE",
     "ese_vovnet39b_evos": "EvoNorm in the place of norm and ReLU",
 }
 EXPRESSIBLE = [name for name in timm.list_models("*vovnet*") if name not in INEXPRESSIBLE]
-# One of each structure, as what follows from a structure does not depend on how often it repeats.
+# One network of each structure. The number of blocks does not matter for the tests that use KINDS.
 KINDS = list(
     {
         (config["depthwise"], config["attn"], config["residual"]): name
@@ -39,7 +39,7 @@ def thin_widths(name: str) -> dict[str, list[int]]:
 
 
 def timm_model(name: str, **options) -> nn.Module:
-    """At random weights, the batch norms' statistics included."""
+    """Return a network of timm with random weights and random statistics of norms."""
     model = timm.create_model(name, num_classes=7, **options).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -56,7 +56,7 @@ def timm_maps(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def recognised(state: dict[str, torch.Tensor], **options) -> VoVNet:
-    """The network that a file is taken for: nothing is told of it but its tensors."""
+    """Build the network that is recognised from the tensors of a file alone."""
     found = describe_state_dict(state)
     known = metadata_of_layout(found, state)
     spec = VoVNetSpec(**found.fields, **{"stem": known.stem, "residual": known.residual, **options})
@@ -69,13 +69,13 @@ def recognised(state: dict[str, torch.Tensor], **options) -> VoVNet:
     ).eval()
 
 
-def test_the_list_of_what_a_spec_cannot_express_is_timms():
-    """Fails when timm drops one of them; a new one fails in the tests below."""
+def test_timm_has_the_networks_that_a_spec_cannot_describe():
+    """Fail if timm no longer has one of these networks. The tests below fail for a new one."""
     assert set(timm.list_models("*vovnet*")) > INEXPRESSIBLE.keys()
 
 
 @pytest.mark.parametrize("name", INEXPRESSIBLE)
-def test_what_a_spec_cannot_express_is_refused(name):
+def test_networks_that_a_spec_cannot_describe_are_refused(name):
     state = timm_model(name, **thin_widths(name)).state_dict()
     with pytest.raises(
         ValueError, match=r"are nothing that VoVNetSpec describes, such as st(em|age)"
@@ -88,7 +88,7 @@ def test_what_a_spec_cannot_express_is_refused(name):
     ("name", "suffix", "in_chans"),
     [*((name, ".safetensors", 3) for name in EXPRESSIBLE), (EXPRESSIBLE[0], ".bin", 5)],
 )
-def test_features_are_timms(tmp_path, name, suffix, in_chans):
+def test_features_equal_those_of_timm(tmp_path, name, suffix, in_chans):
     peer = timm_model(name, in_chans=in_chans, **thin_widths(name))
     path = tmp_path / f"{name}{suffix}"
     if suffix == ".safetensors":
@@ -104,7 +104,7 @@ def test_features_are_timms(tmp_path, name, suffix, in_chans):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ese_vovnet19b_dw", "vovnet39a"])
 def test_names_of_features_only(tmp_path, name):
-    """timm flattens the names, to stem_0 and stages_0, and has no classifier."""
+    """Recognise the names of timm's ``features_only``, such as stem_0 and stages_0."""
     peer = timm_model(name, **thin_widths(name), features_only=True)
     torch.save(peer.state_dict(), tmp_path / "features.pth")
     model = recognised(peer.state_dict())
@@ -117,7 +117,7 @@ def test_names_of_features_only(tmp_path, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
 def test_a_swapped_tensor_is_seen(name):
-    """The negative control."""
+    """Check that the comparison fails if two tensors are exchanged."""
     peer = timm_model(name, **thin_widths(name))
     state = peer.state_dict()
     model = recognised(state)
@@ -132,8 +132,8 @@ def test_a_swapped_tensor_is_seen(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
-def test_timm_takes_the_conversion(tmp_path, name):
-    """Ours to timm's names, in a file that timm reads; strictly, and with the same features."""
+def test_timm_loads_converted_weights(tmp_path, name):
+    """Convert weights to timm's names, and let timm load the file strictly."""
     source = timm_model(name, **thin_widths(name))
     model = recognised(source.state_dict())
     model.load_state_dict(source.state_dict())
@@ -144,7 +144,7 @@ def test_timm_takes_the_conversion(tmp_path, name):
     assert_same_maps(timm_maps(peer, x), model(x), tolerance=1e-5)
 
 
-def test_the_layout_tells_the_residual_of_timms_v1_models():
+def test_the_layout_gives_the_residual_of_timms_v1_networks():
     for name, residual in (("vovnet39a", False), ("ese_vovnet39b", True)):
         state = timm_model(name, **thin_widths(name)).state_dict()
         assert metadata_of_layout(describe_state_dict(state), state).residual is residual
@@ -162,7 +162,7 @@ def test_the_layout_tells_the_residual_of_timms_v1_models():
     ],
     ids=str,
 )
-def test_what_timm_computes_otherwise_is_said(changes, options, caveat):
+def test_differences_from_timm_are_noted(changes, options, caveat):
     widths = thin_widths("ese_vovnet39b")
     fields = {
         "stage_mid_channels": widths["stage_conv_chs"],
@@ -176,7 +176,7 @@ def test_what_timm_computes_otherwise_is_said(changes, options, caveat):
     found = describe_state_dict(model.state_dict())
     said = timm_caveats(found, Metadata.of_spec(spec, None))
     assert [caveat in sentence for sentence in said] == [True] * (caveat is not None)
-    # And it is so.
+    # The features differ if and only if there is such a note.
     peer = timm_model("ese_vovnet39b" if spec.ese != "none" else "vovnet39a", **widths)
     state = convert_state_dict(model.state_dict(), "timm")
     takes = not peer.load_state_dict(state, strict=False).unexpected_keys

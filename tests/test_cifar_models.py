@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DenseNet-40 and the OSA networks that stand in for it."""
+"""DenseNet-40 and the OSA networks that the paper compares with it."""
 
 import pytest
 import torch
@@ -14,23 +14,23 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_densenet_40_is_the_published_one() -> None:
+def test_densenet_40_has_the_published_size() -> None:
     model = CifarClassifier("DenseNet-40")
     weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(weighted) == 40
-    # DenseNet's Table 2 says 1.0M; public implementations count this many.
+    # Table 2 of the DenseNet paper gives 1.0M. Public implementations have exactly this number.
     assert sum(p.numel() for p in model.parameters()) == 1_019_722
-    assert not model.linear.bias.any()  # as DenseNet's code begins
+    assert not model.linear.bias.any()  # as in the code of DenseNet
 
 
-def test_widths_are_those_of_the_names() -> None:
+def test_names_give_the_widths() -> None:
     for name, (layers, width) in {"OSA-12x20": (12, 20), "OSA-5x43": (5, 43)}.items():
         spec = CIFAR_SPECS[name]
         assert (spec.connections, spec.layers, spec.width) == ("osa", layers, width)
 
 
 def test_connections(name: str) -> None:
-    """Dense layers each extend what they read; OSA's outputs are those of a chain cut anywhere."""
+    """Compute a block again: dense layers extend their input, and OSA joins outputs of a chain."""
     model = CifarClassifier(name).eval()
     block = model.block2
     x = torch.randn(2, block.layers[0].norm.num_features, 6, 6)

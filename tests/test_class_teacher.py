@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of classifiers: the soft targets of a network of timm's."""
+"""Distillation of classifiers from the soft targets of a network of timm."""
 
 import shutil
 from pathlib import Path
@@ -36,8 +36,8 @@ def write_teacher(folder: Path, num_classes: int) -> str:
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_loss_is_the_divergence_of_softened_probabilities(temperature: float) -> None:
-    """SciPy gives the loss; its gradient is that of the cross-entropy with the teacher's
-    probabilities.
+    """Compare the loss with SciPy, and its gradient with that of a cross-entropy with the
+    probabilities of the teacher.
     """
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 5, generator=generator) * 6 for _ in range(2))
@@ -51,7 +51,7 @@ def test_the_loss_is_the_divergence_of_softened_probabilities(temperature: float
 
 
 class FirstPixels(nn.Module):
-    """A network whose logits are the colour of the first pixel."""
+    """Network whose logits are the colour of the first pixel."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return x[:, :, 0, 0]
@@ -63,7 +63,7 @@ class Linear(FirstPixels):
 
 
 @pytest.mark.parametrize("order", ["BGR", "RGB"])
-def test_the_teacher_sees_the_images_in_its_own_normalisation(order: str) -> None:
+def test_the_teacher_gets_images_in_its_own_normalisation(order: str) -> None:
     student = ImageClassifier(
         Linear(), input_format=order, pixel_mean=[10.0, 20.0, 30.0], pixel_std=[2.0, 3.0, 4.0]
     )
@@ -81,7 +81,7 @@ def test_the_teacher_sees_the_images_in_its_own_normalisation(order: str) -> Non
 
 @pytest.mark.usefixtures("fresh_logging")
 def test_a_training_with_a_teacher(images: Path, tmp_path: Path) -> None:
-    """It is resumed to the bit; checkpoints have no teacher, and an evaluation needs none."""
+    """Resume such a training exactly. Checkpoints and evaluations contain no teacher."""
     weights = write_teacher(tmp_path, 3)
     words = ["DISTILLATION.TEACHER", NAME, "DISTILLATION.WEIGHTS", weights]
     words += ["DISTILLATION.TEMPERATURE", "2.0"]
@@ -107,8 +107,8 @@ def test_a_training_with_a_teacher(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_logging")
-def test_the_argument(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--teacher NAME`` takes timm's weights, where no file is named."""
+def test_argument_teacher(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use ``--teacher NAME`` without a file, which takes the weights from timm."""
     asked = []
 
     def create(_: Any, name: str, __: str) -> nn.Module:
@@ -124,7 +124,7 @@ def test_the_argument(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_input_of_the_teacher_is_that_of_its_weights(tmp_path: Path) -> None:
-    """It is timm's, in values from 0 to 255."""
+    """Compare with timm's normalisation, scaled to pixel values from 0 to 255."""
     cfg = load_classification_config(BASE, [*THIN, *SHORT, "DISTILLATION.TEACHER", NAME])
     cfg.PRETRAIN.NUM_CLASSES, cfg.DISTILLATION.WEIGHTS = 3, write_teacher(tmp_path, 3)
     convention = build_class_teacher(cfg).convention
@@ -177,7 +177,7 @@ def test_timms_network_does_not_fit(
 def test_the_input_that_a_file_states_is_that_of_the_teacher(
     known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a statement it is the input of timm's weights of the network."""
+    """Check a file with and without its input convention. Without it, timm's convention holds."""
     stated = InputConvention("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     network = timm.create_model("ese_vovnet19b_slim", num_classes=3)
     found = {"model": network.state_dict()}, SimpleNamespace(input=stated if known else None)

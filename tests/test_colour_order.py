@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every place that reads, draws or saves an image keeps its colours apart: red is not blue."""
+"""All code that reads, draws or saves images keeps red and blue in the right order."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 4, 4], "area": 1
 
 
 class Blind(nn.Module):
-    """A detector that finds nothing."""
+    """Detector that finds nothing."""
 
     def forward(self, inputs: list[dict]) -> list[dict]:
         nothing = Instances((64, 80), scores=torch.zeros(0), pred_classes=torch.zeros(0).long())
@@ -57,7 +57,7 @@ class Blind(nn.Module):
 
 @pytest.fixture
 def file(catalogs: None, tmp_path: Path) -> Path:
-    """A red image, the only one of the data set "red"."""
+    """Save a red image, and register it as the data set "red"."""
     path = tmp_path / "red.png"
     Image.new("RGB", (80, 64), RED).save(path)
     content = {
@@ -167,16 +167,16 @@ for order in ("BGR", "RGB"):
 def test_red_stays_red(file: Path, place: str) -> None:
     pixels = PLACES[place](file).reshape(-1, 3).astype(int)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
-    coloured = np.ptp(colours, axis=1) > 60  # neither paper nor letters
+    coloured = np.ptp(colours, axis=1) > 60  # neither background nor letters
     found = colours[coloured][counts[coloured].argmax()]
     assert np.abs(found - RED).max() <= 6, f"{found} for {RED}"
 
 
-BLUE = (0, 114, 189)  # the first of Detectron2's colour map
+BLUE = (0, 114, 189)  # the first colour of Detectron2's colour map
 
 
-def test_categories_without_colours_have_detectron2s() -> None:
-    """The first category of a label map, and of boxes, is blue."""
+def test_categories_without_colours_get_those_of_detectron2() -> None:
+    """Check that the first category is blue, in a label map and as a box."""
     grey = np.full((64, 80, 3), 100, np.uint8)
     metadata = Metadata(stuff_classes=["a"], thing_classes=["a"])
     drawn = Artist(metadata).draw(grey, Shown(None, torch.zeros(64, 80).long(), None))
@@ -190,8 +190,8 @@ def test_categories_without_colours_have_detectron2s() -> None:
     assert np.abs(drawn[50, 40, ::-1].astype(int) - BLUE).max() <= 1
 
 
-def test_looks_are_compared_by_brightness_as_it_is_seen(tmp_path: Path) -> None:
-    """Red is brighter than blue: where it falls from left to right, brightness does."""
+def test_similar_images_are_found_by_perceived_brightness(tmp_path: Path) -> None:
+    """Check that an image from red to blue becomes darker, because the eye sees red as brighter."""
     ramp = np.linspace(255, 0, 170).astype(np.uint8)
     pixels = np.zeros((160, 170, 3), np.uint8)
     pixels[..., 0], pixels[..., 2] = ramp, ramp[::-1]

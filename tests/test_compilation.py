@@ -1,9 +1,9 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SOLVER.COMPILE: steps of a compiled backbone are those of the eager one.
+"""Tests of SOLVER.COMPILE: a compiled backbone makes the same steps as an eager backbone.
 
-Most tests have torch follow and differentiate the network, and choose what to save, and then run
-the operators without generated code, whose compilation takes minutes.
+In most tests torch traces and differentiates the network and chooses the tensors to save, but it
+runs the operators without generated code, because compilation of that code takes minutes.
 """
 
 import copy
@@ -47,8 +47,11 @@ NO_TEST = ["DATASETS.TEST", "()"]
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Generate no code; the value says of each graph that was compiled whether it is to be
-    differentiated."""
+    """Compile without generated code.
+
+    Return a list that gets an entry for each compiled graph. The entry is True if the graph is to
+    be differentiated.
+    """
     graphs: list[bool] = []
 
     def compile_graph(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -83,7 +86,7 @@ def images(*size: int) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_gradients_and_statistics_are_those_of_the_eager_network(norm: str) -> None:
-    """A frozen norm's constants are float32 also in float64."""
+    """Compare with the eager network. Constants of frozen norms are float32 even in float64."""
     eager, x = build(norm), images(64, 96)
     model = copy.deepcopy(eager)
     compile_backbone(model, memory_budget=0.3, dynamic=False)
@@ -104,12 +107,12 @@ def test_the_memory_budget_lowers_what_is_saved() -> None:
         saved.append(saved_bytes(model, x))
     assert saved[0] > saved[1] > saved[2]
     assert saved[2] < 0.5 * saved_bytes(build(), x)
-    assert torch._functorch.config.activation_memory_budget == 1.0  # of the process
+    assert torch._functorch.config.activation_memory_budget == 1.0  # the setting of the process
 
 
 @pytest.mark.slow
-def test_names_and_copies_are_those_of_the_eager_network(compiled: list[bool]) -> None:
-    """A copy, as the average of the weights is one, runs eagerly and with weights of its own."""
+def test_names_equal_those_of_the_eager_network_and_copies_are_eager(compiled: list[bool]) -> None:
+    """Check names and modules, and that a copy, such as averaged weights, runs eagerly."""
     eager, x = build(), images(32, 64)
     model = copy.deepcopy(eager)
     compile_backbone(model, dynamic=False)
@@ -153,10 +156,10 @@ def compare_generated_code() -> tuple[float, bool]:
 
 @pytest.mark.slow
 def test_generated_code() -> None:
-    """The code is that of torch's own backend, which the other tests leave out.
+    """Use torch's own backend, which generates code.
 
-    A process of its own compiles and runs the code, as in a training: nothing that other tests
-    loaded or changed is there, and generated code that crashes ends this test alone.
+    The code is compiled and run in a separate process, so that other tests have no influence, and
+    a crash of the code only ends this test.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         error, saves_less = pool.submit(compare_generated_code).result()
@@ -168,7 +171,7 @@ def test_generated_code() -> None:
 def test_a_training_resumes_to_the_bit_with_an_average_and_a_teacher(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[bool]
 ) -> None:
-    """Its checkpoints have the names of an eager training. Evaluations compile nothing."""
+    """Resume a compiled training. Its checkpoints have the usual names. Evaluations are eager."""
     teacher = write_teacher(tmp_path / "t", FASTER_RCNN)
     options = ["SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EMA", "0.5"]
     options += ["DISTILLATION.TEACHER", teacher[0], "DISTILLATION.WEIGHTS", teacher[1]]
@@ -194,14 +197,14 @@ def test_a_training_resumes_to_the_bit_with_an_average_and_a_teacher(
 
 
 class Doubling(nn.Module):
-    """A network; torch 2.6 would not compile a class of torch.nn itself."""
+    """Network of its own class, because torch 2.6 does not compile classes of torch.nn."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
 
 class NoCompilerError(RuntimeError):
-    """Stands for torch's, whose name differs from version to version."""
+    """Stand-in for an error of torch, whose name depends on the version."""
 
 
 NoCompilerError.__module__ = "torch._inductor.exc"
@@ -209,7 +212,7 @@ NoCompilerError.__module__ = "torch._inductor.exc"
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The message of a machine without a compiler."""
+    """Let compilation fail as on a machine without a compiler."""
 
     def fail(*_: Any) -> Any:
         raise NoCompilerError("No working C++ compiler found.\nMore lines.")
@@ -218,10 +221,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> str:
     return r"backbone \(SOLVER.COMPILE.*: No working C\+\+ compiler found\. On a CPU .* g\+\+"
 
 
-def test_a_machine_that_cannot_compile_is_one_sentence(
+def test_a_machine_without_a_compiler_gives_one_sentence(
     no_compiler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log has the whole message."""
+    """Check the short sentence, and that the log has the whole message."""
     model = Doubling()
     compile_backbone(model)
     cfg = tiny_config(FASTER_RCNN, tmp_path, *COMPILED)
@@ -242,9 +245,7 @@ MISSING = [
 
 
 @pytest.mark.parametrize("text", MISSING)
-def test_what_is_missing_is_explained_where_something_is_compiled(
-    text: str, tmp_path: Path
-) -> None:
+def test_a_missing_compiler_is_explained(text: str, tmp_path: Path) -> None:
     told = re.escape(text.splitlines()[-1].rstrip("."))
     for options, kind in ((COMPILED, UserError), ([], RuntimeError)):
         cfg = tiny_config(FASTER_RCNN, tmp_path, *options)
@@ -281,7 +282,7 @@ def test_a_training_says_that_a_machine_cannot_compile(
 
 
 class Blind(nn.Module):
-    """A detector with a backbone of one layer, which finds nothing."""
+    """Detector with a backbone of one layer, which finds nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ class Blind(nn.Module):
 def test_pictures_of_predictions_compile_nothing(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backbone is compiled once, for the steps of the training."""
+    """Check that the backbone is compiled only once, for the training steps."""
     compiled: list[bool] = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -315,8 +316,11 @@ def test_pictures_of_predictions_compile_nothing(
 def test_checkpointed_blocks_in_several_processes_are_one_graph(
     alone: None, compiled: list[bool]
 ) -> None:
-    """DistributedDataParallel lets torch divide other graphs, in as many parts as it has buckets.
-    torch 2.6 cannot divide a graph with activation checkpointing."""
+    """Check the number of graphs with and without activation checkpointing.
+
+    DistributedDataParallel makes torch split a graph into one part per bucket. torch 2.6 cannot
+    split a graph with activation checkpointing.
+    """
     from torch._dynamo import config
 
     assert config.optimize_ddp is True
@@ -326,7 +330,7 @@ def test_checkpointed_blocks_in_several_processes_are_one_graph(
         model = VoVNet(spec, norm="GN", out_features=["stage5"], checkpoint_blocks=checkpointed)
         compile_backbone(model.train(), dynamic=False)
         several = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
-        for _ in range(2):  # the second step finds the graphs of the first
+        for _ in range(2):  # the second step uses the graphs of the first step
             several(torch.rand(1, 3, 32, 32))["stage5"].mean().backward()
             assert config.optimize_ddp is True
         graphs.append(len(compiled))
@@ -336,7 +340,7 @@ def test_checkpointed_blocks_in_several_processes_are_one_graph(
     assert graphs[1] == 1
 
 
-def test_without_private_names_of_torch_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_private_names_of_torch_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = nn.Linear(1, 1)
     compilation._compile_as_one_graph(plain)
     assert plain._compiled_call_impl is None
@@ -356,7 +360,7 @@ def test_without_private_names_of_torch_nothing_is_changed(monkeypatch: pytest.M
         (["MEMORY_BUDGET", "0.5"], "set SOLVER.COMPILE.ENABLED True"),
     ],
 )
-def test_budgets_that_are_none(options: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_memory_budgets(options: list[str], message: str, tmp_path: Path) -> None:
     words = [w if i % 2 else f"SOLVER.COMPILE.{w}" for i, w in enumerate(options)]
     cfg = tiny_config(FASTER_RCNN, tmp_path, *words)
     with pytest.raises(ValueError, match=message):
@@ -365,6 +369,6 @@ def test_budgets_that_are_none(options: list[str], message: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("budget", ["0.0", "0.5", "1.0"])
-def test_budgets_that_are_shares(budget: str, tmp_path: Path) -> None:
+def test_valid_memory_budgets(budget: str, tmp_path: Path) -> None:
     words = ["SOLVER.COMPILE.MEMORY_BUDGET", budget, "SOLVER.COMPILE.ENABLED", "True"]
     check_run(tiny_config(FASTER_RCNN, tmp_path, *words), training=True)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every config file that is shipped, and those of other VoVNet projects."""
+"""All config files of this package, and config files of other VoVNet projects."""
 
 import re
 from dataclasses import replace
@@ -37,19 +37,19 @@ from vovnet_d2.modeling.layers import DeformableConv2d
 
 ROOT = Path(get_config_file("Base-RCNN-VoVNet-FPN.yaml")).parent
 ALL_FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml"))
-# Classifiers have keys of their own: see test_pretrain.py.
+# Configs of classifiers have other keys; test_pretrain.py tests them.
 MODEL_FILES = [n for n in ALL_FILES if not re.match(r"Classification/|(.*/)?Base-", n)]
 
 VARIANTS = {name.replace("-", "_"): name for name in VOVNET_SPECS}
 VARIANT = "|".join(sorted(VARIANTS, key=len, reverse=True))
-# The detectors that every variant has: their folder here and in Detectron2.
+# The detectors that every variant has, with their folder here and in Detectron2.
 FOLDERS = {
     "mask_rcnn": "COCO-InstanceSegmentation",
     "faster_rcnn": "COCO-Detection",
     "retinanet": "COCO-Detection",
 }
-# Those that two variants with weights have: folder, schedules, and Detectron2's own, with ResNet-50
-# for the variant. Its FCOS is not a YAML file: see test_fcos.py.
+# The detectors that only two variants with weights have: folder, schedules, and the config of
+# Detectron2 with ResNet-50. Detectron2's FCOS has no YAML file; test_fcos.py tests it.
 OTHERS = {
     "cascade_mask_rcnn": (
         "COCO-InstanceSegmentation",
@@ -125,8 +125,9 @@ _models: dict[str, nn.Module] = {}
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model of a config, with every shape and no memory. Files that differ in weights and
-    schedules alone have the same one."""
+    """Build the model of a config on the meta device.
+
+    Configs that differ only in weights and schedules share one model."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.update(DEVICE="meta", WEIGHTS="", PIXEL_MEAN=[0.0] * 3, PIXEL_STD=[1.0] * 3)
@@ -171,7 +172,7 @@ def test_variants_with_weights_have_other_detectors() -> None:
 
 
 def test_recipe_with_adamw() -> None:
-    """Variants that timm has weights for have it for four detectors, at the published rates."""
+    """Check that variants with weights of timm have this recipe for four detectors."""
     kinds = [*FOLDERS, "cascade_mask_rcnn"]
     variants = [name for name, entry in VARIANTS.items() if timm_weights(entry)]
     assert len(variants) == 3
@@ -203,7 +204,7 @@ def test_gfl_differs_from_fcos_by_its_assignment_and_losses() -> None:
 
 
 def test_dense_heads_of_the_digits_train_as_the_mask_rcnn() -> None:
-    """Images, backbone, optimizer, schedule and evaluation are the same."""
+    """Compare images, backbone, optimizer, schedule and evaluation."""
     mask_rcnn = flatten(shipped(HALF_FILES[0]))
     for name in HALF_FILES[1:]:
         different = {
@@ -239,7 +240,7 @@ def test_comments_name_the_weights() -> None:
             assert not model.TIMM.PRETRAINED or model.TIMM.NAME in comment, name
 
 
-# What they describe -------------------------------------------------------------------------------
+# The models of the files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
@@ -251,7 +252,7 @@ def test_builds_the_variant_of_its_name(name: str) -> None:
     if match:
         spec = OTHER_WIDTHS.get(name, VOVNET_SPECS[VARIANTS[match[1]]])
         if single_shot := re.match(r"(.*)/(refinedet|dsod)\d+_", name):
-            # As in the paper, but on the digits without its stem, which takes long.
+            # The digits do not have the stem of the paper, because it takes long.
             stem = "strided" if single_shot[1] == "Digits" else "pooled"
             spec = replace(spec, stem=stem, residual=False, bottleneck="_bottleneck_" in name)
         if cfg.MODEL.WEIGHTS.startswith("timm://"):
@@ -274,7 +275,7 @@ def test_coco_classes(name: str) -> None:
     kind = COCO_NAME.fullmatch(name)["kind"]
     if kind == "retinanet":
         assert things == {model.num_classes}
-        assert model.head.cls_score.out_channels == 9 * model.num_classes  # 9 anchors per place
+        assert model.head.cls_score.out_channels == 9 * model.num_classes  # 9 anchors per location
     elif kind in ("fcos", "gfl"):
         assert things == {model.num_classes} == {model.head.cls_score.out_channels}
     elif kind != "semantic":
@@ -290,7 +291,7 @@ def test_coco_classes(name: str) -> None:
 
 
 def detectron2_peer(match: re.Match[str]) -> CfgNode:
-    """Detectron2's own config for the same kind of detector and schedule, with ResNet-50."""
+    """Return Detectron2's config with ResNet-50 for the same kind of detector and schedule."""
     cfg = get_cfg()
     kind, schedule = match["kind"], match["schedule"]
     if kind in OTHERS:
@@ -300,14 +301,14 @@ def detectron2_peer(match: re.Match[str]) -> CfgNode:
     else:
         own = schedule if schedule in ("1x", "3x") else "3x"
         name = f"{FOLDERS[kind]}/{kind}_R_50_FPN_{own}.yaml"
-    # Detectron2's RetinaNet has its anchor sizes behind a Python tag.
+    # Detectron2's config of RetinaNet has a Python tag, which the safe loader refuses.
     cfg.merge_from_file(model_zoo.get_config_file(name), allow_unsafe=True)
     if match["folder"] == "quick_schedules":
-        # Detectron2 has no quick schedule for some kinds: its Mask R-CNN's stands for all.
+        # Detectron2 has no quick schedule for some kinds, so the one of Mask R-CNN is used for all.
         name = f"quick_schedules/mask_rcnn_R_50_FPN_{schedule}.yaml"
         diff = yaml.safe_load(Path(model_zoo.get_config_file(name)).read_text())
         del diff["_BASE_"], diff["MODEL"]["MASK_ON"]
-        diff.pop("TEST", None)  # results expected of ResNet-50
+        diff.pop("TEST", None)  # expected results of ResNet-50
         cfg.merge_from_other_cfg(CfgNode(diff))
     return cfg
 
@@ -325,7 +326,7 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
         optional |= {"SOLVER.WARMUP_FACTOR"}
         assert ours["SOLVER.WARMUP_ITERS"] >= 1000 >= peers["SOLVER.WARMUP_ITERS"]
         assert ours["SOLVER.WARMUP_FACTOR"] <= peers["SOLVER.WARMUP_FACTOR"]
-    # Without an evaluation on the way there is no best checkpoint.
+    # Without evaluations during training there would be no best checkpoint.
     assert 0 < ours["TEST.EVAL_PERIOD"] <= ours["SOLVER.MAX_ITER"] or "_test" in match["schedule"]
     if match["adamw"]:
         expected |= {"SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY"}
@@ -343,7 +344,7 @@ def test_equals_detectron2_apart_from_the_backbone(name: str) -> None:
 
 
 def test_norm_of_the_backbone() -> None:
-    """The published recipe freezes the norms of weights that it starts from."""
+    """Check that norms are frozen if and only if the config names weights."""
     for name in (n for n in COCO_FILES if n.startswith("COCO")):
         model = shipped(name).MODEL
         norm = "FrozenBN" if model.WEIGHTS else "naiveSyncBN"
@@ -375,7 +376,7 @@ def test_lazy_config_starts_as_shipped(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL_FILES if n.startswith("Classification/")])
 def test_classifier_starts_as_shipped(name: str) -> None:
-    """Apart from its data, which all but the digits' files leave to the user."""
+    """Check the backbone and weights, but not the data, which most files leave to the user."""
     cfg = load_config(str(ROOT / name), add_config=add_pretraining_config)
     with shapes_alone():
         check_start(cfg, build_backbone(cfg))
@@ -388,7 +389,7 @@ def without_norm(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [n for n in COCO_FILES if "/scratch_" in n])
-def test_scratch_has_gn_where_detectron2_has_it(name: str) -> None:
+def test_configs_from_scratch_have_group_norm_as_in_detectron2(name: str) -> None:
     model = build_on_meta(shipped(name))
     cfg = detectron2_peer(COCO_NAME.fullmatch(name))
     cfg.MODEL.DEVICE = "meta"
@@ -403,8 +404,8 @@ TIMM_FILES = [n for n in MODEL_FILES if shipped(n).MODEL.WEIGHTS.startswith("tim
 
 
 def test_weights_of_the_zoo_are_used() -> None:
-    """A variant with living weights has them in every detector of its own."""
-    # Where there are several, the ones that are listed first are taken.
+    """Check that all detectors of a variant use its weights of the zoo, if there are any."""
+    # If a variant has several weights, the first of the list are used.
     expected = {entry.variant: name for name, entry in reversed(ZOO.items())}
     for name in COCO_FILES:
         match = COCO_NAME.fullmatch(name)
@@ -413,8 +414,8 @@ def test_weights_of_the_zoo_are_used() -> None:
             assert weights == shipped(name).MODEL.WEIGHTS, name
 
 
-def test_networks_and_inputs_are_those_of_the_weights() -> None:
-    """Residual, eSE and stem, as the zoo has them; the order of channels and the statistics."""
+def test_networks_and_inputs_match_the_weights() -> None:
+    """Compare architecture, channel order and pixel statistics with the entry of the zoo."""
     with_weights = [name for name in MODEL_FILES if shipped(name).MODEL.WEIGHTS]
     assert with_weights
     for name in with_weights:
@@ -451,7 +452,7 @@ def test_hgnets_have_their_detectors() -> None:
 
 
 @pytest.mark.parametrize("name", HGNET_FILES)
-def test_hgnets_take_what_their_weights_expect(name: str) -> None:
+def test_hgnets_have_the_input_of_their_weights(name: str) -> None:
     cfg, model = shipped(name), build_on_meta(shipped(name))
     record = timm.get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
     assert record.license.lower() == "apache-2.0"
@@ -477,7 +478,7 @@ def test_hgnets_take_what_their_weights_expect(name: str) -> None:
 
 @pytest.mark.parametrize("weights", sorted({shipped(n).MODEL.WEIGHTS for n in TIMM_FILES}))
 def test_agrees_with_timm(weights: str) -> None:
-    """timm's own record of the weights says the input, its network every name and shape."""
+    """Compare the input, and the names and shapes of all tensors, with timm."""
     entry = weights.removeprefix("timm://")
     record = timm.get_pretrained_cfg(entry)
     with shapes_alone():
@@ -487,13 +488,13 @@ def test_agrees_with_timm(weights: str) -> None:
         assert cfg.INPUT.FORMAT == "RGB", name
         for ours, peers in ((cfg.MODEL.PIXEL_MEAN, record.mean), (cfg.MODEL.PIXEL_STD, record.std)):
             assert ours == pytest.approx([255 * value for value in peers]), name
-        # A wrong shape raises: tensors without data suffice for that.
+        # Tensors without data suffice, because only a wrong shape raises an error.
         keys = build_on_meta(cfg).backbone.bottom_up.load_state_dict(state, strict=False)
         assert not keys.missing_keys, name
         assert {key.split(".")[0] for key in keys.unexpected_keys} <= {"head", "linear"}, name
 
 
-# At work ------------------------------------------------------------------------------------------
+# Training and prediction --------------------------------------------------------------------------
 
 RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
 LOSSES = {
@@ -526,7 +527,7 @@ def test_trains_and_predicts(name: str) -> None:
     with EventStorage():
         losses = model([sample])
     assert losses.keys() == LOSSES[COCO_NAME.fullmatch(name)["kind"]]
-    assert all(0 < loss < 100 for loss in losses.values())  # nor non-finite
+    assert all(0 < loss < 100 for loss in losses.values())  # also fails for NaN and infinity
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None]
     assert not without
@@ -588,7 +589,7 @@ SOLVER:
     ("variant", "base"), [*((v, "foreign") for v in VOVNET_SPECS), ("V-39-eSE", "ours")]
 )
 def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None:
-    """The file works with its own base, and beside ours, whose base has the same name."""
+    """Load the file with its own base, and in a folder with our base, which has the same name."""
     base_path = tmp_path / "Base-RCNN-VoVNet-FPN.yaml"
     base_path.write_text(FOREIGN_BASE)
     if base == "ours":
@@ -605,7 +606,7 @@ def test_vovnet_detectron2_file(variant: str, base: str, tmp_path: Path) -> None
     assert cfg.SOLVER.MAX_ITER == 270000
 
 
-# Beginning of the files of CenterMask2 and AdelaiDet.
+# The first lines of config files of CenterMask2 and AdelaiDet.
 FOR_FCOS = """
 MODEL:
   BACKBONE:
@@ -644,9 +645,9 @@ def test_centermask_node(modulated: bool, tmp_path: Path) -> None:
     assert list(backbone.output_shape()) == ["p3", "p4", "p5", "p6"]
     assert not hasattr(backbone.bottom_up, "stage6")
     deformable = [m for m in backbone.modules() if isinstance(m, DeformableConv2d)]
-    # Stages 4 and 5 have two blocks each, of five 3x3 convolutions.
+    # Stages 4 and 5 have two blocks each, with five 3x3 convolutions in each block.
     assert len(deformable) == 2 * 2 * 5
-    # For each group of channels and each of the 9 taps, two offsets and, if modulated, a mask.
+    # Each group of channels has two offsets and, if modulated, a mask for each of the 9 taps.
     assert {m.offset.out_channels for m in deformable} == {2 * 9 * (3 if modulated else 2)}
 
 
@@ -670,7 +671,7 @@ MASKS = """  ROI_HEADS:
   FCOS:"""
 
 
-def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
+def test_fcos_of_adelaidet_is_translated_to_ours(tmp_path: Path) -> None:
     cfg = load_config(written(ADELAIDET_STYLE, tmp_path))
     assert cfg.MODEL.META_ARCHITECTURE == "FCOS"
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 50
@@ -703,7 +704,7 @@ def test_adelaidets_fcos_is_ours(tmp_path: Path) -> None:
         ({'    NAME: "build': '    CONV_BODY: "build'}, "it is of maskrcnn-benchmark"),
     ],
 )
-def test_what_other_projects_have_alone_is_named(
+def test_keys_that_only_other_projects_have_are_named(
     lines: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     text = ADELAIDET_STYLE
@@ -713,7 +714,7 @@ def test_what_other_projects_have_alone_is_named(
         load_config(written(text, tmp_path))
 
 
-# What configs of other projects say in their files, one line each.
+# One line of a config file of each of the other projects.
 OF_OTHERS = {
     "MODEL: {META_ARCHITECTURE: CondInst}": "of AdelaiDet",
     "MODEL: {META_ARCHITECTURE: OneStageRCNN, PROPOSAL_GENERATOR: {NAME: FCOS}}": "of AdelaiDet",
@@ -760,7 +761,7 @@ def test_parts_that_are_not_registered(key: str) -> None:
         check_network(cfg)
     cfg.MODEL.MASK_ON = False
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    if key not in ("META_ARCHITECTURE", "BACKBONE.NAME"):  # RetinaNet has none of the others
+    if key not in ("META_ARCHITECTURE", "BACKBONE.NAME"):  # RetinaNet has no other parts
         check_network(cfg)
 
 
