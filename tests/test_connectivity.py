@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Connectivity: known matrices, every layout, and that slices are of the sources that they say."""
+"""Connectivity of known weights and of every layout, and the sources of the slices of weights."""
 
 import json
 import pickle
@@ -35,8 +35,7 @@ SMALL = VoVNetSpec(
 
 
 def fill(weight: Tensor, *slices: tuple[int, float]) -> None:
-    """Give consecutive slices of input channels, each (width, value), weights of that size and
-    random sign."""
+    """Fill slices of input channels, each given as (width, value), with ±value at random."""
     values = torch.cat([torch.full((width,), value) for width, value in slices])
     signs = torch.randint(0, 2, weight.shape) * 2 - 1
     weight.data = signs * values[:, None, None].expand_as(weight)
@@ -77,7 +76,7 @@ def test_dense_by_hand() -> None:
 
 
 def test_depthwise_by_hand() -> None:
-    """The kernel is the product of depthwise and pointwise; the reduction reads the input."""
+    """Expect the product of depthwise and pointwise weights, and a reduction of the input."""
     spec = replace(SMALL, depthwise=True)
     net = VoVNet(spec)
     block = net.stage3[0]
@@ -96,7 +95,7 @@ def test_depthwise_by_hand() -> None:
 
 
 def test_depthwise_kernel_is_what_the_layer_computes() -> None:
-    """One full convolution with the product as its kernel gives what the pair gives."""
+    """Compare a depthwise pair with one full convolution whose kernel is the product."""
     layer = VoVNet(replace(SMALL, depthwise=True), norm="").stage3[0].layers[1]
     x = torch.randn(1, 6, 5, 5)
     kernel = layer.pointwise.weight * layer.depthwise.weight.transpose(0, 1)
@@ -140,14 +139,14 @@ def test_timm_vovnet() -> None:
 
 
 def concatenated(maps: Tensor | list[Tensor]) -> Tensor:
-    """Return what a convolution reads: one feature map, or the concatenation of several."""
+    """Return the input of a convolution: one feature map, or several feature maps joined."""
     return torch.cat(maps, dim=1) if isinstance(maps, list) else maps
 
 
 def captured(
     model: nn.Module, sources: Mapping[str, nn.Module], readers: Mapping[str, nn.Module], size: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what the sources give and what the readers take in a forward pass."""
+    """Return the outputs of the sources and the inputs of the readers in a forward pass."""
     given, taken = {}, {}
     for name, module in sources.items():
         module.register_forward_hook(
@@ -162,21 +161,21 @@ def captured(
     return given, taken
 
 
-def assert_reads_what_it_says(
+def assert_readers_read_their_sources(
     found: Connectivity, given: Mapping[str, Tensor], taken: Mapping[str, Tensor]
 ) -> None:
     for column, reader in enumerate(found.readers):
         read = [s for s, v in zip(found.sources, found.strength[:, column], strict=True) if v == v]
         inputs = torch.cat([given[source] for source in read], dim=1)
         assert inputs.flatten(1).mean(1).any()
-        if taken[reader].dim() == 2:  # a classifier reads averages of normalised features
+        if taken[reader].dim() == 2:  # the input of a classifier is averaged and normalised
             assert taken[reader].shape[1] == inputs.shape[1]
         else:
             assert torch.equal(taken[reader], inputs)
 
 
 @pytest.mark.parametrize("variant", [{}, {"depthwise": True}, {"bottleneck": True}], ids=str)
-def test_osa_slices_are_of_their_sources(variant: dict[str, bool]) -> None:
+def test_slices_of_osa_belong_to_their_sources(variant: dict[str, bool]) -> None:
     net = VoVNet(replace(SMALL, **variant), norm="BN")
     block, numbered = net.stage3[1], {}
     for index, layer in enumerate(block.layers, start=1):
@@ -188,12 +187,12 @@ def test_osa_slices_are_of_their_sources(variant: dict[str, bool]) -> None:
         {**reduction, **numbered, "aggregation": block.aggregation},
         64,
     )
-    assert_reads_what_it_says(measure_connectivity(net.state_dict())[2], given, taken)
+    assert_readers_read_their_sources(measure_connectivity(net.state_dict())[2], given, taken)
 
 
 @pytest.mark.parametrize("name", CIFAR_SPECS)
 @pytest.mark.parametrize("number", [1, 3])
-def test_cifar_slices_are_of_their_sources(name: str, number: int) -> None:
+def test_slices_of_cifar_networks_belong_to_their_sources(name: str, number: int) -> None:
     model = CifarClassifier(name)
     block = getattr(model, f"block{number}")
     layers = {str(i): layer for i, layer in enumerate(block.layers, start=1)}
@@ -202,7 +201,8 @@ def test_cifar_slices_are_of_their_sources(name: str, number: int) -> None:
     given, taken = captured(model, {"input": before, **layers}, {**layers, **last}, 8)
     if number == 3:
         given["input"] = taken["1"]
-    assert_reads_what_it_says(measure_connectivity(model.state_dict())[number - 1], given, taken)
+    found = measure_connectivity(model.state_dict())[number - 1]
+    assert_readers_read_their_sources(found, given, taken)
 
 
 @pytest.mark.parametrize("name", CIFAR_SPECS)
@@ -283,7 +283,7 @@ def test_options_of_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_tool_without_weights(tmp_path: Path) -> None:
-    """Initialisation treats all sources of a layer alike."""
+    """Check untrained weights, which are equally strong for all sources of a layer."""
     arguments = ["OSA-5x43", "--output", str(tmp_path)]
     plot_connectivity.run(plot_connectivity.argument_parser().parse_args(arguments))
     content = json.loads((tmp_path / "connectivity.json").read_text())
@@ -295,8 +295,8 @@ def test_tool_without_weights(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "connectivity.json").read_text()) == content
 
 
-def test_labels_stand_apart() -> None:
-    """Each third of 35 names is shown, and the last in place of the one just before it."""
+def test_labels_do_not_overlap() -> None:
+    """Check that every third of 35 names is shown, and the last one instead of a neighbour."""
     axis = Figure().subplots().xaxis
     _label(axis, [str(number) for number in range(35)])
     assert axis.get_ticklocs().tolist() == [*range(0, 32, 3), 34]

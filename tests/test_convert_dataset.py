@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""``tools/convert_dataset.py``: formats in and out, and the split."""
+"""Tests of ``tools/convert_dataset.py``: the formats, and the split."""
 
 import json
 import random
@@ -29,8 +29,10 @@ def convert(*words: Any) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VOC's layout: 40 pictures of noise, the last 8 of which are twins of the first. A dog is in
-    all, a cat in a quarter, a bird in four."""
+    """Write 40 images of noise in the layout of VOC. The last 8 repeat the first 8.
+
+    All images have a dog, a quarter of them a cat, and four of them a bird.
+    """
     root = tmp_path_factory.mktemp("voc")
     (root / "JPEGImages").mkdir()
     rng = np.random.default_rng(0)
@@ -70,7 +72,7 @@ def test_voc_is_written_as_coco(
     assert f"error: {out} exists and is not empty" in capsys.readouterr().err
 
 
-def test_what_is_changed_or_lost_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_changes_and_losses_are_warnings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     Image.new("RGB", (80, 50)).save(tmp_path / "a.jpg")
     write(tmp_path / "a.xml", voc(voc_object("dog", 9, 1, 3, 5, more="<difficult>1</difficult>")))
     assert convert(tmp_path, tmp_path / "out", "--images", tmp_path) == 0
@@ -79,8 +81,10 @@ def test_what_is_changed_or_lost_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_split(folder: Path, tmp_path: Path) -> None:
-    """Shares of images and of each class are those asked for; twins are on one side; one seed gives
-    one result."""
+    """Check the shares of images and classes in each part of a split.
+
+    Repeated images are in the same part. The same seed gives the same split.
+    """
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, seed in zip(outs, (3, 3, 4), strict=True):
         assert convert(folder, out, "--split", 0.5, 0.25, 0.25, "--seed", seed) == 0
@@ -92,7 +96,7 @@ def test_split(folder: Path, tmp_path: Path) -> None:
         part = parts[name]
         assert abs(counts[name] - 40 * share) <= 2
         found = Counter(annotation["category_id"] for annotation in part["annotations"])
-        assert abs(found[2] - 10 * share) <= 1  # cats, two pairs of which are twins
+        assert abs(found[2] - 10 * share) <= 1  # cats, with two pairs of repeated images
         assert found[1] == 4 * share
         assert found[3] == counts[name]
         assert [c["name"] for c in part["categories"]] == ["bird", "cat", "dog"]
@@ -115,7 +119,7 @@ def test_a_split_is_the_same_in_whatever_order_the_images_are_listed(folder: Pat
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_large_group_finds_its_place_before_single_images(seed: int) -> None:
+def test_a_large_group_is_assigned_before_single_images(seed: int) -> None:
     groups = [*([f"single {i}"] for i in range(6)), [f"alike {i}" for i in range(6)]]
     labels = {name: {"cat"} for group in groups for name in group}
     parts = _deal_out(groups, labels, {"train": 0.5, "val": 0.5}, random.Random(seed))

@@ -75,7 +75,7 @@ def test_reordered_channels_are_exact():
 @pytest.mark.parametrize(
     "convention", [InputConvention("", (1,), (1,)), InputConvention("", *2 * [3 * (1,)])]
 )
-def test_channels_of_no_known_order(convention):
+def test_unknown_channel_orders_are_refused(convention):
     with pytest.raises(ValueError, match="in the order unknown: only RGB and BGR"):
         reorder_channels(STATE, convention, "BGR")
 
@@ -103,7 +103,7 @@ def test_a_folded_deviation_is_exact(size, norm):
 @pytest.mark.parametrize("norm", ["BN", ""])
 @pytest.mark.parametrize("size", [64, 65])
 def test_a_folded_mean_is_exact_but_at_the_padding(size, norm):
-    """The first convolution differs in its outermost row and column alone, by their size."""
+    """Check that the first convolution only differs in its outermost row and column."""
     model = VoVNet(VoVNetSpec(**vars(NET)), norm=norm).eval()
     if norm:
         model.load_state_dict(STATE)
@@ -126,7 +126,7 @@ def test_a_folded_mean_is_exact_but_at_the_padding(size, norm):
 
 @torch.no_grad()
 def test_the_error_at_the_padding_is_as_documented():
-    """The 8% and 1 to 2% of the tool's help: V-39-eSE at its own width, 224x224, random images."""
+    """Measure the errors that the tool's help gives: 8 % in the stem, and 1 to 2 % in stage5."""
     torch.manual_seed(0)
     model = VoVNet("V-39-eSE", norm="BN", out_features=["stem", "stage5"]).eval()
     for module in model.modules():
@@ -147,7 +147,7 @@ def test_the_error_at_the_padding_is_as_documented():
     }
 
 
-def test_a_mean_that_nothing_takes_up():
+def test_a_mean_needs_a_norm_or_bias_to_fold_into():
     state = VoVNet(VoVNetSpec(**vars(NET)), norm="GN").state_dict()
     with pytest.raises(ValueError, match="neither a batch norm nor a bias follows"):
         fold_normalization(state, RGB_IMAGENET, "mean-std")
@@ -169,8 +169,8 @@ def test_layouts(tmp_path, source, to, suffix, capsys):
     assert equal(content["model"], convert_state_dict(STATE, to))
 
 
-def test_what_is_known_goes_along(tmp_path):
-    """Recognised as timm's, it is known to be RGB, without its being said; so is the result."""
+def test_the_input_convention_is_kept(tmp_path):
+    """Convert weights of timm, whose input convention is known, and read it from the result."""
     torch.save(convert_state_dict(STATE, "timm"), tmp_path / "in.pth")
     convert(tmp_path / "in.pth", tmp_path / "a.safetensors", "--to-bgr")
     convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "--fold-normalization", "std")
@@ -187,7 +187,7 @@ def test_what_is_known_goes_along(tmp_path):
 
 @torch.no_grad()
 def test_timms_weights_in_detectron2s_convention(tmp_path):
-    """The two exact conversions together: the features, from what Detectron2 feeds by default."""
+    """Apply both exact conversions, and compare the features for Detectron2's default input."""
     torch.save(convert_state_dict(STATE, "timm"), tmp_path / "in.pth")
     convert(tmp_path / "in.pth", tmp_path / "a.pth", "--to-bgr", "--fold-normalization", "std")
     model = VoVNet(VoVNetSpec(**vars(NET)), out_features=STAGES).eval()
@@ -197,7 +197,7 @@ def test_timms_weights_in_detectron2s_convention(tmp_path):
     assert_same_maps(model.double()(normalise(x, BGR_255)), expected, tolerance=1e-5)
 
 
-def test_timm_reads_what_is_written_for_it(tmp_path):
+def test_timm_reads_converted_files(tmp_path):
     widths = {"stem_chs": [8, 8, 16], "stage_conv_chs": [8] * 4, "stage_out_chs": [16] * 4}
     peers = [timm.create_model("ese_vovnet39b", num_classes=3, **widths) for _ in range(2)]
     torch.save(peers[0].state_dict(), tmp_path / "in.pth")
@@ -220,7 +220,7 @@ def test_a_prefix_for_other_projects(tmp_path):
 
 
 def test_a_file_for_openmmlab(tmp_path):
-    """MMEngine takes what stands under state_dict, or else the whole dictionary."""
+    """Check that the weights are under the key state_dict, where MMEngine looks first."""
     torch.save(STATE, tmp_path / "in.pth")
     names = ("--to", "detectron2", "--output-prefix", "img_backbone.")
     convert(tmp_path / "in.pth", tmp_path / "out.pth", *names, "--output-key", "state_dict")
@@ -244,7 +244,7 @@ def test_osmrs_names(tmp_path, capsys):
 
 
 def test_list(capsys):
-    """Without input and output, as --help."""
+    """Use the option alone, without input and output."""
     with pytest.raises(SystemExit) as caught:
         tool.argument_parser().parse_args(["--list"])
     assert caught.value.code == 0
@@ -271,7 +271,7 @@ def test_one_of_several(tmp_path):
 GIVEN = ("--input-format", "RGB", "--pixel-mean", 1, 2, 3, "--pixel-std", 4, 5, 6)
 
 
-def test_a_convention_that_the_file_does_not_tell(tmp_path):
+def test_a_file_without_an_input_convention(tmp_path):
     torch.save(STATE, tmp_path / "in.pth")
     with pytest.raises(ValueError, match="add --input-format, --pixel-mean and --pixel-std"):
         convert(tmp_path / "in.pth", tmp_path / "out.pth", "--to-bgr")
@@ -290,14 +290,14 @@ def test_a_convention_that_the_file_does_not_tell(tmp_path):
         ("nowhere/out.pth", FileNotFoundError, "no folder"),
     ],
 )
-def test_outputs_that_cannot_be(tmp_path, output, error, message):
+def test_invalid_outputs(tmp_path, output, error, message):
     torch.save(STATE, tmp_path / "in.pth")
     with pytest.raises(error, match=message):
         convert(tmp_path / "in.pth", tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_what_timm_lacks_is_said(tmp_path, capsys):
+def test_differences_from_timm_are_printed(tmp_path, capsys):
     torch.save(random_state(thin(TABLE["V-39-eSE"])), tmp_path / "in.pth")
     convert(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "timm")
     assert "Note: timm has eSE in the last block of a stage only" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: NPY002 (augmentations draw from the global generator)
-"""Copy-paste augmentation, against loops over single pixels, and in the loaders of a training."""
+"""Copy-paste augmentation, compared with loops over pixels, and in the loaders of a training."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ LAZY = "lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py"
 
 
 def make_sample(masks: Tensor, value: int = 0, **more: Any) -> dict[str, Any]:
-    """Pixels count up from ``value``; classes from 0."""
+    """Return a sample with these masks. Pixels count up from ``value``, and classes from 0."""
     size = tuple(masks.shape[1:])
     pixels = (torch.arange(3 * size[0] * size[1]) + value) % 256
     instances = Instances(size)
@@ -44,7 +44,7 @@ def make_sample(masks: Tensor, value: int = 0, **more: Any) -> dict[str, Any]:
 
 
 def random_masks(number: int, height: int, width: int) -> Tensor:
-    """Rectangles with holes, some of which overlap."""
+    """Return rectangles with holes. Some of them overlap."""
     masks = torch.zeros(number, height, width, dtype=torch.bool)
     for mask in masks:
         y, x = np.random.randint(height - 1), np.random.randint(width - 1)
@@ -57,7 +57,7 @@ def random_masks(number: int, height: int, width: int) -> Tensor:
 def slow_paste(
     sample: dict, other: dict, chosen: list[int], share: float
 ) -> tuple[np.ndarray, list[tuple[int, set[tuple[int, int]]]]]:
-    """The image, and of each object its class and the places of its pixels."""
+    """Return the image, and the class and pixel positions of each object."""
 
     def places(owner: dict, index: int) -> set[tuple[int, int]]:
         return {tuple(p) for p in owner["instances"].gt_masks.tensor[index].nonzero().tolist()}
@@ -83,7 +83,7 @@ def slow_paste(
 
 @pytest.mark.parametrize("size", [(20, 30), (12, 30), (26, 14)], ids=["same", "lower", "narrower"])
 @pytest.mark.parametrize("numbers", [(4, 4), (0, 3), (5, 1)])
-def test_against_loops(size: tuple[int, int], numbers: tuple[int, int]) -> None:
+def test_result_equals_loops_over_pixels(size: tuple[int, int], numbers: tuple[int, int]) -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     seen = 0
@@ -107,14 +107,14 @@ def test_against_loops(size: tuple[int, int], numbers: tuple[int, int]) -> None:
             ys, xs = zip(*places, strict=True)
             assert box == [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
         seen += len(objects)
-        assert torch.equal(sample["image"], before["image"])  # which is left as it is
+        assert torch.equal(sample["image"], before["image"])  # the input is not changed
         assert torch.equal(sample["instances"].gt_masks.tensor, before["instances"].gt_masks.tensor)
     assert seen > 5
 
 
 @pytest.mark.parametrize(("visible", "kept"), [(9, False), (10, True), (0, False)])
 def test_the_least_visible_share(visible: int, kept: bool) -> None:
-    """A tenth of 100 pixels, for what is covered and for what the border cuts."""
+    """Check the limit of 10 of 100 pixels, for covered objects and at the border of the image."""
     masks = torch.zeros(1, 20, 100, dtype=torch.bool)
     masks[0, 3] = True
     cover = masks.clone()
@@ -130,11 +130,11 @@ def test_the_least_visible_share(visible: int, kept: bool) -> None:
 
 
 def test_polygons_and_images_without_objects() -> None:
-    """Results are bitmasks, as a cut polygon need not be one."""
+    """Paste polygons. The results are bitmasks, because a cut polygon may not be a polygon."""
     square = PolygonMasks([[np.array([2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0])]])
     sample = make_sample(torch.zeros(0, 20, 30, dtype=torch.bool))
     for name in ("gt_masks", "gt_boxes", "gt_classes"):
-        sample["instances"].remove(name)  # as Detectron2 leaves an image without annotations
+        sample["instances"].remove(name)  # as in Detectron2's samples without annotations
     sample["instances"].gt_boxes = Boxes(torch.zeros(0, 4))
     sample["instances"].gt_classes = torch.zeros(0, dtype=torch.int64)
     other = make_sample(torch.zeros(1, 20, 30, dtype=torch.bool), 50)
@@ -150,8 +150,8 @@ def test_polygons_and_images_without_objects() -> None:
     assert found.gt_boxes.tensor.tolist() == [[2, 6, 10, 10], [2, 2, 10, 6]]
 
 
-def test_when_and_what_is_pasted() -> None:
-    """The share of images is the probability, and each number of objects comes as often."""
+def test_how_often_objects_are_pasted() -> None:
+    """Check the share of images with pasted objects, and the numbers of objects."""
     np.random.seed(0)
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     masks[range(4), range(4), range(4)] = True
@@ -203,7 +203,7 @@ def first_samples(trainer: type[Trainer], cfg: Any, number: int) -> list[dict[st
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_loaders(coco: Path, tmp_path: Path, lazy: bool) -> None:
-    """Each run has the same samples, with more objects, whose boxes are the bounds of masks."""
+    """Check that samples are the same in each run, and have more objects with tight boxes."""
     found = {}
     for probability in (0.0, 1.0):
         if lazy:
@@ -235,7 +235,7 @@ def test_loaders(coco: Path, tmp_path: Path, lazy: bool) -> None:
 def test_a_training_takes_images_with_and_without_pasted_objects(
     coco: Path, tmp_path: Path
 ) -> None:
-    """Some masks of a batch are polygons and some are bitmasks."""
+    """Train on batches in which some masks are polygons and some are bitmasks."""
     launch(MASK_RCNN, tmp_path, "INPUT.COPY_PASTE", "0.5", "DATASETS.TEST", "()")
     lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
     losses = [line["loss_mask"] for line in lines if "loss_mask" in line]

@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Input that has crashed programs of this kind, each in a process with Python's faulthandler.
+"""Inputs that have crashed similar programs, each in a process with Python's faulthandler.
 
-The process ends well or in one sentence, and takes no more memory than with good data.
+The process succeeds or ends with one sentence, and takes no more memory than with good data.
 """
 
 import os
@@ -22,8 +22,8 @@ from test_voc import OBJECTS, write_tree
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-ADDRESS_SPACE = 16 << 30  # so that a fault fills no machine; torch alone maps 5 GB
-MORE_MEMORY = 300 << 20  # than good data take
+ADDRESS_SPACE = 16 << 30  # limits the harm of a fault; torch alone maps 5 GB
+MORE_MEMORY = 300 << 20  # allowed in addition to that with good data
 SECONDS = 150
 
 GRAPHS = """
@@ -52,7 +52,7 @@ class Ended:
 
 
 def run(command: list[str], folder: Path, **environment: str) -> Ended:
-    """Run Python in a process of its own, and measure it."""
+    """Run Python in a separate process, and return its status, output and peak memory."""
     output = folder / "output.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -73,7 +73,7 @@ def run(command: list[str], folder: Path, **environment: str) -> Ended:
                 os.wait4(process.pid, 0)
                 pytest.fail(f"takes longer than {SECONDS} s:\n{output.read_text()[-2000:]}")
             time.sleep(0.05)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen waits for it
+    process.returncode = os.waitstatus_to_exitcode(status)  # otherwise Popen would wait for it
     return Ended(process.returncode, output.read_text(errors="replace"), 1024 * usage.ru_maxrss)
 
 
@@ -98,7 +98,7 @@ def train_on(data: Data, config: str, *options: str) -> Ended:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """The training on good data, by config."""
+    """Train on good data with each config."""
     found = {}
     for name, config in (("box", FASTER_RCNN), ("mask", MASK_RCNN)):
         found[name] = train_on(Data(tmp_path_factory.mktemp("good") / name), config)
@@ -121,14 +121,14 @@ def require(ended: Ended, limit: Ended, status: int, sentence: str) -> None:
     "number", [NAN, INF, -1e12, 10**400], ids=["NaN", "infinity", "-1e12", "1e400"]
 )
 def test_a_number_of_a_polygon(tmp_path: Path, good: dict[str, Ended], number: float) -> None:
-    """A NaN in a dozen images of 128 x 96 once took 15 GB."""
+    """Train with a bad number in polygons. A NaN once took 15 GB of memory."""
     data = Data(tmp_path / "data")
     in_polygons(number)(data)
     require(train_on(data, MASK_RCNN), good["mask"], 2, "tools/check_dataset.py lists all")
 
 
 def test_the_size_of_an_image(tmp_path: Path, good: dict[str, Ended]) -> None:
-    """Masks are made in it: a megapixel by a megapixel, and what Pillow would just read."""
+    """Train with a huge declared size, which masks would have. Pillow accepts the second size."""
     for side in (1_000_000, 13_000):
         data = Data(tmp_path / str(side))
         data.content["val"]["images"][0].update(width=side, height=side)

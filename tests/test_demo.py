@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: what goes in, what comes out, and what it says of its own accord."""
+"""Tests of the demo: its inputs, outputs and messages."""
 
 import json
 import math
@@ -61,7 +61,7 @@ STUFF = {
 
 
 def save(folder: Path, **options) -> CfgNode:
-    torch.manual_seed(0)  # else what is found depends on the tests before
+    torch.manual_seed(0)  # without it, detections depend on earlier tests
     cfg = small_config(MASK_RCNN, **(SMALL | options))
     DetectionCheckpointer(build_detector(cfg), str(folder)).save("weights")
     cfg.MODEL.WEIGHTS = str(folder / "weights.pth")
@@ -71,7 +71,7 @@ def save(folder: Path, **options) -> CfgNode:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
-    """A Mask R-CNN for the digits that finds something everywhere."""
+    """A Mask R-CNN with the classes of the digits, which finds objects in every image."""
     return save(tmp_path_factory.mktemp("network"))
 
 
@@ -88,7 +88,7 @@ def demo(network: CfgNode, *words: object, opts: tuple[str, ...] = ()) -> int:
 
 
 def patch(index: int, size: tuple[int, int] = (60, 80)) -> np.ndarray:
-    """A part of the photograph, another for each index."""
+    """Return a part of the photograph. Each index gives another part."""
     y, x = 15 * index % 300, 23 * index % 500
     return PHOTO[y : y + size[0], x : x + size[1]]
 
@@ -102,7 +102,7 @@ def write_pictures(folder: Path, count: int) -> None:
 # Pictures
 
 
-def test_folder_with_all_sorts(
+def test_folder_with_all_sorts_of_files(
     network: CfgNode, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path("pictures")
@@ -128,14 +128,14 @@ def test_folder_with_all_sorts(
     for name in ("03_cut.png", "05_empty.jpg"):
         assert f"pictures/{name} is not a picture that can be read" in err
     assert "hidden" not in err
-    assert " 9/9 " in err  # the bar counts what cannot be read, too
+    assert " 9/9 " in err  # the bar also counts unreadable files
     told = "Skipped 2 files of pictures that are not pictures: Thumbs.db, labels.txt."
     assert caplog.messages.count(told) == 1
-    assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # named
+    assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # now named
     assert "Traceback" not in err
 
 
-def test_what_make_demo_says_can_be_run() -> None:
+def test_the_command_that_make_demo_prints_is_valid() -> None:
     recipe = (Path(__file__).parents[1] / "Makefile").read_text()
     _, command = recipe.split("To draw on a picture of yours: $(PY) tools/demo.py ")
     words = shlex.split(command.partition("\n\n")[0].replace('" \\\n\t\t"', " ").rstrip('"'))
@@ -144,7 +144,7 @@ def test_what_make_demo_says_can_be_run() -> None:
     assert args.opts == ["MODEL.WEIGHTS", "output/demo/model_final.pth"]
 
 
-def test_all_is_well(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_inputs_are_drawn(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(Path("pictures"), 3)
     words = ("--input", "pictures/0[01].png", "pictures", "pictures/02.png", "--output", "drawn")
     assert demo(network, *words, "--batch-size", 2, "--json", "found.json") == 0
@@ -192,7 +192,7 @@ def test_folders_in_a_folder(network: CfgNode) -> None:
 def test_pictures_are_in_the_order_of_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recursive: bool
 ) -> None:
-    """The order of the file system does not matter."""
+    """List the files in another order than by name."""
     names = ["b.png", "c.png", "a.png"]
     for name in names:
         cv2.imwrite(str(tmp_path / name), patch(0, (20, 30)))
@@ -201,14 +201,14 @@ def test_pictures_are_in_the_order_of_their_names(
     assert Pictures([str(tmp_path)], recursive=recursive).files == sorted(files)
 
 
-def test_a_picture_is_taken_once_whatever_its_names() -> None:
+def test_a_picture_with_several_names_is_read_once() -> None:
     write_pictures(Path("pictures"), 1)
     os.symlink("pictures/00.png", "link.png")
     names = ["pictures", str(Path("pictures/00.png").absolute()), "link.png"]
     assert Pictures(names).files == [Path("pictures/00.png")]
 
 
-def test_missing_among_others(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_among_others(network: CfgNode, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(Path("pictures"), 1)
     assert demo(network, "--input", "pictures", "gone*.jpg", "--output", "out") == 1
     assert "There is no file gone*.jpg." in capsys.readouterr().err
@@ -227,13 +227,13 @@ def test_names_of_results() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_json_is_the_model_s_output(network: CfgNode, batch_size: int) -> None:
+def test_json_has_the_output_of_the_model(network: CfgNode, batch_size: int) -> None:
     write_pictures(Path("pictures"), 4)
     Path("pictures/01_text.jpg").touch()
     words = ("--input", "pictures", "--json", "new/results.json", "--score-threshold", 0.3)
     assert demo(network, *words, "--batch-size", batch_size) == 1
     results = json.loads(Path("new/results.json").read_text())
-    refuse_overwriting([Path("new/results.json")], [])  # a second run may replace it
+    refuse_overwriting([Path("new/results.json")], [])  # a second run may replace the file
     peer = DefaultPredictor(network)
     for number, name in [(1, "00"), (2, "01"), (4, "02"), (5, "03")]:
         mine = [r for r in results if r["image_id"] == number]
@@ -241,7 +241,7 @@ def test_json_is_the_model_s_output(network: CfgNode, batch_size: int) -> None:
         expected = expected[expected.scores >= 0.3]
         assert len(mine) == len(expected) > 0
         assert {r["file_name"] for r in mine} == {f"pictures/{name}.png"}
-        # The digits' category ids count from 1.
+        # The category ids of the digits count from 1.
         assert [r["category_id"] - 1 for r in mine] == expected.pred_classes.tolist()
         np.testing.assert_allclose([r["score"] for r in mine], expected.scores, rtol=1e-3)
         boxes = np.array([r["bbox"] for r in mine])
@@ -297,9 +297,9 @@ def test_no_detections_are_an_empty_list(network: CfgNode) -> None:
 
 
 def write_video(path: str, count: int = 12, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
-    """Frames of rising brightness, so that each is told from its neighbours."""
+    """Write frames of rising brightness, so that tests can tell them apart."""
     codec = cv2.VideoWriter.fourcc(*("MJPG" if path.endswith("avi") else "mp4v"))
-    # This one writes odd sizes, and rounds frames per second.
+    # This backend can write odd sizes, but rounds the frame rate.
     backend = cv2.CAP_OPENCV_MJPEG if any(side % 2 for side in size) else cv2.CAP_ANY
     writer = cv2.VideoWriter(path, backend, codec, 12.5, size[::-1])
     base = cv2.GaussianBlur(patch(5, size), (0, 0), 2) // 4
@@ -320,7 +320,7 @@ def read_video(path: str) -> list[np.ndarray]:
     ("source", "output", "codec", "fourcc"),
     [
         ("in.avi", "out.avi", (), "MJPG"),
-        ("in.mp4", "out.mp4", ("--codec", "mp4v"), "FMP4"),  # as ffmpeg calls it
+        ("in.mp4", "out.mp4", ("--codec", "mp4v"), "FMP4"),  # the name in ffmpeg
         ("in.avi", "new/out.mkv", ("--codec", "MJPG"), "MJPG"),
         ("in.avi", "folder", ("--codec", "mp4v"), "FMP4"),
     ],
@@ -336,7 +336,7 @@ def test_video(
     capture = cv2.VideoCapture(path)
     assert capture.get(cv2.CAP_PROP_FPS) == 12.5
     assert int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode() == fourcc
-    refuse_overwriting([Path(path)], [])  # a second run may replace it
+    refuse_overwriting([Path(path)], [])  # a second run may replace the file
     after = read_video(path)
     assert len(after) == 12
     for index, frame in enumerate(after):
@@ -347,7 +347,7 @@ def test_video(
 
 
 @pytest.mark.parametrize("has_h264", [True, False])
-def test_the_codec_is_one_that_browsers_play_where_it_can_be(
+def test_the_codec_is_playable_in_browsers_if_available(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_h264: bool
 ) -> None:
     opened = []
@@ -378,7 +378,7 @@ def test_the_codec_is_one_that_browsers_play_where_it_can_be(
 def test_predictions_are_drawn_on_the_right_frames(
     network: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Something is found on every third frame only."""
+    """Use a detector that finds objects on every third frame only."""
     before = write_video("in.avi")
     predict, seen = Predictor._predict, []
 
@@ -428,7 +428,7 @@ def test_truncated_video(network: CfgNode, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(("number", "is_told"), [(30, False), (27, True)])
-def test_a_second_less_than_announced_is_no_damage(
+def test_a_video_may_be_a_second_shorter_than_announced(
     number: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Capture:
@@ -527,11 +527,11 @@ def test_ctrl_c_is_the_end_of_a_camera(network: CfgNode, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("said", "taken"), [(25, 25), (0, 30), (-1, 30), (math.inf, 30)])
-def test_a_rate_that_cannot_be_is_30_frames_per_second(said: float, taken: float) -> None:
+def test_invalid_frame_rates_become_30_per_second(said: float, taken: float) -> None:
     assert _find_fps(SimpleNamespace(get=lambda _: said)) == taken
 
 
-def test_a_camera_is_released_when_its_frames_are_not_wanted_any_more(
+def test_a_camera_is_released_when_its_frames_are_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", FakeCamera)
@@ -602,7 +602,7 @@ def test_boxes_on_a_frame() -> None:
         ((250, 0, 0), (90, 60, 130, 100)),
     ):
         rows, columns = np.nonzero(changes(drawn, color))
-        # The label covers a part of the upper edge alone.
+        # The label only covers a part of the upper edge.
         assert (rows.max(), columns.min(), columns.max()) == (y2, x1, x2)
         assert rows.min() in (y1, y1 + 1) or rows.min() < y1 + 25
         assert not changes(drawn, color)[y1 + 25 : y2 - 1, x1 + 2 : x2 - 1].any()
@@ -619,7 +619,7 @@ def test_masks_on_a_frame() -> None:
 
 
 def test_names_are_written_in_any_letters() -> None:
-    """OpenCV would write them with question marks."""
+    """Draw Cyrillic names, for which OpenCV would write question marks."""
     pictures = []
     for name in ("кошка", "?????", "кашка"):
         metadata = Metadata(**NAMES | {"thing_classes": ["cat", name]})
@@ -645,16 +645,16 @@ def test_keypoints_on_a_frame() -> None:
     drawn = Artist(metadata).draw(GREY, shown(pred_keypoints=points))
     assert changes(drawn, (90, 250, 10))[70, 35:45].all()
     assert changes(drawn, (0, 0, 255))[70, [30, 50]].all()
-    assert not changes(drawn, (3, 2, 1)).any()  # an end of it is not seen
+    assert not changes(drawn, (3, 2, 1)).any()  # one of its ends is not visible
 
 
 def test_segments_and_label_maps_on_a_frame() -> None:
     stuff = {"stuff_classes": ["sky", "grass"], "stuff_colors": [[0, 250, 0], [250, 250, 0]]}
     artist = Artist(Metadata(**NAMES, **stuff))
-    labels = torch.full((120, 160), 2)  # none that is selected
+    labels = torch.full((120, 160), 2)  # a category that is not selected
     labels[:50] = 1
     drawn = artist.draw(GREY, Shown(None, labels, None))
-    assert 0.5 < changes(drawn, (50, 175, 175))[:50].mean() < 1  # the rest is its name
+    assert 0.5 < changes(drawn, (50, 175, 175))[:50].mean() < 1  # the name covers the rest
     assert changes(drawn, (100, 100, 100))[50:].all()
     ids = torch.zeros(120, 160, dtype=torch.int32)
     ids[:40], ids[80:] = 1, 2
@@ -665,7 +665,7 @@ def test_segments_and_label_maps_on_a_frame() -> None:
     drawn = artist.draw(GREY, Shown(None, None, (ids, segments)))
     assert 0.5 < changes(drawn, (50, 175, 50))[:40].mean() < 1
     assert changes(drawn, (100, 100, 100))[40:80].all()
-    assert 0.5 < changes(drawn, (50, 50, 175))[80:].mean() < 1  # the rest is its label
+    assert 0.5 < changes(drawn, (50, 50, 175))[80:].mean() < 1  # the label covers the rest
 
 
 # Segmentation
@@ -683,7 +683,7 @@ def test_segmentation(
     before, after = cv2.imread("pictures/00.png"), cv2.imread("out/00.png")
     assert (before != after).any(axis=2).mean() > 0.5
 
-    # One category alone covers its own pixels, and almost none beside.
+    # A drawing of one category covers the pixels of the category, and almost no others.
     labels = Predictor(network)(before)["sem_seg"].argmax(dim=0)
     number = int(torch.bincount(labels.flatten(), minlength=7).argmax())
     words = ("--classes", number, "--score-threshold", 1)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images with more objects than an evaluation counts: AP, its headers, and what is said of them."""
+"""Images with more objects than an evaluation counts: their AP, its headers, and warnings."""
 
 import argparse
 import json
@@ -27,9 +27,9 @@ from vovnet_d2.report.detections import Detections
 
 pytest_plugins = ["engine_fixtures"]
 
-COUNTS = {1: 130, 2: 20, 3: 3}  # objects by image, beside a crowd in the first
+COUNTS = {1: 130, 2: 20, 3: 3}  # objects per image; the first image also has a crowd
 APIS = ("pycocotools", "faster-coco-eval")
-# With a precision of 1 up to a recall of 123 in 153, at 101 recalls from 0 to 1.
+# The AP at 101 recalls from 0 to 1 if the precision is 1 up to a recall of 123 / 153.
 LIMITED = 100 * sum(i / 100 <= 123 / 153 for i in range(101)) / 101
 
 
@@ -71,7 +71,7 @@ def config(tmp_path: Path, limit: int, *options: str, api: str = "auto") -> CfgN
 
 
 def find_all(record: dict) -> Instances:
-    """Perfect predictions, as many as there are objects."""
+    """Return a perfect prediction for each object."""
     objects = [a for a in record["annotations"] if not a["iscrowd"]]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
     found = Instances((record["height"], record["width"]))
@@ -112,10 +112,10 @@ def test_the_limit_reaches_the_evaluation_and_its_headers(
         assert f"evaluated by {api}, with {counted} detections per image." in caplog.text
 
 
-def test_the_faster_api_stays_the_faster_one(
+def test_the_faster_api_is_used_with_any_limit(
     crowded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Detectron2 takes its own class, on pycocotools, for another limit than 100."""
+    """Check that faster-coco-eval is used for a limit other than 100, unlike in Detectron2."""
     monkeypatch.setattr("pycocotools.cocoeval.COCOeval.evaluate", lambda self: 1 / 0)
     cfg = config(tmp_path, 130, api="faster-coco-eval")
     assert evaluate_all(cfg) == pytest.approx(100)
@@ -130,8 +130,8 @@ def test_pycocotools_takes_over_with_the_same_limit(
     assert "pycocotools takes over" in caplog.text
 
 
-def test_cocos_own_categories_are_evaluated_as_coco_is() -> None:
-    """The AP that papers give counts 100 detections, whatever a network gives."""
+def test_data_with_the_categories_of_coco_have_the_limit_of_coco() -> None:
+    """Check that COCO is evaluated with 100 detections, as in papers, whatever the limit."""
     ids = {category["id"]: number for number, category in enumerate(THINGS)}
     coco = Metadata(name="coco", thing_dataset_id_to_contiguous_id=ids)
     other = Metadata(name="other", thing_dataset_id_to_contiguous_id={1: 0})
@@ -140,7 +140,7 @@ def test_cocos_own_categories_are_evaluated_as_coco_is() -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_the_page_counts_as_the_run_did(crowded: str, tmp_path: Path, api: str) -> None:
+def test_the_page_uses_the_limit_of_the_run(crowded: str, tmp_path: Path, api: str) -> None:
     truth = COCO(MetadataCatalog.get(crowded).json_file if DatasetCatalog.get(crowded) else "")
     results = [
         {"image_id": a["image_id"], "category_id": 1, "bbox": a["bbox"], "score": 1.0}
@@ -159,7 +159,7 @@ SENTENCE = (
 )
 
 
-def test_what_is_beyond_is_said_before_the_run(
+def test_objects_beyond_the_limit_are_logged_before_the_run(
     crowded: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rehearse_evaluation(config(tmp_path, 100), Trainer)
@@ -168,14 +168,14 @@ def test_what_is_beyond_is_said_before_the_run(
     caplog.clear()
     rehearse_evaluation(config(tmp_path, 130), Trainer)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    # The network gives fewer than the evaluation counts.
+    # The network returns fewer detections than the evaluation counts.
     rehearse_evaluation(config(tmp_path, 20), Trainer)
     assert "1 image has more than 20 objects, so 110 of the 153 objects" in caplog.text
     assert "score bbox AP 28." in caplog.text  # 43 of 153
 
 
 @pytest.mark.parametrize("proposals", ["130", "131"])
-def test_proposals_that_are_too_few(crowded: str, tmp_path: Path, proposals: str) -> None:
+def test_too_few_proposals_are_a_warning(crowded: str, tmp_path: Path, proposals: str) -> None:
     cfg = config(tmp_path, 100, "MODEL.RPN.POST_NMS_TOPK_TEST", proposals)
     said = explain_crowding(cfg, DatasetCatalog.get(crowded))
     more = ", and MODEL.RPN.POST_NMS_TOPK_TEST above its 130" if proposals == "130" else ""
@@ -184,7 +184,7 @@ def test_proposals_that_are_too_few(crowded: str, tmp_path: Path, proposals: str
     assert explain_crowding(cfg, DatasetCatalog.get(crowded)) == SENTENCE
 
 
-def test_what_is_beyond_is_in_the_results(crowded: str, tmp_path: Path) -> None:
+def test_objects_beyond_the_limit_are_in_the_results(crowded: str, tmp_path: Path) -> None:
     args = argparse.Namespace(config_file="", eval_only=True)
     boxes = {"bbox": {"AP": LIMITED}}
     write_report(config(tmp_path, 100), nn.Identity(), boxes, args=args, seconds=1.0)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors beyond Faster and Mask R-CNN and RetinaNet, trained and evaluated by the launcher."""
+"""Training and evaluation of detectors other than Faster R-CNN, Mask R-CNN and RetinaNet."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_eSE_FPN_1x.yaml"
 
 RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
 CASCADE_LOSSES = {f"loss_{name}_stage{i}" for name in ("cls", "box_reg") for i in range(3)}
-# For each config what it is trained for (Detectron2 logs no loss beside the total if there is one
-# only), and the tasks that it is evaluated for.
+# The losses and the evaluated tasks of each config. If there is only one loss, Detectron2 only
+# logs the total loss.
 DETECTORS = {
     CASCADE: (CASCADE_LOSSES | {"loss_rpn_cls", "loss_rpn_loc", "loss_mask"}, {"bbox", "segm"}),
     FCOS: ({"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}, {"bbox"}),
@@ -34,7 +34,7 @@ DETECTORS = {
 }
 OPTIONS = [
     *TINY,
-    *["MODEL.WEIGHTS", ""],  # from nothing, instead of timm's
+    *["MODEL.WEIGHTS", ""],  # no weights of timm
     *["MODEL.FCOS.INFERENCE_TH_TEST", "0.0", "MODEL.FCOS.PRE_NMS_TOPK_TEST", "50"],
     *["MODEL.FCOS.NORM", "BN", "MODEL.FCOS.NUM_CONVS", "1", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"],
     *["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"],
@@ -67,7 +67,7 @@ def mark(config: str) -> object:
 
 @pytest.mark.parametrize("config", [mark(config) for config in DETECTORS])
 def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> None:
-    """Two iterations, one more after a resume, then the evaluation alone: the same results."""
+    """Train for two iterations, resume for one more, and evaluate again with the same results."""
     launch(config, tmp_path, "SOLVER.MAX_ITER", "2", options=OPTIONS)
     trained = launch(config, tmp_path, "--resume", options=OPTIONS, pictures=True)
     assert "2 of 3 iterations are done." in read_log(tmp_path)
@@ -79,7 +79,7 @@ def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> N
 
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
     evaluated = launch(config, tmp_path, "--eval-only", *weights, options=OPTIONS)
-    assert str(evaluated) == str(trained)  # as text, where NaN equals itself
+    assert str(evaluated) == str(trained)  # compared as text, because NaN is not equal to NaN
     assert (tmp_path / "predictions.png").is_file()
     if "keypoints" in evaluations:
         path = tmp_path / "inference" / "coco_instances_results.json"
@@ -89,7 +89,7 @@ def test_trains_resumes_evaluates(tasks: Path, tmp_path: Path, config: str) -> N
 
 @pytest.mark.slow
 def test_masks_of_people(tasks: Path, tmp_path: Path) -> None:
-    """COCO's files of keypoints have the polygons of people, too."""
+    """Train masks on COCO's keypoint annotations, which also have polygons."""
     splits = {"TRAIN": "train", "TEST": "val"}
     data = {f"DATASETS.{key}": f"('keypoints_coco_2017_{split}',)" for key, split in splits.items()}
     words = [word for pair in data.items() for word in pair]

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The digits data set: what is on disk, what the annotations mean, building it safely."""
+"""The digits data set: its files, its annotations, and how it is built."""
 
 import errno
 import functools
@@ -49,12 +49,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def registered(monkeypatch, root):
-    """The names registered afresh, and a build of the size of ``root``'s."""
+    """Register the digits again, and let builds have the small size of ``root``."""
     names = [f"digits_{split}" for split in SPLITS]
     monkeypatch.setattr(digits, "build_digits", functools.partial(build_digits, **SMALL))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
     for name in names:
-        # Remembered by monkeypatch, which puts back what was registered before.
+        # monkeypatch restores the earlier registration after the test.
         monkeypatch.delitem(DatasetCatalog.data, name, raising=False)
         monkeypatch.delitem(MetadataCatalog.data, name, raising=False)
     register_digits()
@@ -65,7 +65,7 @@ def registered(monkeypatch, root):
 
 
 def load(root: Path, split: str) -> list[tuple[np.ndarray, list[dict]]]:
-    """Pixels and annotations of every image; each annotation with its mask from pycocotools."""
+    """Return pixels and annotations of every image. Add the mask from pycocotools."""
     coco = COCO(root / FOLDER / "annotations" / f"instances_{split}.json")
     loaded = []
     for image_id, image in coco.imgs.items():
@@ -89,14 +89,14 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-# What is on disk
+# Files
 
 
 def test_pixels_and_annotations_are_the_recorded_ones(root):
     assert fingerprint(root) == "1a2ae270b01cb61650c56a3f3311f1ffdfdd46813db8b490158d7e0f58ba4242"
 
 
-def test_an_image_depends_on_no_other(root, tmp_path):
+def test_images_do_not_depend_on_each_other(root, tmp_path):
     build_digits(tmp_path, num_train=3, num_val=2)
     for split, count in zip(SPLITS, (3, 2), strict=True):
         few, many = load(tmp_path, split), load(root, split)
@@ -127,7 +127,7 @@ def test_digits_and_photographs_are_split():
     train, val = digit_split()
     assert len(train) + len(val) == len(load_digits().target)
     assert set(train) | set(val) == set(range(len(load_digits().target)))
-    # At random, hence not by the order in which people wrote, and with every class on both sides.
+    # The split is random, so it does not depend on the writer, and each part has every class.
     for part in (train, val):
         assert np.abs(np.mean(part) / 898 - 1) < 0.1
         assert min(Counter(load_digits().target[part]).values()) > 0.07 * len(part)
@@ -135,7 +135,7 @@ def test_digits_and_photographs_are_split():
 
 @pytest.mark.parametrize(("split", "grey"), [("train", 60), ("val", 190)])
 def test_backgrounds_come_from_the_parts_of_the_photographs(monkeypatch, tmp_path, split, grey):
-    """No image shows both halves of photographs, black left and white right."""
+    """Build from photographs whose parts for training and validation are black and white."""
     photograph = np.zeros((427, 640, 3), dtype=np.uint8)
     photograph[:, round(0.675 * 640) :] = 255
     sources = digits.load_sources()._replace(photographs=[photograph, photograph])
@@ -147,7 +147,7 @@ def test_backgrounds_come_from_the_parts_of_the_photographs(monkeypatch, tmp_pat
 
 
 def test_images_show_scans_of_their_split_only(monkeypatch, root, tmp_path):
-    """The images stay the same if the scans of the other split are blank, which cannot be drawn."""
+    """Check that images do not change if the scans of the other split are blank."""
     make_image, splits = digits.make_image, digit_split()
 
     def make_image_without_the_others(sources, chosen, photo_part, rng, **layout):
@@ -161,7 +161,7 @@ def test_images_show_scans_of_their_split_only(monkeypatch, root, tmp_path):
     assert fingerprint(tmp_path) == fingerprint(root)
 
 
-# What the annotations mean
+# Annotations
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -178,7 +178,7 @@ def test_box_mask_and_area_agree(root, split):
                 assert all(isinstance(coordinate, float) for coordinate in polygon)
 
 
-def test_polygons_of_any_shape_give_the_mask_back():
+def test_polygons_of_any_shape_restore_the_mask():
     rng = np.random.default_rng(0)
     for density in np.linspace(0.1, 0.8, 50):
         mask = ndimage.binary_fill_holes(rng.random((30, 30)) < density)
@@ -189,7 +189,7 @@ def test_polygons_of_any_shape_give_the_mask_back():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_mask_covers_the_ink_and_nothing_else(monkeypatch, tmp_path, split):
-    """On plain paper the ink can be found without the annotations."""
+    """Draw on plain paper, where the ink can be found without annotations."""
     sources = digits.load_sources()
     paper = np.full((427, 640, 3), 128, dtype=np.uint8)
     monkeypatch.setattr(digits, "load_sources", lambda: sources._replace(photographs=[paper]))
@@ -215,13 +215,13 @@ def test_digits_do_not_hide_one_another(root, split):
             for other in annotations[:index]:
                 assert not (surroundings & other["mask"]).any()
                 iou = mask_util.iou([annotation["bbox"]], [other["bbox"]], [0]).item()
-                # A quarter of the smaller of two equal boxes is 1/7 of their union.
+                # If two equal boxes share a quarter of their area, their IoU is 1/7.
                 assert iou <= 1 / 7
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_digits_stand_out_from_the_background(root, split):
-    """Median luma of the strokes' rims against that of the ring around, in grey levels of 255."""
+    """Compare the median luma of the edges of strokes with the surroundings, in 255 grey levels."""
     for pixels, annotations in load(root, split):
         luma = np.asarray(Image.fromarray(pixels).convert("L"), dtype=float)
         near = np.any([annotation["mask"] for annotation in annotations], axis=0)
@@ -234,19 +234,19 @@ def test_digits_stand_out_from_the_background(root, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_heights_are_those_asked_for(root, split):
+def test_heights_have_the_documented_distribution(root, split):
     heights = [
         annotation["bbox"][3] for _, annotations in load(root, split) for annotation in annotations
     ]
     assert min(heights) >= 15
     assert max(heights) <= 113
-    # Log-uniform: the geometric mean of the ends has half of the digits on either side.
+    # Heights are log-uniform, so half of them are below the geometric mean of the limits.
     assert 0.35 < np.mean(np.array(heights) < np.sqrt(16 * 112)) < 0.65
 
 
 @pytest.mark.slow
 def test_default_data_set_is_readable_and_has_all_sizes(tmp_path):
-    """A classifier of the digits' pictures, shrunk to 8x8, reads unseen ones nearly as scans."""
+    """Check the sizes of digits, and that a classifier can read them after shrinking to 8x8."""
     build_digits(tmp_path)
     pictures: dict[str, list[np.ndarray]] = {}
     labels: dict[str, list[int]] = {}
@@ -271,7 +271,7 @@ def test_default_data_set_is_readable_and_has_all_sizes(tmp_path):
 
 
 def shrink(pixels: np.ndarray, annotation: dict) -> np.ndarray:
-    """The strokes within the box as 8x8 values in [0, 1], whatever their colour."""
+    """Return the strokes within the box as 8x8 values in [0, 1] without their colour."""
     x, y, width, height = (int(side) for side in annotation["bbox"])
     window = slice(y, y + height), slice(x, x + width)
     mask, colors = annotation["mask"][window], pixels[window].astype(float)
@@ -296,7 +296,7 @@ def test_registration(registered):
         }
         assert classes == set(range(10))
         assert Path(dicts[0]["file_name"]).parent == Path(metadata.image_root)
-    register_digits()  # a second time: no complaint
+    register_digits()  # a second call is allowed
 
 
 def test_registration_builds_nothing_before_the_first_use(registered, monkeypatch, tmp_path):
@@ -340,14 +340,14 @@ def test_perfect_predictions_score_100(registered, tmp_path):
         evaluator.process([image], [{"instances": instances}])
     results = evaluator.evaluate()
     for task in ("bbox", "segm"):
-        # Not NaN either: digits of all three sizes occur.
+        # No value is NaN, because there are digits of all three sizes.
         for metric in ("AP", "APs", "APm", "APl"):
             assert results[task][metric] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("scale", [0.75, 1.3])
 def test_masks_follow_a_resized_image(registered, scale):
-    """Detectron2's default mapper, with masks as polygons."""
+    """Use Detectron2's default mapper with masks as polygons."""
     size = round(192 * scale)
     assert get_cfg().INPUT.MASK_FORMAT == "polygon"
     mapper = DatasetMapper(
@@ -368,7 +368,7 @@ def test_masks_follow_a_resized_image(registered, scale):
         np.testing.assert_allclose(instances.gt_boxes.area().numpy(), areas, rtol=1e-4)
 
 
-# Building safely
+# Building
 
 
 def count_builds(monkeypatch) -> list[Path]:
@@ -382,7 +382,7 @@ def count_builds(monkeypatch) -> list[Path]:
     return builds
 
 
-def test_built_once_and_again_when_asked_for_another(monkeypatch, tmp_path):
+def test_the_set_is_built_once_and_again_for_other_options(monkeypatch, tmp_path):
     builds = count_builds(monkeypatch)
     for count in (2, 2, 3, 3):
         assert build_digits(tmp_path, num_train=count, num_val=1) == tmp_path / FOLDER
@@ -394,7 +394,7 @@ def test_built_once_and_again_when_asked_for_another(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {FOLDER, f"{FOLDER}.lock"}
 
 
-def test_two_at_once_build_once(monkeypatch, tmp_path):
+def test_two_processes_build_once(monkeypatch, tmp_path):
     builds = count_builds(monkeypatch)
     threads = [
         threading.Thread(target=build_digits, args=(tmp_path,), kwargs=SMALL) for _ in range(2)
@@ -408,7 +408,7 @@ def test_two_at_once_build_once(monkeypatch, tmp_path):
 
 
 def test_workers_draw_the_same_images(monkeypatch, root, tmp_path):
-    """The random numbers of the caller are not used up."""
+    """Compare with a build without workers, and check that no global random number is drawn."""
     monkeypatch.setattr(digits, "_FEW_IMAGES", 0)
     before = torch.get_rng_state()
     build_digits(tmp_path, **SMALL)
@@ -466,7 +466,7 @@ run_or_exit(build, sys.argv[1])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_a_build_with_workers(tmp_path, name):
-    """Ctrl-C and the end of a job reach the workers, too."""
+    """Send the signals of Ctrl-C and of the end of a job, which must also stop the workers."""
     process = subprocess.Popen(
         [sys.executable, "-c", BUILD, str(tmp_path)],
         stderr=subprocess.PIPE,
@@ -494,7 +494,7 @@ def test_interrupted_rebuild_keeps_the_old(monkeypatch, tmp_path):
     assert fingerprint(tmp_path) == before
 
 
-def test_remains_of_a_killed_build_are_cleared(tmp_path):
+def test_files_of_a_killed_build_are_removed(tmp_path):
     for part in ("new", "old"):
         left = tmp_path / f".{FOLDER}.build-killed" / part / "train"
         left.mkdir(parents=True)
@@ -507,8 +507,8 @@ def test_remains_of_a_killed_build_are_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["another", "added", "changed"])
-def test_a_folder_of_somebody_else_is_kept(tmp_path, change):
-    """One of that name, and one of ours that has been added to or changed."""
+def test_a_folder_of_the_user_is_kept(tmp_path, change):
+    """Keep another folder of the same name, and a folder of ours with added or changed files."""
     mine = tmp_path / FOLDER / "annotations" / "instances_mine.json"
     if change == "another":
         mine.parent.mkdir(parents=True)
@@ -517,7 +517,7 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path, change):
     if change == "changed":
         mine = mine.with_name("instances_train.json")
     mine.write_text("mine")
-    (tmp_path / "digits").mkdir()  # whose name is nobody's
+    (tmp_path / "digits").mkdir()  # this package does not use the plain name
     (tmp_path / "digits" / "recipe.json").write_text("soup")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=rf"{FOLDER} was changed after .*DETECTRON2"):
