@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation: the loss of a teacher's feature maps, and a training with it."""
+"""Distillation from the feature maps of a teacher: the loss, and trainings with it."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ from vovnet_d2.engine.lazy_config import load_lazy_config
 pytest_plugins = ["engine_fixtures"]
 
 FCOS = "COCO-Detection/fcos_V_39_eSE_FPN_1x.yaml"
-# Another input and other widths than the student's.
+# The teacher has another input convention and other widths than the student.
 TEACHER = [
     *["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[120.0, 110.0, 100.0]", "SEED", "3"],
     *["MODEL.FCOS.NORM", "", "MODEL.FCOS.NUM_CONVS", "1"],
@@ -39,8 +39,7 @@ TEACHER = [
 
 
 def write_teacher(folder: Path, config: str, *options: str) -> tuple[str, str]:
-    """Write the config and the weights of a detector that nobody has trained, as a training leaves
-    them."""
+    """Write the config and weights of an untrained detector, like the output of a training."""
     folder.mkdir(exist_ok=True)
     cfg = tiny_config(config, folder, *TEACHER, *options)
     torch.manual_seed(3)
@@ -55,7 +54,7 @@ def student_config(config: str, teacher: tuple[str, str], *options: str) -> CfgN
 
 
 def make_batch() -> list[dict[str, Any]]:
-    """Two images of different sizes, with an object and its mask in each."""
+    """Return two images of different sizes, each with one object and its mask."""
     batch = []
     for height, width in ((256, 130), (140, 300)):
         instances = Instances((height, width))
@@ -68,13 +67,13 @@ def make_batch() -> list[dict[str, Any]]:
 
 
 def losses_of(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)  # of the sampling of proposals
+    torch.manual_seed(0)  # for the sampling of proposals
     with EventStorage():
         return model(batch)
 
 
 def correlations(one: torch.Tensor, other: torch.Tensor) -> list[float]:
-    """Pearson's correlation of each channel of two feature maps, (N, C, H, W), by NumPy."""
+    """Return Pearson's correlation of each channel of two feature maps (N, C, H, W) with NumPy."""
     arrays = [maps.detach().double().numpy().swapaxes(0, 1) for maps in (one, other)]
     pairs = zip(*arrays, strict=True)
     return [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
@@ -83,7 +82,7 @@ def correlations(one: torch.Tensor, other: torch.Tensor) -> list[float]:
 # The loss
 
 
-def test_the_loss_is_that_of_correlations() -> None:
+def test_the_loss_equals_one_minus_the_correlation() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, 5, 7, 3, generator=generator) * 9 + 4 for _ in range(2))
     teacher[:, 1] = student[:, 1] * 0.01 - 70
@@ -97,8 +96,8 @@ def test_the_loss_is_that_of_correlations() -> None:
     )
 
 
-def test_feature_maps_that_are_constant_have_a_finite_gradient() -> None:
-    """A feature map of one pixel is, and one that a dead channel gives."""
+def test_constant_feature_maps_have_a_finite_gradient() -> None:
+    """Check a feature map of one pixel, and the zeros of a dead channel."""
     for shape in ((1, 4, 1, 1), (2, 4, 3, 3)):
         student = torch.zeros(shape, requires_grad=True)
         correlation_loss(student, torch.randn(shape)).backward()
@@ -114,8 +113,7 @@ def test_feature_maps_that_are_constant_have_a_finite_gradient() -> None:
     [(MASK_RCNN, 16, "BGR"), (MASK_RCNN, 24, "RGB"), (RETINANET, 24, "BGR"), (FCOS, 12, "RGB")],
 )
 def test_the_loss_of_a_detector(tmp_path: Path, config: str, width: int, order: str) -> None:
-    """It is computed once more: from the networks' feature maps, with Detectron2's preprocessing,
-    and by NumPy."""
+    """Compare with a second computation by NumPy from the feature maps of both networks."""
     files = write_teacher(tmp_path / "t", config, "MODEL.FPN.OUT_CHANNELS", str(width))
     words = ["MODEL.FCOS.NORM", "", "MODEL.FCOS.NUM_CONVS", "1"]
     words += ["INPUT.FORMAT", order, "DISTILLATION.LOSS_WEIGHT", "2.5"]
@@ -128,7 +126,8 @@ def test_the_loss_of_a_detector(tmp_path: Path, config: str, width: int, order: 
     teacher.eval()
 
     batch = make_batch()
-    plain = losses_of(copy.deepcopy(student), batch)  # RetinaNet remembers its positives
+    # A copy, because RetinaNet keeps a running number of positive anchors.
+    plain = losses_of(copy.deepcopy(student), batch)
     add_teacher(student, cfg)
     losses = losses_of(student, batch)
     assert {**plain, "loss_distillation": losses["loss_distillation"]} == losses
@@ -179,16 +178,20 @@ def test_only_the_student_learns(tmp_path: Path) -> None:
     with_gradient = {
         name.partition(".")[0] for name, p in student.named_parameters() if p.grad is not None
     }
-    assert with_gradient == {"backbone"}  # the heads have losses of their own
+    assert with_gradient == {"backbone"}  # the heads have other losses
     assert not teacher.network.training
     for name, tensor in teacher.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None and not p.requires_grad for p in teacher.network.parameters())
 
 
-def test_the_loss_is_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher is not run in an evaluation, nor where statistics of norms are estimated; a copy
-    of the student, as averaged weights are, shares the teacher."""
+def test_the_loss_is_only_computed_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the teacher does not run in an evaluation or without gradients.
+
+    A copy of the student, such as averaged weights, shares the teacher.
+    """
     student = build_model(tiny_config(FASTER_RCNN, tmp_path))
     teacher = FeatureTeacher(build_model(tiny_config(FASTER_RCNN, tmp_path, *TEACHER)))
     teacher.attach(student)
@@ -196,7 +199,7 @@ def test_the_loss_is_for_training_alone(tmp_path: Path, monkeypatch: pytest.Monk
     twin = copy.deepcopy(student)
     assert copy.deepcopy(teacher) is teacher
     assert "loss_distillation" in losses_of(twin, batch)
-    monkeypatch.setattr(FeatureTeacher, "_compute_features", None)  # cannot be called
+    monkeypatch.setattr(FeatureTeacher, "_compute_features", None)  # a call would fail
     with torch.no_grad():
         assert "loss_distillation" not in losses_of(student, batch)
     with torch.no_grad():
@@ -231,8 +234,10 @@ def read_state(path: Path) -> dict[str, Any]:
 def test_a_training_with_a_teacher(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is resumed to the bit, its checkpoints have no teacher, and its config names the teacher;
-    an evaluation needs none."""
+    """Resume such a training exactly, and evaluate it without the teacher.
+
+    Checkpoints contain no teacher, and the config names the teacher.
+    """
     teacher = write_teacher(tmp_path / "t", RETINANET, "MODEL.FPN.OUT_CHANNELS", "24")
     words = ["SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"]
     words += ["DISTILLATION.IN_FEATURES", "['p3', 'p4', 'p5']"]
@@ -245,7 +250,7 @@ def test_a_training_with_a_teacher(
     assert f"{named} teaches the feature maps p3, p4, p5" in log
     assert [0 < loss < 2 * 3 * 6 for loss in read_losses(tmp_path / "a")] == [True]
 
-    # The state after two iterations, from which the same is reached.
+    # Resume from the state after two iterations, which must give the same result.
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "model_0000001.pth", tmp_path / "b")
     (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
@@ -281,7 +286,7 @@ def test_mixed_precision(coco: Path, tmp_path: Path) -> None:
 
 
 def test_lazy_config(coco: Path, tmp_path: Path) -> None:
-    """A LazyConfig is taught as its YAML file is, number for number."""
+    """Compare the losses of a LazyConfig with those of the corresponding YAML file."""
     name = test_lazyconfig.MASK_RCNN
     teacher = write_teacher(tmp_path / "t", MASK_RCNN)
     options = [*test_lazyconfig.TINY, f"train.output_dir={tmp_path / 'lazy'}"]
@@ -290,7 +295,7 @@ def test_lazy_config(coco: Path, tmp_path: Path) -> None:
         run_lazy(lazy_argument_parser().parse_args([*words, "dataloader.test.dataset.names=null"]))
     saved = load_lazy_config(str(tmp_path / "lazy" / "config.yaml"))
     assert saved.train.distillation.teacher == teacher[0]
-    # The lazy schedule shrinks in proportion.
+    # The lazy schedule is shortened in proportion.
     same = ["MODEL.WEIGHTS", "", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "SOLVER.STEPS", "(2,)"]
     same += ["DATASETS.TEST", "()"]
     launch(tmp_path / "yaml", *same, config=test_lazyconfig.twin(name), teacher=teacher)

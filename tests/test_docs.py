@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: the site builds, its links lead somewhere, and its FAQ has real messages."""
+"""The site of the documentation builds, its links are valid, and its FAQ quotes real messages."""
 
 import ast
 import os
@@ -23,7 +23,7 @@ SHIPPED = "COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml"
 
 
 class Page(HTMLParser):
-    """Collect the anchors of a page, where its links lead, and what it loads."""
+    """Parser that collects the anchors, the links and the loaded files of a page."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -60,15 +60,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_links_of_the_site_lead_somewhere(site: Path) -> None:
-    """Links to other sites are not followed."""
+def test_links_of_the_site_are_valid(site: Path) -> None:
+    """Check all links within the site."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     assert len(pages) > 20
     dead = []
     for path, page in pages.items():
         for link in [*page.links, *page.loaded]:
             parts = urlsplit(link)
-            if parts.scheme or path.name == "404.html":  # whose links are absolute
+            if parts.scheme or path.name == "404.html":  # its links are absolute
                 continue
             target = path if not parts.path else (path.parent / unquote(parts.path)).resolve()
             is_anchored = not parts.fragment or (
@@ -92,15 +92,15 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_roles_of_docstrings_are_not_shown(site: Path) -> None:
-    """Docstrings have Sphinx's roles, which Markdown does not know."""
+def test_roles_of_docstrings_are_converted(site: Path) -> None:
+    """Check that roles of Sphinx, which Markdown does not know, are converted."""
     for path in (site / "reference").glob("*.html"):
         text = path.read_text(encoding="utf-8")
         assert re.findall(r":(?:class|func|meth|data|mod|attr|paper):", text) == []
 
 
 def messages() -> str:
-    """Return all texts of the package, with "…" in the place of what is filled in."""
+    """Return all texts of the package, with "…" instead of inserted values."""
     texts = []
     for file in sorted((ROOT / "vovnet_d2").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -140,14 +140,14 @@ def read_yaml(page: str) -> CfgNode:
     return CfgNode(yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)[0]))
 
 
-def test_the_complete_config_of_the_docs_is_that_of_the_package(tmp_path: Path) -> None:
+def test_the_complete_config_of_the_docs_equals_the_packages(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(read_yaml("docs/own_config.md").dump())
     assert load_config(str(file)) == load_config(SHIPPED)
 
 
-def test_the_lines_of_readme_are_those_that_replace_a_resnet() -> None:
-    """Together with a config of Detectron2's they make a config that trains."""
+def test_the_lines_of_readme_replace_a_resnet() -> None:
+    """Merge the lines into a config of Detectron2, and build the network."""
     lines, shipped = read_yaml("README.md"), load_config(SHIPPED)
     assert {key: get_value(lines, key) for key in list_keys(lines)} == {
         key: get_value(shipped, key) for key in list_keys(lines)

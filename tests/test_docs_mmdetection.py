@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page for users of PETR, StreamPETR and MMDetection: its snippet, its config, its commands."""
+"""Tests of the page for users of PETR, StreamPETR and MMDetection."""
 
 import re
 import sys
@@ -21,8 +21,10 @@ NET = thin(TABLE["V-99-eSE"])
 
 
 class Registry:
-    """A stand-in for MMEngine's: a class is registered by decorating it, and built from a dict of
-    its name and arguments."""
+    """Stand-in for the registry of MMEngine.
+
+    A decorator registers a class. A dict with the name and the arguments builds an object.
+    """
 
     def __init__(self):
         self.classes: dict[str, type] = {}
@@ -43,7 +45,7 @@ class Registry:
 
 @pytest.fixture
 def build(monkeypatch):
-    """Build what the page's config says, with changes to it."""
+    """Return a function that builds the backbone of the page's config, with changes."""
     registry = Registry()
     module = types.ModuleType("mmengine.registry")
     module.MODELS = registry
@@ -63,7 +65,7 @@ def test_the_snippet_is_short():
     assert len([line for line in SNIPPET.splitlines() if line.strip()]) <= 10
 
 
-def test_what_the_config_builds(build):
+def test_the_config_builds_the_network(build):
     with shapes_alone():
         model = build()
     assert model.spec == VOVNET_SPECS["V-99-eSE"]
@@ -74,8 +76,8 @@ def test_what_the_config_builds(build):
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["img_backbone.", "module.img_backbone."])
-def test_published_weights_and_maps(build, prefix):
-    """Loaded from the top, as load_from does, into a detector that has it as img_backbone."""
+def test_published_weights_load_from_the_whole_detector(build, prefix):
+    """Load weights into a whole detector, as ``load_from`` does, and compare feature maps."""
     detector = nn.Module()
     detector.img_backbone = build(spec_name=VoVNetSpec(**vars(NET))).eval()
     state = {prefix + name: tensor for name, tensor in random_state(NET).items()}
@@ -99,7 +101,7 @@ def test_frozen_stages_count_as_in_mmdetection(build, frozen_stages):
         assert parameter.requires_grad == (not frozen), name
 
 
-def test_its_other_numbers():
+def test_the_channels_on_the_page():
     assert "768 and 1,024 channels" in PAGE
     assert "256 and 512 channels" in PAGE
     assert VOVNET_SPECS["V-99-eSE"].stage_out_channels == (256, 512, 768, 1024)

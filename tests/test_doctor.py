@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor in environments that are broken in one way each.
 
-They are made of stubs: a folder of modules and distributions that stands in for site-packages, and
-an interpreter that sees nothing else.
+An environment is a folder of stub modules and distributions, which stands in for site-packages. The
+interpreter sees nothing else.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ class ops: nms = staticmethod(lambda boxes, scores, threshold: [0])
 
 
 class Environment:
-    """A stand-in for site-packages, healthy at first."""
+    """Stand-in for site-packages without faults, which tests then break."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "site-packages"
@@ -85,7 +85,7 @@ class Environment:
 
     def diagnose(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            # -S: without the site-packages that this test itself runs in.
+            # -S hides the site-packages in which this test runs.
             [sys.executable, "-S", str(DOCTOR)],
             env={
                 "PATH": str(self.bin),
@@ -102,7 +102,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_nothing_to_say_of_a_healthy_environment(environment: Environment) -> None:
+def test_a_healthy_environment_has_no_findings(environment: Environment) -> None:
     result = environment.diagnose()
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("This environment can train.\n")
@@ -144,7 +144,7 @@ def torchvision_of_another_build(environment: Environment) -> None:
 
 
 def torchvision_without_cuda(environment: Environment) -> None:
-    """Fails only with tensors on the GPU; the stubbed tensor is the name of its device."""
+    """Make operators fail for tensors on a GPU. A stub tensor is the name of its device."""
     torch = TORCH.replace("lambda: False", "lambda: True").replace("return data", "return device")
     environment.module("torch", torch)
     environment.module(
@@ -161,7 +161,7 @@ def no_detectron2(environment: Environment) -> None:
 
 
 def folder_named_detectron2(environment: Environment) -> None:
-    """An unpacked clone of the repository beside the program, which Python takes for a package."""
+    """Add a clone of the repository next to the program, which Python imports as a package."""
     environment.remove_module("detectron2")
     (environment.folder / "detectron2").mkdir()
 
@@ -206,7 +206,7 @@ def broken_vovnet(environment: Environment) -> None:
         (broken_vovnet, "cannot import name VoVNet", f"--no-deps -e {doctor.ROOT}"),
     ],
 )
-def test_what_prevents_training(
+def test_faults_that_prevent_training(
     environment: Environment, break_it: Callable[[Environment], None], cause: str, remedy: str
 ) -> None:
     break_it(environment)
@@ -302,7 +302,7 @@ def gpu_but_old_driver(environment: Environment) -> None:
         (gpu_but_old_driver, "driver is too old for CUDA 13.2", "unset CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_what_is_worth_knowing(
+def test_warnings(
     environment: Environment, change: Callable[[Environment], None], cause: str, remedy: str
 ) -> None:
     change(environment)
@@ -324,7 +324,7 @@ def test_an_empty_environment_is_diagnosed_to_the_end(tmp_path: Path) -> None:
     assert result.stdout.endswith("cannot train yet: see above.\n")
 
 
-def test_an_old_python_is_told_so(
+def test_an_old_python_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 4))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The training commands of README and docs: the schedule that each of them would have."""
+"""The training commands of README and docs have sensible schedules."""
 
 import re
 import shlex
@@ -22,12 +22,12 @@ from vovnet_d2.engine.written import find_written
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# This replaces "..." in a command.
+# These words replace "..." in a command.
 USUAL = "COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml"
 
 
 def find_commands() -> Iterator[tuple[str, list[str]]]:
-    """Each command's tool and its arguments."""
+    """Yield the tool and the arguments of each command."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -47,7 +47,7 @@ COMMANDS = list(find_commands())
 
 
 class Schedule(NamedTuple):
-    """``written`` is the config as its file has it, with the batch and rate that it is made for."""
+    """Schedule of a command. ``written`` is the config of the file, before options change it."""
 
     cfg: CfgNode
     scheduler: Any
@@ -76,13 +76,13 @@ def schedule(tool: str, words: list[str]) -> Schedule:
     else:
         cfg = load_config(args.config_file, args.opts, add_config=add)
     if is_for_custom_data(words):
-        cfg.DATASETS.TEST = ("own_val",)  # of --val-annotations
+        cfg.DATASETS.TEST = ("own_val",)  # the name for --val-annotations
         fit_schedule(cfg, *find_written(args.config_file, args.opts), num_images=500)
     return Schedule(cfg, Trainer.build_lr_scheduler(cfg, optimizer(cfg.SOLVER.BASE_LR)), written)
 
 
 def learning_rates(scheduler: Any, iterations: range) -> list[float]:
-    """The rates at some iterations, without the steps between them."""
+    """Return the learning rates at some iterations, without the steps in between."""
     rates = []
     for iteration in iterations:
         scheduler.last_epoch = iteration - 1
@@ -106,16 +106,16 @@ def is_for_custom_data(words: list[str]) -> bool:
 def test_a_documented_training_learns_and_is_evaluated_and_saved(
     tool: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)  # where the pages run their commands
+    monkeypatch.chdir(ROOT)  # the working folder of the commands
     cfg, scheduler, written = schedule(tool, words)
     total, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
     rates = learning_rates(scheduler, range(0, total, max(1, total // 500)))
-    # The linear rule, from the file's own batch. A cosine has begun to fall during the warm-up.
+    # The rate grows linearly with the batch. A cosine schedule already falls during the warm-up.
     expected = written.SOLVER.BASE_LR * batch / written.SOLVER.IMS_PER_BATCH
     assert max(rates) == pytest.approx(expected, rel=0.1)
     assert rates.index(max(rates)) < len(rates) / 5
     assert rates[-1] < 0.2 * max(rates)
     assert 2 <= (total - 1) // cfg.TEST.EVAL_PERIOD <= 60
     assert 2 <= (total - 1) // cfg.SOLVER.CHECKPOINT_PERIOD <= 100
-    # Neither comes just before the end, where both are done anyway.
+    # Neither happens shortly before the end, because both happen at the end anyway.
     assert total % cfg.TEST.EVAL_PERIOD == 0 or total % cfg.TEST.EVAL_PERIOD > total / 50

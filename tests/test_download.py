@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Getting the zoo's files, from a server on this machine that fails in the ways that servers do."""
+"""Downloads of weights from a local server, which fails in the ways in which servers fail."""
 
 import hashlib
 import http.server
@@ -26,12 +26,12 @@ HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
 
 
 class Server:
-    """Files by name; what is asked for, and how often an answer breaks off."""
+    """Server of some files. It records requests, and can end answers too early."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
-        self.breaks: list[int] = []  # after how many bytes the next answers end
+        self.breaks: list[int] = []  # the lengths in bytes of the next answers
         self.ranges = True
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ def test_a_download_and_its_progress_bar(server, tmp_path, capsys):
     assert "a.pth: 100%" in bar
     assert "1.00M/1.00M" in bar
     assert fetch([f"{server.url}/a.pth"], tmp_path) == path
-    assert len(server.asked) == 1  # the second time, no server is asked
+    assert len(server.asked) == 1  # the second call sends no request
 
 
 def test_a_broken_connection_is_resumed_at_once(server, tmp_path):
@@ -121,7 +121,7 @@ def test_an_interrupted_download_is_resumed_later(server, tmp_path, capsys):
     assert re.search(r"a.pth:  50%.*512k/1.00M", capsys.readouterr().err)
 
 
-def test_a_server_that_cannot_resume_gives_the_whole(server, tmp_path):
+def test_a_server_that_cannot_resume_sends_the_whole_file(server, tmp_path):
     server.files["a.pth"] = CONTENT
     server.ranges = False
     server.breaks = [1000]
@@ -132,13 +132,13 @@ def test_a_server_that_cannot_resume_gives_the_whole(server, tmp_path):
 @pytest.mark.parametrize(
     ("left", "asked_from"),
     [
-        (CONTENT, len(CONTENT)),  # the process was killed between the last byte and the renaming
-        (bytes(5000), 0),  # parts of another file, whose checksum tells
+        (CONTENT, len(CONTENT)),  # the process was killed after the last byte, before the renaming
+        (bytes(5000), 0),  # a part of another file, which the checksum shows
         (bytes(2 * len(CONTENT)), 0),
     ],
     ids=["all but the name", "part of another", "too long"],
 )
-def test_what_an_interrupted_download_has_left(server, tmp_path, left, asked_from):
+def test_files_of_an_interrupted_download(server, tmp_path, left, asked_from):
     server.files["a.pth"] = CONTENT
     server.breaks = [1, 0]
     with pytest.raises(FileNotFoundError):
@@ -151,7 +151,7 @@ def test_what_an_interrupted_download_has_left(server, tmp_path, left, asked_fro
 
 
 def test_parts_of_two_addresses_are_not_mixed(server, tmp_path):
-    """Two servers may have different files of one name, and no checksum tells."""
+    """Use two servers with different files of the same name, and no checksum."""
     server.files |= {"one/a.pth": CONTENT, "two/a.pth": CONTENT[::-1]}
     server.breaks = [1000, 0]
     with pytest.raises(FileNotFoundError):
@@ -189,7 +189,7 @@ def test_no_network(tmp_path):
 
 
 def test_several_processes_download_once(server, tmp_path):
-    """Threads stand for them: the lock is the same."""
+    """Use threads instead of processes, because the lock is the same."""
     server.files["a.pth"] = CONTENT
     results = []
 
@@ -205,7 +205,7 @@ def test_several_processes_download_once(server, tmp_path):
     assert len(server.asked) == 1
 
 
-# The zoo's
+# Files of the zoo
 
 NET = thin(TABLE["V-39"])
 NAME = "osmr://vovnet39"
@@ -213,7 +213,7 @@ NAME = "osmr://vovnet39"
 
 @pytest.fixture
 def entry(server, tmp_path, monkeypatch):
-    """osmr's V-39, thinner: a .pth.zip on the server, and an empty cache."""
+    """Put a thin V-39 of osmr on the server as a .pth.zip, and use an empty cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv(MIRROR, raising=False)
     torch.save(convert_state_dict(random_state(NET), "osmr"), tmp_path / "vovnet39.pth")
@@ -249,7 +249,7 @@ def test_weights_by_name(server, entry, tmp_path, caplog):
     assert files_in(tmp_path / "torch" / "hub" / "checkpoints") == ["vovnet39.pth.zip"]
 
 
-def test_a_licence_that_forbids_commercial_use_is_said(server, entry, monkeypatch, caplog):
+def test_a_licence_that_forbids_commercial_use_is_logged(server, entry, monkeypatch, caplog):
     licence = ZOO["v99://fcos3d"].license
     monkeypatch.setitem(zoo.ZOO, NAME, replace(entry, license=licence))
     load()
@@ -265,7 +265,7 @@ def test_a_damaged_file_in_the_cache(server, entry, tmp_path):
         load()
 
 
-def test_nowhere_to_be_had(server, entry):
+def test_weights_that_no_address_has(server, entry):
     server.files.clear()
     with pytest.raises(FileNotFoundError, match=r"zip: HTTP Error 404.*pth: HTTP Error 404") as e:
         load()
@@ -284,7 +284,7 @@ def test_a_folder_for_machines_without_a_network(server, entry, tmp_path, monkey
     with pytest.raises(ValueError, match="is not the file that"):
         load()
     (tmp_path / "mine" / name).unlink()
-    load()  # what is not there is downloaded
+    load()  # missing files are downloaded
     assert len(server.asked) == 1
     monkeypatch.setenv(MIRROR, str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match=rf"{MIRROR} is .*nothing, which is no folder"):
@@ -292,7 +292,7 @@ def test_a_folder_for_machines_without_a_network(server, entry, tmp_path, monkey
 
 
 def test_a_mirror(server, entry, monkeypatch):
-    """It is asked before the file's own addresses; for files of the hub, too."""
+    """Check that a mirror is used before the addresses of a file, also for files of the hub."""
     server.files["own/vovnet39.pth.zip"] = server.files.pop("vovnet39.pth.zip")
     monkeypatch.setenv(MIRROR, f"{server.url}/own/")
     load()

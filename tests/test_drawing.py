@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations, samples and results are drawn where they are, also on enlarged pictures."""
+"""Annotations, samples and results are drawn at the right positions, also on enlarged images."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from vovnet_d2.drawing.shown import from_record, from_results, from_sample
 SIZE = (50, 70)  # height, width
 GREY = np.full((*SIZE, 3), 100, np.uint8)
 BLUE = {"thing_classes": ["a"], "thing_colors": [[0, 0, 250]]}
-SQUARE = [[30.0, 20, 40, 20, 40, 40, 30, 40]]  # in the box 30, 20, 10, 20
+SQUARE = [[30.0, 20, 40, 20, 40, 40, 30, 40]]  # fills the box 30, 20, 10, 20
 
 
 def rle(counts: str) -> dict:
-    """The rectangle of SQUARE as an RLE, column by column from above."""
+    """Return the rectangle of SQUARE as RLE, which counts pixels down the columns."""
     column = [0] * 20 + [1] * 20 + [0] * 10
     mask = np.array([column if 30 <= x < 40 else [0] * 50 for x in range(70)], np.uint8).T
     if counts == "compressed":
@@ -35,7 +35,7 @@ def rle(counts: str) -> dict:
 
 
 def blended(drawn: np.ndarray, scale: int) -> tuple[int, int, int, int]:
-    """Rows and columns, in pixels of the image, of what a blue mask covers below the label."""
+    """Return the last row, the first and last column, and the number of pixels of a blue mask."""
     mixed = (drawn == (175, 50, 50)).all(axis=2)  # half grey, half blue
     rows, columns = np.nonzero(mixed)
     return rows.max() // scale, columns.min() // scale, columns.max() // scale, mixed.sum()
@@ -55,7 +55,7 @@ def test_masks_of_a_record(mask: object, scale: int) -> None:
     drawn = Artist(Metadata(**BLUE)).draw(GREY, shown, scale=scale)
     assert drawn.shape == (50 * scale, 70 * scale, 3)
     bottom, left, right, _ = blended(drawn, scale)
-    assert bottom in (38, 39)  # the edge of the box may hide the last one
+    assert bottom in (38, 39)  # the edge of the box may hide the last row
     assert left in (30, 31)
     assert right in (38, 39)
     rows, columns = np.nonzero((drawn == (250, 0, 0)).all(axis=2))
@@ -78,7 +78,7 @@ def test_masks_at_the_border_and_of_three_points() -> None:
 @pytest.mark.parametrize(
     ("crowd", "text"), [({}, "a"), ({"iscrowd": 0}, "a"), ({"iscrowd": 1}, "a|crowd")]
 )
-def test_crowds_are_named_so(crowd: dict[str, int], text: str) -> None:
+def test_crowds_have_crowd_in_their_label(crowd: dict[str, int], text: str) -> None:
     record = {"file_name": "a", "annotations": [annotation(**crowd)]}
     assert from_record(record, SIZE, Metadata(**BLUE)).instances.texts == [text]
 
@@ -93,7 +93,7 @@ def test_a_name_stands_in_the_larger_part_of_its_region(monkeypatch: pytest.Monk
     assert labels[y, x] == 0
 
 
-def test_masks_of_samples_and_results_are_those_of_records() -> None:
+def test_masks_of_samples_and_results_equal_those_of_records() -> None:
     record = {"file_name": "a", "annotations": [annotation(segmentation=SQUARE)]}
     expected = mask_util.decode(from_record(record, SIZE, Metadata(**BLUE)).instances.pred_masks[0])
     assert expected.sum() == 10 * 20
@@ -126,7 +126,7 @@ def test_keypoints_that_are_labelled_are_drawn() -> None:
     assert (drawn[34, 12] == (0, 0, 255)).all()
 
 
-def test_categories_without_names_go_by_their_numbers() -> None:
+def test_categories_without_names_are_shown_by_number() -> None:
     record = {"file_name": "a", "annotations": [annotation(category_id=300, iscrowd=1)]}
     shown = from_record(record, SIZE, Metadata())
     assert shown.instances.texts == ["300|crowd"]
@@ -135,7 +135,7 @@ def test_categories_without_names_go_by_their_numbers() -> None:
 
 @pytest.mark.parametrize(("across", "is_labelled"), [(4, True), (16, False)])
 def test_labels_do_not_hide_many_small_objects(across: int, is_labelled: bool) -> None:
-    """Boxes of 12 pixels on a grid; one object is large enough for its label in both pictures."""
+    """Draw boxes of 12 pixels in a grid, and one object that is large enough for its label."""
     corners = [(30.0 + 24 * i, 30.0 + 48 * j) for i in range(across) for j in range(across // 2)]
     boxes = [[x, y, x + 12, y + 12] for x, y in corners] + [[2.0, 2.0, 398.0, 398.0]]
     instances = Instances((400, 440))
@@ -147,13 +147,13 @@ def test_labels_do_not_hide_many_small_objects(across: int, is_labelled: bool) -
     is_white = (drawn > 200).all(axis=2)
     assert is_white[:20].any()
     assert is_white[25:].any() == is_labelled
-    lower_edge = drawn[42, 32:40]  # of the first box
+    lower_edge = drawn[42, 32:40]  # the lower edge of the first box
     assert (lower_edge == (250, 0, 0)).all() != is_labelled
 
 
 @pytest.mark.parametrize("first", ["small", "large"])
 def test_large_objects_do_not_hide_small_ones(first: str) -> None:
-    """The right and the lower edge of the small box lie on those of the large one."""
+    """Draw a small box whose right and lower edges lie on the edges of a large box."""
     small, large = annotation(bbox=[40, 25, 25, 20]), annotation(bbox=[5, 5, 60, 40], category_id=1)
     listed = [small, large] if first == "small" else [large, small]
     metadata = Metadata(thing_classes=["a", "b"], thing_colors=[[0, 0, 250], [0, 250, 0]])
@@ -167,15 +167,17 @@ def test_large_objects_do_not_hide_small_ones(first: str) -> None:
 def test_a_sheet_has_the_shape_of_its_pictures(
     tmp_path: Path, size: tuple[int, int], height: int
 ) -> None:
-    """At 16 x 120 pixels of width: two rows of three wide pictures, or one row of four tall ones.
-    A title takes 0.3 x 120 pixels."""
+    """Check the grid of a sheet that is 16 x 120 pixels wide.
+
+    There are two rows of three wide images, or one row of four tall images. A title is 0.3 x 120
+    pixels high."""
     write_sheet(tmp_path / "a.png", [("", np.zeros((*size, 3), np.uint8))] * 4)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width == 1920
         assert sheet.height == pytest.approx(height, abs=1)
 
 
-def test_label_maps_are_enlarged_without_mixing() -> None:
+def test_label_maps_are_enlarged_by_nearest_neighbour() -> None:
     labels = torch.zeros(SIZE, dtype=torch.int64)
     labels[:, 35:] = 1
     stuff = Metadata(stuff_classes=["x", "y"], stuff_colors=[[200, 0, 0], [0, 200, 0]])
@@ -192,7 +194,7 @@ def test_a_name_of_two_lines_is_written_on_one(name: str) -> None:
 
 
 def test_limbs_have_the_colours_of_the_metadata() -> None:
-    """The metadata have RGB, and the picture is BGR."""
+    """Check the order of channels: the metadata has RGB, and the image is BGR."""
     metadata = Metadata(
         thing_classes=["a"],
         keypoint_names=("left", "right"),

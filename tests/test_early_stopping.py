@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""TEST.PATIENCE: a training ends when its evaluations do not rise any more."""
+"""Tests of TEST.PATIENCE: a training ends when its evaluations no longer improve."""
 
 import json
 import math
@@ -28,7 +28,7 @@ OFTEN = ["TEST.EVAL_PERIOD", "1", "SOLVER.MAX_ITER", "12", "SOLVER.CHECKPOINT_PE
 
 
 def score(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[float]:
-    """Let evaluations give these values in turn; returns the list of those that were given."""
+    """Make evaluations return these values in turn; return a list of the values used so far."""
     scores, given = iter(values), []
 
     def test(*_: object) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=False)
 
 
-def test_a_training_ends_and_stays_ended(
+def test_a_training_ends_early_and_does_not_continue_when_resumed(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = score(monkeypatch, 10.0, 30.0, 20.0, 30.0)
     results = launch(FASTER_RCNN, tmp_path, *OFTEN, "TEST.PATIENCE", "2")
     assert results["bbox"]["AP"] == 30.0
-    assert len(given) == 4  # the last one is not repeated at the end
+    assert len(given) == 4  # the last evaluation is not repeated at the end
     assert (
         "ends early, after 4 of 12 iterations: in 2 evaluations bbox/AP has not risen above its "
         "value of 30.000 after iteration 1 (TEST.PATIENCE 2). model_best.pth has those weights"
@@ -62,8 +62,8 @@ def test_a_training_ends_and_stays_ended(
     given = score(monkeypatch, 30.0)
     launch(FASTER_RCNN, tmp_path, "--resume", *OFTEN, "TEST.PATIENCE", "2")
     assert load(tmp_path / "model_final.pth")["iteration"] == 3
-    assert len(given) == 1  # of what is there, as after any training that is over
-    # With more patience it goes on, and counts the evaluations of before.
+    assert len(given) == 1  # a finished training only evaluates again
+    # With more patience it continues, and also counts the earlier evaluations.
     given = score(monkeypatch, 25.0, 24.0)
     launch(FASTER_RCNN, tmp_path, "--resume", *OFTEN, "TEST.PATIENCE", "3")
     assert load(tmp_path / "model_final.pth")["iteration"] == 4
@@ -71,14 +71,14 @@ def test_a_training_ends_and_stays_ended(
     assert given == [25.0, 24.0]
 
 
-def test_interrupted_or_not_it_ends_at_the_same_place(
+def test_interruptions_do_not_change_where_a_training_ends(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = [10.0, 20.0, math.nan, 19.0, 20.0]
     options = [*OFTEN, "TEST.PATIENCE", "3"]
     score(monkeypatch, *values)
     launch(FASTER_RCNN, tmp_path / "whole", *options)
-    # A signal comes before the evaluation after a step, which the next run makes up for.
+    # A signal arrives before the evaluation after a step, so the next run does this evaluation.
     for place in range(5):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "stop_signal", property(lambda _: "SIGTERM"))
@@ -95,8 +95,11 @@ def test_interrupted_or_not_it_ends_at_the_same_place(
 
 
 def count_steps(values: list[float], patience: int, starts: set[int], folder: Path) -> int:
-    """Run the hook over evaluations that give ``values``, one after each iteration, and return
-    after how many of them it ends; at ``starts`` the training is interrupted and resumed."""
+    """Run the hook with one evaluation per iteration, and return after how many it ends.
+
+    ``values`` are the results of the evaluations. At ``starts`` the training is interrupted and
+    resumed.
+    """
     saved: list[int] = []
     checkpointing = SimpleNamespace(save_final=lambda: saved.append(trainer.iter))
     trainer = SimpleNamespace(iter=0, start_iter=0, max_iter=len(values) + 1)
@@ -114,7 +117,7 @@ def count_steps(values: list[float], patience: int, starts: set[int], folder: Pa
                 trainer.start_iter = trainer.iter
                 with EventStorage(trainer.iter) as trainer.storage:
                     hook.before_train()
-            checkpoint = hook.state_dict()  # which is saved before the evaluation
+            checkpoint = hook.state_dict()  # checkpoints are saved before an evaluation
             with EventStorage(trainer.iter) as trainer.storage:
                 trainer.storage.put_scalar("bbox/AP", value)
                 metrics.write_text(json.dumps({"iteration": trainer.iter, "bbox/AP": value}))
@@ -145,7 +148,7 @@ def random_values() -> Iterator[tuple[list[float], int, set[int]]]:
         yield values, patience, set(rng.sample(range(1, 12), 2))
 
 
-def test_the_count_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+def test_the_count_equals_that_of_a_plain_loop(tmp_path: Path) -> None:
     counts = set()
     for _, (values, patience, starts) in zip(range(60), random_values(), strict=False):
         expected = count_by_hand(values, patience)
@@ -155,8 +158,8 @@ def test_the_count_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert len(counts) > 5
 
 
-def test_evaluations_count_in_their_order(tmp_path: Path) -> None:
-    """Resumed with batches of twice as many images, a training is at half of its iteration."""
+def test_evaluations_count_in_the_order_of_their_run(tmp_path: Path) -> None:
+    """Resume with evaluations of later iterations, as after a change of the batch size."""
     saved: list[int] = []
     checkpointing = SimpleNamespace(save_final=lambda: saved.append(trainer.iter))
     trainer = SimpleNamespace(iter=3, start_iter=3, max_iter=10)

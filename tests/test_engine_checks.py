@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Each mistake that the launcher can know of before it trains, and what it says."""
+"""Mistakes that the launcher finds before training, and their messages."""
 
 import json
 import shutil
@@ -151,7 +151,7 @@ def test_a_file_with_faults(
 
 
 def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
-    """Detectron2's loader loses one of the images, and gives its objects to the other."""
+    """Refuse such a file, because Detectron2's loader would merge the two images."""
     content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
     (tmp_path / "mine.json").write_text(json.dumps(content))
     register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))
@@ -163,7 +163,7 @@ def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_detectron2s_loader_are_sentences(coco: Path, tmp_path: Path) -> None:
-    """Such errors are bugs elsewhere, for example a polygon that is in no list of polygons."""
+    """Load a file whose polygon is not in a list, which raises a TypeError in Detectron2."""
     content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
     content["annotations"][0]["segmentation"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     (tmp_path / "mine.json").write_text(json.dumps(content))
@@ -180,7 +180,7 @@ def test_errors_of_detectron2s_loader_are_sentences(coco: Path, tmp_path: Path) 
         load_records("theirs")
 
 
-def test_a_function_that_fails_without_a_word(catalogs: None) -> None:
+def test_a_function_that_fails_without_a_message(catalogs: None) -> None:
     def load() -> list:
         raise AssertionError
 
@@ -190,7 +190,7 @@ def test_a_function_that_fails_without_a_word(catalogs: None) -> None:
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_panoptic_files_are_looked_for_where_they_are_needed(
+def test_missing_panoptic_files_are_only_named_if_needed(
     catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     found = ModuleSpec("panopticapi", None) if installed else None
@@ -267,7 +267,7 @@ def test_training_from_scratch_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), [(n, e.variant) for n, e in ZOO.items()])
-def test_weights_that_can_be_had_are_named(name: str, variant: str) -> None:
+def test_available_weights_are_named(name: str, variant: str) -> None:
     with pytest.raises(ValueError, match=rf"\(MODEL.WEIGHTS [^;]*{name}"), shapes_alone():
         check_initialisation(
             config("MODEL.VOVNET.CONV_BODY", variant, "MODEL.VOVNET.NORM", "FrozenBN"),
@@ -328,16 +328,16 @@ def test_evaluating_nothing() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together(options: list[str], message: str) -> None:
+def test_settings_that_contradict_each_other(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config(config(*options), training=True)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(7, "float16"), (8, "bfloat16")])
-def test_mixed_precision_is_bfloat16_but_on_a_gpu_without_it(
+def test_mixed_precision_is_bfloat16_if_the_gpu_has_it(
     capability: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch calls it supported where a GPU older than Ampere can imitate it."""
+    """Check GPUs before and since Ampere. torch reports bfloat16 as supported on both."""
     facts = SimpleNamespace(major=capability, minor=5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -384,14 +384,14 @@ def people(catalogs: None) -> None:
         ("17", "[0.1, 0.1]", "is 17, and .* has 2 sigmas"),
     ],
 )
-def test_as_many_sigmas_as_keypoints(people: None, count: str, sigmas: str, message: str) -> None:
+def test_each_keypoint_needs_a_sigma(people: None, count: str, sigmas: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_data(keypoints(count, sigmas), training=True)
     check_data(keypoints(count, sigmas, test="()"), training=True)
     check_data(keypoints(count, str([0.1] * int(count))), training=True)
 
 
-def test_cocos_sigmas_for_other_keypoints_are_warned_of(
+def test_sigmas_of_coco_for_other_keypoints_are_a_warning(
     people: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_data(keypoints("17", str([0.1] * 17)), training=True)
@@ -400,7 +400,7 @@ def test_cocos_sigmas_for_other_keypoints_are_warned_of(
     assert "The keypoints of people are not COCO's" in caplog.text
 
 
-def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_that_is_all_warm_up_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     options = ["SOLVER.WARMUP_ITERS", "100", "SOLVER.MAX_ITER"]
     check_schedule(config(*options, "101"))
     assert not caplog.text
@@ -408,7 +408,7 @@ def test_a_training_that_is_all_warm_up_is_warned_of(caplog: pytest.LogCaptureFi
     assert "SOLVER.WARMUP_ITERS 100 is not below SOLVER.MAX_ITER 100" in caplog.text
 
 
-def test_evaluation_does_not_ask_for_what_training_needs() -> None:
+def test_evaluation_does_not_check_training_settings() -> None:
     options = ["SOLVER.IMS_PER_BATCH", "0", "SOLVER.AMP.ENABLED", "True"]
     check_config(config(*options, "SOLVER.AMP.DTYPE", "float16"), training=False)
 

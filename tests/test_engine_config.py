@@ -70,7 +70,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, message: s
     assert "\n" not in caught.value.args[0]
 
 
-def test_a_missing_file_names_close_ones() -> None:
+def test_a_missing_file_names_similar_files() -> None:
     with pytest.raises(FileNotFoundError, match=r"retinanet_V_39_eSE_FPN_3x\.yaml"):
         load_config("COCO-Detection/retinanet_V39_eSE_FPN_3x.yaml")
 
@@ -107,7 +107,7 @@ def test_every_argument_is_explained() -> None:
 
 @pytest.mark.parametrize("tool", sorted(PARSERS))
 def test_the_help_names_the_tool_and_how_to_resume(tool: str) -> None:
-    """The sentence on --resume replaces Detectron2's, and its commands have one form."""
+    """Check the sentence on --resume and the form of the commands, unlike in Detectron2."""
     parser = PARSERS[tool]()
     assert parser.parse_args(["--resume"]).resume
     assert not parser.parse_args([]).resume
@@ -119,7 +119,7 @@ def test_the_help_names_the_tool_and_how_to_resume(tool: str) -> None:
     assert all(command == ["python", f"tools/{tool}.py"] for command in commands)
 
 
-def test_a_misspelt_file_of_ones_own_is_looked_for_where_it_should_be(
+def test_similar_names_to_a_missing_file_are_searched_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "output").mkdir()

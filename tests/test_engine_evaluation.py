@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of data set has its evaluator: given the truth as predictions, it says 100 %."""
+"""The evaluator of each kind of data set gives 100 % if predictions equal the annotations."""
 
 import copy
 import importlib.machinery
@@ -97,14 +97,14 @@ def test_several_data_sets_have_a_folder_each(coco: Path, tmp_path: Path) -> Non
 
 
 def noisy_instances(record: dict) -> Instances:
-    """Return the true instances, displaced and partly mistaken, and inventions of another class."""
+    """Return predictions with displaced boxes and some wrong classes, twice as many as objects."""
     instances = perfect_instances(record)
     count = len(instances)
     boxes = instances.pred_boxes.tensor + torch.randn(count, 4) * 2
     noisy = Instances(instances.image_size)
     noisy.pred_boxes = Boxes(torch.cat([boxes, boxes.roll(1, 0)]))
     noisy.pred_classes = torch.cat([instances.pred_classes, instances.pred_classes.flip(0)])
-    noisy.scores = torch.rand(2 * count).round(decimals=1)  # ties, too
+    noisy.scores = torch.rand(2 * count).round(decimals=1)  # some scores are equal
     masks = instances.pred_masks if instances.has("pred_masks") else torch.zeros(count, 1, 1)
     if instances.has("pred_masks"):
         noisy.pred_masks = torch.cat([masks.roll(1, 2), masks.roll(3, 1)])
@@ -127,7 +127,7 @@ def evaluate_noise(cfg: CfgNode, name: str) -> dict:
 
 @pytest.fixture
 def people(catalogs: None, tmp_path: Path) -> str:
-    """Keypoints of three people on each of four images; another class has none."""
+    """Register keypoints of three people in each of four images, and a class without objects."""
     rng = np.random.default_rng(0)
     annotations = []
     for index in range(12):
@@ -173,7 +173,7 @@ def test_faster_coco_eval_gives_the_results_of_pycocotools(
 
 @pytest.mark.parametrize("api", ["pycocotools", "faster-coco-eval"])
 def test_sigmas_of_keypoints(people: str, tmp_path: Path, api: str) -> None:
-    """A pixel or two beside a keypoint are right under wide sigmas, and wrong under narrow ones."""
+    """Check that an error of two pixels is small for wide sigmas, and large for narrow sigmas."""
     found = []
     for sigma in (0.001, 1.0):
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_detectron2_keeps_pycocotools(coco: Path, tmp_path: Path) -> None:
     assert issubclass(coco_evaluation.COCOeval_opt, pycocotools.cocoeval.COCOeval)
 
 
-def test_coco_api_where_faster_coco_eval_is_missing(
+def test_coco_api_without_faster_coco_eval(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -286,7 +286,7 @@ def test_panoptic_without_panopticapi(
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
-    """Put an empty package where an optional one would be."""
+    """Install an empty package in place of an optional one."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     vars(module).update(contents)
@@ -307,7 +307,7 @@ def test_panoptic_with_panopticapi(
 def evaluate_with_numpy(
     monkeypatch: pytest.MonkeyPatch, evaluator: DatasetEvaluator, base: type
 ) -> object:
-    """Return ``np.float`` as it is while Detectron2's evaluator evaluates."""
+    """Return ``np.float`` as Detectron2's evaluator sees it."""
     monkeypatch.setattr(base, "evaluate", lambda self: vars(np).get("float"))
     return evaluator.evaluate()
 
@@ -328,7 +328,7 @@ def test_lvis(catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert evaluate_with_numpy(monkeypatch, evaluator, LVISEvaluator) is float
 
 
-def test_packages_of_old_find_their_numpy() -> None:
+def test_old_packages_find_removed_names_of_numpy() -> None:
     assert not hasattr(np, "float")
     with old_numpy():
         assert vars(np)["float"] is float
@@ -357,7 +357,7 @@ def test_cityscapes(
     assert evaluate_with_numpy(monkeypatch, evaluator, expected) is float
 
 
-def test_cityscapes_scripts_have_the_name_of_newer_versions(
+def test_cityscapes_scripts_are_found_under_their_newer_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "cityscapesscripts" / "helpers"
@@ -416,11 +416,11 @@ def test_main_metric(
     assert main_metric(config(tmp_path, **model)) is None
 
 
-# Ids of every sort, and what was converted before
+# Kinds of ids, and files of earlier conversions
 
 
 def write_ids(folder: Path, kind: str) -> str:
-    """Three images with ids of a kind, and an object in each; register them."""
+    """Write and register three images with one object each. ``kind`` is the kind of their ids."""
     ids = {
         "text": ["a", "b", "c"],
         "digits": ["1", "02", "3"],
@@ -451,7 +451,7 @@ def write_ids(folder: Path, kind: str) -> str:
 @pytest.mark.parametrize(
     "kind", ["text", "digits", "negative", "large", "53 bits", "54 bits", "fractions"]
 )
-def test_auto_takes_ids_of_every_sort(catalogs: None, tmp_path: Path, kind: str) -> None:
+def test_auto_evaluates_ids_of_every_kind(catalogs: None, tmp_path: Path, kind: str) -> None:
     name = write_ids(tmp_path, kind)
     cfg = config(tmp_path, name)
     assert evaluate_perfection(cfg, name)["bbox"]["AP"] == pytest.approx(100)
@@ -464,7 +464,7 @@ def test_auto_takes_ids_of_every_sort(catalogs: None, tmp_path: Path, kind: str)
         assert evaluate_perfection(cfg, name)["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_pycocotools_takes_over_where_the_faster_one_fails(
+def test_pycocotools_takes_over_if_faster_coco_eval_fails(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = []
@@ -480,7 +480,7 @@ def test_pycocotools_takes_over_where_the_faster_one_fails(
 
 
 def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
-    """A function may register other data than it did at an evaluation into the same folder."""
+    """Evaluate twice in one folder, with other data under the same name."""
     box = {"bbox": [10, 10, 30, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     for left in (10, 40):
         for catalog in (DatasetCatalog, MetadataCatalog):
@@ -493,7 +493,7 @@ def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
         MetadataCatalog.get("mine").set(thing_classes=["box"], evaluator_type="coco")
         cfg = config(tmp_path, "mine")
         rehearse_evaluation(cfg, Trainer)
-        for _ in range(2):  # within a run, too
+        for _ in range(2):  # also twice in one run
             assert evaluate_perfection(cfg, "mine")["bbox"]["AP"] == pytest.approx(100)
     files = sorted(
         path.name for path in (tmp_path / "out" / "inference").glob("*_coco_format.json")
@@ -504,7 +504,7 @@ def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
 def test_annotations_that_change_within_a_run_are_converted_anew(
     catalogs: None, tmp_path: Path
 ) -> None:
-    """The metadata stay, and name the file of the earlier conversion."""
+    """Keep the metadata, which name the file of the earlier conversion."""
     Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
     record = {"file_name": f"{tmp_path}/a.png", "image_id": 1, "width": 80, "height": 64}
     for left in (10, 40):
@@ -520,7 +520,7 @@ def test_annotations_that_change_within_a_run_are_converted_anew(
 # The rehearsal
 
 
-def test_the_rehearsal_finds_what_would_end_an_evaluation(coco: Path, tmp_path: Path) -> None:
+def test_the_rehearsal_finds_errors_of_the_evaluation(coco: Path, tmp_path: Path) -> None:
     content = json.loads((coco / "coco/annotations/instances_val2017.json").read_text())
     for annotation in content["annotations"]:
         del annotation["area"]
@@ -528,7 +528,7 @@ def test_the_rehearsal_finds_what_would_end_an_evaluation(coco: Path, tmp_path: 
     register_coco_instances("no_area", {}, str(tmp_path / "a.json"), str(coco / "coco/val2017"))
     MetadataCatalog.get("no_area").evaluator_type = "coco"
     cfg = config(tmp_path, "no_area")
-    cfg.TEST.COCO_API = "pycocotools"  # the other one computes areas
+    cfg.TEST.COCO_API = "pycocotools"  # faster-coco-eval would compute the areas
     with pytest.raises(
         ValueError, match=r"no_area cannot be evaluated: with perfect .*KeyError: area"
     ):
@@ -547,7 +547,7 @@ def test_a_lost_connection_is_no_fault_of_the_data(
         rehearse_evaluation(config(tmp_path, "coco_2017_val"), Trainer)
 
 
-def test_what_no_network_can_reach_is_said(
+def test_perfect_predictions_without_a_perfect_score_are_a_warning(
     catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = write_ids(tmp_path, "negative")

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Processes, and which errors are told in a sentence."""
+"""Processes of the launcher, and errors that become one sentence."""
 
 import argparse
 import io
@@ -32,14 +32,14 @@ ARGS = argument_parser().parse_args([])
 
 
 def fails_with_a_sentence(args: argparse.Namespace) -> None:
-    get_spec("V-40")  # ours, from several frames below
+    get_spec("V-40")  # raises an error of this package in a deeper function
 
 
 def has_a_bug(args: argparse.Namespace) -> None:
     get_spec(None)  # type: ignore[arg-type]
 
 
-def test_our_sentences_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_ours_are_a_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         launch.launch_or_exit(fails_with_a_sentence, ARGS)
     assert caught.value.code == 2
@@ -51,8 +51,8 @@ def test_bugs_keep_their_tracebacks() -> None:
         launch.launch_or_exit(has_a_bug, ARGS)
 
 
-def test_an_error_that_nobody_meant_keeps_its_traceback() -> None:
-    """The error is a ValueError from a line of the package that does not raise it on purpose."""
+def test_an_unexpected_error_keeps_its_traceback() -> None:
+    """Raise a ValueError in a line of the package that does not raise it on purpose."""
     with pytest.raises(ValueError, match=r"zip\(\)"):
         launch.launch_or_exit(lambda args: cut_tiles(8, 8, (4,), 0.5), ARGS)
 
@@ -68,7 +68,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_tool_hides_what_other_packages_say_of_their_own_code() -> None:
+def test_deprecation_warnings_of_other_packages_are_hidden() -> None:
     def say(_: None) -> None:
         warnings.warn("torch.meshgrid: in an upcoming release, it will be", stacklevel=1)
         warnings.warn("the data are odd", stacklevel=1)
@@ -79,7 +79,7 @@ def test_every_tool_hides_what_other_packages_say_of_their_own_code() -> None:
     assert [str(warning.message) for warning in caught] == ["the data are odd"]
 
 
-def test_long_messages_of_the_set_up_are_one_line() -> None:
+def test_long_messages_during_set_up_become_one_line() -> None:
     formatter = quiet._FirstLine(logging.Formatter("%(message)s"), "log.txt")
 
     def show(name: str, number: int) -> str:
@@ -91,7 +91,7 @@ def test_long_messages_of_the_set_up_are_one_line() -> None:
     assert show("detectron2.evaluation", 10) == "Model:" + "\nline" * 10
 
 
-def test_what_an_encoding_lacks_is_escaped() -> None:
+def test_characters_that_an_encoding_lacks_are_escaped() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     quiet.escape_unwritable(stream, None)
     stream.write("Bär")
@@ -100,8 +100,11 @@ def test_what_an_encoding_lacks_is_escaped() -> None:
 
 
 def test_a_ctrl_c_is_passed_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal sends a Ctrl-C to the processes too. All other signals are passed on as they
-    are, also to the processes after one that has just ended."""
+    """Pass signals on to processes, of which the first has just ended.
+
+    Ctrl-C becomes SIGTERM, because the terminal sends a Ctrl-C to the processes, too. All other
+    signals do not change.
+    """
     sent = []
 
     def kill(pid: int, number: int) -> None:
@@ -123,7 +126,7 @@ def test_a_ctrl_c_is_passed_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-def test_torchrun_shares_one_run(tmp_path: Path) -> None:
+def test_processes_of_torchrun_share_one_run(tmp_path: Path) -> None:
     finished = torchrun(
         str(TOOLS / "pretrain_net.py"),
         *["--config-file", "Classification/V_19_slim_eSE_digits.yaml", *THIN, *SHORT],
@@ -133,14 +136,14 @@ def test_torchrun_shares_one_run(tmp_path: Path) -> None:
     assert "World size: 2" in (tmp_path / "log.txt").read_text()
     assert "Rank of current process: 1" in (tmp_path / "log.txt.rank1").read_text()
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
-    # Every validation image was counted once, by one of the two.
+    # Each validation image was counted once, by one of the two processes.
     accuracy = json.loads((tmp_path / "results.json").read_text())["results"]["val"]
     hits = accuracy["classification"]["top1"] / 100 * 360
     assert hits == pytest.approx(round(hits))
 
 
 @pytest.mark.slow
-def test_torchrun_tells_a_mistake_in_a_sentence() -> None:
+def test_a_mistake_under_torchrun_is_one_sentence() -> None:
     finished = torchrun(str(TOOLS / "train_net.py"), "--config-file", "no_such.yaml")
     assert finished.returncode != 0
     assert "[rank 0] error: No config file 'no_such.yaml'" in finished.stderr
@@ -181,7 +184,7 @@ def test_the_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> 
             longest_wait()
 
 
-def test_the_timeout_holds_for_objects_beside_nccl_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_also_holds_for_objects_under_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setenv("VOVNET_D2_TIMEOUT", "7")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

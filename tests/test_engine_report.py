@@ -31,7 +31,7 @@ def read_cells(table: str) -> list[list[str]]:
 
 
 def test_one_row_for_each_task(tmp_path: Path) -> None:
-    without_75 = {**BOX, "AP75": -100.0}  # as LVIS has it
+    without_75 = {**BOX, "AP75": -100.0}  # as for LVIS
     results = {"bbox": {**BOX, "AP-dog": 7.0}, "segm": without_75, "sem_seg": {"mIoU": 33.3}}
     assert read_cells(format_results(tiny_config(FASTER_RCNN, tmp_path), results)) == [
         ["data", "task", "AP", "AP50", "AP75", "APs", "APm", "APl"],
@@ -61,7 +61,7 @@ def test_no_predictions_are_explained(
     options = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05"]
     options += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.05"]
     cfg = tiny_config(config, tmp_path, *options)
-    for missing in (math.nan, -1.0):  # of COCO and of LVIS
+    for missing in (math.nan, -1.0):  # the values of COCO and of LVIS
         text = format_results(cfg, {"bbox": dict.fromkeys(BOX, missing)})
         assert f"no predictions above the score threshold ({threshold}) on coco_2017_val" in text
         assert f"{missing:.2f}" not in text
@@ -86,10 +86,10 @@ def write_metrics(folder: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
+def test_metrics_of_a_later_run_replace_earlier_ones(tmp_path: Path) -> None:
     rows = [{"iteration": i, "total_loss": float(i), "lr": 0.1} for i in (19, 39, 59)]
-    rows[2]["time"] = 0.5  # which the resumed run has not written yet
-    # Evaluated after 30 iterations, written after the losses of 39.
+    rows[2]["time"] = 0.5  # the resumed run has not written this value yet
+    # The evaluation of iteration 29 is written after the losses of iteration 39.
     rows.insert(2, {"iteration": 29, "bbox/AP": 5.0})
     resumed = [{"iteration": 39, "total_loss": 100.0}, {"iteration": 60, "bbox/AP": 6.0}]
     series = read_metrics(write_metrics(tmp_path, rows + resumed))
@@ -99,16 +99,16 @@ def test_what_a_later_run_wrote_counts(tmp_path: Path) -> None:
     assert series.keys() == {"total_loss", "bbox/AP", "lr"}
 
 
-def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_has_cut_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     whole = [json.dumps({"iteration": i, "total_loss": 1.0}) for i in range(4)]
-    # The resumed run appends to what is left of the cut line, and is cut itself.
+    # The resumed run appends to the rest of the cut line, and is cut, too.
     path.write_text("\n".join([whole[0], whole[1][:20] + whole[1], whole[2], whole[3][:-1]]))
     assert read_metrics(str(path)) == {"total_loss": [(0, 1.0), (2, 1.0)]}
 
 
-def test_the_marker_of_a_single_evaluation_is_whole() -> None:
-    """It is at the top of the panel, whose lower end is 0 and not near the value."""
+def test_the_marker_of_a_single_evaluation_is_not_cut() -> None:
+    """Check that the panel begins at 0 and has space above the marker."""
     panel = Figure().subplots()
     curves._draw_panel(panel, {"bbox/AP": [(599, 59.0)]}, "AP →")
     low, high = panel.get_ylim()
@@ -116,7 +116,7 @@ def test_the_marker_of_a_single_evaluation_is_whole() -> None:
     assert high > 1.03 * 59
 
 
-def test_curves_are_drawn_where_there_are_losses(tmp_path: Path) -> None:
+def test_curves_are_only_drawn_if_there_are_losses(tmp_path: Path) -> None:
     assert draw_curves(str(tmp_path)) is None
     write_metrics(tmp_path, [{"iteration": 9, "bbox/AP": 5.0}])
     assert draw_curves(str(tmp_path)) is None
@@ -126,11 +126,11 @@ def test_curves_are_drawn_where_there_are_losses(tmp_path: Path) -> None:
     write_metrics(tmp_path, [*rows, {"iteration": 5, "bbox/AP": 5.0, "bbox/APs": 1.0}])
     with_scores = Image.open(draw_curves(str(tmp_path))).size
     assert with_scores[0] == with_losses[0]
-    assert with_scores[1] > with_losses[1]  # one panel more
+    assert with_scores[1] > with_losses[1]  # there is one more panel
 
 
 class Oracle(nn.Module):
-    """Finds one green object, sure or not."""
+    """Detector that finds one green object with a given score."""
 
     def __init__(self, score: float):
         super().__init__()
@@ -162,7 +162,7 @@ def test_predictions_are_drawn_beside_the_truth(catalogs: None, tmp_path: Path) 
     assert not np.array_equal(pictures[0.5], pictures[0.49])
     different = pictures[0.9] != pictures[0.1]
     columns = np.flatnonzero(different.any(axis=0)) / different.shape[1]
-    # On the left is the truth, on the right are the predictions.
+    # Annotations are on the left, and predictions are on the right.
     assert 0.5 < columns.min() < columns.max() < 1
     assert (
         draw_predictions(tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()"), model) is None
@@ -179,7 +179,7 @@ def test_an_empty_data_set_has_no_picture(catalogs: None, tmp_path: Path) -> Non
     ("earlier", "told"),
     [(0, "1:02:05"), (86400, "1 day, 1:02:05, of which 1:02:05 since --resume")],
 )
-def test_wall_time_is_that_of_the_whole_training(
+def test_wall_time_covers_the_whole_training(
     catalogs: None, tmp_path: Path, earlier: float, told: str
 ) -> None:
     cfg = tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "a.pth")
@@ -192,7 +192,7 @@ def test_wall_time_is_that_of_the_whole_training(
     assert run["weights"] == "a.pth"
 
 
-def test_a_picture_that_fails_loses_no_results(
+def test_results_are_written_if_a_picture_fails(
     catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     DatasetCatalog.register("gone", lambda: [{"file_name": "gone.png", "annotations": [{}]}])

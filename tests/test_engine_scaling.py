@@ -11,7 +11,7 @@ from vovnet_d2.engine import detection, load_config
 from vovnet_d2.engine.scaling import report_scaling, scale_to_batch, warn_of_unscaled_batch
 from vovnet_d2.engine.schedule import Row
 
-# Of the 3x schedule for 16 images per step, by hand.
+# Values by hand for the 3x schedule, which is for 16 images per step.
 WRITTEN = {"BASE_LR": 0.02, "MAX_ITER": 270000, "STEPS": (210000, 250000), "WARMUP_ITERS": 1000}
 FOR_2 = {"BASE_LR": 0.0025, "MAX_ITER": 2160000, "STEPS": (1680000, 2000000), "WARMUP_ITERS": 8000}
 FOR_64 = {"BASE_LR": 0.08, "MAX_ITER": 67500, "STEPS": (52500, 62500), "WARMUP_ITERS": 250}
@@ -31,7 +31,7 @@ def test_all_scale_together(written: CfgNode, batch: int, expected: dict) -> Non
     assert {key: scaled.SOLVER[key] for key in expected} == expected
     assert scaled.SOLVER["IMS_PER_BATCH"] == batch
     assert 5000 * 16 / batch == scaled.SOLVER.CHECKPOINT_PERIOD == scaled.TEST.EVAL_PERIOD
-    assert written.SOLVER.BASE_LR == 0.02  # a copy was scaled
+    assert written.SOLVER.BASE_LR == 0.02  # the original does not change
 
 
 @pytest.mark.parametrize("batch", [2, 64])
@@ -41,15 +41,15 @@ def test_the_last_learning_rate_keeps_its_ratio_to_the_first(written: CfgNode, b
     assert pytest.approx(0.0001 * batch) == scaled.SOLVER.BASE_LR_END
 
 
-def test_options_given_stay(written: CfgNode) -> None:
+def test_given_options_are_not_scaled(written: CfgNode) -> None:
     options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "100", "SOLVER.GAMMA", "0.5"]
     scaled = scale_to_batch(written, options)
     assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.GAMMA) == (100, 0.5)
     assert scaled.SOLVER["BASE_LR"] == 0.0025
 
 
-def test_the_schedule_follows_the_iterations_given(written: CfgNode) -> None:
-    """A training of 27,000 iterations is a tenth of the config's, and its batch an eighth."""
+def test_the_schedule_follows_a_given_number_of_iterations(written: CfgNode) -> None:
+    """Train for a tenth of the iterations of the config, with an eighth of its batch."""
     options = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "27000"]
     scaled = scale_to_batch(written, options)
     assert pytest.approx(0.0025) == scaled.SOLVER.BASE_LR
@@ -68,16 +68,16 @@ def test_the_number_of_processes_sets_the_batch(
     scaled = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
     assert scaled.SOLVER.IMS_PER_BATCH == 2
     assert {key: scaled.SOLVER[key] for key in FOR_2} == FOR_2
-    # 16 / 6 is rounded, and a batch has an image at least.
+    # 16 / 6 is rounded, and a batch has at least one image.
     for reference, processes, batch in ((6, 1, 3), (64, 1, 1), (1, 1, 16), (8, 2, 4)):
         monkeypatch.setattr(comm, "get_world_size", lambda processes=processes: processes)
         asked = scale_to_batch(written, ["SOLVER.REFERENCE_WORLD_SIZE", str(reference)])
         assert batch == asked.SOLVER.IMS_PER_BATCH
-    # Detectron2 scales by this number too, and must find nothing left to do.
+    # Detectron2 also scales by this number, and must not scale again.
     assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 1
 
 
-def test_a_period_never_becomes_off(written: CfgNode) -> None:
+def test_a_scaled_period_is_never_0(written: CfgNode) -> None:
     scaled = scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", str(16 * 20000)])
     assert scaled.TEST.EVAL_PERIOD == scaled.SOLVER.CHECKPOINT_PERIOD == 1
     written.TEST.EVAL_PERIOD = 0
@@ -111,7 +111,7 @@ def test_an_unknown_batch_is_refused(written: CfgNode) -> None:
         scale_to_batch(written, ["SOLVER.IMS_PER_BATCH", "0"])
 
 
-def test_a_batch_without_its_rate_is_warned_of(
+def test_a_batch_without_a_learning_rate_is_a_warning(
     written: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = written.clone()
@@ -125,10 +125,10 @@ def test_a_batch_without_its_rate_is_warned_of(
     assert not caplog.text
 
 
-def test_custom_data_do_not_hide_a_learning_rate_of_another_batch(
+def test_a_learning_rate_of_another_batch_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The user's file sets the learning rate for its batch, and the command line another batch."""
+    """Use a file with a learning rate for its batch, and another batch on the command line."""
     row = Row("SOLVER.MAX_ITER", 10, 20, "fitted")
     monkeypatch.setattr(detection, "fit_to_data", lambda *_, **__: [row])
     path = tmp_path / "mine.yaml"

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training: precision, interruption and resume, the best weights, divergence."""
+"""Tests of training: precision, interruption and resume, the best weights, and divergence."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ pytest_plugins = ["engine_fixtures"]
 
 
 def read_losses(out: Path) -> dict[int, float]:
-    """The losses that the log prints, where each iteration is printed."""
+    """Return the losses in the log of a run that logs each iteration."""
     rows = map(json.loads, (out / "metrics.json").read_text().splitlines())
     return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
 
@@ -67,7 +67,7 @@ class Interruption(Exception):
 def launch_and_interrupt(
     monkeypatch: pytest.MonkeyPatch, iteration: int, out: Path, *options: str
 ) -> None:
-    """Fail before ``iteration``, as a machine that goes down does."""
+    """Train, and fail before ``iteration``, as if the machine had crashed."""
     step = Trainer.run_step
 
     def run_step(self: Trainer) -> None:
@@ -141,13 +141,13 @@ def test_channels_last_changes_the_order_in_memory_alone(coco: Path, config: str
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
-def test_channels_last_by_itself_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device, the CPU and the model decide, unless the config says it."""
+def test_channels_last_is_the_default_if_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the default by device, CPU and model, and the values of the config."""
     cases = {
         ("cuda", "AVX2", False): True,
         ("cpu", "AVX512", False): True,
         ("cpu", "AVX2", False): False,
-        ("cpu", "DEFAULT", False): False,  # Arm, for example
+        ("cpu", "DEFAULT", False): False,  # for example Arm
         ("cpu", "AVX512", True): False,
     }
     for (device, capability, keypoints), expected in cases.items():
@@ -165,7 +165,7 @@ def test_channels_last_by_itself_where_it_is_faster(monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_wait_for_each_other_once_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait before the backward pass, which does not begin if a loss is not finite."""
+    """Check that they wait before the backward pass, which needs finite losses in all processes."""
     waits: list[int] = []
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
@@ -210,7 +210,7 @@ def make_steps(*values: float) -> AgreedSteps:
 
 
 def test_the_log_has_the_means_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other process has losses greater by 2 and waited 3 seconds for its data."""
+    """Simulate another process with losses that are greater by 2, and 3 seconds of waiting."""
     trainer = make_steps(1.0, 4.0)
     monkeypatch.setattr(agreed_steps.comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(agreed_steps.comm, "_get_global_gloo_group", lambda: None)
@@ -242,8 +242,8 @@ class _ReadValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_losses_are_read_at_once() -> None:
-    """A GPU is waited for at each reading of a value."""
+def test_losses_are_read_from_the_gpu_once() -> None:
+    """Count the reads of values, because each one waits for the GPU."""
     trainer = make_steps(1.0, 2.0, 3.0, 4.0)
     with EventStorage(), _ReadValues() as mode:
         trainer.run_step()
@@ -251,10 +251,8 @@ def test_losses_are_read_at_once() -> None:
 
 
 @pytest.mark.parametrize("copy_all", [nonfinite._foreach_copy, nonfinite._copy_one_by_one])
-def test_statistics_of_norms_are_brought_back(
-    monkeypatch: pytest.MonkeyPatch, copy_all: Any
-) -> None:
-    """The norms' buffers may be other tensors in between, as the hook PreciseBN leaves them."""
+def test_statistics_of_norms_are_restored(monkeypatch: pytest.MonkeyPatch, copy_all: Any) -> None:
+    """Replace the buffers of norms in between, as the hook PreciseBN does."""
     monkeypatch.setattr(nonfinite, "_foreach_copy", copy_all)
     model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(3))
     statistics = KeptStatistics(model)
@@ -270,8 +268,8 @@ def test_statistics_of_norms_are_brought_back(
             assert torch.equal(buffer, before[name]), name
 
 
-def test_one_loss_without_a_name() -> None:
-    """The step is compared with SimpleTrainer's."""
+def test_a_model_may_return_one_loss_without_a_name() -> None:
+    """Compare the step with that of Detectron2's SimpleTrainer."""
     data = [torch.tensor([[1.0, 2.0]])] * 2
     weights = []
     for mixed in (False, True):
@@ -293,7 +291,7 @@ def test_one_loss_without_a_name() -> None:
 
 
 class Quadratic(nn.Module):
-    """A network with the interface of a detector, whose gradients are tiny."""
+    """Network with the interface of a detector and tiny gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +318,7 @@ def test_float16_losses_are_scaled_and_the_clipping_sees_true_gradients() -> Non
         with EventStorage():
             trainer.run_step()
         models.append((trainer, model.layer.weight.detach()))
-    # The gradient of 1e-6 (4 * 0.1 * 0.5)^2 by one weight is 4e-8: below half of float16's least.
+    # The gradient of 1e-6 (4 * 0.1 * 0.5)^2 by one weight is 4e-8, less than the smallest float16.
     expected = torch.full((1, 4), 0.5 - 1000 * 4e-8)
     torch.testing.assert_close(models[0][1], expected, atol=2e-6, rtol=0)
     torch.testing.assert_close(models[1][1], expected, atol=2e-6, rtol=0)
@@ -341,7 +339,7 @@ def test_mixed_precision_on_a_gpu(coco: Path, tmp_path: Path, dtype: str) -> Non
     assert ("grad_scaler" in state) == (dtype == "float16")
 
 
-# As a part of another's program
+# Use within another program
 
 
 def test_the_log_after_default_setup_has_our_lines(coco: Path, tmp_path: Path) -> None:
@@ -355,7 +353,7 @@ def test_the_log_after_default_setup_has_our_lines(coco: Path, tmp_path: Path) -
 def test_the_folder_without_a_checkpoint_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An evaluation writes to a folder below the one that it looks for checkpoints in."""
+    """Check the message of an evaluation. It looks for checkpoints in the parent of its folder."""
     cfg = tiny_config(FASTER_RCNN, tmp_path / "evaluation")
     checkpointer = VoVNetCheckpointer(torch.nn.Identity(), str(tmp_path))
     report_loaded(checkpointer, cfg, resume=True)
@@ -379,7 +377,7 @@ def test_scaling_to_the_processes_is_done_once() -> None:
 def test_another_seed_is_another_training(
     coco: Path, tmp_path: Path, every_iteration: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One seed is one training: test_faults.py compares such trainings to the bit."""
+    """Compare two seeds. test_faults.py checks that the same seed gives the same training."""
     seeds: list[int] = []
     monkeypatch.setattr(trainer_module, "seed_all", lambda n: [seeds.append(n), seed_all(n)])
     for seed in ("1", "2"):
@@ -390,7 +388,7 @@ def test_another_seed_is_another_training(
     assert losses[0] != losses[1]
 
 
-def test_resume_goes_on_where_the_checkpoint_is(
+def test_resume_continues_from_the_checkpoint(
     coco: Path, tmp_path: Path, every_iteration: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
@@ -425,23 +423,23 @@ def test_resume_goes_on_where_the_checkpoint_is(
     cosine = [0.002 * (1 + math.cos(math.pi * i / 6)) / 2 for i in iterations]
     assert [row["lr"] for row in rows] == pytest.approx(cosine)
 
-    # Once more: nothing is left to do, and that is said.
+    # Resuming again only logs that nothing is left to do.
     launch(FASTER_RCNN, tmp_path, "--resume", *options)
     assert "6 of 6 iterations are done: nothing is left to train." in read_log(tmp_path)
 
 
-def test_nothing_to_resume_and_starting_over_are_said(coco: Path, tmp_path: Path) -> None:
+def test_nothing_to_resume_and_starting_over_are_logged(coco: Path, tmp_path: Path) -> None:
     launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
     assert f"Nothing to resume in {tmp_path}: started from random weights." in read_log(tmp_path)
     assert "held an earlier run" not in read_log(tmp_path)
     before = (tmp_path / "metrics.json").read_text()
     launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")
     assert f"{tmp_path} held an earlier run: it is now {tmp_path}/earlier." in read_log(tmp_path)
-    # A run that is refused does not start.
+    # A refused run does not change the files.
     with pytest.raises(KeyError, match="not registered"):
         launch(FASTER_RCNN, tmp_path, "DATASETS.TRAIN", "('gone',)")
     assert read_log(tmp_path).count("held an earlier run") == 1
-    # The curves of the one are not continued by the other's.
+    # The new run does not continue the curves of the old run.
     assert (tmp_path / "earlier/metrics.json").read_text() == before
     assert before not in (tmp_path / "metrics.json").read_text()
 
@@ -483,7 +481,7 @@ def test_the_best_weights_are_kept_over_a_resume(
     launch_and_interrupt(monkeypatch, 2, tmp_path, *options)
     best = torch.load(tmp_path / "model_best.pth")
     assert (best["value"], best["metric"], best["iteration"]) == (30.0, "bbox/AP", 1)
-    # To be resumed is the newest, which has the optimizer.
+    # Resume uses the newest checkpoint, which has the optimizer.
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert "trainer" not in best
 
@@ -506,15 +504,16 @@ def test_the_best_weights_are_kept_over_a_resume(
 
 
 @pytest.mark.parametrize(("made_up", "best"), [(40.0, (40.0, 1)), (10.0, (30.0, 0))])
-def test_the_best_weights_are_kept_where_another_process_is_gone(
+def test_the_best_weights_are_kept_if_another_process_is_lost(
     coco: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     made_up: float,
     best: tuple[float, int],
 ) -> None:
-    """Processes wait for each other after an evaluation. If one is gone then, the others have the
-    result, and it is not made up for later."""
+    """Let another process be lost during the wait after an evaluation.
+
+    This process has the result, and a resumed training does not evaluate again."""
     options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "1"]
     scores: Iterator[float]
 
@@ -529,7 +528,7 @@ def test_the_best_weights_are_kept_where_another_process_is_gone(
         raise Interruption
 
     monkeypatch.setattr(Trainer, "test", test)
-    monkeypatch.setattr(detection, "rehearse_evaluation", lambda *_: None)  # it waits, too
+    monkeypatch.setattr(detection, "rehearse_evaluation", lambda *_: None)  # it would wait, too
     scores = iter([30.0])
     with pytest.raises(Interruption):
         launch(FASTER_RCNN, tmp_path, *options)
@@ -541,7 +540,7 @@ def test_the_best_weights_are_kept_where_another_process_is_gone(
     assert (saved["value"], saved["iteration"]) == best
 
 
-def test_the_best_weights_that_could_not_be_written_are_made_up_for(
+def test_the_best_weights_are_written_later_if_writing_fails(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "1"]
@@ -567,7 +566,7 @@ def test_the_best_weights_that_could_not_be_written_are_made_up_for(
 # Divergence
 
 
-def test_divergence_tells_its_causes_and_keeps_the_checkpoint(coco: Path, tmp_path: Path) -> None:
+def test_divergence_names_causes_and_keeps_the_checkpoint(coco: Path, tmp_path: Path) -> None:
     options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "9", "SOLVER.BASE_LR", "1e15"]
     with pytest.raises(FloatingPointError) as caught:
         launch(FASTER_RCNN, tmp_path, *options, "SOLVER.AMP.ENABLED", "True")
@@ -584,7 +583,7 @@ def test_divergence_tells_its_causes_and_keeps_the_checkpoint(coco: Path, tmp_pa
     assert "Traceback" not in read_log(tmp_path)
 
 
-# Detectron2's keys for evaluation
+# Keys of Detectron2 for evaluation
 
 
 def test_precise_bn_starts_no_processes_of_its_own(
@@ -616,4 +615,4 @@ def test_precise_bn_and_test_time_augmentation(coco: Path, tmp_path: Path) -> No
     )
     assert np.shape(plain) != np.shape(augmented) or plain != augmented
     again = launch(MASK_RCNN, tmp_path, "--eval-only", "--resume", *options)
-    assert str(again) == str(results)  # as text, where NaN equals itself
+    assert str(again) == str(results)  # compared as text, because NaN is not equal to NaN
