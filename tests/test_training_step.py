@@ -52,7 +52,7 @@ def error(gradients: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("widths", [(4,), (2, 3, 1)], ids=str)
 def test_gradients_of_a_convolution_of_several_maps(widths, bias, memory_format):
     conv = ConvNormAct(sum(widths), 4, 1, bias=bias).double().to(memory_format=memory_format)
-    maps = [torch.randn(2, width, 5, 4, dtype=torch.float64) for width in widths]
+    maps = [torch.randn(2, width, 3, 2, dtype=torch.float64) for width in widths]
     maps = [x.contiguous(memory_format=memory_format).requires_grad_() for x in maps]
 
     def function(*inputs):
