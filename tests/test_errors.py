@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can mend: their classes, and the way of their messages to the user."""
+"""Classes of errors that a user can correct, and how their messages reach the user."""
 
 import argparse
 import ast
@@ -20,7 +20,7 @@ from vovnet_d2.errors import UserError, UserKeyError
 
 ROOT = Path(__file__).parents[1]
 BUILT_IN = {"FileNotFoundError", "ImportError", "KeyError", "ModuleNotFoundError", "ValueError"}
-# These run without the package.
+# These files run without the package.
 APART = {"tools/doctor.py", "tools/install_detectron2.py", "vovnet_d2/__init__.py"}
 MESSAGE = "There is no key 'A.B': write\nA.C, or UserKeyError: leave it out."
 
@@ -59,7 +59,7 @@ def find_raised(file: Path) -> list[str]:
 
 
 def test_no_built_in_error_is_raised() -> None:
-    """A command line would show such an error with its traceback."""
+    """Find lines that raise such an error, which a command line would show with its traceback."""
     files = [file for room in ("tools", "vovnet_d2") for file in (ROOT / room).rglob("*.py")]
     raised = [line for file in files for line in find_raised(file)]
     assert [line for line in raised if line.partition(":")[0] not in APART] == []
@@ -73,7 +73,7 @@ def test_all_kinds_are_found() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_an_error_is_the_same_in_another_process(kind: type[UserError]) -> None:
+def test_errors_survive_the_way_to_another_process(kind: type[UserError]) -> None:
     sent = pickle.loads(pickle.dumps(kind(MESSAGE)))
     assert type(sent) is kind
     assert str(sent) == sent.sentence == MESSAGE
@@ -82,7 +82,7 @@ def test_an_error_is_the_same_in_another_process(kind: type[UserError]) -> None:
 @pytest.mark.parametrize(
     "name", ["UserFileNotFoundError", "UserImportError", "UserKeyError", "UserValueError"]
 )
-def test_handlers_of_built_in_errors_catch_ours(name: str) -> None:
+def test_our_errors_are_caught_as_built_in_errors(name: str) -> None:
     with pytest.raises(getattr(builtins, name.removeprefix("User"))):
         raise getattr(errors, name)(MESSAGE)
 

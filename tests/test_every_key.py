@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every key that this package adds is read: with another value, something else is built."""
+"""Every config key of this package has an effect: another value changes what is built."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
@@ -26,8 +26,9 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 def facts(value: Any, place: str = "", seen: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield all that an object holds, by its place: plain values, and of tensors the shape, the
-    order in memory and the sum."""
+    """Yield all values inside an object with their paths.
+
+    A tensor is described by its shape, its strides and its sum."""
     if isinstance(value, PLAIN):
         yield place, value
     elif isinstance(value, torch.Tensor):
@@ -54,9 +55,9 @@ def expect_to_be_read(
     """Fail if another value of a key changes nothing.
 
     Args:
-        changes: key to another value, or to a dictionary with this value under the key and what
-            has to be set before it.
-        make: builds from a config what the keys are for.
+        changes: maps a key to another value, or to a dict with this value and with other keys to
+            set first.
+        make: builds the object that the keys are for from a config.
     """
 
     def made(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,11 +67,11 @@ def expect_to_be_read(
         return dict(facts(make(changed)))
 
     usual = made({})
-    assert made({}) == usual, "the config alone decides"
+    assert made({}) == usual, "two builds from one config differ"
     for key, value in changes.items():
         options = value if isinstance(value, dict) else {key: value}
         before = {other: setting for other, setting in options.items() if other != key}
-        assert made(options) != (made(before) if before else usual), f"{key} is not read"
+        assert made(options) != (made(before) if before else usual), f"{key} has no effect"
 
 
 def keys_of(node: CfgNode, prefix: str) -> set[str]:
@@ -123,7 +124,7 @@ def test_single_shot_detectors(kind: str, own: dict[str, Any]) -> None:
     cfg = tiny_config(kind)
     known = keys_of(cfg.MODEL.SINGLE_SHOT, "MODEL.SINGLE_SHOT")
     known |= keys_of(cfg.MODEL.REFINEDET, "MODEL.REFINEDET")
-    # Maps that do not fit the others are an error: see test_single_shot_models.py.
+    # Feature maps that contradict other keys are an error; test_single_shot_models.py tests it.
     assert known - {*SINGLE_SHOT, *SSD, *REFINEDET} == {"MODEL.SINGLE_SHOT.IN_FEATURES"}
     expect_to_be_read(cfg, SINGLE_SHOT | own, build_model)
 
@@ -156,7 +157,7 @@ def test_vovnet_with_fpn() -> None:
     cfg = load_config("COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml", options)
     known = keys_of(cfg.MODEL.VOVNET, "MODEL.VOVNET")
     read_by_nothing = {"MODEL.VOVNET.OUT_CHANNELS", "MODEL.VOVNET.BACKBONE_OUT_CHANNELS"}
-    # The spec and its fields: see test_build.py.
+    # test_build.py tests the fields of the spec.
     fields = {key for key in known if cfg.MODEL.VOVNET[key.rpartition(".")[2]] is None}
     fields |= {"MODEL.VOVNET.CONV_BODY"} | {k for k in known if k.endswith(("_MID_CHANNELS",))}
     fields |= {"MODEL.VOVNET.STAGE_OUT_CHANNELS", "MODEL.VOVNET.ESE"}
@@ -201,7 +202,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("node", PEERS)
 def test_networks_to_compare_with(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This tests what the adapters are given; test_baselines.py tests what they do with it."""
+    """Check the arguments of the adapters. test_baselines.py tests the effects of arguments."""
 
     class Given(nn.Module):
         def __init__(self, *arguments: Any, **named: Any):
@@ -227,7 +228,7 @@ def test_networks_to_compare_with(node: str, monkeypatch: pytest.MonkeyPatch) ->
     assert known == {k.removesuffix(".drop_path_rate") for k in changes if f".{node}." in k}
     make = getattr(build, builder)
     expect_to_be_read(cfg, changes, lambda changed: make(changed, ShapeSpec(channels=3)))
-    if node != "TORCHVISION":  # whose networks take three
+    if node != "TORCHVISION":  # these networks always have three
         given = [dict(facts(make(cfg, ShapeSpec(channels=number)))) for number in (3, 4)]
         assert given[0] != given[1]
 
@@ -294,11 +295,11 @@ def classification(cfg: CfgNode) -> dict[str, Any]:
 
 
 def test_classification(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The digits are the same for all values, and reading them takes longer than all else.
+    # The digits are the same for all values, and reading them takes most of the time.
     monkeypatch.setattr("vovnet_d2.data.classification.load_sources", cache(load_sources))
     cfg = classification_config()
     assert keys_of(cfg.PRETRAIN, "PRETRAIN") - {*PRETRAIN} == {"PRETRAIN.DATA"}
-    # A smoothing that mixup does is another than the loss's.
+    # Mixup smooths labels in another place than the loss.
     mixed = {"PRETRAIN.MIXUP": 0.5, "PRETRAIN.LABEL_SMOOTHING": 0.3}
     expect_to_be_read(cfg, PRETRAIN, classification)
     expect_to_be_read(cfg, {"PRETRAIN.LABEL_SMOOTHING": mixed}, classification)
@@ -306,7 +307,7 @@ def test_classification(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("order", ["BGR", "RGB"])
 def test_borders_are_filled_with_the_mean_colour_in_rgb(order: str) -> None:
-    """Augmentation sees RGB images, whatever the network takes."""
+    """Check networks of RGB and BGR, because augmentation always gets RGB images."""
     cfg = classification_config()
     cfg.PRETRAIN.AUTO_AUGMENT, cfg.INPUT.FORMAT = "rand-m9-mstd0.5", order
     rgb = [250.0, 120.0, 10.0]
@@ -368,4 +369,4 @@ def test_lazy_configs() -> None:
     for key, value in TRAIN.items():
         config = load_lazy_config(name)
         OmegaConf.update(config, f"train.{key}", value)
-        assert to_cfg(config) != usual, f"train.{key} is not read"
+        assert to_cfg(config) != usual, f"train.{key} has no effect"

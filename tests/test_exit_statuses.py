@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""All tools end alike: status 2 and a sentence for a mistake, a traceback for a bug."""
+"""All tools end with status 2 and a sentence after a mistake, and with a traceback after a bug."""
 
 import argparse
 import runpy
@@ -13,10 +13,10 @@ import pytest
 pytest_plugins = ["engine_fixtures"]
 
 TOOLS = Path(__file__).parents[1] / "tools"
-# These need neither PyTorch nor this package.
+# These tools need neither PyTorch nor this package.
 APART = {"doctor", "install_detectron2"}
 
-# A mistake in what is asked for, by tool, and a part of the sentence about it.
+# A mistake in the arguments of each tool, and a part of the message about it.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "analyze_model": (["--backbone", "V-39", "A.B", "1"], "Config options, A.B here, go with"),
     "benchmark": ([], "Nothing to measure"),
@@ -36,7 +36,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 class Surprise(argparse.Namespace):
-    """Arguments at whose first use something further below fails."""
+    """Arguments whose first use raises an unexpected error in a deeper function."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise ValueError("a bug")
@@ -47,7 +47,7 @@ def run(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
 
 
-def test_every_tool_is_here() -> None:
+def test_every_tool_has_a_mistake() -> None:
     assert MISTAKES.keys() == {path.stem for path in TOOLS.glob("*.py")} - APART
 
 
@@ -73,7 +73,7 @@ def test_a_mistake_is_a_sentence_and_status_2(
 
 @pytest.mark.parametrize("tool", sorted(MISTAKES))
 def test_config_options_come_last(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tools that read a config take its options as opts: as the last words, or by --opts."""
+    """Check that options of the config are the last words, or follow --opts, in all tools."""
     parsers = []
 
     def parse_args(self: argparse.ArgumentParser, *words: Any) -> NoReturn:
@@ -92,7 +92,7 @@ def test_config_options_come_last(tool: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("tool", sorted(MISTAKES))
-def test_a_bug_is_no_sentence(
+def test_a_bug_keeps_its_traceback(
     tool: str, fresh_logging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse_args(self: argparse.ArgumentParser, *words: Any) -> Surprise:

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones, with and without FPN, in every format; what is the same for all targets."""
+"""Export of backbones with and without FPN in every format, and code that all targets share."""
 
 import importlib.util
 import re
@@ -37,12 +37,13 @@ slow = pytest.mark.slow
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((103.5, 116.3, 123.7), (57.4, 57.1, 58.4)))
 
-# Of the backbone, normalisation included; FPN adds Resize. Any inference engine has these.
+# ONNX operators of the backbone with its normalisation. Any inference engine has them.
 OPERATORS = {"Sub", "Div", "Conv", "Relu", "Concat", "Pad", "MaxPool"}
 OF_ESE = {"ReduceMean", "HardSigmoid", "Mul"}
 OF_RESIDUAL = {"Add"}
 OF_FPN = {"Add", "Resize"}
-# torch 2.6 computes in the file some sizes that later versions know, and names axes by numbers.
+# With torch 2.6, the file computes some sizes that later versions know at export. Axes have other
+# names.
 OLD_EXPORTER = MIN_SIZE > 32
 OF_SIZES = {"Constant", "Reshape"} if OLD_EXPORTER else set()
 OF_SOME_SIZES = {"Cast"} if OLD_EXPORTER else set()  # some versions of onnxscript remove it
@@ -55,7 +56,7 @@ def backbone_target(net, stages=STAGES, **args) -> BackboneTarget:
     return BackboneTarget(model, pixel_mean=MEAN, pixel_std=STD, **args)
 
 
-def test_nothing_is_replaced_in_a_torch_without_the_private_function(
+def test_without_the_private_function_of_torch_nothing_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from torch import _meta_registrations
@@ -83,7 +84,7 @@ def run_onnx(path, images: torch.Tensor) -> dict[str, np.ndarray]:
 def largest_difference(
     target: BackboneTarget, actual: dict[str, np.ndarray], images: torch.Tensor
 ) -> float:
-    """Relative to each map's largest value."""
+    """Return the largest difference, relative to the largest value of each feature map."""
     expected = dict(zip(target.output_names, target.eager(images), strict=True))
     assert list(actual) == list(expected)
     assert all(actual[name].shape == x.shape for name, x in expected.items())
@@ -94,7 +95,7 @@ def largest_difference(
 
 
 def assert_plain(path, allowed: set[str]) -> None:
-    """Assert that there are only operators of the standard set, and no pooling in ceil mode."""
+    """Check that all operators are among the allowed ones, and that no pooling has ceil mode."""
     model = onnx.load(path)
     assert [opset.domain for opset in model.opset_import] == [""]
     assert {node.op_type for node in model.graph.node} - OF_SOME_SIZES == allowed
@@ -119,7 +120,7 @@ def operators_of(net) -> set[str]:
     params=["depthwise, pooled stem", pytest.param("bottleneck", marks=slow)],
 )
 def exported(request, tmp_path_factory):
-    """A thin net, its target and its ONNX file."""
+    """Return a thin network, its target and its ONNX file."""
     net = short(thin(STRUCTURES[request.param]))
     target = backbone_target(net)
     path = tmp_path_factory.mktemp("onnx") / "backbone.onnx"
@@ -162,7 +163,7 @@ def test_onnx_names_and_axes(exported):
 
 def test_openvino_agrees(exported):
     _, target, path, _ = exported
-    # By default it computes in bfloat16 where the processor can.
+    # By default OpenVINO computes in bfloat16 if the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     model = openvino.Core().compile_model(path, "CPU", options)
     for batch, *size in SIZES:
@@ -189,7 +190,7 @@ def test_without_preprocessing(tmp_path):
     ["torchscript", *(pytest.param(f, marks=slow) for f in ("torch_export", "aotinductor"))],
 )
 def test_other_formats(format, tmp_path):
-    # To compile C++ takes long for each stage, and up to stage3 there is one of everything.
+    # Compiling C++ takes long for each stage. The stages up to stage3 have all kinds of layers.
     stages = STAGES[:3] if format == "aotinductor" else STAGES
     target = backbone_target(short(thin(STRUCTURES["eSE in all"], 16)), stages)
     path = tmp_path / f"backbone{FORMATS[format].suffix}"
@@ -212,7 +213,7 @@ def test_formats_are_all_tested():
     [*(pytest.param(thin(TABLE[v]), id=v) for v in KINDS), pytest.param(TABLE["V-39-eSE"], id="")],
 )
 def test_each_kind_of_variant(net, tmp_path):
-    """Thin ones, as a graph does not depend on the widths, and one as it is."""
+    """Export thin variants, because widths do not change a graph, and one of full width."""
     target = backbone_target(net)
     file = export(target, "onnx", tmp_path / "backbone.onnx")
     assert_plain(file.path, operators_of(net))
@@ -238,10 +239,10 @@ def test_deformable_convolutions(tmp_path):
 # With FPN
 
 
-@slow  # test_backends.py has files of both of these detectors, with FPN and head
+@slow  # test_backends.py exports both detectors, too
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_fpn(config, tmp_path):
-    """P6 by pooling and P6, P7 by convolutions; sides are multiples of 32, batch is anything."""
+    """Export P6 by pooling, and P6 and P7 by convolutions. Sides are multiples of 32."""
     target = select_target(build_detector(small_config(config)), "fpn")
     file = export(target, "onnx", tmp_path / "fpn.onnx")
     net = STRUCTURES["eSE in all"]
@@ -289,7 +290,7 @@ EXPECTED = detections(BOXES, [0.9, 0.5], [1, 2])
         (detections(BOXES, [0.9, 0.5], [1, 1]), 1),  # another class
         (detections(BOXES, [0.9, 0.502], [1, 2]), 1),  # another score
         (detections([BOXES[0], [50.0, 0.0, 152.0, 100.0]], [0.9, 0.5], [1, 2]), 1),  # IoU 0.98
-        (detections(BOXES[:1], [0.9], [1]), 1),  # one too few
+        (detections(BOXES[:1], [0.9], [1]), 1),  # one missing
         (detections([*BOXES, BOXES[0]], [0.9, 0.5, 0.4], [1, 2, 1]), 2),  # one too many
         (detections([], [], []), 0),
     ],
@@ -311,7 +312,7 @@ def test_differences_of_detections():
     assert difference.box == 0.5
     assert difference.score == pytest.approx(0.0005, rel=1e-3)
     assert difference.fields["masks"] == pytest.approx(3 / 200)
-    assert not difference.agrees  # for the masks
+    assert not difference.agrees  # because of the masks
     assert difference.matched == 2
 
 
@@ -324,7 +325,7 @@ def test_differences_of_maps():
     assert difference["p3"].agrees
     assert not compare({"p2": torch.zeros(2), "p3": torch.zeros(0)}, expected)["p2"].agrees
     twice = compare({name: 2 * x for name, x in expected.items()}, expected)
-    assert twice["p2"].relative == 1  # of what is expected, not of what was found
+    assert twice["p2"].relative == 1  # relative to the expected values
 
 
 def test_pasted_masks():
@@ -337,7 +338,7 @@ def test_pasted_masks():
     pasted = paste_masks(masks, boxes, 61, 83)
     assert pasted.dtype == torch.bool
     assert pasted.shape == (7, 61, 83)
-    assert (pasted != expected).sum() <= 1  # one pixel may lie at the threshold
+    assert (pasted != expected).sum() <= 1  # one pixel may be at the threshold
     assert paste_masks(masks[:0], boxes[:0], 61, 83).shape == (0, 61, 83)
 
 
@@ -360,7 +361,7 @@ def test_missing_packages(monkeypatch, tmp_path):
 
 FIXED = [
     (short(thin(STRUCTURES["eSE in all"])), (2, 64, 96)),
-    pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=slow),  # PETR's
+    pytest.param(TABLE["V-99-eSE"], (1, 320, 800), marks=slow),  # as in PETR
 ]
 
 
@@ -372,8 +373,8 @@ FIXED = [
 def test_onnx_of_one_shape(net, shape, tmp_path):
     model = VoVNet(VoVNetSpec(**vars(net)), norm="BN", out_features=STAGES).eval()
     model.load_state_dict(random_state(net), strict=False)
-    # In a trained network, what a block adds is small beside its input. Otherwise so many blocks
-    # multiply the rounding of the first layers.
+    # In a trained network, the output of a block is small compared with its input. Without this
+    # change, the many blocks would multiply rounding errors of the first layers.
     for block in (b for b in model.modules() if isinstance(b, OSABlock) and b.residual):
         for parameter in block.aggregation.norm.parameters():
             parameter.data *= 0.1
@@ -382,7 +383,7 @@ def test_onnx_of_one_shape(net, shape, tmp_path):
     graph = onnx.load(tmp_path / "backbone.onnx").graph
     (given,) = graph.input
     batch, height, width = shape
-    dims = [dim.dim_value for dim in given.type.tensor_type.shape.dim]  # 0 where it is dynamic
+    dims = [dim.dim_value for dim in given.type.tensor_type.shape.dim]  # 0 if it is dynamic
     assert dims == [batch, 3, height, width]
     assert all(d.dim_value for o in graph.output for d in o.type.tensor_type.shape.dim)
     assert_plain(tmp_path / "backbone.onnx", operators_of(net) | OF_SIZES)
@@ -392,7 +393,7 @@ def test_onnx_of_one_shape(net, shape, tmp_path):
         run_onnx(tmp_path / "backbone.onnx", raw_images(batch, 3, height + 32, width))
 
 
-def test_shapes_that_cannot_be():
+def test_invalid_shapes():
     model = build_detector(small_config(RETINANET))
     with pytest.raises(ValueError, match=r"does not take an image of 80x64: .* multiples of 32"):
         select_target(model, "fpn", shape=(1, 80, 64))
@@ -402,7 +403,7 @@ def test_shapes_that_cannot_be():
         select_target(model, "detector", shape=(1, 64, 64))
 
 
-def test_part_that_is_none():
+def test_unknown_part():
     model = build_model(small_config(MASK_RCNN))
     with pytest.raises(ValueError, match=f"Unknown part 'neck': choose from {', '.join(PARTS)}"):
         select_target(model, "neck")
@@ -411,7 +412,7 @@ def test_part_that_is_none():
         select_target(model, "fpn")
 
 
-def test_a_model_that_a_format_cannot_take(tmp_path):
+def test_a_model_that_a_format_does_not_support(tmp_path):
     target = backbone_target(thin(STRUCTURES["full"]))
     target.module.forward = lambda images: (images[images > 0],) if images.sum() else images
     with pytest.raises(ValueError, match=r"cannot be exported as torch_export \(.*onnx, torchs"):

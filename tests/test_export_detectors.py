@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whole detectors, traced, against what the detectors themselves return for pictures."""
+"""Exported detectors are compared with the results of the detectors themselves on images."""
 
 import copy
 import re
@@ -57,7 +57,7 @@ def run(program, target: DetectorTarget, *inputs: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("config", "format"),
     [
-        pytest.param(RETINANET, "onnx", marks=slow),  # test_export_model.py compares one, too
+        pytest.param(RETINANET, "onnx", marks=slow),  # test_export_model.py also compares one
         (MASK_RCNN, "onnx"),
         (MASK_RCNN, "torchscript"),
         pytest.param(GFL, "onnx", marks=slow),
@@ -88,12 +88,12 @@ def test_without_preprocessing_and_postprocessing(tmp_path):
     program = load("torchscript", export(target, "torchscript", tmp_path / "detector.ts").path)
     for picture in pictures():
         (image,) = target.inputs_from(picture)
-        # Normalised and padded, as by the model itself.
+        # The image is normalised and padded as in the model itself.
         (expected,) = model.preprocess_image([{"image": picture[0]}]).tensor
         torch.testing.assert_close(image, expected)
         assert not any(side % 32 for side in image.shape[1:])
         actual = run(program, target, image)
-        # The same picture padded before: eager has to see what is beyond its edge, too.
+        # Pad the image first, so that the eager model sees the padding, too.
         padded = torch.zeros_like(image)
         padded[:] = image * model.pixel_std + model.pixel_mean
         with torch.no_grad():
@@ -106,7 +106,7 @@ def test_without_preprocessing_and_postprocessing(tmp_path):
 
 
 @slow
-def test_nothing_found(tmp_path):
+def test_image_without_detections(tmp_path):
     options = {"MODEL__ROI_HEADS__SCORE_THRESH_TEST": 1.0}
     model = build_detector(small_config(MASK_RCNN, **options))
     target = select_target(model, "detector")
@@ -117,8 +117,8 @@ def test_nothing_found(tmp_path):
 
 
 @slow
-def test_something_found_after_nothing_in_the_trace(tmp_path):
-    """The graph must not depend on the content of the traced picture."""
+def test_detections_after_a_trace_without_any(tmp_path):
+    """Trace an image without detections, because a graph must not depend on the content."""
     model = build_detector(small_config(MASK_RCNN))
     bias = model.roi_heads.box_predictor.cls_score.bias
     target = select_target(model, "detector")
@@ -142,7 +142,7 @@ def test_openvino_agrees(config, tmp_path):
     model = build_detector(small_config(config))
     target = select_target(model, "detector")
     path = export(target, "onnx", tmp_path / "detector.onnx").path
-    # By default it computes in bfloat16 where the processor can.
+    # By default OpenVINO computes in bfloat16 if the processor can.
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for picture in pictures():
         image, size = picture[0], tuple(picture.shape[2:])
@@ -163,13 +163,13 @@ def test_the_model_is_left_as_it_is(part):
 
 
 @pytest.mark.parametrize("format", ["torch_export", "aotinductor"])
-def test_formats_that_take_no_detector(format):
+def test_formats_that_do_not_support_detectors(format):
     message = f"{format} does not take a whole detector, because torch.export cannot follow a v"
     with pytest.raises(ValueError, match=message + ".* choose from onnx, torchscript, or export"):
         check_format(format, DetectorTarget)
 
 
-def test_outputs_that_are_no_tensors():
+def test_outputs_other_than_tensors():
     cfg = small_config(
         MASK_RCNN, MODEL__META_ARCHITECTURE="PanopticFPN", MODEL__SEM_SEG_HEAD__CONVS_DIM=32
     )

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: tools/export_model.py."""
+"""Tests of the command line tools/export_model.py."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 def options(**more) -> list[str]:
     """Return the options that come last on a command line."""
     pairs = OPTIONS | {"INPUT.MIN_SIZE_TEST": 120} | more
-    pairs.pop("MODEL.DEVICE", None)  # which --device names
+    pairs.pop("MODEL.DEVICE", None)  # --device sets it
     return ["--opts", *(str(word) for pair in pairs.items() for word in pair)]
 
 
@@ -65,7 +65,7 @@ def test_report_of_a_backbone(capsys, monkeypatch):
     assert "| torchscript |" in markdown
     for fact in ("torch: ", "threads: ", "device: ", "command: ", "aten::_convolution"):
         assert fact in markdown
-    assert not torch.backends.cudnn.allow_tf32  # eager's rounding would be a difference
+    assert not torch.backends.cudnn.allow_tf32  # rounding of the eager model would be a difference
 
 
 def test_detector_with_weights_on_pictures(tmp_path):
@@ -92,7 +92,7 @@ def test_detector_with_weights_on_pictures(tmp_path):
 
 
 def test_random_heads_are_refused(tmp_path):
-    """The weights are a backbone's, as those of the shipped configs are."""
+    """Use weights of a backbone, like the weights in the config files of this package."""
     model = build_detector(small_config(RETINANET))
     backbone = model.backbone.bottom_up.state_dict()
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
@@ -107,7 +107,7 @@ def test_random_heads_are_refused(tmp_path):
     assert not Path("exported").exists()
 
 
-def test_weights_that_the_part_has_suffice(tmp_path):
+def test_a_part_only_needs_its_own_weights(tmp_path):
     model = build_detector(small_config(RETINANET))
     backbone = {
         f"backbone.bottom_up.{k}": v for k, v in model.backbone.bottom_up.state_dict().items()
@@ -132,12 +132,12 @@ def test_a_detector_needs_weights_of_its_heads(tmp_path):
         export("--format", "torchscript", "--sizes", "64x64", config=RETINANET, **weights)
 
 
-def test_nothing_to_compare_is_told(capsys):
+def test_nothing_to_compare_is_noted(capsys):
     export("--format", "torchscript", "--sizes", "64x64", config=RETINANET)
     assert "Nothing was detected" in capsys.readouterr().out
 
 
-def test_disagreement_is_told(monkeypatch):
+def test_disagreement_is_an_error(monkeypatch):
     monkeypatch.setattr(parity, "MAP_TOLERANCE", -1.0)
     with pytest.raises(SystemExit, match=r"Not the same as eager: backbone.ts\."):
         export("--part", "backbone", "--format", "torchscript", "--sizes", "64x64")
@@ -177,7 +177,7 @@ def test_mistakes(args, message, monkeypatch, capsys):
     assert message in error
 
 
-def test_a_file_agrees_where_it_does_at_all_sizes(monkeypatch, tmp_path):
+def test_a_file_agrees_if_it_agrees_at_all_sizes(monkeypatch, tmp_path):
     (tmp_path / "a.ts").write_bytes(b"")
     file = SimpleNamespace(path=tmp_path / "a.ts", exporter="", opset=None, operators=Counter())
     monkeypatch.setattr(report_module, "load", lambda *_: None)
@@ -193,7 +193,7 @@ def test_times_are_milliseconds(monkeypatch):
     target = SimpleNamespace(output_names=["p2"], eager=lambda x: [x])
     check = report_module._check_one(target, lambda x: [x], (torch.ones(1, 2),), "cpu")
     assert (check["eager_ms"], check["exported_ms"]) == (4, 3)
-    assert check["time_ratio"] == pytest.approx(0.5)  # of 1/2, 3/9 and 8/4
+    assert check["time_ratio"] == pytest.approx(0.5)  # the median of 1/2, 3/9 and 8/4
 
 
 def test_no_gpu(monkeypatch, capsys):

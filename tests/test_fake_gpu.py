@@ -1,8 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Networks on a GPU that need not be there: torch's fake tensors have a device and a shape, and
-refuse operators whose operands are on different devices. They have no values, so what depends on
-values is left out: targets, losses, and the selection of boxes. Their backward pass needs a GPU."""
+"""Networks on a GPU, tested without a GPU by torch's fake tensors.
+
+A fake tensor has a device and a shape, and its operators refuse operands on different devices. It
+has no values, so targets, losses and the selection of boxes cannot be tested. The backward pass of
+fake tensors needs a GPU.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -31,21 +34,21 @@ CONFIGS = {
 
 
 def build_on_fake_gpu(name: str) -> Any:
-    """Build a network in a FakeTensorMode. Nothing is initialised, as parameters have no values."""
+    """Build a network without initialisation, because fake parameters have no values."""
     own = CONFIGS[name]
     words = [word for pair in ({"MODEL.DEVICE": "cuda"} | (own or {})).items() for word in pair]
     cfg = load_config(name, words) if own is None else tiny_config(name, Path("out"), *words)
     nothing = dict.fromkeys(INITIALISATIONS, lambda tensor, *args, **options: tensor)
     with (
         mock.patch.multiple(nn.init, **nothing),
-        mock.patch.object(nn.Module, "to", lambda self, *_: self),  # they are there already
+        mock.patch.object(nn.Module, "to", lambda self, *_: self),  # they are on the GPU
         torch.device("cuda"),
     ):
         return build_model(cfg).train()
 
 
 def dense_part(model: Any, images: Tensor) -> list[Any]:
-    """Return what does not depend on values: feature maps, predictions and anchors."""
+    """Return the outputs that do not depend on values: feature maps, predictions and anchors."""
     features = model.backbone(images)
     generator: Any = getattr(model, "proposal_generator", None)
     if generator is not None:  # two stages
@@ -57,7 +60,7 @@ def dense_part(model: Any, images: Tensor) -> list[Any]:
 
 
 def fake_tensors_need_a_driver() -> bool:
-    """Operators of torch 2.6 ask the CUDA driver for the device, also of a fake tensor."""
+    """Return True for torch 2.6, whose operators ask the CUDA driver even for fake tensors."""
     with FakeTensorMode():
         try:
             torch.empty(1, device="cuda").uniform_()
@@ -68,7 +71,7 @@ def fake_tensors_need_a_driver() -> bool:
     return False
 
 
-@pytest.mark.skipif(fake_tensors_need_a_driver(), reason="this torch needs a driver for that")
+@pytest.mark.skipif(fake_tensors_need_a_driver(), reason="this torch needs a CUDA driver")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_everything_is_on_the_gpu(name: str) -> None:
     with FakeTensorMode():

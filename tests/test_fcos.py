@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""FCOS from a config, against Detectron2's FCOS put together by hand and by its own config."""
+"""FCOS from a config is compared with Detectron2's FCOS, built by hand and from its own config."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ def thin_config(**changes: object) -> CfgNode:
 
 
 def assemble(cfg: CfgNode, **arguments: object) -> fcos.FCOS:
-    """Detectron2's own, without a config."""
+    """Build Detectron2's FCOS without a config."""
     backbone = build_backbone(cfg)
     names = ["p3", "p4", "p5", "p6", "p7"]
     head = fcos.FCOSHead(
@@ -53,7 +53,7 @@ def assemble(cfg: CfgNode, **arguments: object) -> fcos.FCOS:
 
 
 def let_it_find(model: FCOS) -> None:
-    """Scores of untrained heads are all alike and below the threshold, and their boxes empty."""
+    """Make an untrained head detect objects. Its scores would be equal and low, and boxes empty."""
     torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
     torch.nn.init.constant_(model.head.bbox_pred.bias, 1.0)
 
@@ -65,7 +65,7 @@ def sample() -> dict[str, object]:
     return {"image": torch.randint(0, 256, (3, 128, 160)), "instances": instances}
 
 
-# Each differs from the default.
+# Each value differs from the default.
 KEYS = {
     "NUM_CLASSES": 7,
     "NUM_CONVS": 2,
@@ -89,7 +89,7 @@ ARGUMENTS = {
 }
 
 
-def test_defaults_are_those_of_detectron2() -> None:
+def test_defaults_equal_those_of_detectron2() -> None:
     theirs = inspect.signature(fcos.FCOS.__init__).parameters
     node = load_config().MODEL.FCOS
     for key, name in {
@@ -106,13 +106,13 @@ def test_defaults_are_those_of_detectron2() -> None:
 def test_every_key_changes_its_default() -> None:
     defaults = load_config().MODEL.FCOS
     others = {"TOP_LEVELS", "IN_FEATURES", "NORM", "PRIOR_PROB"}  # tested below
-    others |= {"ASSIGNMENT", "LOSSES", "REG_MAX"}  # see test_gfl.py
+    others |= {"ASSIGNMENT", "LOSSES", "REG_MAX"}  # test_gfl.py tests these
     assert KEYS.keys() | others == defaults.keys()
     assert all(defaults[key] != value for key, value in KEYS.items())
 
 
 @pytest.mark.parametrize("defaults", [True, False])
-def test_equals_detectron2s(defaults: bool) -> None:
+def test_results_equal_those_of_detectron2(defaults: bool) -> None:
     if defaults:
         cfg = thin_config()
         peer = assemble(cfg, num_classes=80, num_convs=4)
@@ -143,7 +143,7 @@ def test_equals_detectron2s(defaults: bool) -> None:
 
 
 def test_boxes_are_float32_in_mixed_precision() -> None:
-    """Close to those of float32, as bfloat16 has no pixels beyond 256."""
+    """Compare with float32, because bfloat16 cannot represent all whole numbers above 256."""
     model = build_model(thin_config()).eval()
     let_it_find(model)
     inputs = [sample()]
@@ -156,8 +156,8 @@ def test_boxes_are_float32_in_mixed_precision() -> None:
     assert nearest.median() < 0.25
 
 
-def test_shipped_config_equals_detectron2s_but_for_the_backbone() -> None:
-    """Model, schedule, batch and data; Detectron2's is a LazyConfig."""
+def test_config_equals_that_of_detectron2_except_for_the_backbone() -> None:
+    """Compare model, schedule, batch and data with Detectron2's LazyConfig."""
     cfg = load_config(CONFIG, ["MODEL.DEVICE", "meta"])
     theirs = LazyConfig.load(model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.py"))
     with shapes_alone():
@@ -175,8 +175,8 @@ def test_shipped_config_equals_detectron2s_but_for_the_backbone() -> None:
         peer = fcos.FCOS(backbone=build_backbone(cfg), head=head, **arguments)
     different = {name.split("[")[0] for name in differences(model, peer)}
     assert different <= {
-        *("pixel_mean", "pixel_std"),  # which are those of the weights
-        *("assignment", "learns_distributions"),  # which Detectron2 does not have
+        *("pixel_mean", "pixel_std"),  # these belong to the weights
+        *("assignment", "learns_distributions"),  # Detectron2 does not have these
     }
     train = theirs.dataloader.train
     assert {
@@ -199,7 +199,7 @@ def test_one_top_level_and_another_norm() -> None:
     model = build_model(cfg)
     assert model.head_in_features == ["p3", "p4", "p5", "p6"]
     assert not any(isinstance(m, torch.nn.GroupNorm) for m in model.head.modules())
-    with torch.no_grad():  # far away from any object a new head says the prior
+    with torch.no_grad():  # a new head predicts the prior if there are no objects
         score = model.head.cls_score.bias.sigmoid()
     assert score.tolist() == pytest.approx([0.2] * 80)
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's features on our networks: each gives what it gives on the plain network."""
+"""Features of PyTorch give the same results with our networks as with plain networks."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ from vovnet_d2.modeling.vovnet import OSABlock
 
 NET = replace(thin(STRUCTURES["eSE in all"]), blocks_per_stage=(1, 1, 2, 1))
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
-# Like a state dict, so that a difference is told by its name.
+# Tensors by name, so that a message can name a difference.
 Found = dict[str, Tensor]
 
 
@@ -51,7 +51,7 @@ def folded() -> nn.Module:
     return model
 
 
-# Each with the network that it is compared with.
+# Each network, and the plain network that it is compared with.
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "FrozenBN": lambda: (build(), plain(build())),
     "FrozenBN, channels-last": lambda: (last(build()), last(plain(build()))),
@@ -69,7 +69,7 @@ def loss(maps: dict[str, Tensor]) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor) -> Found:
-    """Gradients of the input and of the parameters, by name."""
+    """Return the gradients of the input and of the parameters by name."""
     x = x.detach().requires_grad_()
     named = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss(model(x)), [x, *named.values()])
@@ -99,7 +99,7 @@ def backward(model, x) -> Found:
 
 def distributed(model, x):
     if not any(p.requires_grad for p in model.parameters()):
-        return model(x)  # torch refuses to distribute what nothing is learnt in
+        return model(x)  # torch refuses to distribute networks without trainable parameters
     with one_process(), warnings.catch_warnings():
         warnings.filterwarnings("error", "Grad strides do not match")
         parallel = DistributedDataParallel(model)
@@ -107,13 +107,13 @@ def distributed(model, x):
 
 
 def sharded(model, x):
-    # torch 2.6 shards on GPUs alone.
+    # torch 2.6 can shard on GPUs only.
     on_cpu = hasattr(torch.cpu.Stream, "record_event")
     if not on_cpu or not any(p.requires_grad for p in model.parameters()):
         return model(x)
     with one_process():
         mesh = dist.init_device_mesh("cpu", (1,))
-        # torch shards parameters in the usual order alone.
+        # torch can only shard contiguous parameters.
         fully_shard(model.to(memory_format=torch.contiguous_format), mesh=mesh)
         return {name: gradient.full_tensor() for name, gradient in backward(model, x).items()}
 
@@ -143,7 +143,7 @@ def saved_on_cpu(model, x):
 
 
 class Calling(nn.Module):
-    """A module of one function, with the parameters of another module."""
+    """Module that calls a function and has the parameters of another module."""
 
     def __init__(self, model: nn.Module, function: Callable[..., object]):
         super().__init__()
@@ -157,7 +157,7 @@ WATCHED = ("", "stem.conv1.norm", "stem.conv1.activation", "stage4.1.aggregation
 
 
 def hooks(model, x):
-    """The features that forward hooks keep are not overwritten, with gradients and without."""
+    """Check that features kept by forward hooks are not overwritten, with and without gradients."""
     kept: Found = {}
     for name in WATCHED:
         module = model.get_submodule(name) if name in dict(model.named_modules()) else None
@@ -191,9 +191,9 @@ NORMS_AND_RELU = ("GroupNorm", "ReLU")
 
 
 def hooks_on_all_modules(model, x):
-    """Counts the calls of each kind of module."""
+    """Count the calls of each kind of module with a global hook."""
     if any(hasattr(module, "checkpoint_blocks") for module in model.modules()):
-        model.checkpoint_blocks = False  # or modules are called twice
+        model.checkpoint_blocks = False  # otherwise modules are called twice
     calls: dict[str, int] = {}
 
     def count(module, args, output):
@@ -211,7 +211,7 @@ def hooks_on_all_modules(model, x):
 
 
 def per_sample_gradients(model, x):
-    model.eval()  # as a batch's statistics are no sample's
+    model.eval()  # statistics of a batch do not belong to one sample
     parameters = dict(model.named_parameters())
 
     def function(parameters, x):
@@ -241,7 +241,7 @@ def ensemble(model, x):
 
 
 def part_of_an_ensemble(model, x):
-    """One convolution is different in each, and all before it are the same."""
+    """Run two networks that differ in one convolution."""
     model.eval()
     name = "stage3.0.layers.1.weight"
     weights = torch.stack([model.get_parameter(name), 2 * model.get_parameter(name)])
@@ -249,7 +249,7 @@ def part_of_an_ensemble(model, x):
 
 
 def second_derivatives(model, x):
-    """Without squeeze-excitation, as torch has no second derivative of its hard sigmoid."""
+    """Differentiate twice, without eSE, because torch has no second derivative of hard sigmoid."""
     model.eval()
     for module in model.modules():
         if isinstance(module, OSABlock):
@@ -361,8 +361,8 @@ FEATURES = {
 }
 
 
-# These features are compared with a plain step or call. Detectron2's FrozenBatchNorm2d can be
-# neither traced nor scripted, and compiling or exporting the plain network, too, takes seconds.
+# These features are compared with a usual step or call of the plain network. Detectron2's
+# FrozenBatchNorm2d cannot be traced or scripted, and a second compilation or export takes seconds.
 REFERENCES = {"traced_by_fx": step, "scripted": step, "compiled": step, "exported": called}
 # These features take seconds for each network.
 SLOW = ("compiled", "exported", "scripted")
@@ -376,9 +376,9 @@ TOLERANCES = {"autocast": 2**-5}
 
 
 def difference(found: Found, expected: Found, tolerance: float) -> str | None:
-    """Say where the two differ by more than ``tolerance`` of a tensor's norm."""
+    """Return a message on the first tensor that differs by more than ``tolerance`` of its norm."""
     if found.keys() != expected.keys():
-        return f"{sorted(found.keys() ^ expected.keys())} are there in one only"
+        return f"only one of the two has {sorted(found.keys() ^ expected.keys())}"
     for name, tensor in expected.items():
         error, size = (t.double().norm() for t in (found[name] - tensor, tensor))
         if not error <= tolerance * size:
@@ -394,7 +394,7 @@ def test_features(feature):
             continue
         if name == "packed" and feature not in OF_INFERENCE:
             continue
-        # In float32, what is optimized for inference runs by oneDNN.
+        # Networks that are optimized for inference use oneDNN in float32 only.
         dtype = torch.float32 if name == "packed" else torch.float64
         tolerance = TOLERANCES.get(feature, 1e-4 if name == "packed" else 1e-10)
         ours, theirs = (model.to(dtype) for model in make())

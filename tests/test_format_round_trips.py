@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions from COCO's format and back lose nothing that the other format can hold."""
+"""Conversions from COCO and back keep all information that the other format can hold."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ FILES = {
     "sub/ä, x.png": (7, 9),
     "img.v2.jpeg": (640, 480),
 }
-# What is given for the path of what was written.
+# The path that is given to the reader of each format.
 PATHS = {"coco": "all.json", "voc": "", "labelme": "", "csv": "all.csv", "yolo": "data.yaml"}
 
 
@@ -50,7 +50,7 @@ precise = st.floats(0, 1, allow_subnormal=False)
 
 @st.composite
 def data_sets(draw: Any, fractions: Any, scale: int) -> dict[str, Any]:
-    """Data sets of boxes and polygons in numbers of three decimals."""
+    """Draw data sets of boxes and polygons."""
     names = draw(class_names)
     content: dict[str, Any] = {
         "categories": [{"id": 3 * n + 5, "name": name} for n, name in enumerate(names)],
@@ -64,7 +64,7 @@ def data_sets(draw: Any, fractions: Any, scale: int) -> dict[str, Any]:
         for _ in range(draw(st.integers(0, 3))):
             across, down = (scale * image[side] for side in ("width", "height"))
             if draw(st.booleans()):
-                # Of whole thousandths, like the polygons: 0.1 + 0.2 is no float.
+                # Compute with whole thousandths, as for polygons, because 0.1 + 0.2 is not exact.
                 x, y, width, height = (
                     round(draw(fractions) * side) / scale if scale > 1 else draw(fractions) * side
                     for side in (across, down, across, down)
@@ -129,18 +129,18 @@ def rows(content: dict[str, Any]) -> list[Row]:
 
 
 def held(key: str, row: Row) -> Iterator[Row]:
-    """Return the part of an object that a format can hold."""
+    """Yield the part of an object that a format can hold."""
     file, name, box, polygons, crowd = row
     if key == "coco" or key == "labelme":
         yield row
     elif key in ("voc", "csv"):
         yield file, name, box, [], crowd
-    elif not crowd and len(polygons) < 2:  # of several polygons YOLO makes one
+    elif not crowd and len(polygons) < 2:  # YOLO joins several polygons into one
         yield row
 
 
 def lost(key: str, content: dict[str, Any]) -> set[str]:
-    """The beginnings of the notes that are due."""
+    """Return the beginnings of the notes that a conversion must give."""
     found = rows(content)
     masks, crowds = any(polygons for *_, polygons, _ in found), any(crowd for *_, crowd in found)
     several = any(len(polygons) > 1 for *_, polygons, crowd in found if not crowd)
@@ -170,11 +170,11 @@ fast = settings(
 
 
 @pytest.mark.parametrize("key", list(FORMATS))
-def test_decimals_come_back_as_they_were(key: str, images: Path) -> None:
+def test_numbers_of_three_decimals_do_not_change(key: str, images: Path) -> None:
     @fast
     @given(data_sets(thousandths, 1000))
     def check(content: dict[str, Any]) -> None:
-        if key in ("coco", "csv") and not content["annotations"]:  # which is refused
+        if key in ("coco", "csv") and not content["annotations"]:  # an empty data set is refused
             return
         before = json.dumps(content)
         found, notes = there_and_back(key, content, images)
@@ -201,7 +201,7 @@ def test_decimals_come_back_as_they_were(key: str, images: Path) -> None:
 
 
 @pytest.mark.parametrize("key", list(FORMATS))
-def test_numbers_of_all_digits_come_back_nearly(key: str, images: Path) -> None:
+def test_numbers_of_many_digits_change_little(key: str, images: Path) -> None:
     @fast
     @given(data_sets(precise, 1))
     def check(content: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def test_numbers_of_all_digits_come_back_nearly(key: str, images: Path) -> None:
             return
         found, _ = there_and_back(key, content, images)
         old = content["annotations"]
-        if key in ("voc", "csv", "labelme", "yolo"):  # by file name, and in their order within
+        if key in ("voc", "csv", "labelme", "yolo"):  # sorted by file name
             files = {i["id"]: i["file_name"] for i in content["images"]}
             old = sorted(old, key=lambda a: files[a["image_id"]])
         for mine, theirs in zip(found["annotations"], old, strict=True):
@@ -248,11 +248,11 @@ def test_polygons_that_yolo_joins_cover_the_same_pixels(images: Path) -> None:
 
     (joined,) = annotation["segmentation"]
     different = pixels([joined]) != pixels(squares)
-    assert different.sum() <= 200  # pycocotools draws a line of no width
+    assert different.sum() <= 200  # pycocotools draws the line of no width
     assert pixels(squares).sum() > 3000
 
 
-def test_what_no_other_format_holds_is_listed(images: Path) -> None:
+def test_information_that_no_other_format_holds_is_noted(images: Path) -> None:
     mask = mask_util.encode(mask_util.decode(mask_util.frPyObjects([[1, 1, 9, 1, 9, 9]], 47, 31)))
     rle = {"size": [47, 31], "counts": mask[0]["counts"].decode()}
     annotation = {"id": 4, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 9.0}
@@ -285,8 +285,8 @@ def test_what_no_other_format_holds_is_listed(images: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", ".", "C:\\a.png", "sub\\..\\..\\a.png"])
-def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
-    """Files are written under names made from them."""
+def test_names_that_lead_out_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    """Refuse such names, because names of written files are derived from them."""
     content = {
         "categories": [{"id": 1, "name": "dog"}],
         "images": [{"id": 1, "file_name": name, "width": 31, "height": 47}],
@@ -327,7 +327,7 @@ PIECES = ["", "-", "null", "[]", "{}", "nan", "1e999", "\n", '"', "<", "\0", "ä
 
 
 @pytest.mark.parametrize("file", list(TEXTS))
-def test_what_a_damaged_file_lacks_is_told_in_a_sentence(file: str, images: Path) -> None:
+def test_the_message_of_a_damaged_file_is_one_sentence(file: str, images: Path) -> None:
     @settings(fast, max_examples=80)
     @given(
         st.lists(

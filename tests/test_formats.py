@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations of each format as tools and people write them, the awkward ones too."""
+"""Annotations of each format, including unusual files of other tools and of people."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from vovnet_d2.data.formats.labelled import LabelledImage, LabelledObject, to_co
 from vovnet_d2.data.formats.notes import Notes
 
 SIZE = (80, 50)
-# What people have beside their files: nothing of it is part of a data set.
+# The byte order mark of UTF-8, which some editors write.
 BOM = "\ufeff"
 
 
@@ -73,7 +73,7 @@ def voc(*found: str, size: tuple[int, int] | None = SIZE, filename: str = "x.jpg
 
 
 def test_voc(tmp_path: Path) -> None:
-    """Pixels are counted from 1, and the last one belongs to the object."""
+    """Read boxes that count pixels from 1 and include the last pixel."""
     part = voc_object("head", 1, 1, 5, 5).replace("object>", "part>")
     write(
         tmp_path / "Annotations" / "b c.xml",
@@ -101,7 +101,7 @@ def test_voc(tmp_path: Path) -> None:
     assert "2 images, 2 objects; the categories in their order are 1 cat, 2 dog" in found.describe()
 
 
-def test_voc_boxes_are_those_of_detectron2(tmp_path: Path) -> None:
+def test_voc_boxes_equal_those_of_detectron2(tmp_path: Path) -> None:
     boxes = [(1, 1, 80, 50), (7, 9, 7, 9), (3, 4, 30, 20)]
     found = voc(*(voc_object("dog", *box, more="<difficult>0</difficult>") for box in boxes))
     for name in ("a", "b"):
@@ -140,12 +140,12 @@ def test_voc_sizes_that_are_missing_come_from_the_images(tmp_path: Path) -> None
     image(tmp_path / "images" / "sub" / "b.jpg", (30, 20))
     image(tmp_path / "images" / "c.jpg", (70, 90))
     found = read_annotations(tmp_path / "xml", tmp_path / "images")
-    # The check compares a size that is given with the file's, and says what is wrong.
+    # Sizes in the annotations are kept. The check of data sets compares them with the images.
     assert sizes(found) == {"sub/a.jpg": (40, 60), "sub/b.jpg": (30, 20), "c.jpg": (7, 9)}
 
 
 def test_voc_files_whose_image_has_another_name(tmp_path: Path) -> None:
-    """Pairs of files are renamed and the name in the XML stays; or the other way round."""
+    """Read files that were renamed without the name in the XML, and the reverse."""
     write(tmp_path / "xml" / "1.xml", voc(filename="old.jpg"))
     write(tmp_path / "xml" / "2.xml", voc(filename="D:\\pictures\\second.png"))
     write(tmp_path / "xml" / "3.xml", voc(filename="3"))
@@ -207,7 +207,7 @@ def test_voc_files_that_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_voc_in_another_encoding(tmp_path: Path) -> None:
-    """The file says which, or is refused."""
+    """Read a file that names its encoding, and refuse a file that does not."""
     head = '<?xml version="1.0" encoding="iso-8859-1"?>'
     text = voc(voc_object("Bär", 1, 1, 9, 9))
     write(tmp_path / "a.xml", head + text, "latin-1")
@@ -221,7 +221,7 @@ def test_voc_in_another_encoding(tmp_path: Path) -> None:
 
 
 def yolo(root: Path, *lines: str, names: Any = ("dog", "cat, big")) -> Path:
-    """A data set of one image, as Roboflow lays it out."""
+    """Write a data set of one image in the layout of Roboflow."""
     image(root / "train" / "images" / "a b.jpg")
     write(root / "train" / "labels" / "a b.txt", "\n".join(lines))
     described = {"train": "../train/images", "val": "..\\valid\\images", "nc": 2, "names": names}
@@ -250,13 +250,13 @@ def test_yolo(tmp_path: Path) -> None:
         "none.png": [],
     }
     assert [a["area"] for a in found.content["annotations"]] == [4000, 80, 32 * 40 / 2]
-    # Training turns pictures as EXIF says, and so do the tools that label them.
+    # Training and labelling tools turn images as EXIF says.
     assert sizes(found)["none.png"] == (40, 60)
     assert found.notes == ["1 images have no text file and so no objects; first: none.png."]
     assert objects(read_annotations(file, None, "val")) == {
         "v.jpg": [("cat, big", [20, 12.5, 40, 25], [], 0)]
     }
-    # A folder that is given comes before the one in the file.
+    # A given folder is used instead of the folder in the file.
     given = read_annotations(file, tmp_path, "val")
     assert (given.images, list(objects(given))) == (tmp_path, ["valid/images/v.jpg"])
     assert list(objects(read_annotations(tmp_path, None))) == [
@@ -391,7 +391,7 @@ def test_yolo_parts_that_are_refused(tmp_path: Path) -> None:
     file = yolo(tmp_path, "0 .5 .5 .5 .5")
     with pytest.raises(ValueError, match=r"data.yaml has no 'test', but train, val: add it, or"):
         read_annotations(file, None, "test")
-    image(tmp_path / "images" / "a b.jpg")  # which is not what is meant
+    image(tmp_path / "images" / "a b.jpg")  # not in the folder that the file names
     with pytest.raises(FileNotFoundError, match=r"names '..\\\\valid\\\\images', which does not"):
         read_annotations(file, None, "val")
     (tmp_path / "other").mkdir()
@@ -404,7 +404,7 @@ def test_yolo_parts_that_are_refused(tmp_path: Path) -> None:
 
 
 def test_images_that_cannot_be_read(tmp_path: Path) -> None:
-    """The size of the image is needed."""
+    """Refuse images without a readable size, which YOLO annotations need."""
     file = yolo(tmp_path, "0 .5 .5 .5 .5")
     (tmp_path / "train" / "images" / "a b.jpg").write_bytes(b"GIF89a")
     (tmp_path / "train" / "images" / "c.jpg").write_bytes(b"")
@@ -496,7 +496,7 @@ def test_labelme_notes(tmp_path: Path) -> None:
 )
 def test_labelme_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path / "a.json", text)
-    write(tmp_path / "b.json", labelme(path="b.jpg"))  # so the folder is known for Labelme's
+    write(tmp_path / "b.json", labelme(path="b.jpg"))  # shows the format
     with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
         read_annotations(tmp_path, tmp_path)
     assert str(tmp_path / "a.json") in caught.value.args[0]
@@ -566,15 +566,15 @@ def test_csv_files_that_are_refused(tmp_path: Path, text: str, message: str) -> 
     assert "\n" not in caught.value.args[0]
 
 
-# Cases that are awkward in all formats
+# Unusual cases in all formats
 
 
 def one_object(key: str, root: Path, box: tuple[Any, ...] | None, name: str = "a.jpg") -> Path:
-    """Write annotations of one image, with a dog or without an object; give the path to read.
+    """Write annotations of one image with one object or none, and return the path to read.
 
     Args:
-        box: left, top, right, bottom as the format counts them.
-        name: what the annotations call the image sub/a.jpg.
+        box: left, top, right, bottom in the numbers of the format; None for no object.
+        name: the name of the image sub/a.jpg in the annotations.
     """
     image(root / "images" / "sub" / "a.jpg")
     found: dict[str, Callable[[], Path]] = {
@@ -614,7 +614,7 @@ def one_object(key: str, root: Path, box: tuple[Any, ...] | None, name: str = "a
     return found[key]()
 
 
-# The same box, which begins 8 pixels left of the image of 80x50 and 5 above it.
+# The same box in each format. It begins 8 pixels left of the 80x50 image and 5 pixels above it.
 OUTSIDE = {
     "voc": (-7, -4, 16, 10),
     "labelme": (-8, -5, 16, 10),
@@ -625,7 +625,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("key", list(OUTSIDE))
 def test_corners_below_zero_are_kept(key: str, tmp_path: Path) -> None:
-    """The check of a data set names such boxes, and training clips them."""
+    """Read boxes outside the image, which the check of data sets reports and training clips."""
     path = one_object(key, tmp_path, OUTSIDE[key], "sub/a.jpg")
     ((_, box, _, _),) = objects(read_annotations(path, tmp_path / "images"))["sub/a.jpg"]
     assert box == [-8, -5, 24, 15]
@@ -650,7 +650,7 @@ def test_paths_of_windows_lead_to_the_image(key: str, name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("key", ["voc", "labelme", "yolo"])
-def test_an_image_without_objects_stays(key: str, tmp_path: Path) -> None:
+def test_an_image_without_objects_is_kept(key: str, tmp_path: Path) -> None:
     path = one_object(key, tmp_path, None, "sub/a.jpg")
     assert objects(read_annotations(path, tmp_path / "images")) == {"sub/a.jpg": []}
 
@@ -673,7 +673,7 @@ def test_an_empty_file_is_named(key: str, file: str, message: str, tmp_path: Pat
 
 
 def test_hidden_files_are_no_part_of_a_data_set(tmp_path: Path) -> None:
-    """macOS and notebooks leave such files beside others."""
+    """Read a folder with hidden files of macOS and notebooks."""
     image(tmp_path / "a.jpg")
     write(tmp_path / "a.xml", voc(voc_object("dog", 1, 1, 9, 9)))
     write(tmp_path / "._a.xml", "\0")
@@ -695,7 +695,7 @@ def test_files_are_in_the_order_of_their_names(
     assert list_files(tmp_path, [".txt"]) == files
 
 
-def test_the_area_of_a_polygon_has_no_direction() -> None:
+def test_the_area_does_not_depend_on_the_direction_of_a_polygon() -> None:
     polygons = [[0.0, 0.0, 4.0, 0.0, 4.0, 3.0], [4.0, 3.0, 4.0, 0.0, 0.0, 0.0]]
     drawn = [LabelledObject("dog", [0.0, 0.0, 4.0, 3.0], [polygon]) for polygon in polygons]
     content = to_coco([LabelledImage("a.jpg", (8, 8), drawn)])
@@ -716,7 +716,7 @@ def test_notes_count_the_cases_and_name_the_first() -> None:
 
 
 def test_ids_count_from_1_in_the_order_of_the_names() -> None:
-    """pycocotools takes an annotation 0 for none."""
+    """Check the ids. They must not be 0, which pycocotools treats as missing."""
     box = [0.0, 0.0, 1.0, 1.0]
     images = [
         LabelledImage("b.jpg", (4, 4), [LabelledObject(name, box) for name in ("dog", "cat")]),
@@ -745,7 +745,7 @@ def test_each_format_is_recognised(tmp_path: Path) -> None:
         assert recognise(sample(tmp_path / key)) == key
 
 
-def test_what_is_no_annotations(tmp_path: Path) -> None:
+def test_files_that_are_no_annotations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no annotation file .*missing"):
         recognise(tmp_path / "missing")
     image(tmp_path / "images" / "a.jpg")

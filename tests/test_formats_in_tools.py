@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The check and the pictures of annotations of other formats than COCO's."""
+"""The check and the drawing of annotations in formats other than COCO."""
 
 import json
 import re
@@ -19,14 +19,14 @@ pytest_plugins = ["engine_fixtures"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """VOC's layout with two parts; a picture of the first is missing, and a box swapped."""
+    """Write two parts in VOC's layout. In the first, an image is missing and a box is swapped."""
     root = tmp_path / "cells"
     boxes = {"a": (9, 2, 30, 40), "b": (30, 2, 9, 40), "gone": (1, 1, 9, 9), "c": (1, 1, 70, 49)}
     for index, (name, box) in enumerate(boxes.items()):
         write(root / "Annotations" / f"{name}.xml", voc(voc_object("cell", *box)))
         if name != "gone":
             image(root / "JPEGImages" / f"{name}.jpg")
-            (root / "JPEGImages" / f"{name}.jpg").open("ab").write(bytes([index]))  # none is alike
+            (root / "JPEGImages" / f"{name}.jpg").open("ab").write(bytes([index]))  # all differ
     write(root / "ImageSets" / "Main" / "train.txt", "a\nb\ngone\n")
     write(root / "ImageSets" / "Main" / "val.txt", "c\n")
     return root
@@ -53,7 +53,7 @@ def test_the_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert [annotation["bbox"] for annotation in content["annotations"]] == [[8, 1, 22, 39]] * 2
 
 
-def test_pictures_leave_nothing_else(
+def test_drawing_writes_no_other_files(
     catalogs: None,
     fresh_logging: None,
     folder: Path,

@@ -22,7 +22,7 @@ def backbone(out_features=STAGES, **args) -> VoVNet:
 
 
 def top_maps(block, x: torch.Tensor) -> list[torch.Tensor]:
-    """P6, and P7 where the block has it, from their definition."""
+    """Compute P6, and P7 if the block has it, from their definition."""
     maps = [F.conv2d(x, block.p6.weight, block.p6.bias, stride=2, padding=1)]
     if block.num_levels == 2:
         maps.append(F.conv2d(maps[0].relu(), block.p7.weight, block.p7.bias, stride=2, padding=1))
@@ -36,7 +36,7 @@ def test_strided_top_block(in_feature, channels, num_levels):
     assert (block.in_feature, block.num_levels) == (in_feature, num_levels)
     assert block.p6.weight.shape == (16, channels, 3, 3)
     assert not block.p6.bias.any()
-    bound = (3 / (channels * 9)) ** 0.5  # Caffe2's Xavier filler, as in Detectron2's FPN
+    bound = (3 / (channels * 9)) ** 0.5  # Xavier initialisation of Caffe2, as in Detectron2
     assert bound * 0.95 < block.p6.weight.abs().max() <= bound
     x = torch.randn(2, channels, 5, 4)
     actual, expected = block(x), top_maps(block, x)
@@ -75,10 +75,8 @@ def test_fpn_over_vovnet(num_levels, in_feature):
 
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize("norm", ["", "GN"])
-def test_fpn_is_detectron2s(norm, fuse_type):
-    """The FPN and the top block that Detectron2 gives ResNet compute the same with the same
-    weights.
-    """
+def test_fpn_equals_that_of_detectron2(norm, fuse_type):
+    """Compare with the FPN and the top block of Detectron2's ResNet with the same weights."""
     args = {"out_channels": 32, "norm": norm, "fuse_type": fuse_type}
     bottom_up = backbone()
     ours = attach_fpn(
@@ -134,7 +132,7 @@ def test_features_that_do_not_fit(args, in_features, message):
         )
 
 
-def test_pooled_stem_is_a_level_of_its_own():
+def test_pooled_stem_can_be_a_level():
     bottom_up = VoVNet(replace(V19, stem="pooled"), out_features=["stem", *STAGES])
     model = attach_fpn(
         bottom_up, in_features=["stem", *STAGES], out_channels=16, top_block=LastLevelMaxPool()

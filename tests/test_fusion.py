@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Norms fused into convolutions: how many are left, and that nothing else changes."""
+"""Fusing norms into convolutions removes the expected norms and changes nothing else."""
 
 import logging
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 
 
 def draw_scales(model: nn.Module) -> None:
-    """Give norms scales and shifts as training leaves them, not those that they begin with."""
+    """Give norms random scales and shifts, as after training."""
     generator = torch.Generator().manual_seed(0)
     for norm in norms_of(model):
         if norm.weight is not None:
@@ -41,8 +41,8 @@ def draw_scales(model: nn.Module) -> None:
         ("ResNet-50", 0),
         ("timm:ese_vovnet19b_dw", 0),
         ("timm:resnet18", 0),
-        # The first norm of each of 78 layers, those of 3 transitions and the last stand before a
-        # ReLU and a convolution.
+        # These norms stay, because a ReLU follows: the first norm of each of 78 layers, the norms
+        # of 3 transitions, and the last norm.
         pytest.param("DenseNet-161", 82, marks=pytest.mark.slow),
     ],
 )
@@ -53,7 +53,7 @@ def test_norms_of_backbones(name, norms_left):
 
 
 def assert_folded(model: nn.Module, images: torch.Tensor, norms_left: int) -> None:
-    """Compared in float64, in which nothing else could differ."""
+    """Compare in float64, where rounding is too small to matter."""
     draw_scales(model)
     model, images = model.double(), images.double()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def assert_folded(model: nn.Module, images: torch.Tensor, norms_left: int) -> No
 
 
 def test_norms_with_an_activation():
-    """timm's carry one, frozen or not, which stays."""
+    """Fuse norms of timm, which contain an activation. The activation stays."""
     model = TimmBackbone("ese_vovnet19b_dw", norm="FrozenBN").eval()
     calibrate_norms(model, torch.randn(2, 3, 96, 96))
     assert_folded(model, torch.randn(1, 3, 64, 64), 0)
@@ -75,12 +75,12 @@ def test_norms_with_an_activation():
 @pytest.mark.parametrize(
     ("config", "norms_left"),
     [
-        # Transposed convolutions among the rest.
+        # These include transposed convolutions.
         ("Digits/refinedet128_V_27_slim_2000.yaml", 0),
-        # Before each ReLU and convolution of the three extra stages: the first of each branch.
+        # The first norm of each branch of the three extra stages, before a ReLU.
         ("PascalVOC-Detection/dsod300_V_27_slim_100k.yaml", 6),
-        # Of DenseNet-67: each of 30 layers' first, 4 transitions' and that of the shortcut; and
-        # two for each of four extra stages.
+        # In DenseNet-67 the first norm of each of 30 layers, of 4 transitions and of the shortcut,
+        # and two norms in each of four extra stages.
         ("PascalVOC-Detection/dsod300_DenseNet_67_100k.yaml", 43),
     ],
 )
@@ -107,7 +107,7 @@ def test_norms_of_single_shot_detectors(config, norms_left):
 
 
 class Pair(nn.Module):
-    """A convolution and a norm, used as ``run`` says."""
+    """Convolution and norm, which the function ``run`` uses."""
 
     def __init__(self, run: Callable[["Pair", torch.Tensor], dict[str, torch.Tensor]]):
         super().__init__()
@@ -125,7 +125,7 @@ def normed(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_pair_that_stands_alone(device):
+def test_a_pair_without_other_uses_is_fused(device):
     model = Pair(normed).eval().to(device)
     assert_folded(model, torch.randn(1, 3, 8, 8, device=device), 0)
 
@@ -161,19 +161,19 @@ def written_to(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "run", [also_added, changed_in_place, also_returned, convolved_twice, normed_twice, written_to]
 )
-def test_a_pair_that_does_not(run):
+def test_a_pair_with_other_uses_is_not_fused(run):
     assert_folded(Pair(run).eval(), torch.randn(1, 3, 8, 8), 1)
 
 
 @pytest.mark.parametrize("part", ["conv", "norm"])
-def test_what_somebody_has_hooked_stays(part):
+def test_modules_with_hooks_are_not_fused(part):
     model = Pair(normed).eval()
     getattr(model, part).register_forward_hook(lambda module, inputs, output: 2 * output)
     assert_folded(model, torch.randn(1, 3, 8, 8), 1)
 
 
 @pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-def test_a_weight_that_is_made_anew_stays(change):
+def test_a_parametrised_weight_is_not_fused(change):
     model = Pair(normed).eval()
     change(model.conv)
     assert_folded(model, torch.randn(1, 3, 8, 8), 1)
@@ -185,7 +185,7 @@ class DoublingNorm(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_norm_that_does_more_stays(inside):
+def test_a_subclass_of_a_norm_is_not_fused(inside):
     model = Pair(normed)
     if inside:
         model.conv, model.norm = Conv2d(3, 3, 1, norm=DoublingNorm(3)), nn.Identity()
@@ -200,13 +200,13 @@ class StandardisingConv2d(Conv2d):
         return self.norm(F.conv2d(x, weight))
 
 
-def test_a_convolution_that_does_more_keeps_its_norm():
+def test_a_subclass_of_a_convolution_is_not_fused():
     model = Pair(lambda m, x: {"y": m.conv(x)})
     model.conv, model.norm = StandardisingConv2d(3, 3, 1, norm=model.norm), nn.Identity()
     assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
 
 
-def test_nothing_is_rounded_to_less_than_float32():
+def test_fused_weights_have_at_least_float32():
     model = backbone("ResNet-50").build().eval()
     calibrate_norms(model, torch.randn(2, 3, 64, 64))
     model.half()
@@ -220,7 +220,7 @@ def test_a_model_in_training_is_refused():
         fuse_norms(Pair(normed))
 
 
-def test_a_network_that_cannot_be_watched(caplog):
+def test_a_network_whose_calls_cannot_be_traced(caplog):
     def run(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"y": m.norm(m.conv(x)) * float(x.sum().item() > 0)}
 

@@ -231,7 +231,7 @@ def test_one_of_two_boxes_is_left_of_one_category_from_an_overlap_of_a_half_on()
     assert model.sizes[-1] == (100, 380)
 
 
-def test_nothing_found() -> None:
+def test_image_without_detections() -> None:
     tiled = TiledDetector(BrightRectangles().eval(), (50, 50), 0.2, resize=AS_IT_IS)
     found = tiled([{"image": composite(100, 120, [])}])[0]["instances"]
     assert len(found) == 0
