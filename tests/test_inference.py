@@ -10,7 +10,15 @@ from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from reference import STRUCTURES, assert_same_maps, features, random_state, random_tensor, thin
+from reference import (
+    STRUCTURES,
+    assert_same_maps,
+    features,
+    random_state,
+    random_tensor,
+    short,
+    thin,
+)
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
@@ -24,9 +32,9 @@ NET = thin(STRUCTURES["eSE in all"])
 TOLERANCE = 1e-5  # of float32, relative to the largest value of a map
 
 
-def build(net=NET, norm="FrozenBN") -> VoVNet:
+def build(net=NET, norm="FrozenBN", stages=STAGES) -> VoVNet:
     """Build a network in training mode, with norms as in a trained network."""
-    model = VoVNet(VoVNetSpec(**vars(net)), norm=norm, out_features=STAGES)
+    model = VoVNet(VoVNetSpec(**vars(net)), norm=norm, out_features=stages)
     model.load_state_dict(random_state(net), strict=False)
     return model
 
@@ -171,7 +179,8 @@ def test_unknown_precision():
 
 @pytest.mark.slow
 def test_compiled():
-    model = build()
+    """Three blocks are enough, as torch generates code for each of them anew."""
+    model = build(short(NET), stages=STAGES[:3])
     optimized = optimize_for_inference(model, compile=True)
     model.eval()
     torch._dynamo.reset()
