@@ -152,7 +152,7 @@ def test_openvino_agrees(config, tmp_path):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_model_is_left_as_it_is(part):
+def test_the_model_is_not_changed(part):
     model = build_detector(small_config(RETINANET, MODEL__VOVNET__NORM="BN")).train()
     attributes = set(vars(model))
     state = copy.deepcopy(model.state_dict())

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Hundreds of malformed and hostile files, through the tools as a user would give them: each is
-told in a sentence, none runs code, none makes the tools touch a file that is not theirs."""
+"""Hundreds of malformed and hostile files are given to the tools. Each file ends with one sentence,
+no file runs code, and no tool changes a file outside its output folder."""
 
 import shutil
 import sys
@@ -26,7 +26,7 @@ from vovnet_d2.engine import main
 
 pytest_plugins = ["engine_fixtures"]
 
-# An audit hook stays for as long as Python runs, so there is one, which a test arms.
+# Python cannot remove an audit hook, so there is only one. Tests switch it on and off.
 _WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod"}
 _RUNNING = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "os.spawn"}
 _REACHING = {"socket.connect", "socket.getaddrinfo", "urllib.Request"}
@@ -34,7 +34,7 @@ _watched: list["Watch"] = []
 
 
 class Watch:
-    """A record of what was done outside the folder for output while it was armed."""
+    """List of changes outside the output folder, and of started programs and connections."""
 
     def __init__(self, output: Path):
         self.output = str(output)
@@ -52,7 +52,7 @@ class Watch:
     def _writes(args: tuple) -> bool:
         path, mode, flags = args
         if not isinstance(path, str | bytes | Path):
-            return False  # a file that is open already
+            return False  # a file that is already open
         return bool(set(mode or "") & set("wax+")) or bool((flags or 0) & 3)
 
 
@@ -74,7 +74,7 @@ def snapshot(folder: Path) -> dict[str, bytes | str]:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, fresh_logging: None, monkeypatch) -> Path:
-    """A folder; of what is in it, only ``output`` may be changed once :func:`watching` begins."""
+    """Return a folder in which only ``output`` may change while :func:`watching` is active."""
     (tmp_path / "bystander").write_text("unharmed")
     (tmp_path / "output").mkdir()
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "output" / "datasets"))
@@ -83,7 +83,7 @@ def sandbox(tmp_path: Path, fresh_logging: None, monkeypatch) -> Path:
 
 
 class watching:
-    """Watch what is done inside this context, which must stay within the folder for output."""
+    """Context that fails if anything changes outside the output folder, or if a program starts."""
 
     def __init__(self, sandbox: Path):
         self.sandbox = sandbox
@@ -110,11 +110,11 @@ def require_a_sentence(capsys: pytest.CaptureFixture) -> None:
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, error
     assert len(lines[0]) < 2000
-    assert "are frozen" not in lines[0]  # said of any config that is otherwise good
+    assert "are frozen" not in lines[0]  # the error of any good config
 
 
-def test_the_watch_sees(sandbox: Path) -> None:
-    """The negative control of all others."""
+def test_the_watch_notices_changes(sandbox: Path) -> None:
+    """Check that the watch notices changes and programs."""
     for act in (
         lambda: (sandbox / "bystander").write_text("x"),
         lambda: (sandbox / "new").touch(),
@@ -182,7 +182,7 @@ def convert(sandbox: Path, path: Path) -> None:
     assert not (sandbox / "output" / "converted.pth").exists()
 
 
-# What is a VoVNet's, though not that of the test's model, can be converted.
+# These are weights of other VoVNets than the model of the test, so they can be converted.
 _CONVERTIBLE = {
     *["another VoVNet", "no stage2", "no stage5", "a block missing", "running statistics missing"],
     *["a kernel of another size", "a layer missing", "statistics of one norm missing"],
@@ -229,12 +229,12 @@ def test_malformed_annotations(sandbox: Path, capsys) -> None:
             status = check(sandbox, data)
             captured = capsys.readouterr()
             assert "Traceback" not in captured.err
-            if name == "mask missing":  # the box is good, and all that a detector of boxes needs
+            if name == "mask missing":  # a detector of boxes only needs the box
                 assert status == 0
             else:
                 assert "error " in captured.out or "warning " in captured.out
                 if status != 1:
-                    assert status == 2  # nothing is left to write
+                    assert status == 2  # no object is left
                     assert "error: Nothing of" in captured.err
         shutil.rmtree(data.folder)
         shutil.rmtree(sandbox / "output")
@@ -243,7 +243,7 @@ def test_malformed_annotations(sandbox: Path, capsys) -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    """All the malformed images in one set, beside four good ones."""
+    """Write a data set of all malformed images and four good images."""
     data = DataSet(tmp_path_factory.mktemp("pictures") / "data")
     for number, content in enumerate([*UNREADABLE_IMAGES.values(), *DOUBTFUL_IMAGES.values()]):
         name = f"{number}.jpg"
@@ -264,10 +264,10 @@ def test_malformed_images(sandbox: Path, pictures: DataSet, capsys) -> None:
     left = data.json.read_text()
     for number in range(len(UNREADABLE_IMAGES)):
         assert f'"{number}.jpg"' not in left, list(UNREADABLE_IMAGES)[number]
-    require_trainable(data)  # so all that is left can be read
+    require_trainable(data)  # all remaining images can be read
 
 
-def test_there_are_enough() -> None:
+def test_there_are_at_least_300_files() -> None:
     configs = len(HOSTILE_CONFIGS) + len(MALFORMED_CONFIGS) + len(MALFORMED_OPTIONS)
     weights = len(MALFORMED) - len(_CONVERTIBLE) + len(WRITERS)
     images = len(UNREADABLE_IMAGES) + len(DOUBTFUL_IMAGES)

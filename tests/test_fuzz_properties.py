@@ -1,9 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Properties of all specs, configs and state dicts.
+"""Properties of random specs, configs and state dicts.
 
-Good ones work. The others are told in a sentence, which means an error that this package raises on
-purpose.
+Valid ones work. All others raise an error that this package raises on purpose, with one sentence.
 """
 
 from contextlib import suppress
@@ -33,7 +32,7 @@ many = settings(max_examples=200, **FUZZ)
 
 # Specs
 
-widths = st.integers(1, 6).map(lambda half: 2 * half)  # a bottleneck halves them
+widths = st.integers(1, 6).map(lambda half: 2 * half)  # even, because a bottleneck halves them
 four = st.tuples(widths, widths, widths, widths)
 GOOD_FIELDS = {
     "stage_mid_channels": four,
@@ -72,14 +71,14 @@ def check_spec(spec: VoVNetSpec) -> None:
 
 @few
 @given(specs)
-def test_specs_build_what_they_say(spec: VoVNetSpec) -> None:
+def test_networks_match_their_specs(spec: VoVNetSpec) -> None:
     check_spec(spec)
 
 
 @pytest.mark.slow
 @many
 @given(specs)
-def test_many_specs_build_what_they_say(spec: VoVNetSpec) -> None:
+def test_many_networks_match_their_specs(spec: VoVNetSpec) -> None:
     check_spec(spec)
 
 
@@ -92,7 +91,7 @@ def test_other_values_of_a_field_are_refused(spec: VoVNetSpec, field: str, value
     except UserError:
         pass
     else:
-        hash(VoVNetSpec(**fields))  # so nothing that YAML makes is left in it
+        hash(VoVNetSpec(**fields))  # the fields are no lists or dicts of YAML
 
 
 # State dicts
@@ -106,7 +105,7 @@ def check_round_trip(spec: VoVNetSpec, layout: str) -> None:
     state = small_state(spec)
     try:
         there = convert_state_dict(state, layout)
-    except UserError:  # timm has no bottleneck, say
+    except UserError:  # for example, timm has no bottleneck
         return
     back = convert_state_dict(there, "native")
     assert back.keys() == state.keys()
@@ -116,14 +115,14 @@ def check_round_trip(spec: VoVNetSpec, layout: str) -> None:
 
 @few
 @given(specs, st.sampled_from(COMPLETE_LAYOUTS))
-def test_conversions_come_back(spec: VoVNetSpec, layout: str) -> None:
+def test_conversions_can_be_reversed(spec: VoVNetSpec, layout: str) -> None:
     check_round_trip(spec, layout)
 
 
 @pytest.mark.slow
 @many
 @given(specs, st.sampled_from(COMPLETE_LAYOUTS))
-def test_many_conversions_come_back(spec: VoVNetSpec, layout: str) -> None:
+def test_many_conversions_can_be_reversed(spec: VoVNetSpec, layout: str) -> None:
     check_round_trip(spec, layout)
 
 
@@ -187,7 +186,7 @@ def test_many_edited_weights_load_or_are_refused(tmp_path: Any, changes: list) -
 
 
 def check_bytes(tmp_path: Any, data: bytes, place: float, drop: int) -> None:
-    """A file of weights with some of its bytes replaced."""
+    """Read a file of weights in which some bytes are replaced."""
     path = tmp_path / "weights.pth"
     torch.save({"model": {"a": torch.arange(9)}}, path)
     content = path.read_bytes()
@@ -239,7 +238,7 @@ def check_config_value(tmp_path: Any, key: tuple[str, ...], value: Any) -> None:
         cfg = load_config(str(path))
     except UserError:
         return
-    path.write_text(cfg.dump())  # as a run writes it, to be given to another
+    path.write_text(cfg.dump())  # a run writes this file, and another run may read it
     again = load_config(str(path))
     assert repr(yaml.safe_load(again.dump())) == repr(yaml.safe_load(cfg.dump()))
     return None

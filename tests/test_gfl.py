@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""ATSS's assignment and GFL's head, losses and boxes, against plain loops over single numbers."""
+"""The assignment of ATSS, and head, losses and boxes of GFL, are compared with plain loops."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -37,7 +37,10 @@ def build_gfl(**changes: object) -> FCOS:
 
 
 def make_cells(shapes: list[tuple[int, int, int]]) -> list[Tensor]:
-    """Squares of one stride around all locations; a feature map is (stride, rows, columns)."""
+    """Return squares with sides of one stride around all locations.
+
+    A shape is the (stride, rows, columns) of a feature map.
+    """
     return [
         torch.tensor(
             [
@@ -80,7 +83,7 @@ def slow_candidates(
 def slow_atss(
     boxes: list[list[float]], shapes: list[tuple[int, int, int]], topk: int
 ) -> list[tuple[int, Fraction] | None]:
-    """Return the object of each location and its IoU with the anchor, or None, in exact numbers."""
+    """Return the index of the object of each location and the exact IoU of its anchor, or None."""
     best: list[tuple[int, Fraction] | None] = [None] * sum(h * w for _, h, w in shapes)
     for number, box in enumerate(boxes):
         found = list(slow_candidates([Fraction(v) for v in box], shapes, topk))
@@ -95,7 +98,7 @@ def slow_atss(
 
 
 def random_boxes(number: int, size: float, *, smallest: float = 1) -> list[list[float]]:
-    """Corners on a grid of quarters of a pixel, which floats hold exactly."""
+    """Return boxes with corners in quarters of a pixel, which floats represent exactly."""
     corners = torch.rand(number, 2) * size
     sides = torch.rand(number, 2) ** 2 * size + smallest
     return ((torch.cat([corners, corners + sides], dim=1) * 4).round() / 4).tolist()
@@ -136,7 +139,7 @@ def test_atss_against_exact_numbers(case: str, topk: int) -> None:
 
 
 def test_assignment_of_images() -> None:
-    """Classes, boxes and images stay together, and an image without objects is background."""
+    """Check classes and boxes of several images, of which one has no objects."""
     model = build_gfl()
     shapes = [(9, 12), (5, 6), (3, 3), (2, 2), (1, 1)]
     anchors = model.anchor_generator([torch.empty(1, 1, *shape) for shape in shapes])
@@ -182,14 +185,14 @@ def test_quality_focal_loss_is_zero_at_the_quality() -> None:
         (1.25, [0, 0.75, 0.25, 0, 0]),
         (3.0, [0, 0, 0, 1, 0]),
         (4.0, [0, 0, 0, 0, 1]),
-        (7.5, [0, 0, 0, 0, 1]),  # farther than the distributions reach
+        (7.5, [0, 0, 0, 0, 1]),  # beyond the largest distance of a distribution
         (-0.5, [1, 0, 0, 0, 0]),
     ],
 )
 def test_distribution_focal_loss_has_its_minimum_at_the_distance(
     distance: float, weights: list[float]
 ) -> None:
-    """Cross-entropy with the two nearest distances, whose gradient is softmax minus weights."""
+    """Compare with the gradient of a cross-entropy, which is softmax minus weights."""
     torch.manual_seed(0)
     logits = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
     loss = distribution_focal_loss(logits, torch.tensor([distance], dtype=torch.float64))
@@ -219,7 +222,7 @@ def slow_box(cell: list[float], logits: list[float]) -> list[float]:
 
 
 def slow_overlap(a: list[float], b: list[float]) -> tuple[float, float]:
-    """IoU and GIoU."""
+    """Return IoU and GIoU."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
@@ -233,8 +236,10 @@ Case = dict[str, list]
 def slow_losses(
     case: Case, logits: list, distributions: list, constants: list | None = None
 ) -> tuple[list[float], list[tuple[float, float]]]:
-    """The three losses with beta 1.5, and of each positive location what has no gradient: quality
-    and weight. ``constants`` gives these of another network."""
+    """Return the three losses with beta 1.5, and the quality and weight of each positive location.
+
+    Quality and weight have no gradient. ``constants`` replaces them by those of another network.
+    """
     positives, fixed = 0, []
     class_loss = box_loss = distribution_loss = total = 0.0
     for n, r in product(range(len(case["labels"])), range(len(case["anchors"]))):
@@ -267,7 +272,7 @@ def slow_losses(
 
 
 def make_case(kind: str) -> Case:
-    """Two images with four locations of stride 8 and one of stride 16."""
+    """Return two images, each with four locations of stride 8 and one location of stride 16."""
     centers = [(0, 0, 8), (8, 0, 8), (0, 8, 8), (8, 8, 8), (16, 16, 16)]
     anchors = [[x - s / 2, y - s / 2, x + s / 2, y + s / 2] for x, y, s in centers]
     labels = {
@@ -276,7 +281,7 @@ def make_case(kind: str) -> Case:
         "one object": [[3] * 5, [3, 3, 3, 3, 0]],
         "objects everywhere": [[1] * 5, [0, 1, 2, 1, 0]],
     }[kind]
-    reach = torch.rand(2, 5, 4, dtype=torch.float64) * 40 + 1  # beyond 4 strides for some sides
+    reach = torch.rand(2, 5, 4, dtype=torch.float64) * 40 + 1  # some are greater than 4 strides
     boxes = [
         [[x - a, y - b, x + c, y + d] for (x, y, _), (a, b, c, d) in zip(centers, own, strict=True)]
         for own in reach.tolist()
@@ -328,13 +333,13 @@ def test_boxes_are_expected_distances() -> None:
     boxes = DistributionTransform(REG_MAX).apply_deltas(logits, cells)
     expected = [slow_box(*pair) for pair in zip(cells.tolist(), logits.tolist(), strict=True)]
     torch.testing.assert_close(boxes, torch.tensor(expected))
-    with torch.autocast("cpu", torch.bfloat16):  # in which boxes would lie on a grid of pixels
+    with torch.autocast("cpu", torch.bfloat16):  # it would round boxes to whole pixels
         again = DistributionTransform(REG_MAX).apply_deltas(logits, cells)
     torch.testing.assert_close(again, boxes, rtol=0, atol=0)
 
 
 def test_detections_against_loops() -> None:
-    """All scores above the threshold, of two images that are padded to one size."""
+    """Compare all detections above the threshold in two images that are padded to one size."""
     model = build_gfl(INFERENCE_TH_TEST=0.5, NMS_TH=1.0, PRE_NMS_TOPK_TEST=10**6).eval()
     model.max_detections_per_image = 10**6
     torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)
@@ -371,8 +376,8 @@ def test_detections_against_loops() -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_an_image_by_heart() -> None:
-    """It finds both objects, and scores say how well the boxes fit."""
+def test_it_can_overfit_one_image() -> None:
+    """Train on one image until both objects are found with high scores."""
     model = build_gfl(REG_MAX=16)
     inputs = [sample()]
     inputs[0]["instances"].gt_classes = torch.tensor([2, 0])
@@ -385,7 +390,7 @@ def test_it_learns_an_image_by_heart() -> None:
             optimizer.step()
     with torch.no_grad():
         found = model.eval()(inputs)[0]["instances"]
-    assert found.scores.min() > 0.9  # the lowest that is reported is 0.2
+    assert found.scores.min() > 0.9  # the default threshold is 0.2
     wanted = dict(zip([2, 0], inputs[0]["instances"].gt_boxes.tensor, strict=True))
     assert sorted(found.pred_classes.tolist()) == [0, 2]
     for label, box in zip(found.pred_classes.tolist(), found.pred_boxes, strict=True):
@@ -393,7 +398,7 @@ def test_it_learns_an_image_by_heart() -> None:
 
 
 def test_keys_reach_the_network() -> None:
-    """Each of the two options is of use alone, too."""
+    """Check that assignment and losses can be chosen separately."""
     center = build_gfl(ASSIGNMENT="center")
     assert center.head.bbox_pred.out_channels == 4 * (REG_MAX + 1)
     assert (center.assignment, center.learns_distributions) == ("center", True)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""docs/gpu.md lists every place where a GPU takes another branch, and tests that exist."""
+"""docs/gpu.md lists every file that has another branch for a GPU, and names tests that exist."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_every_branch_of_a_gpu_is_listed() -> None:
     assert sorted(listed) == sorted(found)
 
 
-def test_the_tests_exist_and_need_a_gpu_where_the_page_says_so() -> None:
+def test_the_tests_on_the_page_exist_and_need_a_gpu_if_it_says_so() -> None:
     for _, _, without, with_gpu, _ in ROWS:
         for cell, marked in ((without, False), (with_gpu, True)):
             for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", cell):

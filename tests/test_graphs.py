@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The network as a graph of torch.fx, as an FX-quantized network and as a TorchScript."""
+"""The network as a graph of torch.fx, as an FX-quantized network, and in TorchScript."""
 
 import detectron2.export  # noqa: F401 (lets torch.jit.script take Detectron2's FPN)
 import pytest
@@ -46,7 +46,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     ],
 )
 def test_graphs_equal_a_second_derivation(structure, maker):
-    """This holds in inference and in training, in which a frozen norm computes the same."""
+    """Compare feature maps in inference, and gradients in training with frozen norms."""
     net = short(thin(STRUCTURES[structure]))
     state = random_state(net, num_classes=7)
     model = build(structure).eval()
@@ -87,7 +87,7 @@ def test_graphs_with_each_norm(norm, maker):
 
 
 @pytest.mark.parametrize("maker", ["torch.fx", "TorchScript"])
-def test_graphs_of_what_is_optimized_with_an_fpn_on_top(maker):
+def test_graphs_of_optimized_networks_with_an_fpn(maker):
     names = ["stage3", "stage4", "stage5"]
     spec = VoVNetSpec(**vars(short(thin(STRUCTURES["eSE in all"]))))
     body = VoVNet(spec, out_features=names)
@@ -100,16 +100,16 @@ def test_graphs_of_what_is_optimized_with_an_fpn_on_top(maker):
         assert_same_maps(graph(x), expected, tolerance=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.ao, which warns of its own parts
+@pytest.mark.filterwarnings("ignore")  # torch.ao warns of its own parts
 @pytest.mark.parametrize(
     "structure", ["eSE in all", pytest.param("depthwise", marks=pytest.mark.slow)]
 )
 def test_fx_quantization(structure):
-    """After calibration, and after training that is aware of it."""
+    """Quantize after calibration, and prepare quantization-aware training."""
     fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     engine = torch.backends.quantized.engine
     if engine == "none":
-        pytest.skip("This torch has no quantized operators.")
+        pytest.skip("this torch has no quantized operators")
     mapping = torch.ao.quantization.get_default_qconfig_mapping(engine)
     qat_mapping = torch.ao.quantization.get_default_qat_qconfig_mapping(engine)
     model = build(structure, norm="BN").float()

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One reading of image files for all that reads them: every mode, orientation and depth."""
+"""The one function that reads image files, for every mode, orientation and depth."""
 
 from pathlib import Path
 
@@ -31,11 +31,11 @@ def scene() -> np.ndarray:
     return rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
 
-# Modes of 8 bits and the file type that holds each: read as Detectron2 reads them.
+# Modes of 8 bits, which are read as in Detectron2, and a file type for each.
 EIGHT_BITS = {
     "1": "png", "L": "png", "P": "png", "RGB": "png", "RGBA": "png", "LA": "png", "CMYK": "tif",
 }  # fmt: skip
-if int(PIL.__version__.partition(".")[0]) > 10:  # Pillow 10 cannot read the file that it writes
+if int(PIL.__version__.partition(".")[0]) > 10:  # Pillow 10 cannot read its own file
     EIGHT_BITS["YCbCr"] = "tif"
 
 
@@ -48,7 +48,7 @@ def test_eight_bits_are_read_as_detectron2_does(tmp_path: Path, mode: str, forma
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientations_are_those_of_pillow(tmp_path: Path, orientation: int) -> None:
+def test_orientations_are_applied_as_in_pillow(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / "a.png"
@@ -69,14 +69,14 @@ def save_labels(folder: Path, exif: Image.Exif) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_the_upper_half_of_16_bits(tmp_path: Path, suffix: str) -> None:
+def test_16_bits_are_reduced_to_the_upper_8(tmp_path: Path, suffix: str) -> None:
     values = np.random.default_rng(0).integers(0, 65536, SIZE).astype(np.uint16)
     path = tmp_path / f"a.{suffix}"
     cv2.imwrite(str(path), values)
     expected = np.repeat((values // 256)[..., None], 3, axis=2)
     assert np.array_equal(read_image(path), expected)
     assert read_header(path).bits == 16
-    # As OpenCV makes 8 bits of them, which Predictor's arrays come from.
+    # OpenCV, which users read arrays for Predictor with, converts to 8 bits in the same way.
     assert np.abs(cv2.imread(str(path)).astype(int) - expected).max() <= 1
     colours = np.stack([values, values[::-1], values.T.reshape(SIZE)], axis=2)
     if suffix == "png":
@@ -84,7 +84,7 @@ def test_the_upper_half_of_16_bits(tmp_path: Path, suffix: str) -> None:
         assert np.array_equal(read_image(path), colours // 256)
 
 
-def test_what_has_no_known_range_is_refused(tmp_path: Path) -> None:
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
     for dtype in (np.int32, np.float32):
         Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match=r"a\.tif has 32 bits per pixel, whose range is not"):
@@ -116,8 +116,8 @@ LABEL_FILES = {
 
 
 @pytest.mark.parametrize("kind", LABEL_FILES)
-def test_labels_are_the_numbers_in_the_file(tmp_path: Path, kind: str) -> None:
-    """Training and evaluation read the same; Detectron2's mapper takes a palette's luminance."""
+def test_labels_equal_the_numbers_in_the_file(tmp_path: Path, kind: str) -> None:
+    """Check all kinds of label files. Detectron2's mapper reads the luminance of a palette."""
     path = tmp_path / "a.png"
     LABEL_FILES[kind].save(path)
     assert np.array_equal(read_labels(path), LABELS)
@@ -138,7 +138,7 @@ def test_labels_beyond_8_bits(tmp_path: Path) -> None:
     mapper = Mapper(
         True, augmentations=[T.RandomFlip(1.0), T.ResizeShortestEdge(24)], image_format="BGR"
     )
-    for labels in (numbers * 273, 254 + numbers % 3):  # to the largest, and just beyond
+    for labels in (numbers * 273, 254 + numbers % 3):  # up to the largest number, and around 255
         Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "a.png")
         expected = np.repeat(np.repeat(labels[:, ::-1], 2, axis=0), 2, axis=1)
         assert np.array_equal(mapper(record)["sem_seg"], expected)
@@ -161,7 +161,7 @@ def test_colours_are_no_labels(tmp_path: Path) -> None:
 # The mapper
 
 
-def test_the_mapper_gives_what_detectron2s_gives(tmp_path: Path) -> None:
+def test_the_mapper_equals_that_of_detectron2(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.png")
     box = {"bbox": [2, 3, 9, 8], "bbox_mode": 0, "category_id": 1, "iscrowd": 0}
     record = {"file_name": str(tmp_path / "a.png"), "annotations": [box]}
@@ -192,13 +192,13 @@ def test_thin_lines_keep_a_pixel(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_test_time_augmentation_is_detectron2s(flip: bool) -> None:
-    """But for images that are thin lines, at which Detectron2's raises an error."""
+def test_test_time_augmentation_equals_that_of_detectron2(flip: bool) -> None:
+    """Compare with Detectron2's mapper, which raises an error for very thin images."""
     pixels = torch.from_numpy(scene().transpose(2, 0, 1).copy())
     ours = AugmentedTestMapper((8, 30), 40, flip=flip)
     theirs = DatasetMapperTTA((8, 30), 40, flip)
     corners = np.array([[1.0, 2, 11, 9], [0, 0, 20, 12]])
-    for size in ((12, 20), (24, 50)):  # of the picture that the network's input was made of
+    for size in ((12, 20), (24, 50)):  # size of the original image
         record = {"image": pixels, "height": size[0], "width": size[1], "image_id": 3}
         found, expected = ours(record), theirs(record)
         assert len(found) == len(expected) == 2 + 2 * flip
@@ -221,8 +221,8 @@ def test_a_file_that_is_refused_is_named(tmp_path: Path) -> None:
         mapper({"file_name": str(tmp_path / "a.tif")})
 
 
-def test_lazy_configs_read_by_the_same_rule() -> None:
-    """Their files name Detectron2's mapper, which is replaced by the one that reads so."""
+def test_lazy_configs_read_images_in_the_same_way() -> None:
+    """Check that the mapper of Detectron2, which their files name, is replaced by ours."""
     config = load_lazy_config("lazy/COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.py")
     for loader in (config.dataloader.train, config.dataloader.test):
         assert type(instantiate(loader.mapper)) is DatasetMapper

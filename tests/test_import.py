@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The import of the package, beside other packages and without Detectron2."""
+"""The import of the package with other packages, and without Detectron2."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ PUBLIC = {"VOVNET_SPECS", "VoVNet", "VoVNetSpec", "add_vovnet_config", "get_conf
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run code in another Python, which finds the modules of ``folder`` first, then the package."""
+    """Run code in another Python process, which finds modules in ``folder`` and the package."""
     path = os.pathsep.join([str(folder), str(PACKAGE.parent)])
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -44,7 +44,7 @@ def test_without_detectron2(tmp_path):
     )
 
 
-def test_detectron2_lacks_what_it_needs(tmp_path):
+def test_a_missing_requirement_of_detectron2_is_named(tmp_path):
     (tmp_path / "detectron2").mkdir()
     (tmp_path / "detectron2" / "__init__.py").write_text("import fvcore_is_missing")
     result = run("import vovnet_d2", tmp_path)
@@ -97,7 +97,7 @@ import vovnet_d2.data
 print(*sorted(set(sys.modules) - before))
 """
 
-# Each code runs in a child of a process that has Detectron2, as to import it takes seconds.
+# Each code runs in a child of a process that has imported Detectron2, which takes seconds.
 CHILDREN = f"""
 import os, sys
 import detectron2.modeling
@@ -112,7 +112,7 @@ for code in {[AFTER_ANOTHER_PACKAGE, NEW_MODULES]}:
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the two codes print."""
+    """Return the printed lines of both codes."""
     folder = tmp_path_factory.mktemp("other_package")
     (folder / "other_package.py").write_text(OTHER_PACKAGE)
     result = run(CHILDREN, folder)
@@ -120,7 +120,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_another_package_has_the_names(lines: list[str]) -> None:
+def test_another_package_has_registered_the_names(lines: list[str]) -> None:
     first, message, unchanged, overridden, variant = lines[:5]
     assert first == unchanged == str(["other_package"] * 2 + ["vovnet_d2"] * 2)
     assert message == (
@@ -133,7 +133,7 @@ def test_another_package_has_the_names(lines: list[str]) -> None:
     assert variant == "V-39-eSE"
 
 
-def test_what_trains_and_evaluates_is_not_imported(lines: list[str]) -> None:
+def test_code_for_training_and_evaluation_is_not_imported(lines: list[str]) -> None:
     modules, with_data = (line.split() for line in lines[5:])
     own = {tuple(name.split(".")[:2]) for name in modules if name.startswith("vovnet_d2.")}
     late = {"predictor", "engine", "data", "analysis", "benchmark", "export", "demo"}
@@ -150,7 +150,7 @@ def test_what_trains_and_evaluates_is_not_imported(lines: list[str]) -> None:
 
 
 def imported_by(file: Path) -> set[str]:
-    """Absolute names of what a file of the package imports, at any depth in it."""
+    """Return the absolute names of all imports in a file, also inside functions."""
     package = (PACKAGE.name, *file.relative_to(PACKAGE).parent.parts)
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -167,16 +167,17 @@ MODELING = sorted((PACKAGE / "modeling").rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", MODELING, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_modeling_knows_nothing_of_its_users(file):
+def test_modeling_does_not_import_its_users(file):
     users = ("checkpoint", "data", "engine", "analysis", "benchmark", "export")
     above = {f"vovnet_d2.{user}" for user in users}
     assert not {name for name in imported_by(file) if ".".join(name.split(".")[:2]) in above}
 
 
 @pytest.mark.parametrize("file", MODELING, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_a_config_is_read_in_the_builders_alone(file):
-    """Detectron2's ``configurable`` also calls readers of a config, in classes that it finds by
-    name.
+def test_only_the_builders_read_a_config(file):
+    """Check where functions take a config.
+
+    Only ``from_config`` is allowed elsewhere, which Detectron2's ``configurable`` calls.
     """
     readers = {
         node.name

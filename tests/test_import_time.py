@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The time to import the package, beside that of Detectron2's modeling."""
+"""The time to import the package after Detectron2's modeling."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-# Each time is that of a fork, so that Detectron2 is imported once.
+# Each time is measured in a fork, so that Detectron2 is imported only once.
 CODE = """
 import os, sys, time
 import detectron2.modeling

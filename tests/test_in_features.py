@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that ask for feature maps which the backbone does not return."""
+"""Configs with heads that need feature maps which the backbone does not return."""
 
 import pytest
 from engine_runs import FASTER_RCNN, RETINANET
@@ -9,7 +9,7 @@ from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.any_config import build_network
 from vovnet_d2.engine.in_features import explain_in_features
 
-# Thin levels, as only the names of the feature maps matter.
+# The feature maps are thin, because only their names matter.
 THIN = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32"]
 
 

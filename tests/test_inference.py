@@ -29,7 +29,7 @@ from vovnet_d2.modeling import allocation
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 NET = thin(STRUCTURES["eSE in all"])
-TOLERANCE = 1e-5  # of float32, relative to the largest value of a map
+TOLERANCE = 1e-5  # in float32, relative to the largest value of a feature map
 
 
 def build(net=NET, norm="FrozenBN", stages=STAGES) -> VoVNet:
@@ -59,7 +59,7 @@ def rms_error(maps: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
         *((structure, "BN", 2) for structure in ("eSE in all", "depthwise")),
     ],
 )
-def test_as_exact_as_the_model_itself(structure, norm, divisor):
+def test_errors_are_as_small_as_those_of_the_model(structure, norm, divisor):
     net = thin(STRUCTURES[structure], divisor)
     model = build(net, norm)
     state = {name: tensor.double() for name, tensor in random_state(net).items()}
@@ -73,7 +73,7 @@ def test_as_exact_as_the_model_itself(structure, norm, divisor):
     assert (eager < TOLERANCE).all()
 
 
-def test_the_model_is_left_as_it_is():
+def test_the_model_is_not_changed():
     model = build(norm="BN")
     before = copy.deepcopy(model.state_dict())
     optimized = optimize_for_inference(model)
@@ -85,19 +85,19 @@ def test_the_model_is_left_as_it_is():
     assert optimized.output_shape() == model.output_shape()
 
 
-def test_the_process_is_left_as_it_is(monkeypatch):
-    """A program decides about the freed memory that the C library keeps."""
+def test_the_process_is_not_changed(monkeypatch):
+    """Check that settings of the C library are not changed. A program decides about them."""
 
     def fail(*args):
         raise AssertionError(args)
 
     allocation.keep_freed_memory.cache_clear()
-    monkeypatch.setattr(allocation.ctypes, "CDLL", fail)  # which is not the real one in tests
+    monkeypatch.setattr(allocation.ctypes, "CDLL", fail)  # conftest.py has replaced it
     monkeypatch.setattr(ctypes, "CDLL", fail)
     optimize_for_inference(build())(torch.randn(1, 3, 64, 64))
 
 
-def test_other_norms_stay():
+def test_other_norms_are_kept():
     model = build(norm="GN")
     x = torch.randn(1, 3, 64, 64)
     optimized = optimize_for_inference(model)
@@ -105,13 +105,13 @@ def test_other_norms_stay():
     assert_same_maps(optimized(x), model.eval()(x), TOLERANCE)
 
 
-def test_norms_of_the_batch_stay():
-    """Without running statistics there is nothing to fold."""
+def test_norms_without_running_statistics_are_kept():
+    """Optimize norms without running statistics, which cannot be fused."""
     model = build(norm=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False))
     x = torch.randn(2, 3, 64, 64)
     optimized = optimize_for_inference(model)
     assert len(norms(optimized)) == len(norms(model)) > 0
-    # stage5's statistics are over eight values a channel: sensitive to the order of summation.
+    # Statistics in stage5 are over eight values per channel, so the order of summation matters.
     assert_same_maps(optimized(x), model.eval()(x), 10 * TOLERANCE)
 
 
@@ -137,7 +137,7 @@ def test_memory_format():
     assert optimized(torch.randn(1, 3, 64, 64))["stage5"].is_contiguous(memory_format=last)
 
 
-# Half a step of rounding, 2^-9 and 2^-12, adds up over the layers.
+# Rounding errors of half a step, 2^-9 and 2^-12, add up over the layers.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 2**-5), (torch.float16, 2**-8)], ids=str
 )
@@ -152,7 +152,7 @@ def test_lower_precision(dtype, tolerance):
 
 
 class Listing(nn.Module):
-    """A backbone that returns a list, and nothing for one level."""
+    """Backbone that returns a list with None for one level."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Listing(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backbones_that_return_other_things_than_dicts(dtype):
+def test_backbones_that_do_not_return_dicts(dtype):
     model = Listing().eval()
     x = torch.randn(1, 3, 9, 9)
     first, nothing, (third,) = optimize_for_inference(model, dtype=dtype)(x)
@@ -203,7 +203,7 @@ def small_detector(name: str) -> CfgNode:
         "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
         "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
-        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # or scores are all 0 or 1
+        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],  # otherwise scores would all be 0 or 1
         "TEST.DETECTIONS_PER_IMAGE": 20,
         **spec,
     }
@@ -211,9 +211,9 @@ def small_detector(name: str) -> CfgNode:
 
 
 def build_detector(name: str) -> nn.Module:
-    """Build a detector with norms as in a trained network, and with scores apart.
+    """Build a detector with norms as in a trained network and with different scores.
 
-    The layers before RetinaNet's, which start near zero, are drawn too.
+    The layers before the output of RetinaNet, which start near zero, are random, too.
     """
     model = build_model(small_detector(name)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -226,7 +226,7 @@ def build_detector(name: str) -> nn.Module:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A copy. What is predicted is rounded once, as Detectron2 takes it in float32 only."""
+    """Return a copy in float64 whose predictions are float32, as Detectron2 needs them."""
 
     def to_float32(module: nn.Module, args: Any, outputs: Any) -> Any:
         return tree_map(torch.Tensor.float, outputs)
@@ -265,16 +265,16 @@ def test_whole_detector(config):
     assert found.get_fields().keys() == exact.get_fields().keys()
     assert len(found) == len(exact) == 20
     assert torch.equal(found.pred_classes, exact.pred_classes)
-    # So few numbers that their error may be several times eager's by chance.
+    # With so few numbers, their error may be several times that of eager by chance.
     assert (rms_error(numbers(found), numbers(exact)) < TOLERANCE).all()
-    if exact.has("pred_masks"):  # whose pixels may differ where they are at the threshold
+    if exact.has("pred_masks"):  # pixels at the threshold may differ
         assert 0.01 < exact.pred_masks.float().mean() < 0.99
         assert (found.pred_masks != exact.pred_masks).float().mean() < 2e-5
 
 
 @pytest.mark.parametrize("config", DETECTORS)
 def test_detector_in_lower_precision(config):
-    """Its maps, as other boxes may be the best by a little."""
+    """Compare feature maps, because small errors may change which boxes are the best."""
     model = build_detector(config)
     optimized = optimize_for_inference(model, dtype=torch.bfloat16)
     assert norms(optimized) == []

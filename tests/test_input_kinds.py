@@ -1,9 +1,10 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of data that people have, given to every tool: each gives the result that the good
-data give, or says what is wrong in one sentence with status 2; or lists problems, with status 1.
+"""Every kind of data set that users have is given to every tool.
 
-Trainings on a CPU repeat to the bit, so that a kind which means the same gives the same weights.
+A tool gives the same result as with the good data, or one sentence with status 2, or a list of
+problems with status 1. Trainings on a CPU are deterministic, so data with the same meaning give the
+same weights.
 """
 
 import re
@@ -80,7 +81,7 @@ def test_a_kind(catalogs: None, fresh_logging: None, good: Good, tmp_path: Path,
 
 
 def beside(path: Path) -> None:
-    """Averaged weights, in a file with the others."""
+    """Save averaged weights in the same file as the other weights."""
     content = torch.load(path, weights_only=False)
     averaged = {name: 2 * value for name, value in content["model"].items()}
     torch.save({"model": content["model"], "model_ema": averaged}, path)

@@ -26,7 +26,7 @@ TOOL = Path(install_detectron2.__file__)
 
 @pytest.fixture
 def labgym(tmp_path: Path) -> Path:
-    """A wheel with the structure of LabGym's: Detectron2 inside a package of another licence."""
+    """Build a wheel like that of LabGym, with Detectron2 inside a package of another licence."""
     files = {
         "LabGym/__init__.py": "raise ImportError('GPL: must not be here')",
         "LabGym/detectron2_helper.py": "raise ImportError('GPL: must not be here')",
@@ -73,7 +73,7 @@ def test_wheel_installs_as_detectron2(labgym: Path, tmp_path: Path) -> None:
     assert imported.stdout == "7\n", imported.stderr
 
 
-def test_metadata_says_what_it_is_and_where_from(labgym: Path, tmp_path: Path) -> None:
+def test_metadata_names_version_licence_and_source(labgym: Path, tmp_path: Path) -> None:
     wheel = install_detectron2.build_wheel(labgym, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read("detectron2-0.6.dist-info/METADATA"))
@@ -81,7 +81,7 @@ def test_metadata_says_what_it_is_and_where_from(labgym: Path, tmp_path: Path) -
     assert metadata["License"] == "Apache-2.0"
     assert "Apache License" in license_text
     assert "labgym==3.1.2" in metadata.get_payload()
-    # The bounds without which Detectron2 breaks.
+    # Without these bounds Detectron2 fails.
     required = {
         r.name: str(r.specifier) for r in map(Requirement, metadata.get_all("Requires-Dist"))
     }
@@ -110,7 +110,7 @@ def test_record_lists_every_file_with_its_hash(labgym: Path, tmp_path: Path) -> 
 def test_wheel_has_the_same_bytes_every_time(labgym: Path, tmp_path: Path) -> None:
     first = install_detectron2.build_wheel(labgym, tmp_path / "first")
     os.utime(labgym, (0, 0))
-    time.sleep(2.1)  # a zip archive's clock ticks every two seconds
+    time.sleep(2.1)  # times in a zip archive have steps of two seconds
     second = install_detectron2.build_wheel(labgym, tmp_path / "second")
     assert first.read_bytes() == second.read_bytes()
 
@@ -158,7 +158,7 @@ def run_tool(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_a_network_it_says_so(tmp_path: Path) -> None:
+def test_without_a_network_the_error_names_the_way_out(tmp_path: Path) -> None:
     result = run_tool(
         *("--source", "pypi", "--wheel-dir", str(tmp_path)), PIP_NO_INDEX="1", PIP_FIND_LINKS=""
     )
@@ -202,7 +202,7 @@ def test_git_needs_git_and_a_compiler(
 
 @contextlib.contextmanager
 def mute_server() -> Iterator[int]:
-    """Accepts connections and never answers, as a firewall that swallows packets seems to."""
+    """Start a server that accepts connections and never answers, like some firewalls."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -232,7 +232,7 @@ def git(repository: Path, *args: str) -> str:
 
 @pytest.fixture
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository in place of upstream's; its setup.py imports torch, as upstream's does."""
+    """Make a repository that stands for upstream. Its setup.py also imports torch."""
     repository = tmp_path / "upstream"
     package = repository / "detectron2"
     package.mkdir(parents=True)
@@ -272,7 +272,7 @@ def fail(*words: str, failure: Exception) -> None:
     raise failure
 
 
-def test_each_way_is_tried_and_told(
+def test_each_way_is_tried_and_logged(
     upstream: Path,
     labgym: Path,
     tmp_path: Path,
@@ -324,7 +324,7 @@ def test_the_prebuilt_wheel_fits_torch_and_python(
     write_wheel(wheels, f"0.6+fd27788{build}")
     write_wheel(wheels, "0.6+fd27788pt2.1.0cpu")
     write_wheel(wheels, "0.6+zzzzzzzpt99.0.0cu999")
-    write_wheel(wheels, f"0.6+zzzzzzz{build}0")  # such as cu1280 where cu128 is installed
+    write_wheel(wheels, f"0.6+zzzzzzz{build}0")  # such as cu1280 if cu128 is installed
     write_wheel(wheels, f"0.6+zzzzzzz{build}", tag="cp27-none-win32")
     options = ["--source", "wheel", "--wheel-dir", str(out), "--find-links", str(wheels)]
     assert install_detectron2.main(options) == 0
@@ -352,7 +352,7 @@ def test_the_build_of_torch(
 
 @pytest.mark.slow  # needs a package index
 def test_wheel_from_pypi_is_the_one_that_was_tested(tmp_path: Path) -> None:
-    """One hash over all files, recorded when the other tests of this project were run with them."""
+    """Compare with the recorded hash over all files of the tested wheel."""
     result = run_tool("--source", "pypi", "--wheel-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.splitlines()

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Static quantization: its arithmetic, computed anew, and files that run in the backends."""
+"""Static quantization: its arithmetic is compared with NumPy, and its files run in the backends."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """The network that tests of backends have too, so that it is exported once for all of them."""
+    """Return the same network as in the tests of backends, so that it is exported only once."""
     seed_all_rng(0)
     return build_detector(small_config(MASK_RCNN))
 
@@ -65,7 +65,7 @@ def test_layers_are_the_convolutions_of_the_model(model: nn.Module, quantizer: Q
     assert [len(quantizer.layers[name]) for name in ("head.conv", "backbone.fpn_output2")] == [5, 1]
 
 
-def test_the_default_spares_the_last_stage_and_the_outputs(quantizer: Quantizer) -> None:
+def test_the_default_does_not_quantize_the_last_stage_and_outputs(quantizer: Quantizer) -> None:
     kept = set(quantizer.layers) - set(quantizer.select())
     assert kept == {
         name
@@ -80,7 +80,7 @@ def test_the_default_spares_the_last_stage_and_the_outputs(quantizer: Quantizer)
     }
 
 
-def test_images_are_run_when_it_is_known_which_layers_to_quantize(model: nn.Module) -> None:
+def test_layers_are_checked_before_images_are_run(model: nn.Module) -> None:
     path, _ = export_dense_part(model)
     fresh = Quantizer(path, iter(()))
     with pytest.raises(ValueError, match="There is no stage6 in the network"):
@@ -103,7 +103,7 @@ def test_weights_are_quantized_per_channel_in_seven_bits(
         if node.op_type != "Conv":
             continue
         source = made.get(node.input[1])
-        if source is None:  # in float
+        if source is None:  # this layer is not quantized
             name = node.input[1].removeprefix("backbone.").removesuffix(".weight")
             assert name not in chosen
             np.testing.assert_array_equal(
@@ -124,8 +124,8 @@ def test_weights_are_quantized_per_channel_in_seven_bits(
     assert seen == set(chosen)
 
 
-def test_ranges_are_those_of_the_images(model: nn.Module, quantizer: Quantizer) -> None:
-    """Scale and zero point of what the second convolution reads, from the model's own values."""
+def test_ranges_come_from_the_images(model: nn.Module, quantizer: Quantizer) -> None:
+    """Compare scale and zero point of an input with the values in the model."""
     part = optimize_for_inference(DensePart(model), memory_format=torch.contiguous_format)
     seen: list[float] = []
     convolution = part.get_submodule("backbone.bottom_up.stem.conv2")
@@ -137,7 +137,7 @@ def test_ranges_are_those_of_the_images(model: nn.Module, quantizer: Quantizer) 
     quantized = quantizer.quantize(["backbone.bottom_up.stem.conv2"])
     values = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
     first = next(n for n in quantized.graph.node if n.op_type == "QuantizeLinear")
-    assert values[first.input[2]] == 0  # behind ReLU
+    assert values[first.input[2]] == 0  # after a ReLU
     assert values[first.input[1]] == pytest.approx(max(seen) / 255, rel=1e-4)
 
 
@@ -157,13 +157,13 @@ def test_backends_run_a_quantized_file(
         onnx.save(quantizer.quantize(quantizer.select(kept)), path)
         found = {b: BACKENDS[b].load(path, CPU)(image) for b in ("onnxruntime", "openvino")}
         errors[name] = relative_error(found["onnxruntime"], expected)
-        # They round in different places, and so are as far from each other as from float.
+        # The backends round in different places. They differ from each other as from float.
         assert relative_error(found["openvino"], expected) < 2 * errors[name]
     assert 1e-3 < errors["default"] < errors["all"] < 0.5
 
 
 def test_sensitivity_of_layers(model: nn.Module, quantizer: Quantizer) -> None:
-    """A layer of a head changes its own output alone, and by as much as rounding makes."""
+    """Measure the errors of single layers, which must be of the size of rounding errors."""
     few = list(images(model))[:1]
     quantizer.layers, layers = (
         {k: v for k, v in quantizer.layers.items() if "head" in k or "stem.conv1" in k},
@@ -178,7 +178,7 @@ def test_sensitivity_of_layers(model: nn.Module, quantizer: Quantizer) -> None:
         "head.objectness_logits",
         "head.anchor_deltas",
     }
-    # Weights and values of a uniform rounding error: 1/sqrt(12) of a step of 1/64 and 1/255.
+    # The rounding errors of weights and values are uniform: 1/sqrt(12) of a step of 1/64 or 1/255.
     assert all(1e-3 < error < 0.2 for error in errors.values())
 
 
@@ -273,7 +273,7 @@ def test_agreement() -> None:
         detections([a], [0.4], [0]),
     ]
     result = _agreement(expected, found)
-    assert result["detections"] == 5  # a score of 0.5 is enough
+    assert result["detections"] == 5  # a score of 0.5 counts
     assert result["matched"] == pytest.approx(2 / 5)
     assert result["score difference"] == pytest.approx((0.1 + 0.3) / 2)
     nothing = [detections([], [], [])] * 3
@@ -302,14 +302,14 @@ def test_the_tool(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     page = Path("exported/dense.int8.md").read_text()
     assert "| bbox AP " in page
     assert "relative error" not in page
-    # AP in float is that of an evaluation by torch.
+    # The AP in float equals that of an evaluation with torch.
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
     expected = launch(MINIATURE, tmp_path / "float", "--eval-only", *weights)
     assert report["results"]["float32"]["bbox AP"] == pytest.approx(expected["bbox"]["AP"], abs=0.1)
     int8 = ["TEST.INT8", str(tmp_path / "exported/dense.int8.onnx"), "TEST.BACKEND", "onnxruntime"]
     found = launch(MINIATURE, tmp_path / "int8", "--eval-only", *weights, *int8)
     assert report["results"]["INT8"]["bbox AP"] == pytest.approx(found["bbox"]["AP"], abs=1e-6)
-    # The same file by the same command.
+    # The same command gives the same file.
     content = Path("exported/dense.int8.onnx").read_bytes()
     run_export([*arguments, *calibration, *options, "DATASETS.TEST", "()"])
     assert Path("exported/dense.int8.onnx").read_bytes() == content
