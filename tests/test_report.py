@@ -5,13 +5,15 @@ becomes of it where parts are missing. tests/test_report_page.py opens it in a b
 
 import json
 import math
+import pickle
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,6 +39,29 @@ from vovnet_d2.report.run_folder import read_run
 pytest_plugins = ["engine_fixtures"]
 
 HOSTILE = "</script><script>alert('1')</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_curves_are_drawn_once() -> Iterator[None]:
+    """The pages of most tests have the same curves, which take longer than the rest of a page."""
+    drawn: dict[bytes, Any] = {}
+
+    def draw_once(draw: Callable) -> Callable:
+        def find(*args: Any) -> Any:
+            key = pickle.dumps((draw.__name__, args))
+            if key not in drawn:
+                drawn[key] = draw(*args)
+            return drawn[key]
+
+        return find
+
+    with (
+        mock.patch.object(figures, "_draw_by_iteration", draw_once(figures._draw_by_iteration)),
+        mock.patch.object(
+            page_module, "draw_precision_recall", draw_once(page_module.draw_precision_recall)
+        ),
+    ):
+        yield
 
 
 @pytest.fixture
