@@ -176,9 +176,10 @@ def test_processes_agree_on_each_step() -> None:
 
 @pytest.mark.slow
 def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
-    """Of two agents of torchrun, one and its process are killed. After a resume one process of two
-    is stopped, which is what a cut cable looks like. Each time the other process ends in time, and
-    says why. Then both resume.
+    """Kill one of two agents of torchrun with its process, and after a resume stop one process.
+
+    The stopped process looks to the other one like a cut cable. Each time the other process ends in
+    time, and says why. Then both resume.
 
     The processes after the resumes are started as torchrun starts them.
     """
