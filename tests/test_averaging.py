@@ -157,7 +157,7 @@ def test_a_training_without_an_average_can_be_resumed_with_one(
             torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_lazy_config_says_the_same(coco: Path, tmp_path: Path) -> None:
+def test_a_lazy_config_gives_the_same(coco: Path, tmp_path: Path) -> None:
     words = [f"train.ema={DECAY}", "train.checkpointer.period=1"]
     results = test_lazyconfig.launch(tmp_path, *words)
     assert results.keys() == {"bbox", "segm", "bbox_EMA", "segm_EMA"}

@@ -227,7 +227,7 @@ def test_number_of_semantic_categories(catalogs: None) -> None:
         check_data(cfg, training=True)
 
 
-def test_validation_categories_unlike_the_training_ones(coco: Path, tmp_path: Path) -> None:
+def test_validation_categories_that_training_does_not_have(coco: Path, tmp_path: Path) -> None:
     annotations = (coco / "coco" / "annotations" / "instances_val2017.json").read_text()
     second, third = THINGS[1]["name"], THINGS[2]["name"]
     swapped = annotations.replace(f'"{second}"', '"?"').replace(f'"{third}"', f'"{second}"')

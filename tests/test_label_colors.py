@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The classes of label maps have one colour each, in all panels and pictures."""
+"""Each class of a label map has the same colour in all panels and images."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -36,7 +36,7 @@ class Oracle(nn.Module):
 
 @pytest.fixture
 def colors(monkeypatch: pytest.MonkeyPatch) -> Colors:
-    """The colours that each class has been drawn in."""
+    """Record the colours in which each class is drawn."""
     found: Colors = defaultdict(set)
     original = artist._draw_regions
 
@@ -72,7 +72,7 @@ def check_colors(colors: Colors) -> None:
 
 @pytest.fixture
 def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The titles of the panels that have been drawn."""
+    """Record the titles of the drawn panels."""
     found: list[str] = []
     original = Figure.savefig
 
@@ -97,7 +97,7 @@ def test_truth_and_predictions(
     assert titles == ["ground truth · predictions"] * 2  # label maps have no scores
 
 
-def test_the_titles_of_detections_say_the_score(
+def test_titles_of_detections_name_the_score_threshold(
     beach: str, tmp_path: Path, titles: list[str]
 ) -> None:
     draw_panels(FASTER_RCNN, tmp_path)

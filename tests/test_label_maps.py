@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps are read once before a training: values, sizes, and ways to write labels."""
+"""The check of label maps before a training: their values, sizes and kinds of files."""
 
 import logging
 from pathlib import Path
@@ -44,7 +44,7 @@ def labels_of(*values: int) -> np.ndarray:
     return np.resize(values, SIZE)
 
 
-def test_good_maps(catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_good_label_maps(catalogs: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     palette = Image.fromarray(labels_of(0, 1).astype(np.uint8), mode="P")
     palette.putpalette([9, 9, 9, 200, 0, 0])
     register(tmp_path, [palette, labels_of(1, 255)])
@@ -67,7 +67,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_maps(catalogs: None, tmp_path: Path, kind: str) -> None:
+def test_bad_label_maps(catalogs: None, tmp_path: Path, kind: str) -> None:
     labels, message = BAD[kind]
     register(tmp_path, [labels, labels])
     with pytest.raises(ValueError, match=rf"Data set maps: .*{message}") as caught:
@@ -75,19 +75,19 @@ def test_bad_maps(catalogs: None, tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_another_value_for_what_is_not_labelled(catalogs: None, tmp_path: Path) -> None:
+def test_another_value_for_pixels_without_a_label(catalogs: None, tmp_path: Path) -> None:
     register(tmp_path, [labels_of(0, 1)], ignore_label=0)
     with pytest.raises(ValueError, match=r"ignore_label 0 .*IGNORE_VALUE 255"):
         check()
 
 
-def test_no_maps_at_all(catalogs: None, tmp_path: Path) -> None:
+def test_no_label_maps(catalogs: None, tmp_path: Path) -> None:
     register(tmp_path, [])
     with pytest.raises(ValueError, match="has no label maps"):
         check()
 
 
-def test_the_tool_takes_registered_maps(
+def test_the_tool_checks_registered_label_maps(
     catalogs: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     register(tmp_path, [labels_of(0, 1)])

@@ -22,7 +22,7 @@ from vovnet_d2.modeling.layers import (
 )
 
 
-def test_max_pool_is_ceil_mode_pooling_to_the_bit():
+def test_max_pool_equals_ceil_mode_pooling():
     for height in range(2, 20):
         for width in range(2, 20):
             x = torch.randn(1, 2, height, width).relu()
@@ -31,7 +31,7 @@ def test_max_pool_is_ceil_mode_pooling_to_the_bit():
 
 
 def test_max_pool_gives_the_gradient_of_ceil_mode_pooling():
-    x = torch.rand(2, 3, 10, 13, dtype=torch.float64)  # all different and positive: no ties
+    x = torch.rand(2, 3, 10, 13, dtype=torch.float64)  # all values differ, so maxima are unique
     x, y = x.clone().requires_grad_(), x.clone().requires_grad_()
     weight = torch.rand(2, 3, 5, 6)
     (max_pool(x) * weight).sum().backward()
@@ -39,7 +39,7 @@ def test_max_pool_gives_the_gradient_of_ceil_mode_pooling():
     assert torch.equal(x.grad, y.grad)
 
 
-def test_norms_are_those_of_detectron2():
+def test_names_of_norms_equal_those_of_detectron2():
     tree = ast.parse(textwrap.dedent(inspect.getsource(get_norm)))
     (table,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     assert set(NORMS) == {"", *(key.value for key in table.keys)}
@@ -110,7 +110,7 @@ def test_pairs_of_convolutions(layer, expected, stride, dilation):
     torch.testing.assert_close(module(x), y)
 
 
-def test_depthwise_convolutions_begin_by_keeping_the_variance():
+def test_new_depthwise_convolutions_keep_the_variance():
     conv = DepthwiseSeparableConv2d(64, 8, norm="BN").depthwise
     images = torch.randn(16, 64, 9, 9)
     assert conv(images)[:, :, 1:-1, 1:-1].var().item() == pytest.approx(1, rel=0.2)
@@ -128,12 +128,12 @@ def test_effective_se():
         module.fc.bias.copy_(torch.tensor([0.0, 0.25, 0.5, 0.0]))
     means = x.sum((2, 3)) / 35 + module.fc.bias
     scale = ((means + 3) / 6).clamp(0, 1)
-    assert scale[0, 0] == 0  # both ends of the hard sigmoid and its slope are there
+    assert scale[0, 0] == 0  # the values reach both ends of the hard sigmoid
     assert scale[0, 3] == 1
     torch.testing.assert_close(module(x), x * scale[:, :, None, None])
 
 
-def test_effective_se_leaves_its_arguments_as_they_are():
+def test_effective_se_does_not_change_its_arguments():
     module = EffectiveSE(4)
     x, residual = torch.randn(2, 1, 4, 5, 7)
     before = x.clone(), residual.clone()
@@ -146,8 +146,8 @@ def test_effective_se_leaves_its_arguments_as_they_are():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [False, True])
-def test_effective_se_of_large_maps(dtype: torch.dtype, training: bool) -> None:
-    """A map whose sum is beyond float16, with an average that the gate depends on."""
+def test_effective_se_of_large_feature_maps(dtype: torch.dtype, training: bool) -> None:
+    """Use a feature map whose sum exceeds float16."""
     module = EffectiveSE(2)
     x = torch.rand(1, 2, 300, 400) * 3
     with torch.no_grad():
@@ -156,15 +156,13 @@ def test_effective_se_of_large_maps(dtype: torch.dtype, training: bool) -> None:
     expected = x.double() * ((average + 3) / 6)[:, :, None, None]
     module.to(dtype).requires_grad_(training)
     y = module(x.to(dtype).contiguous(memory_format=torch.channels_last))
-    # Rounded are the image, the average, the sum before it, the gate and the product.
+    # Five values are rounded: the input, the sum, the average, the gate and the product.
     rtol = 5 * torch.finfo(dtype).eps / 2
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-6)
 
 
 def _deformable(**args) -> DeformableConv2d:
-    """Make a layer with random offsets of up to a few pixels, so that some taps lie outside the
-    map.
-    """
+    """Make a layer with random offsets of a few pixels, so that some taps lie outside the input."""
     layer = DeformableConv2d(4, 6, kernel_size=3, **{"padding": 1, **args}).double()
     for parameter in layer.offset.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -172,7 +170,7 @@ def _deformable(**args) -> DeformableConv2d:
 
 
 def _split(layer: DeformableConv2d, x: torch.Tensor):
-    """The offsets, and the masks or None, that the layer predicts."""
+    """Return the predicted offsets, and the predicted masks or None."""
     y = layer.offset(x)
     taps = 9 * y.shape[1] // (27 if layer.modulated else 18)
     assert y.shape[1] == taps * (3 if layer.modulated else 2)
@@ -180,7 +178,7 @@ def _split(layer: DeformableConv2d, x: torch.Tensor):
 
 
 def _deform_by_grid_sample(layer: DeformableConv2d, x: torch.Tensor) -> torch.Tensor:
-    """Deformable convolution from its definition, each tap read by ``grid_sample``."""
+    """Compute a deformable convolution from its definition, with ``grid_sample`` for each tap."""
     offset, mask = _split(layer, x)
     (size, _, rows, columns), (height, width) = offset.shape, x.shape[2:]
     groups = offset.shape[1] // 18
@@ -234,7 +232,7 @@ def test_deformable_convolution(args):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("modulated", "factor"), [(False, 1.0), (True, 0.5)])
-def test_deformable_convolution_begins_as_a_plain_one(modulated, factor, groups):
+def test_new_deformable_convolutions_equal_plain_ones(modulated, factor, groups):
     layer = conv_norm_act(
         4,
         6,
@@ -258,7 +256,7 @@ def test_deformable_convolution_follows_the_contract_of_conv2d():
     deformable.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 4, 9, 11)
     torch.testing.assert_close(deformable(x), plain(x))
-    assert deformable(x).min() < 0  # no activation was asked for
+    assert deformable(x).min() < 0  # there is no activation
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Names of parameters: ours, pinned, and those of published weights, which load as they are."""
+"""Names of parameters: our names are pinned, and weights with published names load."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ from vovnet_d2.layouts import match_keys, rename_keys
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 PUBLISHED = {name: thin(net) for name, net in STRUCTURES.items() if not net.bottleneck}
-# Of each kind of network, the norm in use, as FREEZE_AT and NORM combine.
+# Kinds of networks, with the norms that result from FREEZE_AT and NORM.
 NORMS = {
     "BN": {"norm": "BN"},
     "SyncBN": {"norm": "SyncBN"},
@@ -105,7 +105,7 @@ def test_our_names_equal_a_second_derivation(name, counted):
     assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == expected
 
 
-# The maps between names
+# Conversions between names
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -113,7 +113,7 @@ def test_our_names_equal_a_second_derivation(name, counted):
 def test_published_names(name, counted):
     net = {**TABLE, **PUBLISHED}[name]
     expected = native_names(net, num_classes=1000, counted=counted)
-    assert rename_keys(expected) == expected  # every published name is changed
+    assert rename_keys(expected) == expected  # each published name changes
     assert rename_keys(expected.values()) == {}
     assert rename_keys(expected, to="detectron2") == {}
     backwards = {native: published for published, native in expected.items()}
@@ -156,13 +156,13 @@ def test_timm_names(name):
         "fpn_lateral2.weight",
         "roi_heads.box_predictor.cls_score.weight",
         "stem.stem_1/conv.gamma",
-        "stage2.OSA2_1.layers.0.OSA2_1_1/conv.weight",  # the two layer numbers differ
+        "stage2.OSA2_1.layers.0.OSA2_1_1/conv.weight",  # the two numbers of the layer differ
         "stage2.OSA3_1.concat.OSA3_1_concat/conv.weight",
         "xstem.conv1.weight",
         "res2.0.conv1.weight",
     ],
 )
-def test_other_names_are_left_alone(key):
+def test_other_names_do_not_change(key):
     assert rename_keys([key]) == {}
     assert match_keys([key]) == {}
 
@@ -171,7 +171,7 @@ def test_other_names_are_left_alone(key):
 
 
 def compare(backbone: VoVNet, net, state: dict[str, torch.Tensor]) -> None:
-    """Its maps with those of the same tensors in our names, and with the second derivation."""
+    """Compare its feature maps with those from our names, and with the second implementation."""
     native = build(net)
     names = native_names(net, counted=True)
     native.load_state_dict({names[k]: v for k, v in state.items() if "num_batches" not in k})
@@ -195,7 +195,7 @@ def test_published_weights_load(name, norm, counted):
     model = build(net, **NORMS[norm])
     model.load_state_dict(state)
     compare(model, net, state)
-    assert state.keys() == before.keys()  # the caller's dict is as it was
+    assert state.keys() == before.keys()  # the given dict does not change
 
 
 @pytest.mark.parametrize("variant", ["V-27-slim", "V-39"])
@@ -250,7 +250,7 @@ def test_published_weights_load_by_detectron2(counted, prefix, wrap, tmp_path):
 
 @pytest.mark.parametrize("source", NORMS)
 @pytest.mark.parametrize("target", NORMS)
-def test_batch_norms_load_into_each_other(source, target):
+def test_kinds_of_batch_norms_load_into_each_other(source, target):
     net = thin(TABLE["V-19-slim-eSE"])
     state = random_state(net)
     first, second = build(net, **NORMS[source]), build(net, **NORMS[target])
@@ -259,7 +259,7 @@ def test_batch_norms_load_into_each_other(source, target):
     compare(second, net, state)
 
 
-def test_what_is_missing_or_left_over_is_reported():
+def test_missing_and_unexpected_tensors_are_reported():
     net = PUBLISHED["depthwise"]
     names = native_names(net)
     model = build(net)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""LazyConfigs: custom data, and the schedule and anchors that fit them, as of YAML files."""
+"""LazyConfigs with custom data get the same schedule and anchors as YAML files."""
 
 import json
 from argparse import Namespace
@@ -35,7 +35,7 @@ digits = test_own_data.digits
 def fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, *overrides: str, **options: Any
 ) -> tuple[Any, Any]:
-    """A LazyConfig for 205 images, and what the engine reads of it."""
+    """Return a LazyConfig that is fitted to 205 images, and the config that the engine reads."""
     words = [*overrides, f"train.output_dir={tmp_path}"]
     config = load_lazy_config(file, words)
     cfg = to_cfg(config)
@@ -47,17 +47,17 @@ def fit(
 
 
 @pytest.mark.parametrize("name", [MASK_RCNN, RETINANET])
-def test_same_schedule_as_of_the_yaml_file(
+def test_same_schedule_as_the_yaml_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The learning rate of every iteration, and the periods."""
+    """Compare learning rates at many iterations, and the periods."""
     options = ["SOLVER.IMS_PER_BATCH", "2"]
     cfg = load_config(twin(name), options)
     epochs = Fraction(100)
     fit_schedule(cfg, *find_written(twin(name), options), num_images=205, epochs=epochs)
     overrides = ["dataloader.train.total_batch_size=2"]
     config, _ = fit(tmp_path, monkeypatch, name, *overrides, epochs=epochs)
-    own = to_cfg(config)  # as whatever loads the config.yaml of the run sees it
+    own = to_cfg(config)  # the config in the config.yaml of the run
     for key in ("MAX_ITER", "IMS_PER_BATCH", "WARMUP_ITERS", "BASE_LR", "CHECKPOINT_PERIOD"):
         assert own.SOLVER[key] == cfg.SOLVER[key], key
     assert own.TEST.EVAL_PERIOD == cfg.TEST.EVAL_PERIOD == 513
@@ -73,24 +73,24 @@ def test_same_schedule_as_of_the_yaml_file(
         for scheduler.last_epoch in iterations:
             rates[-1] += scheduler.get_lr()
     differing = [i for i, a, b in zip(iterations, *rates, strict=True) if abs(a - b) > 1e-9]
-    # A step is rounded to an iteration in one, and a share of the training in the other.
+    # A YAML file rounds a step to an iteration, and a LazyConfig has a share of the training.
     assert [i for i in differing if min(abs(i - s) for s in cfg.SOLVER.STEPS) > 1] == []
     assert len(set(rates[0])) > 100
 
 
-def test_what_is_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_values_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["optimizer.lr=0.7", "train.eval_period=9", "lr_multiplier.warmup_length=0.5"]
     config, cfg = fit(tmp_path, monkeypatch, MASK_RCNN, *overrides, epochs=Fraction(16))
     assert (config.optimizer.lr, config.train.eval_period) == (0.7, 9)
     assert config.train.max_iter == cfg.SOLVER.MAX_ITER == 205
     with pytest.raises(ValueError, match=r"SOLVER\.MAX_ITER both say how long"):
         fit(tmp_path, monkeypatch, MASK_RCNN, "train.max_iter=7", epochs=Fraction(1))
-    # Without a custom data set nothing follows from its size.
+    # Without a custom data set the schedule does not depend on the number of images.
     config, cfg = fit(tmp_path, monkeypatch, MASK_RCNN)
     assert config.train.max_iter == 90000
 
 
-def test_a_users_file_is_told_from_ours(tmp_path: Path) -> None:
+def test_files_of_users_are_recognised(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from detectron2.config import LazyConfig\nfrom vovnet_d2 import get_config_file\n"
@@ -114,7 +114,7 @@ def test_a_users_file_is_told_from_ours(tmp_path: Path) -> None:
     assert given == dict.fromkeys(SCHEDULE_KEYS, f"set in {saved}")
 
 
-def test_anchors_are_read_as_of_the_yaml_file() -> None:
+def test_same_anchors_as_the_yaml_file() -> None:
     for name in (MASK_RCNN, RETINANET):
         ours, theirs = (
             lazy_fitting._read_anchors(load_lazy_config(name)),
@@ -170,7 +170,7 @@ def test_custom_data_from_training_to_prediction(
     for found, wanted in zip(generator.cell_anchors, expected.cell_anchors, strict=True):
         assert torch.equal(found, wanted)
 
-    # Without the flags, from what the training leaves.
+    # Evaluate without the flags, from the files of the training.
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
     args = ["--config-file", str(out / "config.yaml"), "--eval-only"]
@@ -181,7 +181,7 @@ def test_custom_data_from_training_to_prediction(
     predictor = Predictor(str(out / "config.yaml"), str(out / "model_final.pth"))
     assert predictor.metadata.thing_classes == NAMES
 
-    # Resumed, it is fitted to what it was.
+    # A resumed training has the same schedule.
     (out / "fitted.json").write_text(json.dumps(record | {"images": 16}))
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()

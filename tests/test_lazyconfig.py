@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""LazyConfigs: each describes what the YAML file of its name does, and the tool that runs them."""
+"""LazyConfigs equal the YAML files of the same name. Tests of the tool that runs LazyConfigs."""
 
 import builtins
 import json
@@ -50,7 +50,7 @@ SCRATCH = "lazy/COCO-InstanceSegmentation/scratch_mask_rcnn_V_39_FPN_3x_gn.py"
 
 
 def twin(name: str) -> str:
-    """The YAML file that says the same."""
+    """Return the YAML file of the same name."""
     return name.removeprefix("lazy/").replace(".py", ".yaml")
 
 
@@ -86,7 +86,7 @@ def test_every_detector_has_its_files(kind: str) -> None:
     found = {Path(name).stem for name in FILES if Path(name).stem.startswith(kind)}
     variants, schedules = ("V_39_eSE", "V_57_eSE"), ("1x", "3x")
     expected = {f"{kind}_{v}_FPN_{schedule}" for v in variants for schedule in schedules}
-    if kind == "mask_rcnn":  # an example of the recipe
+    if kind == "mask_rcnn":  # one example of the recipe
         expected.add("mask_rcnn_V_39_eSE_FPN_adamw_1x")
     assert found == expected
 
@@ -96,9 +96,9 @@ def test_same_model(name: str) -> None:
     ours, theirs = lazy_model(name), yaml_model(name)
     shapes = [(key, value.shape) for key, value in ours.state_dict().items()]
     assert shapes == [(key, value.shape) for key, value in theirs.state_dict().items()]
-    # Thresholds, anchors, matchers, numbers of proposals, ...
+    # Compare thresholds, anchors, matchers, numbers of proposals and so on.
     found = differences(ours, theirs)
-    # A weight that Detectron2's own config function leaves at this default.
+    # Detectron2's function for configs does not set this loss weight.
     defaults = {name: (1.0, "nothing") for name in found if name.endswith("loss_weight.loss_cls")}
     assert found == defaults
 
@@ -122,7 +122,7 @@ def test_same_optimizer(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_same_schedule(name: str) -> None:
-    """The learning rate in every phase, from the first iteration to the last."""
+    """Compare the learning rate in every phase, from the first to the last iteration."""
     cfg, own = yaml(name), to_cfg(lazy(name))
     assert own.SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER
     assert own.SOLVER.WARMUP_ITERS == cfg.SOLVER.WARMUP_ITERS
@@ -160,7 +160,7 @@ def test_same_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_same_run(name: str) -> None:
-    """Compare the other keys that the engine reads, those of network and schedule aside."""
+    """Compare the other keys that the engine reads."""
     own, cfg = to_cfg(lazy(name)), yaml(name)
     keys = ["MODEL.WEIGHTS", "MODEL.META_ARCHITECTURE", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON"]
     keys += ["MODEL.CHANNELS_LAST", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"]
@@ -184,16 +184,16 @@ def test_same_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", [MASK_RCNN, RETINANET])
 def test_same_output(name: str) -> None:
-    """Compare the detections of a picture, with the same weights and a narrower box head."""
+    """Compare detections in an image, with the same weights and a narrower box head."""
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]
     theirs = build_model(load_config(twin(name), options)).eval()
     words = ["model.roi_heads.box_head.fc_dims=[32,32]"] if name == MASK_RCNN else []
     ours = instantiate(load_lazy_config(name, words), "model").eval()
-    # So that something is found: the scores of untrained heads are all alike.
+    # Random scores give detections; the scores of untrained heads are all equal.
     heads = theirs.roi_heads.box_predictor if hasattr(theirs, "roi_heads") else theirs.head
     nn.init.normal_(heads.cls_score.weight, std=1.0)
     ours.load_state_dict(theirs.state_dict())
-    if name == MASK_RCNN:  # whose masks take long
+    if name == MASK_RCNN:  # masks take long
         for model in (ours, theirs):
             model.roi_heads.box_predictor.test_topk_per_image = 20
     inputs = [{"image": torch.randint(0, 256, (3, 96, 128)), "height": 192, "width": 256}]
@@ -213,7 +213,7 @@ def test_file(name: str) -> None:
     assert len(lines) <= 25, "a config is a small diff over what it imports"
 
 
-def test_files_work_wherever_they_are(tmp_path: Path) -> None:
+def test_files_work_in_any_folder(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "lazy", tmp_path / "elsewhere")
     moved = load_lazy_config(str(tmp_path / "elsewhere" / Path(MASK_RCNN).relative_to("lazy")))
     assert to_cfg(moved) == to_cfg(lazy(MASK_RCNN))
@@ -227,7 +227,7 @@ def test_another_variant_by_its_name() -> None:
     assert model.backbone.bottom_up.spec == VOVNET_SPECS["V-19-eSE"]
 
 
-def test_what_the_engine_reads_of_detectron2s_own_file() -> None:
+def test_a_file_of_detectron2_is_read_like_its_yaml_file() -> None:
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
     own = to_cfg(load_lazy_config(model_zoo.get_config_file(f"{name}.py")))
     cfg = load_config(model_zoo.get_config_file(f"{name}.yaml"))
@@ -240,7 +240,7 @@ def test_what_the_engine_reads_of_detectron2s_own_file() -> None:
 
 # The tool -----------------------------------------------------------------------------------------
 
-# What makes the Mask R-CNN and the RetinaNet train for three iterations on the miniature.
+# Options that let Mask R-CNN and RetinaNet train for three iterations on the miniature COCO.
 SHORT = [
     *["model.backbone.bottom_up.norm=BN", "train.init_checkpoint=''", "train.seed=1"],
     *["train.max_iter=3", "train.eval_period=0", "train.device=cpu", "optimizer.lr=0.002"],
@@ -283,7 +283,7 @@ def read_predictions(out: Path) -> list[dict]:
 
 
 def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
-    """A training that was cut off after two of three iterations, and one that was not."""
+    """Compare a training that is interrupted after two of three iterations with a whole one."""
     whole = launch(tmp_path / "whole", "train.checkpointer.period=2")
     assert whole.keys() == {"bbox", "segm"}
     out = tmp_path / "parts"
@@ -293,7 +293,7 @@ def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
     resumed = launch(out, "--resume", pictures=True)
     assert f"Resumed from {out}/model_0000001.pth." in engine_runs.read_log(out)
     assert "2 of 3 iterations are done." in engine_runs.read_log(out)
-    assert str(resumed) == str(whole)  # as text, where NaN equals itself
+    assert str(resumed) == str(whole)  # compared as text, because NaN is not equal to NaN
     predictions = read_predictions(out)
     assert predictions == read_predictions(tmp_path / "whole")
 
@@ -314,10 +314,10 @@ def test_trains_resumes_evaluates(coco: Path, tmp_path: Path) -> None:
     assert saved.train.output_dir == str(out / "evaluation")
 
 
-def test_what_a_training_leaves_is_taken_by_every_tool(
+def test_every_tool_reads_the_files_of_a_training(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The config.yaml that the training of a LazyConfig writes, and its weights."""
+    """Give config.yaml and weights, which the training of a LazyConfig writes, to other tools."""
     out = tmp_path / "out"
     trained = launch(out)
     predictions = read_predictions(out)
@@ -354,7 +354,7 @@ def test_what_a_training_leaves_is_taken_by_every_tool(
 
 
 @pytest.mark.parametrize("target", ["os.system", "torch.hub.load", "detectron2.utils.env.seed"])
-def test_a_saved_config_calls_nothing_unknown(tmp_path: Path, target: str) -> None:
+def test_a_saved_config_calls_no_unknown_function(tmp_path: Path, target: str) -> None:
     file = tmp_path / "config.yaml"
     sections = {key: {} for key in ("dataloader", "optimizer", "lr_multiplier", "train")}
     content = {"model": {"_target_": target, "command": "true"}, **sections}
@@ -372,10 +372,10 @@ def test_saved_config_describes_the_same_model(coco: Path, tmp_path: Path) -> No
     assert saved.train.max_iter == 3
 
 
-def test_is_the_training_of_the_yaml_file(coco: Path, tmp_path: Path) -> None:
-    """The losses are equal, so network, data, augmentation, optimizer and schedule are."""
+def test_losses_equal_those_of_the_yaml_file(coco: Path, tmp_path: Path) -> None:
+    """Compare losses, which depend on network, data, augmentation, optimizer and schedule."""
     launch(tmp_path / "lazy")
-    # The lazy schedule shrinks in proportion.
+    # The lazy schedule is shortened in proportion.
     options = ["MODEL.WEIGHTS", "", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "SOLVER.STEPS", "(2,)"]
     engine_runs.launch(twin(MASK_RCNN), tmp_path / "yaml", options=[*engine_runs.TINY, *options])
     assert read_predictions(tmp_path / "lazy") == read_predictions(tmp_path / "yaml")
@@ -394,7 +394,7 @@ def test_heads_predict_in_float32_in_mixed_precision(coco: Path) -> None:
         assert bool(model.proposal_generator.rpn_head._forward_hooks) == has_hooks
 
 
-def test_detectron2s_own_loader(coco: Path, tmp_path: Path) -> None:
+def test_the_loader_of_detectron2(coco: Path, tmp_path: Path) -> None:
     config = load_lazy_config(MASK_RCNN, TINY)
     loader = LazyTrainer.of(config).build_train_loader(to_cfg(config))
     assert isinstance(loader, TrainingStream)
@@ -496,7 +496,7 @@ def test_a_file_that_cannot_be_used(
     assert builtins.__import__ is before
 
 
-def test_the_yaml_tool_names_the_other_one() -> None:
+def test_the_tool_for_yaml_names_the_tool_for_lazy_configs() -> None:
     with pytest.raises(ValueError, match="is a LazyConfig: tools/lazyconfig_train_net"):
         load_config(MASK_RCNN)
 
@@ -517,7 +517,7 @@ def test_divergence_names_the_keys_of_the_config(
 
 @pytest.mark.slow
 def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
-    """The tool runs in two processes, each of which loads the file."""
+    """Run the tool in two processes, which both load the file."""
     tool = Path(__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
     words = ["--num-gpus", "2", "--dist-url", "auto", "--config-file", MASK_RCNN]
     command = [sys.executable, str(tool), *words, *TINY, f"train.output_dir={tmp_path}"]
@@ -530,11 +530,11 @@ def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
     assert "tools/lazyconfig_train_net.py --num-gpus 2" in (tmp_path / "results.md").read_text()
 
 
-# Data of one's own --------------------------------------------------------------------------------
+# Custom data --------------------------------------------------------------------------------------
 
 
 def own_data(coco: Path, tmp_path: Path) -> list[str]:
-    """The miniature as two sets of one's own with two categories, the first in Labelme's format."""
+    """Write the miniature COCO as two custom data sets of two categories, one as Labelme files."""
     for split in ("train", "val"):
         content = json.loads((coco / f"coco/annotations/instances_{split}2017.json").read_text())
         content["categories"] = [{"id": n, "name": f"kind {n}"} for n in (1, 2)]
@@ -556,9 +556,8 @@ def own_data(coco: Path, tmp_path: Path) -> list[str]:
     return [*words, f"--train-images={images / 'train2017'}", f"--val-images={images / 'val2017'}"]
 
 
-def test_annotations_of_ones_own(coco: Path, tmp_path: Path) -> None:
-    """The data sets, the categories and their number are those of the files, and the saved config
-    has them."""
+def test_custom_annotations(coco: Path, tmp_path: Path) -> None:
+    """Check data sets and categories in the run and in the saved config."""
     words, out = own_data(coco, tmp_path), tmp_path / "out"
     arguments = ["--config-file", MASK_RCNN, *words, *TINY, f"train.output_dir={out}"]
     trained = run(lazy_argument_parser().parse_args(arguments))
@@ -580,7 +579,7 @@ def test_annotations_of_ones_own(coco: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["model.roi_heads.num_classes=3", "dataloader.own=[]"])
-def test_what_follows_from_the_annotations_is_not_set(
+def test_keys_that_follow_from_annotations_cannot_be_set(
     coco: Path, tmp_path: Path, override: str
 ) -> None:
     words = ["--config-file", MASK_RCNN, *own_data(coco, tmp_path), *TINY]

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Each limit lies where the documentation has it: one case on either side, close to it."""
+"""Each documented limit is tested by one case on either side, close to the limit."""
 
 import json
 from collections import Counter
@@ -45,7 +45,7 @@ def polygon(x1: float, y1: float, x2: float, y2: float) -> list[float]:
 
 
 def found(folder: Path, *annotations: dict[str, Any], side: int = SIDE, **image: Any) -> Counter:
-    """The problems of a data set of one image with these annotations, by their names."""
+    """Count the problems of a data set of one image with these annotations."""
     usual = {"bbox": [10, 10, 30, 40], "area": 1200, "image_id": 1, "category_id": 1, "iscrowd": 0}
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": SIDE, "height": SIDE} | image],
@@ -60,22 +60,22 @@ def found(folder: Path, *annotations: dict[str, Any], side: int = SIDE, **image:
     return checked.findings.counts
 
 
-# Of a data set
+# Limits of the check of data sets
 
 
 @pytest.mark.parametrize(
     ("problem", "fine", "beyond"),
     [
-        # Sides below 4 pixels after the resizing of training, by 1 here.
+        # Sides of less than 4 pixels after resizing. Here resizing does not change the size.
         ("tiny_box", {"bbox": [10, 10, 4, 40]}, {"bbox": [10, 10, 3.9, 40]}),
-        # Boxes and polygons may reach a pixel beyond the image.
+        # Boxes and polygons may reach one pixel out of the image.
         ("box_outside", {"bbox": [70, 10, 31, 40]}, {"bbox": [70, 10, 31.2, 40]}),
         (
             "polygon_outside",
             {"bbox": [70, 10, 30, 40], "segmentation": [polygon(70, 10, 101, 50)]},
             {"bbox": [70, 10, 30, 40], "segmentation": [polygon(70, 10, 101.2, 50)]},
         ),
-        # Their edges may differ by a tenth of the side, and by two pixels in any case.
+        # Edges of box and mask may differ by a tenth of the side, but always by two pixels.
         (
             "box_and_mask",
             {"bbox": [10, 10, 60, 60], "segmentation": [polygon(10, 10, 64, 70)]},
@@ -114,13 +114,13 @@ def test_new_ids_are_above_0() -> None:
 
 
 def test_the_shorter_side_of_a_tall_picture_is_its_width(tmp_path: Path) -> None:
-    """Training makes 50 × 150 pixels 4/3 as large, by the longer side."""
+    """Use an image of 50 × 150 pixels. Its longer side limits the scale in training to 4/3."""
     for side, tiny in ((3.1, False), (2.9, True)):
         counts = found(tmp_path, {"bbox": [10, 10, side, 40]}, width=50, height=150)
         assert ("tiny_box" in counts) == tiny
 
 
-def test_a_cause_is_sought_where_half_of_the_annotations_have_one_problem(tmp_path: Path) -> None:
+def test_a_problem_of_half_of_the_annotations_is_systematic(tmp_path: Path) -> None:
     wrong, right = {"category_id": 2}, {}
     for number, systematic in ((9, False), (10, True), (11, True)):
         counts = found(tmp_path, *[wrong] * number, *[right] * (20 - number))
@@ -129,7 +129,7 @@ def test_a_cause_is_sought_where_half_of_the_annotations_have_one_problem(tmp_pa
 
 
 @pytest.mark.parametrize(("side", "resized"), [(104, False), (106, True)])
-def test_a_picture_was_resized_from_a_twentieth_on(
+def test_a_picture_counts_as_resized_from_a_twentieth_on(
     tmp_path: Path, side: int, resized: bool
 ) -> None:
     annotations = [{"bbox": [10 * i, 10, 20, 30]} for i in range(4)]
@@ -149,8 +149,8 @@ def test_12_bits_of_16_are_dark(tmp_path: Path, largest: int, dark: bool) -> Non
 
 
 @pytest.mark.parametrize(("deviation", "flat"), [(3, True), (5, False)])
-def test_flat_pictures_look_like_nothing(tmp_path: Path, deviation: int, flat: bool) -> None:
-    """A standard deviation of 4 grey levels is enough to be compared with others."""
+def test_flat_pictures_are_not_compared(tmp_path: Path, deviation: int, flat: bool) -> None:
+    """Check that images are only compared if their standard deviation is 4 grey levels or more."""
     pixels = np.full((160, 170, 3), 100 - deviation, np.uint8)
     pixels[80:] = 100 + deviation
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -159,14 +159,14 @@ def test_flat_pictures_look_like_nothing(tmp_path: Path, deviation: int, flat: b
 
 
 @pytest.mark.parametrize(("fitting", "is_coco"), [(3, True), (2, False)])
-def test_boxes_of_which_three_of_four_fit_are_cocos(fitting: int, is_coco: bool) -> None:
+def test_boxes_are_those_of_coco_if_three_of_four_fit(fitting: int, is_coco: bool) -> None:
     corners = [[5, 5, 40, 30]] * fitting + [[60, 70, 90, 85]] * (4 - fitting)
     readings = find_conventions([Sample(box, (SIDE, SIDE), None, None) for box in corners])
     assert (readings == [COCO]) == is_coco
 
 
-def test_edges_in_noise_tell_nothing(tmp_path: Path) -> None:
-    """A reading must be better by three standard errors, which chance gives to one in hundreds."""
+def test_edges_in_noise_decide_nothing(tmp_path: Path) -> None:
+    """Compare on noise, where a reading is rarely better by three standard errors."""
     Image.fromarray(NOISE).save(tmp_path / "a.png")
     verdicts = []
     for _ in range(20):
@@ -176,7 +176,7 @@ def test_edges_in_noise_tell_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "told"), [(2, False), (3, True)])
-def test_three_boxes_tell_of_which_picture_they_are(
+def test_three_boxes_are_enough_to_compare_readings(
     tmp_path: Path, number: int, told: bool
 ) -> None:
     boxes = [[10.0 + 30 * i, 20.0, 12.0, 30.0 + i] for i in range(number)]
@@ -189,7 +189,7 @@ def test_three_boxes_tell_of_which_picture_they_are(
     assert found == (1 if told else None)
 
 
-# Of records before a training
+# Limits of the check of records before a training
 
 
 @pytest.mark.parametrize(("number", "absurd"), [(1000, False), (1001, True), (-1001, True)])
@@ -214,12 +214,12 @@ def test_an_rle_has_the_pixels_of_its_image(runs: list[int], fits: bool) -> None
     assert (find_absurd({"segmentation": mask}, 4, 3) == "") == fits
 
 
-# Of weights
+# Limits of the comparison of weights and config
 
 
 @pytest.mark.parametrize(("off", "warned"), [(0.5, False), (0.65, True)])
 def test_a_mean_may_be_off_by_a_percent_of_the_deviation(off: float, warned: bool) -> None:
-    """The deviation is about 57, also if the weights have absorbed it."""
+    """Use weights into which the deviation of about 57 is folded."""
     cfg = get_cfg()
     cfg.MODEL.PIXEL_MEAN = [BGR_255.pixel_mean[0] + off, *BGR_255.pixel_mean[1:]]
     assert (check_input_convention(cfg, BGR_255) is not None) == warned
@@ -233,7 +233,7 @@ def test_a_deviation_may_be_off_by_a_percent(off: float, warned: bool) -> None:
     assert (check_input_convention(cfg, convention) is not None) == warned
 
 
-# Of predictions
+# Limits of predictions
 
 
 def test_keypoints_are_drawn_above_a_score_of_a_twentieth() -> None:
@@ -244,7 +244,7 @@ def test_keypoints_are_drawn_above_a_score_of_a_twentieth() -> None:
         instances.pred_keypoints = torch.tensor([[[50.0, 60.0, score]]])
         canvas = np.full((SIDE, SIDE, 3), 100, np.uint8)
         artist = Artist(Metadata(thing_classes=["a"]))
-        for scale in (1, 2):  # of the picture, and not of the score
+        for scale in (1, 2):  # the image is enlarged; the score stays
             picture = artist.draw(canvas, Shown(instances, None, None), scale=scale)
             assert (picture[60 * scale, 50 * scale].tolist() == [0, 0, 255]) == drawn
 
@@ -256,7 +256,7 @@ def test_a_mask_is_where_its_probability_is_at_least_a_half() -> None:
 
 
 def test_anchors_at_the_threshold_of_objectness_take_part() -> None:
-    """RefineDet's logits are all alike here, so that each anchor has an objectness of a half."""
+    """Set the logits of RefineDet to zero, so that the objectness of each anchor is a half."""
     model = build_tiny("refinedet", MODEL__SINGLE_SHOT__SCORE_THRESH_TEST=0.0).eval()
     for parameter in model.head.arm.parameters():
         torch.nn.init.zeros_(parameter)
@@ -276,7 +276,7 @@ def test_perfect_predictions_score_99(
 
 
 def test_a_score_at_the_threshold_is_no_detection() -> None:
-    """Anchors without a score are no detections if the threshold is 0."""
+    """Check scores at the threshold. A score of 0 at a threshold of 0 is no detection, either."""
     boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 29, 29], [40, 40, 49, 49]])
     scores = torch.tensor([[0.5], [0.25], [0.0]])
     for threshold, number in ((0.5, 0), (0.25, 1), (0.0, 2)):
@@ -292,7 +292,7 @@ def test_a_score_at_the_threshold_is_no_detection() -> None:
         assert len(found) == number
 
 
-# Cases at which a rule changes
+# Special cases of rules
 
 
 def test_an_input_of_unknown_format_agrees_with_both() -> None:
@@ -302,7 +302,7 @@ def test_an_input_of_unknown_format_agrees_with_both() -> None:
     assert {(a, b) for a in known for b in known} - agreeing == {("RGB", "BGR"), ("BGR", "RGB")}
 
 
-def test_a_polygon_with_half_a_point_stays() -> None:
+def test_a_polygon_with_half_a_point_does_not_change() -> None:
     for polygon in ([1, 2, 3], [1, "2", 3, 4], None):
         assert _map_points(polygon, lambda points: points + 1) == polygon
     assert _map_points([1, 2, 3, 4], lambda points: points + 1) == [2, 3, 4, 5]
@@ -322,7 +322,7 @@ def test_a_file_that_may_be_truncated(tmp_path: Path, text: str, place: str) -> 
     assert any(place in example for example in findings.examples["json"])
 
 
-def test_a_step_that_was_made_again_counts_once(tmp_path: Path) -> None:
+def test_a_repeated_step_counts_once(tmp_path: Path) -> None:
     rows = [(19, 3.0), (39, 2.0), (39, 1.5), (59, 1.0)]
     lines = [json.dumps({"iteration": step, "total_loss": loss}) for step, loss in rows]
     (tmp_path / "metrics.json").write_text("\n".join(lines))
@@ -332,7 +332,7 @@ def test_a_step_that_was_made_again_counts_once(tmp_path: Path) -> None:
 
 
 def test_label_maps_in_colour_are_refused(tmp_path: Path) -> None:
-    """Two of three channels that are the same are not grey."""
+    """Check images of which only two of three channels are equal."""
     for channels in ([1, 1, 2], [1, 2, 1], [2, 1, 1]):
         Image.fromarray(np.full((4, 4, 3), channels, np.uint8)).save(tmp_path / "a.png")
         with pytest.raises(ValueError, match="colour"):
@@ -342,7 +342,7 @@ def test_label_maps_in_colour_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_last_of_two_categories_with_one_id_counts() -> None:
-    """pycocotools takes the last one, too."""
+    """Check the name of an id that two categories have. pycocotools uses the last one, too."""
     records = [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]
     assert repair_categories(records, Findings())[1]["name"] == "b"
 
@@ -351,7 +351,7 @@ def test_the_last_of_two_categories_with_one_id_counts() -> None:
 def test_masks_that_are_all_rectangles(
     objects: int, rectangles: int, warned: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A crowd is no object."""
+    """Check when there is a warning. Crowds are not counted."""
     cfg = load_config("", ["MODEL.MASK_ON", "True"])
     counts = {"num_annotations": objects + 1, "num_crowds": 1, "num_box_masks": rectangles}
     _warn_of_contents(cfg, "a.json", SimpleNamespace(**counts, unused_supercategories=[]))

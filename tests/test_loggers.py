@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""LOGGERS: trackers get what metrics.json gets. Modules that note their calls stand for them."""
+"""Tests of LOGGERS: trackers get the same values as metrics.json. Stub modules record the calls."""
 
 import json
 import sys
@@ -96,7 +96,7 @@ def test_each_tracker_gets_the_metrics_and_the_config(
     out, trackers = tmp_path / "mine", ["LOGGERS", str(list(TRACKERS))]
     launch(FASTER_RCNN, out, *OPTIONS, *trackers)
     for name, own in calls.items():
-        # Rows are in the order of their iterations. A metric of the end has its own row.
+        # Rows are in the order of their iterations. A metric at the end has its own row.
         assert rows_of(own) == sorted(read_rows(out), key=lambda row: row["iteration"]), name
         assert [row["iteration"] for row in rows_of(own)] == [19, 21]
         assert own[-1][0] == "finish"
@@ -108,7 +108,7 @@ def test_each_tracker_gets_the_metrics_and_the_config(
     assert starts_of(calls["wandb"])[0]["dir"] == str(out)
     assert dict(calls["wandb"])["define"] == (("*",), {"step_metric": "iteration"})
 
-    # The run goes on when the training does, and does not where another begins in its folder.
+    # A resumed training continues the run of the tracker. A new training starts a new run.
     launch(FASTER_RCNN, out, "--resume", *OPTIONS, *trackers)
     launch(FASTER_RCNN, out, *OPTIONS, "SOLVER.MAX_ITER", "1", *trackers)
     _, resumed, anew = starts_of(calls["mlflow"])
@@ -120,7 +120,7 @@ def test_each_tracker_gets_the_metrics_and_the_config(
     assert (resumed["name"], resumed["resume"], anew["resume"]) == ("mine", "allow", "never")
 
 
-def test_a_lazy_config_says_the_same(
+def test_a_lazy_config_gives_the_same(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: dict[str, Calls] = {"wandb": [], "trackio": []}
@@ -132,7 +132,7 @@ def test_a_lazy_config_says_the_same(
         (start,) = starts_of(own)
         assert start["config"]["train"]["loggers"] == ["wandb", "trackio"]
         (found,) = [row for row in rows_of(own) if "total_loss" in row]
-        # An evaluation that ends with the same iteration adds to it, and some AP is NaN.
+        # An evaluation adds its values to the row of its iteration. Some values of AP are NaN.
         assert {name: found[name] for name in expected} == expected
     assert json.loads((tmp_path / "loggers.json").read_text()).keys() == {"wandb", "trackio"}
 
@@ -174,7 +174,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(
         (["wandb"], r"LOGGERS has 'wandb', and its package is not installed: pip install wandb"),
     ],
 )
-def test_what_is_not_there_is_told(
+def test_a_missing_tracker_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Any, message: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

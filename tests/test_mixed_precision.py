@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Heads in mixed precision: boxes, scores and keypoints are float32."""
+"""Boxes, scores and keypoints of heads are float32 in mixed precision."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from torch import nn
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.precision import predict_in_float32
 
-UNIT = 2.0**-8  # the largest relative error of rounding to bfloat16
+UNIT = 2.0**-8  # largest relative error of rounding to bfloat16
 FAR = torch.tensor([[801.3, 700.6, 913.9, 790.2], [641.7, 530.1, 702.2, 899.9]])  # pixels
 
 
@@ -29,7 +29,7 @@ def mixed(model: nn.Module) -> nn.Module:
 
 
 def give_heads_bfloat16(backbone: nn.Module) -> None:
-    """Compute in float32, as convolutions in bfloat16 take 40 times as long on some CPUs."""
+    """Let heads return bfloat16, but compute in float32, which is faster on some CPUs."""
     forward = backbone.forward
 
     def forward_in_float32(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def give_heads_bfloat16(backbone: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_boxes_and_scores_are_float32(name: str) -> None:
-    """Some scores have more digits than bfloat16, so they were computed in float32."""
+    """Check dtypes, and that some scores have more digits than bfloat16."""
     torch.manual_seed(0)
     model = let_it_find(Trainer.build_model(detector_config(name, "TEST.AMP.ENABLED", "True")))
     give_heads_bfloat16(model.backbone)
@@ -80,7 +80,7 @@ def test_regions_are_pooled_at_their_boxes() -> None:
 
 
 def test_keypoints_are_centers_of_pixels() -> None:
-    """A box is divided into whole pixels, and a keypoint is the center of one of them."""
+    """Check that keypoints are centers of the whole pixels into which a box is divided."""
     torch.manual_seed(0)
     shape = ShapeSpec(channels=8, height=7, width=7)
     head = KRCNNConvDeconvUpsampleHead(shape, num_keypoints=3, conv_dims=(8,))
@@ -93,10 +93,10 @@ def test_keypoints_are_centers_of_pixels() -> None:
 
 
 def test_predictions_of_a_box_are_near_those_of_float64() -> None:
-    """The tolerance follows from the rounding of inputs, weights, bias and result to bfloat16.
+    """Compare with a tolerance for the rounding of inputs, weights, bias and result to bfloat16.
 
-    A product of two rounded factors is off by at most 2 u + u² of itself, and the result is rounded
-    once more. An eighth is added for the order in which a CPU adds.
+    The relative error of a product of two rounded factors is at most 2 u + u². The result is
+    rounded once more. An eighth is added because the order of additions depends on the CPU.
     """
     torch.manual_seed(0)
     transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
@@ -124,7 +124,7 @@ def test_predictions_of_a_box_are_near_those_of_float64() -> None:
     assert ((near_deltas - deltas).abs() <= by_delta).all()
     assert ((near_logits - logits).abs() <= by_logit).all()
 
-    # A center moves by its delta, and a side by the factor exp of its delta.
+    # A delta moves a center, and exp of a delta scales a side.
     sides = (FAR[:, 2:] - FAR[:, :2]).double().repeat(1, 3).view(2, 3, 2)
     centre, scale = by_delta.view(2, 3, 4).split(2, dim=2)
     side = sides * (deltas.view(2, 3, 4)[:, :, 2:] / 5).exp()
@@ -132,7 +132,7 @@ def test_predictions_of_a_box_are_near_those_of_float64() -> None:
     expected = exact.box2box_transform.apply_deltas(deltas, FAR).view(2, 3, 2, 2)
     difference = (boxes.view(2, 3, 2, 2) - expected).abs()
     assert (difference <= limit[:, :, None]).all()
-    assert limit.max() < 1  # far less than 4 pixels, which are a step of bfloat16 from 512 on
+    assert limit.max() < 1  # much less than 4 pixels, the step of bfloat16 from 512 on
     by_score = math.e ** (2 * by_logit.max()) - 1
     exact_scores = logits.softmax(dim=1)
     assert ((scores - exact_scores).abs() <= by_score * exact_scores).all()

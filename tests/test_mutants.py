@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The statements about tests and their faults: in CONTRIBUTING.md, and by ``make mutants``."""
+"""The table of faults in CONTRIBUTING.md names existing tests. ``make mutants`` chooses tests."""
 
 import re
 import runpy
@@ -22,7 +22,7 @@ def test_the_tests_that_notice_faults_exist() -> None:
             assert f"\ndef {test}(" in defined, f"{file}::{test}"
 
 
-def test_the_tests_of_a_file_are_those_that_import_it() -> None:
+def test_the_tests_of_a_file_import_the_file() -> None:
     tests_of = runpy.run_path(str(ROOT / "tests/mutants/mutate_changes.py"))["tests_of"]
     assert "tests/test_engine_scaling.py" in tests_of(["vovnet_d2/engine/scaling.py"])
     assert "tests/test_engine_scaling.py" not in tests_of(["vovnet_d2/modeling/layers.py"])

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The LazyConfigs of long trainings with large-scale jittering, against Detectron2's own."""
+"""LazyConfigs of long trainings with large-scale jittering are compared with Detectron2's."""
 
 import json
 import re
@@ -27,7 +27,7 @@ ROOT = Path(get_config_file("Base-VoVNet-COCO.yaml")).parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lazy/new_baselines/*.py"))
 FIRST = "lazy/new_baselines/mask_rcnn_V_39_eSE_FPN_100ep_LSJ.py"
 NAME = re.compile(r".*_rcnn_(?P<variant>V_\d+_eSE)_FPN_(?P<epochs>\d+)ep_LSJ(?P<extra>\w*)\.py")
-COCO_IMAGES = 118_000  # as Detectron2 counts the epochs of its files
+COCO_IMAGES = 118_000  # the number with which Detectron2 counts epochs
 
 
 @cache
@@ -41,7 +41,7 @@ def build(config: DictConfig) -> nn.Module:
         return instantiate(config, "model")
 
 
-def test_there_is_one_for_each_variant_and_length() -> None:
+def test_there_is_a_file_for_each_variant_and_length() -> None:
     matches = [NAME.fullmatch(name) for name in FILES]
     found = {(m["variant"], m["epochs"]) for m in matches if not m["extra"]}
     variants = ("V_39_eSE", "V_57_eSE", "V_99_eSE")
@@ -50,7 +50,7 @@ def test_there_is_one_for_each_variant_and_length() -> None:
     for name in FILES:
         text = (ROOT / name).read_text().splitlines()
         assert text[2] == "# Weights: none, trained from scratch. Not measured on COCO."
-        assert len(text) <= 8 or name == FIRST, "a config is a small diff over its base"
+        assert len(text) <= 8 or name == FIRST, "a config should be a small diff over its base"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,7 +67,7 @@ def test_variant_norms_and_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("epochs", ["100", "200", "400"])
-def test_equals_detectron2s_but_for_the_backbone(epochs: str) -> None:
+def test_equals_the_config_of_detectron2_except_for_the_backbone(epochs: str) -> None:
     config, theirs = load_lazy_config(FIRST.replace("100ep", f"{epochs}ep")), peer(epochs)
     ours, other = build(config), build(theirs)
     for part in ("roi_heads", "proposal_generator"):
@@ -132,7 +132,7 @@ TINY = [
 
 
 def test_a_training_on_crops_with_pasted_objects(coco: Path, tmp_path: Path) -> None:
-    pytest.importorskip("shapely", reason="Detectron2 crops polygons with it")
+    pytest.importorskip("shapely", reason="Detectron2 needs it to crop polygons")
     name = FIRST.replace(".py", "_copy_paste.py")
     launch(tmp_path, config=name, options=TINY)
     lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())

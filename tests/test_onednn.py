@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that inference on a CPU takes, and where it does not."""
+"""Kernels of oneDNN in inference on a CPU, and cases without them."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ from vovnet_d2.modeling.onednn import PackedConv2d
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 NET = thin(STRUCTURES["eSE in all"])
-TOLERANCE = 5e-5  # of two ways in float32, relative to the largest value of a map
+TOLERANCE = 5e-5  # between two ways in float32, relative to the largest value of a feature map
 
 
 def build(net=NET, norm="FrozenBN", **args) -> VoVNet:
@@ -37,7 +37,7 @@ def kernels(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", KINDS)
-def test_each_kind_of_variant_is_as_exact_as_eager(variant):
+def test_errors_of_each_kind_of_variant(variant):
     net = thin(TABLE[variant], 4)
     model = build(net)
     x = torch.randn(2, 3, 65, 96)
@@ -91,7 +91,7 @@ def test_all_convolutions_are_packed():
     x = torch.randn(1, 3, 64, 64)
     convolutions = [m for m in optimized.modules() if isinstance(m, nn.Conv2d)]
     names = kernels(optimized, x)
-    if not torch.backends.mkldnn.is_available():  # as in torch for Apple's processors
+    if not torch.backends.mkldnn.is_available():  # as in torch for Apple processors
         assert not [name for name in names if name.startswith("mkldnn::")]
         return
     assert names.count("mkldnn::_convolution_pointwise") == len(convolutions)
@@ -107,7 +107,7 @@ def test_many_sizes_share_few_weights():
         if isinstance(module, PackedConv2d):
             packed = module._packed_before()
             assert len(packed) <= onednn._SIZES
-            # The CPU decides how many orders there are.
+            # The number of packed orders depends on the CPU.
             assert len({id(weight) for weight in packed.values()}) <= onednn._SIZES // 4
 
 
@@ -121,7 +121,7 @@ def test_many_sizes_share_few_weights():
     ],
 )
 def test_a_torch_without_the_operators(monkeypatch, name, error):
-    """The operators are private: they are missing, are called otherwise, or there is no oneDNN."""
+    """Simulate a torch in which the private operators are missing or different."""
 
     class Operators:
         def __getattr__(self, asked):
@@ -146,7 +146,7 @@ def test_a_torch_without_the_operators(monkeypatch, name, error):
         onednn._supported_dtypes.cache_clear()
 
 
-def test_plain_operators_where_packed_ones_do_not_apply():
+def test_plain_operators_are_used_if_packed_ones_do_not_apply():
     optimized = optimize_for_inference(build())
     x = torch.randn(1, 3, 64, 64)
     expected = optimized(x)
@@ -163,7 +163,7 @@ def test_plain_operators_where_packed_ones_do_not_apply():
     assert x.grad.any()
 
 
-def test_copies_after_use():
+def test_copies_of_used_networks():
     optimized = optimize_for_inference(build())
     x = torch.randn(1, 3, 64, 64)
     expected = optimized(x)
@@ -213,7 +213,7 @@ def test_weights_made_in_inference_mode():
 
 
 def test_weights_changed_in_inference_mode():
-    """Tensors of inference mode do not tell of their changes."""
+    """Change weights in inference mode, where tensors have no version counter."""
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         made_there = optimize_for_inference(build())
@@ -236,7 +236,7 @@ def test_threads():
 
 
 class Head(nn.Module):
-    """A convolution that is used with and without the ReLU behind it."""
+    """Network with a convolution that is used with and without a ReLU after it."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
     return [event.name for event in profiler.events()]
 
 
-def test_relu_behind_a_convolution():
+def test_relu_after_a_convolution():
     model = Head().eval()
     optimized = optimize_for_inference(model)
     x = torch.randn(2, 3, 9, 9)
@@ -264,7 +264,7 @@ def test_relu_behind_a_convolution():
 
 
 class Tapped(nn.Module):
-    """Runs the parts of a Sequential, and it as a whole."""
+    """Network that runs a Sequential as a whole, and its parts."""
 
     def __init__(self):
         super().__init__()
@@ -287,7 +287,7 @@ def test_parts_of_a_sequential():
 
 
 @pytest.mark.parametrize("hooked", [0, 1], ids=["convolution", "ReLU"])
-def test_hooks_see_what_they_saw(hooked):
+def test_hooks_see_the_same_tensors(hooked):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     seen = []
     model[hooked].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
@@ -306,7 +306,7 @@ def test_other_networks():
         peer = timm.create_model("ese_vovnet19b_dw", features_only=True).eval()
         for found, expected in zip(optimize_for_inference(peer)(x), peer(x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        for padding, mode in ((1, "reflect"), ("same", "zeros")):  # neither is packed
+        for padding, mode in ((1, "reflect"), ("same", "zeros")):  # neither of the two is packed
             conv = nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode).eval()
             torch.testing.assert_close(optimize_for_inference(conv)(x), conv(x))
 

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images of rare classes more often: what is said, and that both kinds of config do the same."""
+"""Oversampling of rare classes: its message, and the same images from both kinds of configs."""
 
 import itertools
 import logging
@@ -14,7 +14,7 @@ from vovnet_d2.data.stream import build_detection_stream
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.lazy import build_train_stream
 
-# Class 0 is in all images, 1 in four, 2 in one.
+# Class 0 is in all images, class 1 in four images, and class 2 in one image.
 CLASSES = [(0,), (0, 1), (0,), (0, 1, 2), (0,), (0,), (0, 1), (0,), (0, 1), (0,)]
 RECORDS = [
     {
@@ -37,7 +37,7 @@ def test_both_kinds_of_config_draw_the_same_images() -> None:
         list(itertools.islice(stream.batches(stream.place), 2000)) for stream in (ours, theirs)
     ]
     assert batches[0] == batches[1]
-    # By hand: factor √(0.625 / 0.4) = 1.25 for class 1 and √(0.625 / 0.1) = 2.5 for class 2, so a
+    # The factor is √(0.625 / 0.4) = 1.25 for class 1 and √(0.625 / 0.1) = 2.5 for class 2. So a
     # pass over the images has 6 + 3 × 1.25 + 2.5 = 12.25 samples.
     counts = Counter(index for batch in batches[0] for _, index in batch)
     passes = 4000 / 12.25
@@ -68,7 +68,9 @@ def test_both_kinds_of_config_draw_the_same_images() -> None:
     ],
     ids=["repeated", "at the threshold", "threshold 0", "no sampler", "plain"],
 )
-def test_what_is_said(caplog: pytest.LogCaptureFixture, options: list[str], message: str) -> None:
+def test_messages_on_oversampling(
+    caplog: pytest.LogCaptureFixture, options: list[str], message: str
+) -> None:
     with caplog.at_level(logging.INFO, "vovnet_d2"):
         report_repeats(load_config(FASTER_RCNN, options), RECORDS, ["cat", "dog", "bird"])
     assert message in caplog.text

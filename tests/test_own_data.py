@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files of one's own, from the command line to predictions without them."""
+"""Custom annotation files, from the command line to predictions without these files."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ from vovnet_d2.report import write_page
 pytest_plugins = ["engine_fixtures"]
 
 FASTER_RCNN = "COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml"
-# Of the digits; 7 does not occur, and the file to evaluate on does not list it.
+# Category ids of the digits. There is no 7, and the validation file does not list it.
 IDS = {"0": 5, "1": 4, "2": 30, "3": 12, "4": 8, "5": 60, "6": 41, "7": 22, "8": 9, "9": 3}
 MISSING = "7"
 NAMES = sorted(IDS, key=IDS.__getitem__)
@@ -44,8 +44,11 @@ NAMES = sorted(IDS, key=IDS.__getitem__)
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits as somebody's own files: shuffled ids with gaps, a category that does not occur,
-    an image without annotations, and one with a crowd only."""
+    """Write the digits as custom annotation files.
+
+    Ids are shuffled and have gaps. One category does not occur, one image has no annotations, and
+    one image has only a crowd.
+    """
     root = tmp_path_factory.mktemp("own")
     build_digits(root, num_train=14, num_val=8, image_size=96, digit_size=(16, 48))
     for split in ("train", "val"):
@@ -82,14 +85,14 @@ BOTH = ("train", "val")
 
 
 def setup(config: str, words: list[str], *options: str, training: bool = True) -> Any:
-    """The config that a run has."""
+    """Return the config of a run with these arguments."""
     args = argument_parser().parse_args(["--config-file", config, *words, *options])
     cfg = load_config(config, args.opts)
     register_data(cfg, args, training=training)
     return cfg
 
 
-# The whole way
+# From training to prediction
 
 
 def launch(config: str, *words: str) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def test_train_then_evaluate_and_predict_without_the_flags(
     assert f"AP-{MISSING}" not in write_page(out).read_text()
     assert "own_val" in write_page(out).read_text()
 
-    # On a machine that has the config and the weights alone:
+    # The following runs on a machine that only has the config and the weights.
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
     moved = tmp_path / "elsewhere.yaml"
@@ -154,8 +157,8 @@ def test_train_then_evaluate_and_predict_without_the_flags(
     assert max(told, key=lambda result: result["score"])["category_id"] == best["category_id"]
 
 
-def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> None:
-    """The records are those of load_coco_json if no category is missing in the list."""
+def test_records_equal_those_of_detectron2(catalogs: None, digits: Path) -> None:
+    """Compare records with load_coco_json, which needs all categories in the list."""
     setup(FASTER_RCNN, flags(digits, *BOTH))
     json_file, images = str(digits / "train.json"), str(digits / "vovnet_d2_digits" / "train")
     assert DatasetCatalog.get("own_train") == load_coco_json(json_file, images, "plain")
@@ -170,7 +173,7 @@ def test_results_are_those_of_plain_detectron2(catalogs: None, digits: Path) -> 
     assert counts == [len(truth.getAnnIds(catIds=[IDS[name]])) for name in NAMES]
 
 
-def test_keypoints_and_order_are_those_of_plain_detectron2(
+def test_keypoints_and_order_equal_those_of_detectron2(
     catalogs: None, digits: Path, tmp_path: Path
 ) -> None:
     content = json.loads((digits / "train.json").read_text())
@@ -199,10 +202,10 @@ def test_every_head_has_the_number_of_categories(catalogs: None, digits: Path, c
     assert restored.DATASETS.OWN == cfg.DATASETS.OWN
 
 
-# What is given
+# Given files
 
 
-def test_one_process_reads_a_file_for_all(
+def test_one_process_reads_the_files_for_all_processes(
     catalogs: None, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = own_data.read_contents(
@@ -221,7 +224,7 @@ def test_one_process_reads_a_file_for_all(
 def test_without_validation(
     catalogs: None, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The config of an earlier run may have a file to evaluate on, which does not count then."""
+    """Give only training data. A validation file in the config of an earlier run is ignored."""
     earlier = tmp_path / "config.yaml"
     earlier.write_text(setup(FASTER_RCNN, flags(digits, *BOTH)).dump())
     for config in (FASTER_RCNN, str(earlier)):
@@ -233,7 +236,7 @@ def test_without_validation(
 
 
 def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path) -> None:
-    """The config of a training, and another file: categories are the training's."""
+    """Evaluate on another file. The categories are those of the training."""
     cfg = setup(FASTER_RCNN, flags(digits, "train"))
     trained = tmp_path / "config.yaml"
     trained.write_text(cfg.dump())
@@ -244,7 +247,7 @@ def test_other_files_to_evaluate_on(catalogs: None, digits: Path, tmp_path: Path
 
 
 def test_ids_of_another_numbering(catalogs: None, digits: Path, tmp_path: Path) -> None:
-    """The file to evaluate on has the same names in the same order, counted from 0."""
+    """Use a validation file whose ids count the same names from 0."""
     content = json.loads((digits / "train.json").read_text())
     numbers = {IDS[name]: number for number, name in enumerate(NAMES)}
     for category in content["categories"]:
@@ -272,8 +275,10 @@ def renumber(content: dict, ids: dict[int, Any]) -> None:
 def test_categories_are_matched_by_name(
     catalogs: None, digits: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Ids in another order than the network's outputs, a name that is missing and one too many:
-    labels, perfect scores and the metrics' names are right."""
+    """Use a validation file with other ids, a missing name and an additional name.
+
+    Labels, scores and the names of metrics must still be right.
+    """
     content = json.loads((digits / "val.json").read_text())
     old = [category["id"] for category in content["categories"]]
     new = dict(zip(old, [f"c{i}" for i in old] if kind == "text" else old[::-1], strict=True))
@@ -294,7 +299,7 @@ def test_categories_are_matched_by_name(
         assert found == by_image[record["image_id"]]
     evaluator = build_evaluator(cfg, "own_val")
     evaluator.reset()
-    only = NAMES.index("3")  # the others are not found
+    only = NAMES.index("3")  # all other objects are missed
     for record in records:
         objects = [a for a in record["annotations"] if a["category_id"] == only]
         objects = [a for a in objects if not a["iscrowd"]]
@@ -310,8 +315,8 @@ def test_categories_are_matched_by_name(
     assert np.nanmax(others) == 0
 
 
-def test_numbers_for_names(catalogs: None, digits: Path, tmp_path: Path) -> None:
-    """Whole and with fractions: they are read as text, wherever names are compared or shown."""
+def test_category_names_that_are_numbers(catalogs: None, digits: Path, tmp_path: Path) -> None:
+    """Use names that are whole numbers or fractions. They are read as text everywhere."""
     words = []
     for split in BOTH:
         content = json.loads((digits / f"{split}.json").read_text())
@@ -340,7 +345,7 @@ def test_numbers_for_names(catalogs: None, digits: Path, tmp_path: Path) -> None
     assert {f"AP-{name}" for name in expected} <= evaluator.evaluate()["bbox"].keys()
 
 
-def test_what_is_left_out_is_said_where_there_is_something(
+def test_images_that_are_left_out_are_logged(
     catalogs: None, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = json.loads((digits / "train.json").read_text())
@@ -361,7 +366,7 @@ def test_what_is_left_out_is_said_where_there_is_something(
     assert told[1] == []
 
 
-def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> None:
+def test_other_files_give_other_category_names(catalogs: None, digits: Path) -> None:
     entry = OwnDataSet("own_train", "a.json", "a", ("cat",), (1,)).to_config()
     register_own_data([entry])
     register_own_data([entry])
@@ -376,7 +381,7 @@ def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> No
             register_own_data([wrong])
 
 
-# What is wrong
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -387,7 +392,7 @@ def test_the_names_are_anew_with_other_files(catalogs: None, digits: Path) -> No
         (["--train-json", "a.json", "--train-images", "."], r"no annotation file /.*/a\.json"),
     ],
 )
-def test_missing_words(catalogs: None, digits: Path, words: list[str], message: str) -> None:
+def test_missing_arguments(catalogs: None, digits: Path, words: list[str], message: str) -> None:
     words = [word.format(json=digits / "train.json") for word in words]
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         setup(FASTER_RCNN, words)
@@ -412,7 +417,7 @@ def test_missing_words(catalogs: None, digits: Path, words: list[str], message: 
         ),
     ],
 )
-def test_configs_that_it_does_not_go_with(
+def test_configs_that_contradict_custom_data(
     catalogs: None, digits: Path, config: str, options: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -497,7 +502,7 @@ def test_a_file_that_is_something_else(
 def test_files_that_are_not_plain_utf_8(
     catalogs: None, digits: Path, tmp_path: Path, encoding: str
 ) -> None:
-    """pycocotools, which evaluates, stops at them. So the run has copies that it can read."""
+    """Check that the run writes copies in UTF-8, because pycocotools cannot read other files."""
     for split in BOTH:
         (tmp_path / f"{split}.json").write_text((digits / f"{split}.json").read_text(), encoding)
     words = [w.replace(f"{digits}/{s}.json", f"{tmp_path}/{s}.json")
@@ -512,7 +517,7 @@ def test_files_that_are_not_plain_utf_8(
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
-def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: str) -> None:
+def test_keys_that_only_evaluation_needs(digits: Path, tmp_path: Path, key: str) -> None:
     content = json.loads((digits / "train.json").read_text())
     number = content["annotations"][3]["id"]
     del content["annotations"][3][key]
@@ -537,7 +542,7 @@ def test_evaluation_needs_more_than_training(digits: Path, tmp_path: Path, key: 
         ({"id": 5, "name": "0"}, {"id": 1, "name": "00"}, r"'00' \(id 1\).* Close to it: '0'"),
     ],
 )
-def test_validation_categories_unlike_the_training_ones(
+def test_validation_categories_that_training_does_not_have(
     catalogs: None, digits: Path, tmp_path: Path, old: dict, new: dict, message: str
 ) -> None:
     content = json.loads((digits / "val.json").read_text())
@@ -552,7 +557,7 @@ def test_validation_categories_unlike_the_training_ones(
 
 
 def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_path: Path) -> None:
-    """The config is of an earlier run."""
+    """Use the config of an earlier run after its files were changed or removed."""
     copy = tmp_path / "train.json"
     copy.write_text((digits / "train.json").read_text())
     words = [
@@ -577,13 +582,15 @@ def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_
         check_data_sets(cfg, "TRAIN")
 
 
-# Other formats than COCO's
+# Formats other than COCO
 
 
 @pytest.fixture(scope="module")
 def converted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The boxes of the digits in every other format, each in a folder of its name; "images" has the
-    images of both parts."""
+    """Write the boxes of the digits in every other format, each in its own folder.
+
+    The folder "images" has the images of both parts.
+    """
     root = tmp_path_factory.mktemp("formats")
     (root / "images").mkdir()
     parts = {part: json.loads((digits / f"{part}.json").read_text()) for part in BOTH}
@@ -610,7 +617,7 @@ def annotation_flags(key: str, converted: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("key", ["voc", "yolo", "labelme", "csv"])
-def test_records_of_other_formats_are_those_of_coco(
+def test_records_of_other_formats_equal_those_of_coco(
     catalogs: None, digits: Path, converted: Path, tmp_path: Path, key: str, caplog: Any
 ) -> None:
     setup(FASTER_RCNN, flags(digits, *BOTH))
@@ -620,12 +627,12 @@ def test_records_of_other_formats_are_those_of_coco(
         words = annotation_flags(key, converted)
         cfg = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
     found.append({split: labels_of(f"own_{split}") for split in BOTH})
-    if key == "yolo":  # which has no crowds
+    if key == "yolo":  # YOLO has no crowds
         for sets in found:
             for labels in sets.values():
                 for file, objects in labels.items():
                     labels[file] = [row for row in objects if not row[-1]]
-    if key == "csv":  # which has no images without objects
+    if key == "csv":  # the CSV files have no images without objects
         found[0] = {s: {f: o for f, o in labels.items() if o} for s, labels in found[0].items()}
     used = [name for name in NAMES if name != MISSING]
     if key == "yolo":
@@ -652,7 +659,7 @@ def labels_of(name: str) -> dict[str, list[tuple[Any, ...]]]:
 def test_train_from_voc_and_evaluate_later(
     catalogs: None, fresh_logging: None, converted: Path, tmp_path: Path
 ) -> None:
-    """The images are where VOC has them, so the folder of annotations is all that is given."""
+    """Give only the folder of annotations, because the images are where VOC has them."""
     root = tmp_path / "mine"
     shutil.copytree(converted / "voc", root)
     shutil.copytree(converted / "images", root / "JPEGImages")
@@ -673,7 +680,7 @@ def test_train_from_voc_and_evaluate_later(
 def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
     catalogs: None, converted: Path, tmp_path: Path
 ) -> None:
-    """The config of the earlier run names them, wherever the run has been moved."""
+    """Convert again after a change. The config of an earlier run still names its own file."""
     root = tmp_path / "mine"
     shutil.copytree(converted / "csv", root)
     words = ["--train-annotations", str(root / "train.csv")]
@@ -690,7 +697,7 @@ def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
     assert first == second + 1
 
 
-def test_what_a_conversion_changed_is_warned_of(
+def test_changes_by_a_conversion_are_warnings(
     catalogs: None, converted: Path, tmp_path: Path, caplog: Any
 ) -> None:
     root = tmp_path / "mine"
@@ -706,7 +713,7 @@ def test_what_a_conversion_changed_is_warned_of(
     assert f"{note}; first: {root / 'train.csv'}, line 2." in caplog.text
 
 
-def test_annotations_that_do_not_say_where_their_images_are(
+def test_annotations_without_a_folder_of_images(
     catalogs: None, converted: Path, tmp_path: Path
 ) -> None:
     words = ["--train-annotations", str(converted / "csv" / "train.csv")]
@@ -715,10 +722,10 @@ def test_annotations_that_do_not_say_where_their_images_are(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_same_annotations_twice_are_warned_of(
+def test_equal_training_and_validation_data_are_a_warning(
     catalogs: None, converted: Path, tmp_path: Path, caplog: Any
 ) -> None:
-    """A folder without parts, which is named for both."""
+    """Give the same folder for training and validation."""
     words = annotation_flags("labelme", converted)
     setup(FASTER_RCNN, words, "OUTPUT_DIR", str(tmp_path / "out"))
     assert "are the same" not in caplog.text

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keypoints of one's own: names from the annotation file, and which are swapped in a mirror."""
+"""Custom keypoints: their names in annotation files, and the pairs that a mirrored image swaps."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ NAMES = ["nose", "left_ear", "right_ear", "tail"]
 SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1, 0.1]"]
 
 
-# Pairs
+# Pairs of keypoints
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1, 0.1]"]
         (["finger1_l", "finger1_r", "finger2_l", "finger2_r"],
          [("finger1_l", "finger1_r"), ("finger2_l", "finger2_r")]),
         (["l1", "r1", "l2"], [("l1", "r1")]),
-        # No sides: an "l" that has no counterpart, and words that only hold one.
+        # These have no side: an "l" without a counterpart, and words that contain a name of a side.
         (["l", "neck", "upright", "leftover", "tail"], []),
     ],
 )  # fmt: skip
@@ -57,7 +57,7 @@ def test_pairs_follow_from_the_names(names: list[str], pairs: list[tuple[str, st
     assert list(derive_flips(names, mirrored=True)) == pairs
 
 
-def test_cocos_pairs_follow_from_its_names() -> None:
+def test_pairs_of_coco_follow_from_its_names() -> None:
     found = derive_flips(COCO_PERSON_KEYPOINT_NAMES, mirrored=True)
     assert set(found) == set(COCO_PERSON_KEYPOINT_FLIP_MAP)
 
@@ -94,7 +94,7 @@ def test_pairs_of_a_command_line(text: str, expected: Any) -> None:
 
 
 def make_content(split: str) -> dict[str, Any]:
-    """Two kinds of animals, of which one has keypoints only."""
+    """Return annotations of two kinds of animals. Only one kind has keypoints."""
     rng = np.random.default_rng(0)
     annotations = []
     for index in range(8):
@@ -135,7 +135,7 @@ def setup(words: list[str], *options: str, config: str = CONFIG) -> CfgNode:
     return cfg
 
 
-def test_a_run_with_keypoints_of_ones_own(dogs: Path, fresh_logging: None, tmp_path: Path) -> None:
+def test_a_run_with_custom_keypoints(dogs: Path, fresh_logging: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = [*TINY, *SIGMAS, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(out)]
     options += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"]
@@ -147,7 +147,7 @@ def test_a_run_with_keypoints_of_ones_own(dogs: Path, fresh_logging: None, tmp_p
         "Keypoints that are swapped in a mirrored picture (by their names; --keypoint-flips "
         "overrules this): left_ear and right_ear. Those that stay: nose, tail." in read_log(out)
     )
-    # Its config knows them without the files on the command line.
+    # The saved config has the keypoints, without files on the command line.
     cfg = load_config(str(out / "config.yaml"))
     assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 4
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -170,14 +170,14 @@ def test_a_run_with_keypoints_of_ones_own(dogs: Path, fresh_logging: None, tmp_p
     ("flips", "order"),
     [(None, [0, 2, 1, 3]), ("none", [0, 1, 2, 3]), ("nose:tail", [3, 1, 2, 0])],
 )
-def test_a_mirrored_picture_has_its_keypoints_in_their_places(
+def test_keypoints_of_a_mirrored_picture_are_right(
     dogs: Path, flips: str | None, order: list[int]
 ) -> None:
     words = flags(dogs, "train") + (["--keypoint-flips", flips] if flips else [])
     cfg = setup(words, "INPUT.MIN_SIZE_TRAIN", "(64,)")
     record = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0]
     points = np.reshape([a["keypoints"] for a in record["annotations"]], (2, 4, 3))
-    assert (points[0] == 0).all()  # a snail's
+    assert (points[0] == 0).all()  # a snail has no keypoints
     mapper = build_mapper(cfg, is_train=True)
     mirrored = []
     for _ in range(20):
@@ -237,11 +237,11 @@ def test_files_that_cannot_be_used(dogs: Path, name: str) -> None:
     (dogs / "train.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"train.json.*{message}"):
         setup(flags(dogs, "train"))
-    # For boxes, keypoints do not matter.
+    # Keypoints do not matter for a network of boxes.
     setup(flags(dogs, "train"), config="COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml")
 
 
-def test_a_side_without_a_counterpart_where_nothing_is_mirrored(dogs: Path) -> None:
+def test_a_side_without_a_counterpart_if_nothing_is_mirrored(dogs: Path) -> None:
     content = make_content("train")
     set_names("nose", "left_ear", "ear", "tail")(content)
     (dogs / "train.json").write_text(json.dumps(content))
@@ -249,7 +249,7 @@ def test_a_side_without_a_counterpart_where_nothing_is_mirrored(dogs: Path) -> N
     setup([*flags(dogs, "train"), "--keypoint-flips", "left_ear:ear"])
 
 
-def test_names_without_sides_are_warned_of(dogs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_without_sides_are_a_warning(dogs: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = make_content("train")
     set_names("k1", "k2", "k3", "k4")(content)
     (dogs / "train.json").write_text(json.dumps(content))
@@ -284,7 +284,7 @@ def test_other_keypoints_to_evaluate_on(dogs: Path) -> None:
         ("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", ["train"], [], "needs a config with"),
     ],
 )
-def test_flips_that_say_nothing(
+def test_empty_flips(
     dogs: Path, config: str, splits: list[str], options: list[str], message: str
 ) -> None:
     words = [*flags(dogs, *splits), "--keypoint-flips", "lefd_ear:tail"]
@@ -293,7 +293,7 @@ def test_flips_that_say_nothing(
 
 
 def test_a_lazy_config_has_its_own_flips(dogs: Path) -> None:
-    """Keypoints of other data than its mapper's would be mirrored wrongly."""
+    """Check that the flips of a LazyConfig are used for its mapper."""
     cfg = load_config(CONFIG)
     args = lazy.lazy_argument_parser().parse_args(["--config-file", "x.py", *flags(dogs, "train")])
     with pytest.raises(ValueError, match=r"keypoint_hflip_indices.*tools/train_net\.py"):

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # which pytest needs there
+else:  # pytest requires it there
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_constraints_fit_the_requirements() -> None:
     for requirement in REQUIREMENTS:
         constraint = CONSTRAINTS.get(canonicalize_name(requirement.name))
         if constraint is None:
-            # Only what nobody puts bounds on may go unpinned.
+            # Only packages without bounds may be unpinned.
             assert not requirement.specifier, requirement
             continue
         (pin,) = constraint.specifier
@@ -72,7 +72,7 @@ def test_constraints_fit_the_requirements() -> None:
 
 
 def test_each_tool_is_a_command() -> None:
-    """setup.py puts tools/ into the wheel as vovnet_d2_tools."""
+    """Import the tools from tools/, which setup.py puts into the wheel as vovnet_d2_tools."""
     assert PROJECT["scripts"] == {
         f"vovnet-{tool.replace('_', '-')}": f"vovnet_d2_tools.{tool}:main" for tool in TOOLS
     }
@@ -104,7 +104,7 @@ def test_commands_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
         assert finished.stdout.startswith(f"usage: {command} "), finished.stderr
 
 
-def test_the_doctor_asks_for_the_same_python() -> None:
+def test_the_doctor_needs_the_same_python() -> None:
     assert PROJECT["requires-python"] == ">={}.{}".format(*doctor.MIN_PYTHON)
 
 
@@ -118,7 +118,7 @@ def test_files_begin_with_copyright_and_licence() -> None:
     assert [file for file, text in texts.items() if not text.startswith(header)] == []
 
 
-def test_all_that_is_imported_is_declared() -> None:
+def test_all_imported_packages_are_declared() -> None:
     ours = {"vovnet_d2", "detectron2", "tomllib", "tomli", *(file.stem for file in PYTHON_FILES)}
     declared = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     distributions = distributions_of_modules()
@@ -132,8 +132,9 @@ def test_all_that_is_imported_is_declared() -> None:
 
 
 def distributions_of_modules() -> dict[str, set[str]]:
-    """Return the result of importlib.metadata.packages_distributions; Python 3.10's misses most
-    wheels.
+    """Return what importlib.metadata.packages_distributions should return.
+
+    In Python 3.10 this function misses most wheels.
     """
     found: dict[str, set[str]] = defaultdict(set)
     for distribution in importlib.metadata.distributions():
@@ -155,7 +156,7 @@ def imported_modules(file: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built from a copy, since building leaves files behind."""
+    """Build the wheel from a copy of the project, because a build leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
     for package in ("vovnet_d2", "configs", "tools"):

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Names with dollar signs reach pictures as they are: matplotlib takes them for formulas."""
+"""Names with dollar signs do not change in pictures, although matplotlib can read formulas."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ from vovnet_d2.engine.pictures import draw_predictions
 
 pytest_plugins = ["engine_fixtures"]
 
-NAMES = ["$x^$", r"$\frac$", "50$ or 60$"]  # the first two are no formulas
+NAMES = ["$x^$", r"$\frac$", "50$ or 60$"]  # the first two are invalid formulas
 
 
 @pytest.fixture
 def no_formulas(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fails where a text is read as a formula; returns all texts."""
+    """Fail if a text is read as a formula; return a list of all texts."""
     texts: list[str] = []
     set_text, render = Text.set_text, artist._render
 
@@ -55,7 +55,7 @@ def no_formulas(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def mine(coco: Path, tmp_path: Path) -> Path:
-    """The miniature, its categories and one of its files with such names."""
+    """Register the miniature COCO with such names for its categories and files."""
     content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
     content["categories"] = [
         {"id": number, "name": name} for number, name in zip(COLORS, NAMES, strict=True)
@@ -89,7 +89,7 @@ def test_pictures_of_data(mine: Path, no_formulas: list[str], what: str) -> None
 
 
 class Found(nn.Module):
-    """Finds an object of each category."""
+    """Detector that finds one object of each category."""
 
     def forward(self, records: list[dict]) -> list[dict]:
         found = Instances((64, 80))
@@ -106,7 +106,7 @@ def test_pictures_of_predictions(mine: Path, no_formulas: list[str]) -> None:
     shown = Shown(instances=instances, labels=None, panoptic=None)
     Artist(Metadata(thing_classes=NAMES)).draw(np.zeros((64, 80, 3), np.uint8), shown)
     for name in NAMES:
-        assert no_formulas.count(f"{name} 90%") == 5 + 1  # annotated images, and the demo
+        assert no_formulas.count(f"{name} 90%") == 5 + 1  # five images and the demo
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Predictor, against Detectron2's DefaultPredictor."""
+"""Predictor is compared with Detectron2's DefaultPredictor."""
 
 import io
 from pathlib import Path
@@ -34,13 +34,15 @@ def mask_rcnn(tmp_path_factory: pytest.TempPathFactory) -> CfgNode:
 
 @pytest.fixture(scope="module")
 def images() -> list[np.ndarray]:
-    """BGR, of sizes that are padded differently, and two that are padded alike."""
+    """Return BGR images. Two of them are padded to the same size, and the others are not."""
     china, flower = (read_image(file) for file in PICTURES)
     return [china[::3, ::3], flower[:300, :200], flower[::4, 1::4], china[200:300, 10:500]]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_as_default_predictor(detector: str, tmp_path: Path, images: list[np.ndarray]) -> None:
+def test_predictions_equal_those_of_default_predictor(
+    detector: str, tmp_path: Path, images: list[np.ndarray]
+) -> None:
     config, options = DETECTORS[detector]
     cfg = save(tmp_path, config, **options)
     predictor = Predictor(cfg, batch_size=3)
@@ -53,7 +55,7 @@ def test_as_default_predictor(detector: str, tmp_path: Path, images: list[np.nda
         assert_close(prediction, expected)
         if "instances" in expected:
             assert len(expected["instances"]) > 3
-        # What surrounds the model makes no difference at all.
+        # The code around the model makes no difference.
         exact = with_our_model(image)
         alone = predictor(image)
         if "instances" in exact:
@@ -65,10 +67,10 @@ def test_as_default_predictor(detector: str, tmp_path: Path, images: list[np.nda
         assert all({s["isthing"] for s in p["panoptic_seg"][1]} == {True, False} for p in found)
 
 
-def test_company_changes_predictions_only_without_the_grouping(
+def test_grouping_keeps_predictions_independent_of_other_images(
     mask_rcnn: CfgNode, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reason for running together only what is padded alike."""
+    """Check that images of other padded sizes would change predictions in the same batch."""
     predictor = Predictor(mask_rcnn)
     alone = predictor(images[1])
     assert_close(predictor(images)[1], alone)
@@ -95,12 +97,12 @@ def test_batches(
     assert predictor([]) == []
 
 
-def test_files_are_as_arrays(mask_rcnn: CfgNode, tmp_path: Path) -> None:
+def test_files_give_the_same_as_arrays(mask_rcnn: CfgNode, tmp_path: Path) -> None:
     predictor = Predictor(mask_rcnn)
     pixels = read_image(PICTURES[0])[:, :480]
     rotated = tmp_path / "rotated.png"
     exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees clockwise
+    exif[274] = 6  # turn by 90 degrees clockwise
     Image.fromarray(np.rot90(pixels[:, :, ::-1])).save(rotated, exif=exif)
     upright, from_file = predictor([pixels, rotated])
     assert from_file["instances"].image_size == pixels.shape[:2]
@@ -117,7 +119,7 @@ def test_files_are_as_arrays(mask_rcnn: CfgNode, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_sizes_are_those_of_an_evaluation(sizes: dict, tmp_path: Path) -> None:
+def test_sizes_equal_those_of_an_evaluation(sizes: dict, tmp_path: Path) -> None:
     cfg = save(tmp_path, RETINANET, **sizes)
     predictor, seen = Predictor(cfg), []
     predictor.model.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
@@ -128,7 +130,7 @@ def test_sizes_are_those_of_an_evaluation(sizes: dict, tmp_path: Path) -> None:
 
 
 def test_thin_line(mask_rcnn: CfgNode) -> None:
-    """DefaultPredictor would scale it to a height of 0 pixels."""
+    """Predict on a very thin image, which DefaultPredictor scales to a height of 0 pixels."""
     line = np.zeros((1, 5000, 3), np.uint8)
     assert Predictor(mask_rcnn)(line)["instances"].image_size == (1, 5000)
 
@@ -148,7 +150,7 @@ def test_other_formats(format: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen[0]["image"].numpy(), expected)
 
 
-def test_weights_of_another_input_are_warned_of(
+def test_weights_with_another_input_are_a_warning(
     mask_rcnn: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, _ = load_network(mask_rcnn, mask_rcnn)
@@ -172,7 +174,7 @@ def test_dtype_and_compile_reach_the_network(
     assert {p.dtype for p in predictor.model.backbone.parameters()} == {torch.bfloat16}
 
 
-def test_predictions_are_put_where_they_are_asked_for(
+def test_predictions_are_on_the_requested_device(
     mask_rcnn: CfgNode, images: list[np.ndarray]
 ) -> None:
     found = Predictor(mask_rcnn, output_device="meta")(images[0])["instances"]
@@ -200,7 +202,7 @@ def test_on_a_gpu(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
 def test_names_of_the_config_s_data_set(mask_rcnn: CfgNode, catalogs: None) -> None:
     cfg = mask_rcnn.clone()
     cfg.DATASETS.TEST = ("nowhere", "mine")
-    names = [*"abcde"]  # known once the data set is loaded, as COCO-format data are
+    names = [*"abcde"]  # known once the data set is loaded, as in COCO
     DatasetCatalog.register("mine", lambda: MetadataCatalog.get("mine").set(thing_classes=names))
     assert Predictor(cfg).metadata.thing_classes == names
 
@@ -212,7 +214,7 @@ def test_digits_are_known(tmp_path: Path, catalogs: None) -> None:
     assert metadata.thing_dataset_id_to_contiguous_id[8] == 7
 
 
-def test_numbers_where_there_are_no_names(
+def test_numbers_instead_of_missing_names(
     mask_rcnn: CfgNode, catalogs: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = mask_rcnn.clone()
@@ -292,8 +294,10 @@ def test_bad_images(
         Predictor(mask_rcnn)(image)
 
 
-def test_kinds_of_images_are_one_picture(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
-    """Arrays as OpenCV gives them, and Pillow's images, turned as their EXIF says."""
+def test_arrays_and_pillow_images_give_the_same(
+    mask_rcnn: CfgNode, images: list[np.ndarray]
+) -> None:
+    """Give the same picture as an OpenCV array and as a Pillow image with an EXIF orientation."""
     image = images[0]
     predictor = Predictor(mask_rcnn)
     expected, grey = predictor(image), predictor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
@@ -316,7 +320,7 @@ def test_kinds_of_images_are_one_picture(mask_rcnn: CfgNode, images: list[np.nda
 
 
 def write_modes(folder: Path) -> dict[str, Path]:
-    """The photograph, small, in the modes that pictures come in."""
+    """Save a small photograph in the usual modes of image files."""
     with Image.open(PICTURES[0]) as photo:
         rgb = photo.resize((61, 47)).convert("RGB")
     exif = Image.Exif()
@@ -342,7 +346,7 @@ def write_modes(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in pictures}
 
 
-def test_modes_are_read_as_by_opencv(tmp_path: Path) -> None:
+def test_modes_are_read_as_in_opencv(tmp_path: Path) -> None:
     for name, path in write_modes(tmp_path).items():
         found = read_image(path)
         assert found.dtype == np.uint8
@@ -350,7 +354,7 @@ def test_modes_are_read_as_by_opencv(tmp_path: Path) -> None:
         expected = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if name == "rotated_sixteen_bit.png" and expected.shape != found.shape:
             expected = cv2.rotate(expected, cv2.ROTATE_90_CLOCKWISE)
-        # Formulas for CMYK, and decoders of JPEG, differ a little.
+        # Formulas for CMYK and decoders of JPEG differ slightly.
         limit = 3 if path.suffix == ".jpg" else 0.5
         assert np.abs(found.astype(int) - expected).mean() <= limit, name
         assert np.ptp(found) > 100, name

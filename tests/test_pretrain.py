@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training classifiers: data, losses, accuracy, and weights that detectors load."""
+"""Training of classifiers: data, losses, accuracy, and weights that detectors load."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ pytest_plugins = ["engine_fixtures"]
 BASE = "Classification/Base-Classification.yaml"
 DETECTOR = "Digits/mask_rcnn_V_19_slim_eSE_FPN.yaml"
 
-# A network thin enough that an iteration takes a fraction of a second.
+# A network that is so thin that an iteration takes a fraction of a second.
 THIN = [
     *["MODEL.VOVNET.CONV_BODY", "V-19-slim-eSE", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
     *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8, 8, 8, 8)", "MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)"],
@@ -55,7 +55,9 @@ COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 60), "red": (230, 30, 20)}
 
 
 def write_images(root: Path) -> Path:
-    """Noisy images of three colours in ImageNet's layout, 6 for training and 4 to validate each."""
+    """Write noisy images of three colours in the layout of ImageNet.
+
+    Each colour has 6 images for training and 4 images for validation."""
     rng = np.random.default_rng(0)
     for split, number in {"train": 6, "val": 4}.items():
         for name, colour in COLOURS.items():
@@ -80,7 +82,7 @@ def load_classification_config(name: str, options: list[str]) -> CfgNode:
 def launch(
     data: Path | str, out: Path, *words: str, config: str = BASE, pictures: bool = False
 ) -> dict[str, Any]:
-    """Run the tool; ``words`` are flags, then config options."""
+    """Run the tool. ``words`` are flags, then config options."""
     flags = [word for word in words if word.startswith("--")]
     options = [*THIN, *SHORT, "PRETRAIN.DATA", str(data), "OUTPUT_DIR", str(out)]
     options += [word for word in words if not word.startswith("--")]
@@ -91,7 +93,7 @@ def launch(
 
 @pytest.fixture(scope="module")
 def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with a run long enough to tell the colours, and its results."""
+    """Return the folder and the results of a run that is long enough to learn the colours."""
     out = tmp_path_factory.mktemp("run")
     results = launch(images, out, "SOLVER.MAX_ITER", "40", "SOLVER.BASE_LR", "0.05", pictures=True)
     assert results["classification"]["top1"] > 60
@@ -103,7 +105,7 @@ def read_log(out: Path) -> str:
     return (out / "log.txt").read_text()
 
 
-# Its result is a MODEL.WEIGHTS --------------------------------------------------------------------
+# The result as MODEL.WEIGHTS ----------------------------------------------------------------------
 
 
 def thin_detector() -> tuple[Any, nn.Module]:
@@ -111,7 +113,7 @@ def thin_detector() -> tuple[Any, nn.Module]:
     return cfg, build_model(cfg)
 
 
-def test_a_detector_loads_all_of_it(
+def test_a_detector_loads_all_tensors(
     trained: tuple[Path, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(trained[0] / "model_final.pth")
@@ -132,8 +134,8 @@ def test_a_detector_loads_all_of_it(
 
 
 @pytest.mark.parametrize("fmt", ["BGR", "RGB"])
-def test_input_is_the_detectors(fmt: str) -> None:
-    """The network sees what Detectron2's detectors feed to theirs."""
+def test_the_input_equals_that_of_detectors(fmt: str) -> None:
+    """Compare the input of the network with that of Detectron2's detectors."""
     cfg, _ = thin_detector()
     cfg.INPUT.FORMAT = fmt
     cfg.MODEL.PIXEL_STD = [57.0, 58.0, 59.0]
@@ -150,13 +152,13 @@ def test_input_is_the_detectors(fmt: str) -> None:
         Network(), input_format=fmt, pixel_mean=cfg.MODEL.PIXEL_MEAN, pixel_std=cfg.MODEL.PIXEL_STD
     )
     model.eval()((rgb, torch.zeros(2, dtype=torch.long)))
-    images = rgb.flip(1) if fmt == "BGR" else rgb  # as Detectron2's mapper hands them over
+    images = rgb.flip(1) if fmt == "BGR" else rgb  # as Detectron2's mapper returns them
     expected = detector.preprocess_image([{"image": image} for image in images]).tensor
     assert torch.equal(seen[0], expected)
 
 
 def test_accuracy_of_the_bare_network(trained: tuple[Path, Any], images: Path) -> None:
-    """The tensors, their prefix cut off, are those of VoVNet: evaluated here without the tool."""
+    """Load the tensors into a VoVNet without their prefix, and evaluate it without the tool."""
     out, results = trained
     saved = torch.load(out / "model_final.pth", weights_only=True)["model"]
     spec = thin_detector()[1].backbone.bottom_up.spec
@@ -166,7 +168,7 @@ def test_accuracy_of_the_bare_network(trained: tuple[Path, Any], images: Path) -
     predictions, targets = [], []
     for target, name in enumerate(sorted(COLOURS)):
         for path in sorted((images / "val" / name).iterdir()):
-            # 0.875 of the shorter side: resized to 36, of which 32 in the middle are seen.
+            # The shorter side is resized to 36, and the middle 32 pixels are used (about 0.875).
             image = Image.open(path).convert("RGB").resize((43, 36), Image.Resampling.BICUBIC)
             bgr = np.asarray(image)[2:34, 6:38, ::-1] - np.array([103.53, 116.28, 123.675])
             x = torch.from_numpy(bgr.transpose(2, 0, 1).copy()).float()[None]
@@ -185,7 +187,7 @@ def test_resume(images: Path, tmp_path: Path) -> None:
     launch(images, tmp_path)
     first = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert first["iteration"] == 1
-    # Nothing is left to train: all is as it was.
+    # Nothing is left to train, so nothing changes.
     launch(images, tmp_path, "--resume")
     assert "nothing is left to train" in read_log(tmp_path)
     launch(images, tmp_path, "--resume", "SOLVER.MAX_ITER", "4")
@@ -209,10 +211,8 @@ def test_eval_only(trained: tuple[Path, Any], images: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("fresh_logging")
-def test_fine_tuning_takes_the_backbone(trained: tuple[Path, Any], tmp_path: Path) -> None:
-    """A network of the colours' three classes gets ten; a rate of almost zero leaves what was
-    loaded.
-    """
+def test_fine_tuning_loads_the_backbone(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """Load a network of three classes into one of ten, and train with almost no learning rate."""
     weights = trained[0] / "model_final.pth"
     launch(
         "digits", tmp_path, "MODEL.WEIGHTS", str(weights), "SOLVER.MAX_ITER", "1",
@@ -247,14 +247,14 @@ def test_several_processes_train(images: Path, tmp_path: Path) -> None:
     flags = ["--config-file", BASE, "--num-gpus", "2", "--dist-url", "auto"]
     pretrain.main([*flags, *options])
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    # The names are those of one process, without DistributedDataParallel's prefix.
+    # The names have no prefix of DistributedDataParallel, as in one process.
     assert all(name.startswith("network.") for name in saved["model"])
     assert saved["iteration"] == 1
 
 
 @pytest.mark.usefixtures("fresh_logging")
-def test_everything_of_timm_at_once(images: Path, tmp_path: Path) -> None:
-    """Policy, erasing, mixup, CutMix, smoothing and an optimizer of timm's, in mixed precision."""
+def test_all_options_of_timm_together(images: Path, tmp_path: Path) -> None:
+    """Use all augmentations, label smoothing and an optimizer of timm in mixed precision."""
     options = {
         "PRETRAIN.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
         "PRETRAIN.RE_PROB": "1.0",
@@ -291,7 +291,7 @@ def test_norms_and_biases_are_not_decayed(images: Path) -> None:
 
 
 class Logits(nn.Module):
-    """A network whose logits are the images' first pixels."""
+    """Network whose logits are the first pixels of the images."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"linear": x[:, :, 0, :].flatten(1)}
@@ -313,13 +313,13 @@ def test_loss(smoothing: float) -> None:
 
 
 def test_targets_of_mixed_images(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixed image is mixed as its target is, and the loss is that of the mixed target."""
+    """Check that images and targets are mixed in the same way, and that the loss uses both."""
     cfg = load_classification_config(BASE, [*THIN, *SHORT, "PRETRAIN.MIXUP", "1.0"])
     cfg.PRETRAIN.NUM_CLASSES, cfg.PRETRAIN.LABEL_SMOOTHING = 6, 0.0
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [0.0] * 3, [255.0] * 3, "RGB"
     model = ClassifierTrainer.build_model(cfg)
     model.network = Logits()
-    # An image of class c is 1 in its c-th number and 0 elsewhere: images are their own targets.
+    # An image of class c is 1 in its c-th number and 0 elsewhere, so images equal their targets.
     targets = torch.tensor([0, 1, 2, 3, 4, 5])
     pixels = 255 * nn.functional.one_hot(targets, 6).view(6, 3, 1, 2)
     seen = []
@@ -354,18 +354,18 @@ def test_accuracy(classes: int) -> None:
 # Data ---------------------------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_the_detection_data() -> None:
+def test_digits_equal_those_of_the_detection_data() -> None:
     scans, labels = load_digits(return_X_y=True)
     for split, indices in zip(("train", "val"), digit_split(), strict=True):
         dataset = build_classification_dataset("digits", split, image_size=40)
         assert [label for _, label in dataset] == labels[indices].tolist()
         assert dataset.classes[3] == "3"
         for (image, _), index in zip(dataset, indices[:50], strict=False):
-            # Its ten cells, the outer ones empty, averaged.
+            # Average the pixels of each cell. The outermost of the 10x10 cells are empty.
             cells = np.asarray(image)[..., 0].reshape(10, 4, 10, 4).mean((1, 3))
             scan = np.pad(scans[index].reshape(8, 8), 1) * 255 / 16
             assert np.corrcoef(cells.ravel(), scan.ravel())[0, 1] > 0.98
-            # Smoothly: between two pixels the ink changes less than between two cells.
+            # The enlargement is smooth: ink changes less between two pixels than between two cells.
             steps = [
                 np.abs(np.diff(np.asarray(p, float), axis=1)).max()
                 for p in (image.convert("L"), scan)
@@ -375,7 +375,7 @@ def test_digits_are_those_of_the_detection_data() -> None:
 
 
 def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10's files with ten random images each, and their checksums made known."""
+    """Write files of CIFAR-10 with ten random images each, and set their checksums."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -396,7 +396,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_images_are_resized_smoothly() -> None:
-    """Pillow resizes so: bicubically, and in training bilinearly by turns."""
+    """Compare with bicubic resizing in Pillow, which in training alternates with bilinear."""
     options = ["PRETRAIN.IMAGE_SIZE", "24", "PRETRAIN.CROP_PCT", "0.8", "PRETRAIN.HFLIP", "0.0"]
     options += ["PRETRAIN.SCALE", "(1.0, 1.0)", "PRETRAIN.RATIO", "(1.0, 1.0)"]
     options += ["PRETRAIN.COLOR_JITTER", "0.0", "PRETRAIN.AUTO_AUGMENT", ""]
@@ -415,7 +415,7 @@ def test_images_are_resized_smoothly() -> None:
     assert np.array_equal(found, whole[3:27, 3:27])
 
 
-def test_cifar10_is_evaluated_on_images_of_its_own(
+def test_cifar10_is_evaluated_on_its_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(write_cifar10(tmp_path, monkeypatch))
@@ -432,9 +432,9 @@ def test_cifar10(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = tmp_path / "out"
     options = ["PRETRAIN.NETWORK", network, "PRETRAIN.IMAGE_SIZE", "8", "TEST.EVAL_PERIOD", "1"]
     results = launch(data, out, *options)
-    # Two iterations of four images.
+    # There are two iterations of four images.
     assert "50 images of 10 classes in train; 2 iterations are 0.2 epochs" in read_log(out)
-    assert not (out / "model_best.pth").exists()  # the last weights are the best ones
+    assert not (out / "model_best.pth").exists()  # the last weights are the best
     saved = torch.load(out / "model_final.pth", weights_only=True)["model"]
     assert saved["network.linear.weight"].shape[0] == 10
     again = launch(
@@ -482,13 +482,13 @@ THIN_FOR_DIGITS = [
 def test_digits_classifier_is_as_good_as_an_svc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both are trained on the same 400 digits, and compared on all of the validation split."""
+    """Train both on the same 400 digits, and compare them on the whole validation split."""
     pixels, labels = load_digits(return_X_y=True)
     train, val = digit_split()
     train = train[::3][:400]
     monkeypatch.setattr(classification, "digit_split", lambda: (train, val))
     grid = {"gamma": [0.0003, 0.0005, 0.001, 0.002, 0.004], "C": [1, 3, 10, 100]}
-    # scikit-learn's own example has gamma 0.001; the other is tuned on the training digits.
+    # The first has the gamma of scikit-learn's example. The second is tuned on the training digits.
     machines = [SVC(gamma=0.001), GridSearchCV(SVC(), grid, cv=5)]
     best = max(
         m.fit(pixels[train], labels[train]).score(pixels[val], labels[val]) for m in machines
@@ -603,7 +603,7 @@ def test_wrong_options(options: list[str], words: str, images: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("fresh_logging")
-def test_mistake_is_told_in_a_sentence(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_a_mistake_gives_one_sentence(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         pretrain.main(["PRETRAIN.DATA", "nowhere", "OUTPUT_DIR", str(tmp_path)])
     assert caught.value.code == 2

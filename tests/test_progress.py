@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The progress bar in the place of the log."""
+"""The progress bar, which replaces the log."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from vovnet_d2.engine import progress
 
 @pytest.fixture
 def trainer():
-    """Stand in for a trainer of 100 steps that goes on from step 20 and tests on 300 images."""
+    """Return a stand-in for a trainer that resumes at step 20 of 100 and evaluates 300 images."""
     DatasetCatalog.register("three_hundred_images", lambda: [{}] * 300)
     yield SimpleNamespace(
         cfg=SimpleNamespace(
@@ -40,8 +40,8 @@ def run(trainer, seconds_of_step, monkeypatch) -> None:
     bar.after_train()
 
 
-def test_the_estimate_leaves_the_first_steps_out(trainer, monkeypatch, capsys):
-    """Steps 22 to 25 take 3 s each. 74 steps are left, and the images cost 300 / 4 / 2 more."""
+def test_the_estimate_ignores_the_first_steps(trainer, monkeypatch, capsys):
+    """Let steps 22 to 25 take 3 s each. 74 steps are left, and the images cost 300 / 4 / 2 more."""
     run(trainer, lambda step: 50.0 if step < 22 else 3.0, monkeypatch)
     first, *others = capsys.readouterr().out.splitlines()
     minutes = (74 + 37.5) * 3.0 / 60

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations are looked at before the first iteration: numbers, categories, masks, conventions."""
+"""The check of annotations before the first iteration: numbers, categories, masks, conventions."""
 
 import copy
 import json
@@ -98,9 +98,9 @@ def test_absurd_numbers_are_named(kind: str) -> None:
     ],
 )
 def test_absurd_sizes_are_named(size: dict, message: str) -> None:
-    """Masks are made in the size of a record."""
+    """Check the sizes of records, because masks have this size."""
     (good,) = records(GOOD)
-    check_records([good | {"width": 128.0}], "d")  # a JSON file may write it so
+    check_records([good | {"width": 128.0}], "d")  # JSON files may have such numbers
     with pytest.raises(ValueError, match=f"^Data set d: .*{message}"):
         check_records([good, good | size], "d")
 
@@ -158,14 +158,14 @@ def test_polygons_in_another_unit_or_order_are_refused(
 
 
 def spoil(coco: Path, tmp_path: Path, change: Callable[[dict], Any], name: str = "mine") -> None:
-    """Register the miniature with its annotations changed."""
+    """Register the miniature COCO with changed annotations."""
     content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
     change(content)
     (tmp_path / "a.json").write_text(json.dumps(content))
     register_coco_instances(name, {}, str(tmp_path / "a.json"), str(coco / "coco/train2017"))
 
 
-def test_a_polygon_with_a_nan_ends_no_training_on_its_way(coco: Path, tmp_path: Path) -> None:
+def test_a_polygon_with_a_nan_is_found_before_the_training(coco: Path, tmp_path: Path) -> None:
     def change(content: dict) -> None:
         content["annotations"][4]["segmentation"][0][2] = NAN
 
@@ -178,8 +178,8 @@ def test_a_polygon_with_a_nan_ends_no_training_on_its_way(coco: Path, tmp_path: 
     assert cfg.DATASETS.TEST == ("mine",)
 
 
-def test_nothing_left_to_train_on_is_said(coco: Path, tmp_path: Path) -> None:
-    """Detectron2's own loader drops objects with empty masks; its assertion becomes a sentence."""
+def test_nothing_left_to_train_on_is_one_sentence(coco: Path, tmp_path: Path) -> None:
+    """Use empty masks. Detectron2's loader drops such objects and raises an AssertionError."""
 
     def change(content: dict) -> None:
         for annotation in content["annotations"]:
@@ -212,7 +212,7 @@ def test_files_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     grey.save(data[4]["file_name"], exif=exif)
-    data.append({"file_name": "s3://bucket/a.png"})  # for PathManager to find
+    data.append({"file_name": "s3://bucket/a.png"})  # PathManager may find it
     reasons = [
         r"0\.png cannot be used: there is no such file, and the one that is meant .* '0\.PNG'",
         r"1\.png cannot be used: of no known format",
@@ -229,7 +229,7 @@ def test_files_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         check_files(data[first:], "d", most_unusable=others + 1)
 
 
-def test_depths_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_depths_of_images_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dark, light = (Image.fromarray(np.full((9, 9), n, np.uint16)) for n in (4095, 4096))
     with caplog.at_level(logging.INFO):
         check_files(files(tmp_path, dark, light, Image.new("L", (9, 9))), "d")
@@ -238,8 +238,8 @@ def test_depths_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         check_files(files(tmp_path, dark, dark), "d")
 
 
-def test_a_run_looks_for_its_files(coco: Path, tmp_path: Path) -> None:
-    """Before the first iteration, those of the evaluation, too."""
+def test_missing_files_are_found_before_the_run(coco: Path, tmp_path: Path) -> None:
+    """Check that missing files are found before the first iteration, also those for evaluation."""
     images = tmp_path / "images"
     images.mkdir()
     for path in (coco / "coco/train2017").iterdir():
@@ -259,7 +259,7 @@ def test_a_run_looks_for_its_files(coco: Path, tmp_path: Path) -> None:
 
 
 def turned(folder: Path, orientation: int, *, stored: bool) -> list[dict[str, Any]]:
-    """Square pictures of bright boxes, whose annotations are for the stored or the read picture."""
+    """Write square images with annotations for the stored image or for the turned image."""
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -276,9 +276,7 @@ def turned(folder: Path, orientation: int, *, stored: bool) -> list[dict[str, An
     return found
 
 
-def test_orientations_that_the_sizes_do_not_tell(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_orientations_of_square_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_files(turned(tmp_path, 3, stored=False), "d")
     assert not caplog.records
     with pytest.raises(ValueError, match=r"6 of the 6 pictures are turned .* as they are stored"):
@@ -293,9 +291,11 @@ def test_orientations_that_the_sizes_do_not_tell(
     assert "Data set d: 6 of the 6 pictures are turned by their EXIF orientation" in caplog.text
 
 
-def test_the_trainer_looks(catalogs: None, fresh_logging: None, tmp_path: Path) -> None:
+def test_the_trainer_checks_orientations(
+    catalogs: None, fresh_logging: None, tmp_path: Path
+) -> None:
     data = turned(tmp_path, 4, stored=True)
-    for record in data:  # upside down
+    for record in data:  # turned by 180 degrees
         for annotation in record["annotations"]:
             assert annotation["bbox"][1] < 40
     DatasetCatalog.register("turned", lambda: copy.deepcopy(data))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data of one's own in the place of a data set that Detectron2 has a name for."""
+"""Custom data in the files of a data set that Detectron2 has registered."""
 
 import importlib.machinery
 import json
@@ -56,7 +56,7 @@ def check(name: str, config: str, *options: str) -> None:
 
 @pytest.fixture
 def root(catalogs: None, coco_root: Path, tmp_path: Path) -> Path:
-    """A folder of data sets with a miniature of COCO."""
+    """Return a folder of data sets with a miniature COCO."""
     shutil.copytree(coco_root / "coco", tmp_path / "coco")
     for folder in ("panoptic_train2017", "panoptic_stuff_train2017"):
         (tmp_path / "coco" / folder).mkdir()
@@ -66,7 +66,7 @@ def root(catalogs: None, coco_root: Path, tmp_path: Path) -> Path:
 
 
 ANNOTATIONS = "coco/annotations/"
-# name of the data set: (its file, config and options, the right categories, what is said of OWN)
+# name of the data set: (its file, config and options, right categories, message on other data)
 NAMES: dict[str, tuple[str, list[str], Categories, str]] = {
     "coco_2017_train": (
         f"{ANNOTATIONS}instances_train2017.json",
@@ -82,7 +82,7 @@ NAMES: dict[str, tuple[str, list[str], Categories, str]] = {
     ),
     "coco_2017_train_panoptic_separated": (
         f"{ANNOTATIONS}panoptic_train2017.json",
-        # The categories of label maps are another check's.
+        # Another check compares the categories of label maps.
         [FASTER_RCNN],
         [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES],
         "133 categories",
@@ -98,7 +98,7 @@ NAMES: dict[str, tuple[str, list[str], Categories, str]] = {
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_is_compared_with_what_its_name_stands_for(
+def test_the_file_is_compared_with_the_registered_data_set(
     root: Path, name: str, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
@@ -111,13 +111,13 @@ def test_the_file_is_compared_with_what_its_name_stands_for(
     message = f"{name} is not what it is registered as: its file {path} {NUCLEUS}{stated}"
     with pytest.raises(ValueError, match=message):
         check(name, *words)
-    # As many categories, of other names; and the right ones under other ids.
+    # The same number of categories with other names, and the right categories with other ids.
     write(path, [{"id": c["id"], "name": f"n{c['id']}"} for c in right])
     with pytest.raises(ValueError, match=r"'n1'.*and the name stands for"):
         check(name, *words)
 
 
-def test_the_sentence_says_what_to_do(root: Path) -> None:
+def test_the_message_names_the_way_out(root: Path) -> None:
     path = root / ANNOTATIONS / "instances_val2017.json"
     write(path, OWN)
     cfg = load_config(FASTER_RCNN)
@@ -164,7 +164,7 @@ def test_a_cut_file(root: Path) -> None:
         '{{"categories": {categories}, "info": {{"categories": [{{"id": 1}}]}}}}',
     ],
 )
-def test_large_files_are_read_whole_only_where_they_seem_to_be_others(
+def test_large_files_are_only_read_whole_if_they_seem_to_differ(
     root: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     path = root / ANNOTATIONS / "instances_train2017.json"
@@ -180,14 +180,14 @@ def test_large_files_are_read_whole_only_where_they_seem_to_be_others(
     assert bool(read) == ("info" in text)
 
 
-def test_sets_of_the_users_own_names(root: Path) -> None:
+def test_data_sets_with_custom_names(root: Path) -> None:
     path, folder = root / "own.json", str(root / "coco" / "train2017")
     write(path, OWN)
     register_coco_instances("said", {"thing_classes": ["cell"]}, str(path), folder)
     one = ["MODEL.ROI_HEADS.NUM_CLASSES", "1"]
     with pytest.raises(ValueError, match=rf"said is not .*{NUCLEUS}1 category \('cell'\)"):
         check("said", FASTER_RCNN, *one)
-    # A loader of the user's own may choose among the categories, and name them.
+    # A custom loader may choose and rename categories.
     DatasetCatalog.register("chosen", list)
     MetadataCatalog.get("chosen").set(
         **{"thing_classes": ["cell"], "json_file": str(path), "image_root": folder}
@@ -205,7 +205,7 @@ def test_a_training_ends_before_it_begins(
         run(argument_parser().parse_args(["--config-file", MASK_RCNN, *options]))
 
 
-def test_check_dataset_says_it(root: Path, capsys: pytest.CaptureFixture) -> None:
+def test_check_dataset_gives_the_same_message(root: Path, capsys: pytest.CaptureFixture) -> None:
     path = root / ANNOTATIONS / "instances_train2017.json"
     assert check_dataset.main(["coco_2017_train"]) == 0
     content = json.loads(path.read_text())
@@ -227,10 +227,10 @@ CELLS = {
 
 @pytest.mark.parametrize("number", ["3", "20"])
 @pytest.mark.parametrize("name", ["voc_2007_trainval", "voc_2007_trainval_no_difficult"])
-def test_a_folder_of_ones_own_under_the_name_of_voc(
+def test_custom_data_under_the_name_of_voc(
     catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str
 ) -> None:
-    """The classes are told first, also if their number is set: to set 20 does not help."""
+    """Check that the message names the classes first, even if their number is set."""
     folder = write_tree(tmp_path / "VOC2007", CELLS, "trainval")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all_pascal_voc(str(tmp_path))
@@ -244,7 +244,7 @@ def test_a_folder_of_ones_own_under_the_name_of_voc(
         check(name, FASTER_RCNN, "MODEL.ROI_HEADS.NUM_CLASSES", number)
 
 
-def test_a_misspelt_class_is_no_data_set_of_ones_own(catalogs: None, tmp_path: Path) -> None:
+def test_a_misspelt_class_is_not_custom_data(catalogs: None, tmp_path: Path) -> None:
     objects = OBJECTS | {"000001": [("Dog", 0, (1, 1, 40, 30))]}
     write_tree(tmp_path / "VOC2007", objects, "trainval")
     register_all_pascal_voc(str(tmp_path))
@@ -299,7 +299,7 @@ def add_objects(*labels: str, **more: int) -> Callable[[Path], object]:
         (lambda root: shutil.rmtree(root / "leftImg8bit/train/aachen"), "has no pictures in"),
     ],
 )
-def test_a_folder_in_the_place_of_cityscapes(
+def test_custom_data_under_the_name_of_cityscapes(
     catalogs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     labels = types.ModuleType("cityscapesscripts.helpers.labels")

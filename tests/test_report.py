@@ -1,7 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run: its numbers against pycocotools' and a second derivation, its parts, and what
-becomes of it where parts are missing. tests/test_report_page.py opens it in a browser."""
+"""The report page of a run. Its numbers are compared with pycocotools and a second computation.
+Other tests check the parts of the page, and pages of incomplete runs. test_report_page.py opens the
+page in a browser."""
 
 import json
 import math
@@ -70,7 +71,7 @@ def run(catalogs: None, tmp_path: Path) -> Path:
 
 
 class Reader(HTMLParser):
-    """The elements of a page, with their attributes, and its visible text by heading."""
+    """Parser of the elements and attributes of a page, and of its visible text by heading."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -123,10 +124,10 @@ def found(shapes: tuple[Path, list[dict]], request: pytest.FixtureRequest) -> Av
 
 
 def summarize(shapes: tuple[Path, list[dict]], task: str, category: int | None) -> list[float]:
-    """pycocotools' own: AP, AP50, AP75 and by size."""
+    """Return AP, AP50, AP75 and the AP by size from pycocotools."""
     path, predictions = shapes
     truth = COCO(path)
-    unused = {"segm": "bbox"}.get(task)  # whose areas would be taken for those of masks
+    unused = {"segm": "bbox"}.get(task)  # without it, pycocotools would use areas of masks
     kept = [{k: v for k, v in p.items() if k != unused} for p in predictions]
     theirs = COCOeval(truth, truth.loadRes(kept), task)
     if category is not None:
@@ -138,10 +139,10 @@ def summarize(shapes: tuple[Path, list[dict]], task: str, category: int | None) 
 
 
 @pytest.mark.parametrize("category", [None, *CLASSES])
-def test_metrics_are_those_of_pycocotools(
+def test_metrics_equal_those_of_pycocotools(
     shapes: tuple[Path, list[dict]], found: AveragePrecision, category: int | None
 ) -> None:
-    """So are the areas below the curves."""
+    """Compare metrics with pycocotools, and the areas below the curves with these metrics."""
     metrics, theirs = found.metrics(category), summarize(shapes, found.task, category)
     assert list(metrics.values()) == pytest.approx(theirs, nan_ok=True, abs=1e-9)
     assert 0 < metrics["AP"] < metrics["AP50"] < 100
@@ -160,10 +161,10 @@ def test_metrics_are_those_of_pycocotools(
         ("faster-coco-eval", True, "faster_coco_eval"),
         ("pycocotools", True, "pycocotools"),
         ("auto", False, "pycocotools"),
-        ("faster-coco-eval", False, "pycocotools"),  # of a run on another machine
+        ("faster-coco-eval", False, "pycocotools"),  # for a run on another machine
     ],
 )
-def test_the_api_is_that_of_the_run(
+def test_the_page_uses_the_api_of_the_run(
     shapes: tuple[Path, list[dict]],
     monkeypatch: pytest.MonkeyPatch,
     api: str,
@@ -189,7 +190,7 @@ def test_objects_are_counted_without_crowds(found: AveragePrecision) -> None:
     assert sum(found.counts.values()) == 4 * 8 - 1
 
 
-def test_objects_without_keypoints_are_none_of_theirs() -> None:
+def test_objects_without_keypoints_are_not_counted_for_keypoints() -> None:
     annotations = [{"keypoints": [5, 5, 2], "num_keypoints": 1}]
     annotations += [
         {"keypoints": [0, 0, 0], "num_keypoints": 0},
@@ -236,7 +237,7 @@ def coco_of(annotations: list[dict], images: int = 1) -> COCO:
 
 
 def item(category: int, x: float, width: float = 10, **more: float) -> dict:
-    """10 high, at the top."""
+    """Return an item from left to right that is 10 pixels high and at the top."""
     return {"image_id": 1, "category_id": category, "bbox": [x, 0, width, 10], **more}
 
 
@@ -248,31 +249,31 @@ def matrix_of(truths: list[dict], predictions: list[dict], min_score: float = 0.
 @pytest.mark.parametrize(
     ("truths", "predictions", "expected"),
     [
-        # Right, and taken for the other class.
+        # One object is right, and one is confused with the other class.
         ([item(1, 0), item(2, 50)], [item(1, 1, score=0.9), item(1, 50, score=0.6)], "100 / 100 /"),
-        # Missed, and nothing there; in the first, as the overlap is too small: IoU 4 / 16.
+        # One object is missed, and one prediction has no object. The first IoU is only 4 / 16.
         ([item(1, 0)], [item(1, 6, score=0.9)], "001 // 100"),
         ([item(2, 0)], [item(2, 0, score=0.4)], "/ 001 /"),
         ([], [item(2, 0, score=0.5)], "// 010"),
-        # The better overlap counts, not the score nor the class.
+        # The overlap decides, and neither the score nor the class.
         ([item(1, 0)], [item(1, 2, score=0.9), item(2, 1, score=0.6)], "010 // 100"),
-        # Of equal overlaps the greater score.
+        # The score decides between equal overlaps.
         ([item(1, 0)], [item(2, 1, score=0.6), item(1, 1, score=0.9)], "100 // 010"),
-        # What is over can still have the second best: 10 / 10 goes first, then 8 / 12.
+        # The remaining prediction gets the next best object: first 10 / 10, then 8 / 12.
         (
             [item(1, 0), item(2, 2)],
             [item(1, 0, score=0.9), item(2, 0, score=0.8)],
             "100 / 010 /",
         ),
-        # IoU of exactly 0.5 is enough.
+        # An IoU of exactly 0.5 is enough.
         ([item(1, 0)], [item(1, 0, width=5, score=0.9)], "100 //"),
-        # A crowd takes predictions of its class that lie in it, and is nothing to be found.
+        # A crowd matches predictions of its class inside it, and is no object to be found.
         (
             [item(1, 0, width=100, iscrowd=1)],
             [item(1, 20, score=0.9), item(1, 40, score=0.9), item(2, 60, score=0.9)],
             "// 010",
         ),
-        # A detection that a crowd takes is not counted, and the next detection keeps its match.
+        # A detection that matches a crowd is not counted, and the next detection keeps its match.
         (
             [item(1, 0, width=100, iscrowd=1), item(2, 150)],
             [item(1, 20, score=0.9), item(2, 150, score=0.8)],
@@ -297,7 +298,7 @@ def iou(a: list[float], b: list[float]) -> float:
 
 
 def label_pairs(truths: list[dict], predictions: list[dict]) -> list[tuple[int, int]]:
-    """A second derivation: take the best pair that is left, until none is good enough."""
+    """Match again by brute force: take the best remaining pair until none is good enough."""
     truths, predictions, labels = list(truths), list(predictions), []
     while truths and predictions:
         best = max(
@@ -336,9 +337,9 @@ def test_confusion_matrix_against_brute_force() -> None:
 def test_images_from_best_to_worst() -> None:
     truths = [item(1, 0), item(1, 50), item(1, 100)]
     cases = {
-        # image: its objects, its predictions, F1
+        # image: (objects, predictions, F1)
         1: (truths[:1], [item(1, 0)], 1),
-        2: (truths, truths, 1),  # as good, and more of it
+        2: (truths, truths, 1),  # as good, with more objects
         3: (truths, [item(2, 0)], 0),
         4: ([], [item(2, 0)], 0),  # as bad, with fewer errors
         5: (truths[:2], [item(1, 0)], 2 / 3),
@@ -373,15 +374,15 @@ def test_both_ends_are_shown(number: int, best: list[int], worst: list[int]) -> 
 
 
 def test_the_most_frequent_confusions_are_named_first() -> None:
-    matrix = np.array([[9, 1, 5], [3, 9, 7], [4, 8, 0]])  # the last is the background
+    matrix = np.array([[9, 1, 5], [3, 9, 7], [4, 8, 0]])  # the last class is the background
     detections = SimpleNamespace(class_names={1: "a", 2: "b"})
     shown = page_module._show_confusion(matrix, detections)
     assert shown.most_frequent == [("b", "a", 3), ("a", "b", 1)]
-    assert shown.shares[0] == [60, 7, 33]  # per cent of the objects of a class
+    assert shown.shares[0] == [60, 7, 33]  # percentage of the objects of a class
 
 
 def test_marks_on_a_tile(tmp_path: Path) -> None:
-    """Everything at half the size, as a tile is 560 pixels wide."""
+    """Check the positions of marks on a tile of 560 pixels, half the size of the image."""
     Image.new("RGB", (1120, 400), (100, 100, 100)).save(tmp_path / "a.png")
     common = {
         "bbox": [100, 160, 80, 80],
@@ -405,7 +406,7 @@ def test_marks_on_a_tile(tmp_path: Path) -> None:
     assert np.abs(pixels[112, 70] - 100.0).max() < 6
 
 
-def test_what_a_match_is_said_to_be() -> None:
+def test_labels_of_matches() -> None:
     names = {1: "cat", 2: "dog"}
     cat, dog = {"category_id": 1}, {"category_id": 2, "score": 0.8}
     assert judge(cat, dog, names) == ("confused", "cat: taken for dog")
@@ -434,7 +435,7 @@ def test_page_has_all_parts(run: Path) -> None:
         for value in (rows.metrics()["AP"], rows.metrics(5)["AP50"]):
             assert f"{value:.1f}" in reader.sections["Average precision by class and size"]
     images = [attributes["src"] for tag, attributes in reader.elements if tag == "img"]
-    assert len(images) == 2 * 9  # five best, four worst
+    assert len(images) == 2 * 9  # the five best and the four worst
     images = match_images(detections.truth, detections.predictions, min_score=0.5)
     captions = " ".join(f"{reader.sections[f'{end} images']}" for end in ("Best", "Worst"))
     captions = " ".join(captions.split())
@@ -457,13 +458,13 @@ def test_the_matrix_on_the_page(run: Path) -> None:
     assert numbers == sorted(matrix[matrix > 0].tolist())
     shown = page_module._show_confusion(matrix, detections)
     for counts, shares in zip(shown.counts, shown.shares, strict=True):
-        total = max(1, sum(counts))  # of the row, which is what is annotated
+        total = max(1, sum(counts))  # the annotated objects of a row
         assert shares == [round(100 * count / total) for count in counts]
 
 
-def test_what_comes_from_outside_is_escaped(catalogs: None, tmp_path: Path) -> None:
+def test_text_from_outside_is_escaped(catalogs: None, tmp_path: Path) -> None:
     classes = {2: HOSTILE, 5: "{{ 7 * 7 }}", 7: "]]>--><style>"}
-    prefix = "<script>alert(3)&amp;<"  # a slash would be a folder
+    prefix = "<script>alert(3)&amp;<"  # without a slash, which would be a folder
     run = write_run(tmp_path, classes=classes, dataset=f"<i>{HOSTILE}", prefix=prefix)
     facts = {"config": f"{HOSTILE}.yaml", "command": HOSTILE, HOSTILE: "1"}
     content = {"run": facts, "results": {f"<i>{HOSTILE}": {HOSTILE: {"AP": 1, HOSTILE: 2}}}}
@@ -476,7 +477,8 @@ def test_what_comes_from_outside_is_escaped(catalogs: None, tmp_path: Path) -> N
     reader = read_page(run)
     tags = {tag for tag, _ in reader.elements}
     assert tags.isdisjoint({"script", "i"})
-    assert sum(tag == "style" for tag, _ in reader.elements) == 1 + 6  # the page's and its plots'
+    # The page has a style element, and each plot has one.
+    assert sum(tag == "style" for tag, _ in reader.elements) == 1 + 6
     assert not [a for _, attributes in reader.elements for a in attributes if a.startswith("on")]
     for _, attributes in reader.elements:
         assert (attributes.get("src") or "data:image/jpeg;").startswith("data:image/jpeg;")
@@ -529,7 +531,7 @@ PREDICTIONS = "inference/coco_instances_results.json"
         (evaluated_on(), "names no data set in DATASETS.TEST", DATASET),
     ],
 )
-def test_what_is_missing_is_said(
+def test_missing_parts_are_named(
     run: Path, change: Callable[[Path], None], sentence: str, gone: str
 ) -> None:
     change(run)
@@ -539,14 +541,14 @@ def test_what_is_missing_is_said(
     assert [title for title in ("Results", "Run", "Config") if title not in reader.sections] == []
 
 
-def test_what_a_run_has_not_recorded_is_said(run: Path) -> None:
+def test_missing_records_of_a_run_are_named(run: Path) -> None:
     for change, sentence in (
         (drop("metrics.json"), "There are no curves in metrics.json"),
         (write("metrics.json", '{"iteration": 1, "total_lo'), "There are no curves"),
         (drop("results.json"), "There is no results.json, which a run writes"),
         (write("results.json", '{"run": {'), "results.json cannot be read"),
     ):
-        (run / PREDICTIONS).unlink(missing_ok=True)  # which takes long to evaluate
+        (run / PREDICTIONS).unlink(missing_ok=True)  # evaluation of the file takes long
         change(run)
         reader = read_page(run)
         assert sentence in reader.text
@@ -554,7 +556,7 @@ def test_what_a_run_has_not_recorded_is_said(run: Path) -> None:
         assert [title for title in titles if title not in reader.sections] == []
 
 
-def test_a_run_under_way(run: Path) -> None:
+def test_a_run_that_is_not_finished(run: Path) -> None:
     drop("results.json")(run)
     rows = [{"iteration": i, "total_loss": math.nan if i < 30 else 1.0} for i in range(19, 80, 20)]
     rows += [{"iteration": 60, "bbox/APl": math.nan, "bbox/AP": 12.34, "bbox/AP-plain": 1.0}]
@@ -578,7 +580,7 @@ def test_recorded_classes_without_the_data(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "told"), [(0.0, False), (5.0, True)])
-def test_predictions_of_another_evaluation_are_told(run: Path, change: float, told: bool) -> None:
+def test_predictions_of_another_evaluation_are_noted(run: Path, change: float, told: bool) -> None:
     found = evaluate(read_detections(read_run(run), DATASET), "segm").metrics()["AP"]
     content = {"run": {}, "results": {DATASET: {"segm": {"AP": found + change}}}}
     write("results.json", json.dumps(content))(run)
@@ -597,7 +599,7 @@ def test_several_data_sets_and_augmentation(run: Path) -> None:
     assert "There is no inference/gone/coco_instances_results.json" in reader.text
 
 
-def test_the_average_of_the_weights_has_a_section_of_its_own(run: Path) -> None:
+def test_averaged_weights_have_their_own_section(run: Path) -> None:
     results = {"bbox": {"AP-cat": 50.0}, "bbox_EMA": {"AP-cat": 70.0}}
     write("results.json", json.dumps({"run": {}, "results": {DATASET: results}}))(run)
     DatasetCatalog.remove(DATASET)
@@ -610,7 +612,7 @@ def test_the_average_of_the_weights_has_a_section_of_its_own(run: Path) -> None:
     assert "70.0" in reader.text
 
 
-def test_an_image_that_is_gone(run: Path) -> None:
+def test_a_missing_image(run: Path) -> None:
     (run.parent / "images" / "0.png").unlink()
     (run.parent / "images" / "1.png").write_text("no picture")
     reader = read_page(run)
@@ -622,7 +624,7 @@ def test_files_in_place_of_a_data_set(run: Path) -> None:
     before = write_page(run).read_text()
     DatasetCatalog.remove(DATASET)
     images = run.parent / "images"
-    for _ in range(2):  # the second takes the place of what is registered
+    for _ in range(2):  # the second call replaces the registered data
         register_files(run, run.parent / "truth.json", images)
         assert write_page(run).read_text() == before
     with pytest.raises(ValueError, match="give both"):
@@ -658,21 +660,21 @@ def test_precision_is_drawn_over_recall(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_array_equal(line.get_xydata().T, [recalls, precision])
 
 
-def test_long_curves_are_drawn_by_medians() -> None:
+def test_long_curves_are_drawn_as_medians() -> None:
     series = {"total_loss": [(i, 1.0 if i % 50 else 1000.0) for i in range(20_000)]}
     svg = draw_training(series)["Losses"]
     assert len(svg) < 40_000
-    assert ">1000<" not in svg  # peaks do not set the scale
-    # Each of the 400 points stands for 50 iterations, of which one is a peak.
+    assert ">1000<" not in svg  # the scale ignores peaks
+    # Each of the 400 points stands for 50 iterations, and one of them is a peak.
     thinned = _thin(np.array(series["total_loss"]))
     assert thinned.tolist() == [[50 * i + 24.5, 1.0] for i in range(400)]
     assert draw_training({"lr": [(1, math.nan)], "time": [(1, 1.0)]}) == {}
 
 
-def test_a_page_that_fails_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_page_is_kept_if_writing_fails(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = write_page(run)
     before, files = page.read_text(), sorted(run.iterdir())
-    monkeypatch.setattr(page_module, "_render", lambda *_: b"")  # no text to write
+    monkeypatch.setattr(page_module, "_render", lambda *_: b"")  # the result is not text
     with pytest.raises(TypeError):
         write_page(run)
     assert page.read_text() == before

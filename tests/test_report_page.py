@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run, opened in Chromium without a window."""
+"""The report page of a run, opened in headless Chromium."""
 
 import base64
 import json
@@ -60,14 +60,14 @@ def open_page(browser: Chrome, page: Path, width: int, scheme: str = "light") ->
 
 
 def take_screenshot(browser: Chrome, path: Path) -> Path:
-    """Take a picture of the whole page, not only of the window."""
+    """Take a screenshot of the whole page instead of the window only."""
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     path.write_bytes(base64.b64decode(shot["data"]))
     return path
 
 
 def requested(browser: Chrome) -> list[str]:
-    """Addresses asked for since the last call."""
+    """Return the addresses that were requested since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [
         message["params"]["request"]["url"]
@@ -81,27 +81,27 @@ def page(catalogs: None, tmp_path: Path) -> Path:
     return write_page(write_run(tmp_path))
 
 
-def test_page_stands_alone(browser: Chrome, page: Path) -> None:
+def test_the_page_loads_no_other_files(browser: Chrome, page: Path) -> None:
     requested(browser)
     open_page(browser, page, WIDTHS[0])
     addresses = requested(browser)
     assert page.as_uri() in addresses
     assert {a for a in addresses if not a.startswith("data:image/jpeg")} == {page.as_uri()}
-    assert browser.get_log("browser") == []  # neither errors nor what the policy forbids
-    # The log would show them:
+    assert browser.get_log("browser") == []  # no errors and no violations of the content policy
+    # Check that the log shows such requests.
     browser.execute_script("new Image().src = 'https://example.org/a.png'")
     assert [entry["level"] for entry in browser.get_log("browser")] == ["SEVERE"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_everything_is_seen(browser: Chrome, page: Path, tmp_path: Path, width: int) -> None:
+def test_everything_is_visible(browser: Chrome, page: Path, tmp_path: Path, width: int) -> None:
     open_page(browser, page, width)
     shown = browser.execute_script(
         "return [...document.querySelectorAll('h2, h3')]"
         ".filter(e => e.checkVisibility()).map(e => e.textContent)"
     )
     assert [title for title in SECTIONS if title not in shown] == []
-    # Every picture and every plot is drawn, in a size to look at.
+    # Every image and every plot is drawn in a visible size.
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('img, .plot svg')]"
         ".map(e => [e.getBoundingClientRect().width, e.naturalWidth ?? 1])"
@@ -109,7 +109,7 @@ def test_everything_is_seen(browser: Chrome, page: Path, tmp_path: Path, width: 
     assert len(sizes) > 8
     assert min(size for size, _ in sizes) > 120
     assert min(natural for _, natural in sizes) > 0
-    # What is wider than the window scrolls in a box of its own.
+    # Elements that are wider than the window have their own scroll bar.
     whole = browser.execute_script("return document.scrollingElement.scrollWidth")
     assert whole <= width
     image = Image.open(take_screenshot(browser, tmp_path / f"{width}.png"))

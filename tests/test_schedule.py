@@ -73,7 +73,7 @@ def test_the_numbers_are_those_computed_by_hand() -> None:
         assert values(cfg) == expected, (images, batch, epochs)
 
 
-def test_what_is_set_stays() -> None:
+def test_given_values_are_kept() -> None:
     options = ["SOLVER.MAX_ITER", "900", "TEST.EVAL_PERIOD", "7"]
     cfg, rows = fit(ONE_X, 205, 2, None, *options)
     assert values(cfg) == (900, (600, 800), 225, 0.0025, 90, 7)
@@ -131,7 +131,7 @@ def test_an_unusual_number_of_epochs_is_warned_of(
 # What the user has set
 
 
-def test_a_users_file_is_told_from_ours(tmp_path: Path) -> None:
+def test_files_of_users_are_recognised(tmp_path: Path) -> None:
     middle = tmp_path / "middle.yaml"
     inherited = "SOLVER: {IMS_PER_BATCH: 4}\nTEST: {EVAL_PERIOD: 50}\n"
     middle.write_text(f"_BASE_: [{get_config_file(ONE_X)}]\n{inherited}")

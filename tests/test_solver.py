@@ -310,7 +310,7 @@ def test_a_decay_without_stages_is_told(words, message, tmp_path):
         build_optimizer(cfg, nn.Linear(1, 1))
 
 
-def test_a_lazy_config_says_the_same(tmp_path: Path):
+def test_a_lazy_config_gives_the_same(tmp_path: Path):
     config = load_lazy_config("lazy/COCO-Detection/retinanet_V_39_eSE_FPN_1x.py")
     example = "lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_adamw_1x.py"
     decay = "optimizer.params.lr_factor_func.decay=0.7"
