@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SAHI loads and calls a detector in a way of its own, which docs/deploy.md describes.
+"""Detectors in SAHI, which docs/deploy.md describes.
 
-The package itself is no dependency. What it asks of Detectron2 (version 0.12.8) is done here.
+SAHI itself is not needed. The tests load and call a detector as SAHI 0.12.8 does.
 """
 
 from pathlib import Path
@@ -33,8 +33,11 @@ def predict_like_sahi(predictor: DefaultPredictor, rgb: np.ndarray) -> dict:
 
 @pytest.mark.parametrize(("config", "order"), [(MASK_RCNN, "BGR"), (FASTER_RCNN, "RGB")])
 def test_a_saved_config_in_sahi(tmp_path: Path, config: str, order: str) -> None:
-    """The detections are those of Predictor. For a network that takes RGB, the attribute has to be
-    set that docs/deploy.md names: without it red and blue are swapped."""
+    """Compare detections with Predictor.
+
+    For a network of RGB images, docs/deploy.md names an attribute to set. Without it, red and blue
+    are swapped.
+    """
     cfg: CfgNode = save(tmp_path, config, **{"INPUT.FORMAT": order})
     (tmp_path / "config.yaml").write_text(cfg.dump())
     predictor = load_like_sahi(tmp_path / "config.yaml", cfg.MODEL.WEIGHTS)

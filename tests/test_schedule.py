@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule that follows from the number of images, the batch and the epochs."""
+"""The schedule that is computed from the number of images, the batch and the epochs."""
 
 import json
 import re
@@ -28,24 +28,25 @@ digits = test_own_data.digits
 
 ONE_X = "COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml"
 KEYS = ("MAX_ITER", "STEPS", "WARMUP_ITERS", "BASE_LR", "CHECKPOINT_PERIOD")
-# Computed by hand from the rules: images, batch, epochs; KEYS and TEST.EVAL_PERIOD. The 1x schedule
-# has 90000 iterations with steps after 2/3 and 8/9 of them, the 3x one 270000, 7/9 and 25/27; both
-# have a warm-up of 1000 and, for 16 images, a rate of 0.02.
+# Schedules computed by hand: config, images, batch, epochs, and the values of KEYS and
+# TEST.EVAL_PERIOD. The 1x schedule has 90000 iterations with steps after 2/3 and 8/9 of them. The
+# 3x schedule has 270000 iterations with steps after 7/9 and 25/27. Both have a warm-up of 1000
+# iterations and a learning rate of 0.02 for 16 images.
 BY_HAND: list[tuple[str, int, int, str | None, tuple[Any, ...]]] = [
     # 12 x sqrt(117266 / 205) = 287, so 100 epochs: 20,500 images.
     (ONE_X, 205, 2, None, (10250, (6833, 9111), 1000, 0.0025, 1025, 513)),
     (ONE_X, 205, 16, None, (1282, (855, 1140), 320, 0.02, 129, 65)),
-    # From random weights, three times as many: 159,300 images.
+    # Without weights, there are three times as many epochs: 159,300 images.
     (MASK_RCNN, 531, 4, None, (39825, (30975, 36875), 1000, 0.005, 3983, 1992)),
     # 12 x sqrt(117266 / 5000) = 58.1.
     (ONE_X, 5000, 16, None, (18125, (12083, 16111), 1000, 0.02, 1813, 907)),
-    # As many images as COCO has, and more: no fewer epochs than COCO's.
+    # With as many images as COCO or more, the number of epochs is that of COCO.
     (ONE_X, 117266, 16, None, (87950, (58633, 78178), 1000, 0.02, 5000, 7330)),
     (ONE_X, 1000000, 16, None, (750000, (500000, 666667), 1000, 0.02, 5000, 62500)),
     # 63 and 994 iterations would be 100 epochs.
     (ONE_X, 10, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
     (ONE_X, 159, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
-    # The last batch is filled up.
+    # The last batch is also full.
     (ONE_X, 7, 2, "1/2", (2, (1, 2), 0, 0.0025, 1, 2)),
     (ONE_X, 205, 2, "3", (308, (205, 274), 77, 0.0025, 31, 103)),
     (ONE_X, 30, 3, "0.1", (1, (1, 1), 0, 0.00375, 1, 1)),
@@ -67,7 +68,7 @@ def values(cfg: Any) -> tuple[Any, ...]:
     return tuple(round(value, 12) if isinstance(value, float) else value for value in found)
 
 
-def test_the_numbers_are_those_computed_by_hand() -> None:
+def test_schedules_equal_those_computed_by_hand() -> None:
     for config, images, batch, epochs, expected in BY_HAND:
         cfg, _ = fit(config, images, batch, epochs)
         assert values(cfg) == expected, (images, batch, epochs)
@@ -101,7 +102,7 @@ def test_a_cosine_schedule_keeps_its_ratio_and_has_no_steps() -> None:
 
 
 def test_several_processes_share_the_batch() -> None:
-    """A config for 8 GPUs, on 2 of them, has a batch of 4."""
+    """Use a config for 8 GPUs on 2 GPUs, which gives a batch of 4."""
     cfg = Trainer.auto_scale_workers(load_config(ONE_X, ["SOLVER.REFERENCE_WORLD_SIZE", "8"]), 2)
     assert cfg.SOLVER.IMS_PER_BATCH == 4
     base, given = find_written(ONE_X, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
@@ -119,7 +120,7 @@ def test_several_processes_share_the_batch() -> None:
         (205, 30751, True),
     ],
 )
-def test_an_unusual_number_of_epochs_is_warned_of(
+def test_an_unusual_number_of_epochs_is_a_warning(
     caplog: pytest.LogCaptureFixture, images: int, iterations: int, warned: bool
 ) -> None:
     fit(ONE_X, images, 2, None, "SOLVER.MAX_ITER", str(iterations))
@@ -128,7 +129,7 @@ def test_an_unusual_number_of_epochs_is_warned_of(
     ) == warned
 
 
-# What the user has set
+# Values that users set
 
 
 def test_files_of_users_are_recognised(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_files_of_users_are_recognised(tmp_path: Path) -> None:
     assert find_written(str(alone), []) == (load_config(), {"SOLVER.MAX_ITER": f"set in {alone}"})
 
 
-def test_the_rate_is_of_the_batch_that_it_was_written_for(tmp_path: Path) -> None:
+def test_the_learning_rate_is_scaled_from_its_batch(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"_BASE_: {get_config_file(ONE_X)}\nSOLVER: {{IMS_PER_BATCH: 4}}\n")
     base, given = find_written(str(file), [])
@@ -186,7 +187,7 @@ def test_epochs_on_the_command_line_and_a_resumption_with_more_data(
     digits: Path,
     tmp_path: Path,
 ) -> None:
-    """12 of the 14 images have objects that are no crowds: half an epoch is 3 batches of 2."""
+    """Train for half an epoch: 12 of the 14 images have objects, so these are 3 batches of 2."""
     free = without(TINY, "SOLVER.MAX_ITER", "SOLVER.BASE_LR", "TEST.EVAL_PERIOD")
     out = tmp_path / "out"
     launch_own(digits, out, "--epochs", "0.5", options=free)
@@ -219,7 +220,7 @@ def test_epochs_on_the_command_line_and_a_resumption_with_more_data(
     assert anew["SOLVER"]["MAX_ITER"] == 8  # 15 images
 
 
-def test_epochs_of_a_data_set_of_detectron2s(coco: Path, tmp_path: Path) -> None:
+def test_epochs_of_a_data_set_of_detectron2(coco: Path, tmp_path: Path) -> None:
     free = without(TINY, "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
     words = ["SOLVER.IMS_PER_BATCH", "1"]
     args = ["--config-file", RETINANET, "--epochs", "1", *free, *words, "MODEL.DEVICE", "cpu"]
@@ -228,7 +229,7 @@ def test_epochs_of_a_data_set_of_detectron2s(coco: Path, tmp_path: Path) -> None
     number = json.loads((tmp_path / "fitted.json").read_text())["images"]
     assert f"Values fitted to the {number} training images" in log
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["SOLVER"]["MAX_ITER"] == number
-    # A training that starts anew in the folder, with nothing to fit, leaves no record of before.
+    # A new training in the folder that fits no schedule removes the record of the earlier one.
     before = read_log(tmp_path)
     launch(RETINANET, tmp_path)
     assert "Values fitted" not in read_log(tmp_path).removeprefix(before)
@@ -266,7 +267,7 @@ def test_a_record_that_cannot_be_read(catalogs: None, tmp_path: Path) -> None:
         fit_to_data(cfg, args, lambda: find_written(ONE_X, []), data_of(cfg), resuming=True)
 
 
-def test_a_record_of_an_earlier_training_goes_and_a_users_stays(tmp_path: Path) -> None:
+def test_a_record_of_an_earlier_training_is_removed(tmp_path: Path) -> None:
     out, file = str(tmp_path), tmp_path / "fitted.json"
     keep_record(out, {"images": 3}, anew=True)
     keep_record(out, None, anew=False)
@@ -289,7 +290,7 @@ def test_images_that_training_leaves_out_do_not_count(
 
 
 def test_a_resumed_training_keeps_its_epochs(catalogs: None, tmp_path: Path) -> None:
-    """320 images are 20 batches of 16."""
+    """Resume with different records of earlier trainings. An epoch has 20 batches of 16 images."""
 
     def fit_again(record: dict[str, Any], epochs: str | None, *options: str) -> tuple[int, Any]:
         (tmp_path / "fitted.json").write_text(json.dumps(record))

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes do what one does with the whole batch, and the Slurm script starts them."""
+"""Several processes give the results of one process with the whole batch. Slurm can start them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The arguments of a small training set."""
+    """Write a small training set, and return the arguments for it."""
     root = tmp_path_factory.mktemp("data")
     build_digits(root, num_train=16, num_val=1, image_size=96, digit_size=(16, 48))
     images = root / "vovnet_d2_digits" / "train"
@@ -68,7 +68,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def tolerance(alone: dict[str, torch.Tensor], name: str) -> float:
-    """A hundred roundings of the largest parameter."""
+    """Return a hundred times the rounding error of the largest parameter."""
     return 100 * torch.finfo(getattr(torch, name)).eps * float(alone[name].abs().max())
 
 
@@ -78,7 +78,8 @@ NORMS = ["SOLVER.ACCUMULATE", "2", "MODEL.VOVNET.NORM", "naiveSyncBN"]
 def shared_by_two(launcher: str, files: list[str], folder: Path) -> Path:
     """Return the folder of the trainings of two processes.
 
-    Those of torchrun train with batches in one part and in two, and with synchronised norms.
+    Processes of torchrun train with whole batches, with batches in two parts, and with synchronised
+    norms.
     """
     before, after = LAUNCHERS[launcher]
     options = ["SOLVER.ACCUMULATE", "1", "OUTPUT_DIR", str(folder / "1")]
@@ -103,11 +104,13 @@ def shared(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callab
 @pytest.mark.parametrize(
     ("launcher", "parts"), [*((launcher, 1) for launcher in LAUNCHERS), ("torchrun", 2)]
 )
-def test_two_processes_are_one(
+def test_two_processes_give_the_parameters_of_one(
     shared: Callable[[str], Path], alone: dict[str, torch.Tensor], launcher: str, parts: int
 ) -> None:
-    """But for the order in which gradients are summed, whose rounding is smaller in float64 by as
-    much as its numbers are finer. Likewise if each computes its batch in parts."""
+    """Compare two processes with one process, also if each process splits its batch.
+
+    Only the order of sums of gradients differs. The rounding errors are smaller in float64.
+    """
     folder = shared(launcher) / str(parts)
     for name in TRAINERS:
         assert "World size: 2" in (folder / name / "log.txt").read_text()
@@ -119,10 +122,10 @@ def test_two_processes_are_one(
 
 
 @pytest.mark.slow
-def test_half_the_batch_is_something_else(
+def test_half_the_batch_gives_other_parameters(
     files: list[str], alone: dict[str, torch.Tensor], tmp_path: Path, fresh_logging: None
 ) -> None:
-    """Processes that did not share their gradients would do this."""
+    """Check that half the batch gives other parameters, as without shared gradients."""
     train(parse(*files, "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(tmp_path)))
     difference = distance(read_parameters(tmp_path)["float64"], alone["float64"])
     assert difference > 100 * tolerance(alone, "float32")
@@ -143,22 +146,25 @@ def run_two(command: list[str]) -> None:
 def test_parts_with_synchronised_norms(
     files: list[str], shared: Callable[[str], Path], tmp_path: Path, fresh_logging: None
 ) -> None:
-    """Both processes compute a part, whose statistics they share, before the next part. So a part
-    is that of one process with the whole batch."""
+    """Compare two processes with one process.
+
+    The processes share the statistics of each part, so a part has the same images as in one
+    process with the whole batch.
+    """
     train(parse(*files, *NORMS, "OUTPUT_DIR", str(tmp_path)))
     found, expected = (
         load(folder / "float64" / "model_final.pth")["model"]
         for folder in (shared("torchrun") / "norms", tmp_path)
     )
     for name, tensor in expected.items():
-        # Detectron2's norm counts no batches, and its running variance is the biased one.
+        # Detectron2's norm does not count batches, and its running variance is biased.
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.slow
 def test_an_average_and_a_teacher(files: list[str], tmp_path: Path) -> None:
-    """The average is that of the checkpoints, and the loss of the teacher is logged."""
+    """Compare the average with the checkpoints, and check the logged loss of the teacher."""
     teacher = write_teacher(tmp_path / "t", FASTER_RCNN)
     options = [*TINY, *EMA, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     script = str(ROOT / "tools" / "train_net.py")
@@ -189,7 +195,7 @@ def slurm_script() -> str:
 
 @pytest.mark.slow
 def test_the_slurm_script_of_the_docs(files: list[str], tmp_path: Path) -> None:
-    """Its own lines, with two nodes of one process each and a training of 20 steps."""
+    """Run the lines of the page for 20 steps, on two nodes with one process each."""
     script = slurm_script()
     assert script.count("--nproc-per-node 8") == 1
     script = script.replace("--nproc-per-node 8", "--nproc-per-node 1")

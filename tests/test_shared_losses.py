@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Processes tell each other their losses. Here two threads stand for two processes."""
+"""Processes exchange their losses. In these tests, two threads stand for two processes."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from vovnet_d2.errors import UserError
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two threads that exchange tensors and objects as two processes do."""
+    """Start two threads that exchange tensors and objects like two processes."""
     ranks = iter(range(2))
     here = threading.local()
     barrier = threading.Barrier(2, timeout=30)
@@ -43,7 +43,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def share(pool: ThreadPoolExecutor, *losses: dict[str, float], stop: bool = False) -> list[Any]:
-    """Return what each process knows then, or its error."""
+    """Return the shared losses in each process, or its error."""
     seconds = [0.5, 0.25]
     tasks = [
         pool.submit(_share, values, wait, stop=stop)
@@ -52,7 +52,7 @@ def share(pool: ThreadPoolExecutor, *losses: dict[str, float], stop: bool = Fals
     return [task.exception() or task.result() for task in tasks]
 
 
-def test_losses_are_averaged_by_name_in_whatever_order(pool: ThreadPoolExecutor) -> None:
+def test_losses_are_averaged_by_name_in_any_order(pool: ThreadPoolExecutor) -> None:
     found = share(pool, {"box": 1.0, "class": 3.0}, {"class": 5.0, "box": 2.0})
     for shared in found:
         assert shared == (False, 0.5, {"box": 1.5, "class": 4.0})
@@ -60,7 +60,7 @@ def test_losses_are_averaged_by_name_in_whatever_order(pool: ThreadPoolExecutor)
 
 
 @pytest.mark.parametrize("other", [{"box": 1.0, "mask": 2.0}, {"box": 1.0, "class": 1, "mask": 2}])
-def test_losses_of_other_names_are_refused(
+def test_different_names_of_losses_are_refused(
     pool: ThreadPoolExecutor, other: dict[str, float]
 ) -> None:
     for error in share(pool, {"box": 1.0, "class": 3.0}, other):
@@ -73,7 +73,7 @@ def test_a_process_that_stops_may_have_no_losses(pool: ThreadPoolExecutor) -> No
     assert [shared.stop for shared in share(pool, {"box": 1.0}, {}, stop=True)] == [True, True]
 
 
-def test_as_many_losses_as_there_is_room_for(pool: ThreadPoolExecutor) -> None:
+def test_largest_number_of_losses(pool: ThreadPoolExecutor) -> None:
     most = {f"loss_{n}": float(n) for n in range(256)}
     assert [shared.losses for shared in share(pool, most, most)] == [most, most]
     for error in share(pool, *[most | {"another": 0.0}] * 2):

@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RefineDet, DSOD and SSD as whole networks: their cost against the VoVNet paper's tables, their
-parts, and one step of training and inference each."""
+"""RefineDet, DSOD and SSD as whole networks: their cost in the tables of the VoVNet paper, their
+parts, training steps and inference."""
 
 import inspect
 import math
@@ -39,8 +39,10 @@ def on_meta(name: str) -> nn.Module:
 
 
 def count(name: str) -> dict[str, float]:
-    """Multiply-adds of convolutions in G; millions of weights of convolutions, of what is learned,
-    and of that with the running statistics."""
+    """Return the multiply-adds of convolutions in units of 10^9, and three numbers in millions.
+
+    These numbers are the weights of convolutions, the learned parameters, and the learned
+    parameters with running statistics."""
     model, size = on_meta(name), load_config(name).INPUT.FIXED_SIZE
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     learned = sum(p.numel() for p in model.parameters())
@@ -53,7 +55,7 @@ def count(name: str) -> dict[str, float]:
     }
 
 
-# The VoVNet paper's tables, counted a second time and independently to three decimals.
+# Independent counts to three decimals of the networks in the tables of the VoVNet paper.
 COUNTED = {
     "COCO-Detection/refinedet320_R_50_400k.yaml": {"multiply_adds": 25.399, "learned": 63.459},
     "COCO-Detection/refinedet320_V_39_400k.yaml": {"multiply_adds": 32.626, "learned": 56.284},
@@ -87,7 +89,7 @@ COUNTED = {
 def test_cost(name: str) -> None:
     counted = count(name)
     for quantity, expected in COUNTED[name].items():
-        # 0.0006: some of the expected numbers are rounded, some cut off.
+        # The tolerance is 0.0006, because some of these numbers are rounded and some are cut off.
         assert counted[quantity] == pytest.approx(expected, abs=6e-4), quantity
 
 
@@ -99,13 +101,13 @@ def test_cost(name: str) -> None:
     ],
 )
 def test_cost_of_the_small_peers(name: str, multiply_adds: float, parameters: float) -> None:
-    """The published costs are met to two per cent: not all details are published."""
+    """Compare with published costs within two per cent, because some details are not published."""
     counted = count(name)
     assert counted["multiply_adds"] == pytest.approx(multiply_adds, rel=0.02)
     assert counted["learned"] == pytest.approx(parameters, rel=0.02)
 
 
-def test_map_sizes_of_the_paper() -> None:
+def test_feature_map_sizes_of_the_paper() -> None:
     for name, strides in (
         (
             "COCO-Detection/refinedet320_V_39_400k.yaml",
@@ -125,9 +127,11 @@ def test_map_sizes_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("is_top", [False, True])
-def test_a_transfer_connection_is_that_of_the_paper(is_top: bool) -> None:
-    """Two convolutions, the sum with the coarser level and ReLU, and another convolution; without
-    a coarser level, ReLU alone."""
+def test_transfer_connection(is_top: bool) -> None:
+    """Compute a transfer connection step by step.
+
+    It has two convolutions, the sum with the coarser level, ReLU and another convolution. Without a
+    coarser level there is no sum."""
     block = TransferConnection(4, 6, is_top=is_top, norm="BN").eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -147,8 +151,8 @@ def test_a_transfer_connection_is_that_of_the_paper(is_top: bool) -> None:
 
 def test_down_block_pools_in_ceil_mode() -> None:
     block = DSODExtra(6, 8, norm="BN").eval()
-    nn.init.constant_(block.pooled.norm.bias, 3)  # the ReLU behind it lets negative values through
-    x = torch.randn(2, 6, 9, 7) - 2  # below zero, too
+    nn.init.constant_(block.pooled.norm.bias, 3)  # keeps most values above zero in ReLU
+    x = torch.randn(2, 6, 9, 7) - 2  # most values are negative
     pooled = nn.functional.max_pool2d(x, 2, ceil_mode=True)
     out = block(x)
     assert out.shape == (2, 8, 5, 4)
@@ -166,13 +170,13 @@ def test_ssd_extra_without_padding() -> None:
     backbone = BackboneWithExtras(bottom_up, ["stage3"], stages)
     assert [shape.stride for shape in backbone.output_shape().values()] == [8, 16, 16]
     fpn = attach_fpn(bottom_up, in_features=["stage3"], out_channels=6, top_block=None)
-    for given, divisor in ((0, 8), (16, 16)):  # an FPN itself needs multiples of its stride
+    for given, divisor in ((0, 8), (16, 16)):  # the FPN needs multiples of its stride
         backbone = BackboneWithExtras(fpn, ["p3"], [block], size_divisibility=given)
         assert backbone.size_divisibility == divisor
 
 
 def test_values_of_ssd() -> None:
-    """The values that no config sets are torchvision's, as both take them from SSD."""
+    """Compare the values that no config sets with torchvision, which also takes them from SSD."""
     words = inspect.signature(SSD).parameters
     node = load_config().MODEL.SINGLE_SHOT
     assert words["score_thresh"].default == node.SCORE_THRESH_TEST
@@ -181,7 +185,7 @@ def test_values_of_ssd() -> None:
     assert 1 / words["positive_fraction"].default == 1 + node.NEGATIVE_RATIO
     coder = SSD(nn.Identity(), DefaultBoxGenerator([[]]), (8, 8), 2, head=nn.Identity()).box_coder
     assert coder.weights == node.BBOX_REG_WEIGHTS
-    assert pytest.approx(1 - 0.999) == node.NORM_MOMENTUM  # Caffe's moving average
+    assert pytest.approx(1 - 0.999) == node.NORM_MOMENTUM  # the moving average of Caffe
 
 
 def test_l2_norm() -> None:
@@ -204,7 +208,7 @@ def test_initialisation() -> None:
     xavier, gaussian = set(), set()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            bound = math.sqrt(3 / layer.weight[0].numel())  # Caffe's Xavier
+            bound = math.sqrt(3 / layer.weight[0].numel())  # Xavier initialisation in Caffe
             if bound * 0.9 < layer.weight.abs().max() <= bound:
                 xavier.add(name)
             elif layer.weight.std().item() == pytest.approx(0.01, rel=0.2):
@@ -215,7 +219,7 @@ def test_initialisation() -> None:
     assert gaussian == convs - xavier
 
 
-# At work ------------------------------------------------------------------------------------------
+# Training and inference ---------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
     "MODEL.DEVICE": "cpu",
@@ -247,8 +251,8 @@ def build_tiny(kind: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_backbones_begin_as_caffes_xavier_has_them(kind: str) -> None:
-    """Weights are uniform up to the root of 3 / fan-in."""
+def test_backbones_have_the_xavier_initialisation_of_caffe(kind: str) -> None:
+    """Check that weights are uniform up to the square root of 3 / fan-in."""
     for name, layer in build_tiny(kind).backbone.bottom_up.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 500:
             bound = (3 / layer.weight[0].numel()) ** 0.5
@@ -274,7 +278,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_parameter_learns(kind: str) -> None:
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
     model = build_tiny(kind)
     with EventStorage():
         losses = model(samples())
@@ -299,11 +303,11 @@ def test_refinedet_pads_images_to_its_coarsest_stride() -> None:
     strides = [shape.stride for shape in model.backbone.output_shape().values()]
     assert model.backbone.size_divisibility == max(strides) == 64
     with torch.no_grad():
-        model([{"image": torch.zeros(3, 96, 160)}])  # whose sides 32 divides
+        model([{"image": torch.zeros(3, 96, 160)}])  # multiples of 32 are enough
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_detections_are_in_pixels_of_the_original(kind: str) -> None:
+def test_detections_are_in_pixels_of_the_original_image(kind: str) -> None:
     model = build_tiny(kind, MODEL__SINGLE_SHOT__SCORE_THRESH_TEST=0.0).eval()
     batch = samples()
     with torch.no_grad():
@@ -319,9 +323,9 @@ def test_detections_are_in_pixels_of_the_original(kind: str) -> None:
 
 @pytest.mark.parametrize("thresholds", [(0.5, 0.5), (0.3, 0.7)])
 def test_refinedet_losses(thresholds: tuple[float, float]) -> None:
-    """Both steps anew, anchor by anchor, from the network's predictions."""
+    """Compute the losses of both stages again from the predictions, anchor by anchor."""
     model = build_tiny("refinedet", MODEL__REFINEDET__ARM_IOU_THRESHOLDS=list(thresholds))
-    # Predictions that spread: some anchors fall below the threshold of objectness.
+    # The objectness of some anchors is below the threshold, because predictions vary.
     for module in model.head.modules():
         if isinstance(module, Predictor):
             nn.init.normal_(module.weight, std=0.3)
@@ -334,7 +338,7 @@ def test_refinedet_losses(thresholds: tuple[float, float]) -> None:
     losses = model.forward_training(images, features, predictions, truth)
 
     def flat(levels: list[torch.Tensor], dims: int) -> list:
-        """Anchor by anchor: the map's rows, its columns, then the anchors of a place."""
+        """Return predictions in the order of rows, columns, and anchors at a location."""
         per_level = [
             x.detach().double().reshape(len(x), -1, dims, *x.shape[2:]).permute(0, 3, 4, 1, 2)
             for x in levels
@@ -369,7 +373,7 @@ def test_refinedet_losses(thresholds: tuple[float, float]) -> None:
         losses[f"loss_{n}"].item() for n in ("arm_cls", "arm_box_reg", "odm_cls", "odm_box_reg")
     ]
     assert found == pytest.approx([*arm, *odm], rel=1e-4)
-    # And nothing of the second step reaches the first.
+    # No gradient of the ODM stage reaches the ARM stage.
     (losses["loss_odm_cls"] + losses["loss_odm_box_reg"]).backward()
     assert all(p.grad is None for p in model.head.arm.parameters())
 
@@ -379,14 +383,14 @@ def test_unlikely_anchors_have_no_score() -> None:
     with torch.no_grad():
         for index, level in enumerate(model.head.arm.levels):
             level.logits.weight.zero_()
-            # Objectness 0.5 on the finest map, and none elsewhere.
+            # The objectness is 0.5 on the finest feature map, and lower on the others.
             level.logits.bias.view(-1, 2)[:, 1] = 0 if index == 0 else 18
         found = model([{"image": samples()[0]["image"]}])[0]["instances"]
         model.objectness_threshold = 0.6
         assert len(model([{"image": samples()[0]["image"]}])[0]["instances"]) == 0
     sizes = found.pred_boxes.tensor[:, 2:] - found.pred_boxes.tensor[:, :2]
     assert len(found) > 0
-    assert sizes.max() < 64  # the finest anchors are 32 wide
+    assert sizes.max() < 64  # the smallest anchors are 32 wide
 
 
 def test_solver() -> None:
@@ -467,7 +471,7 @@ def test_ssd_errors(options: dict[str, Any], message: str) -> None:
 
 
 def test_slow_coding_is_the_inverse_of_the_refinement() -> None:
-    """The independent versions in these tests agree among themselves."""
+    """Check that the slow functions of these tests are inverse to each other."""
     anchor, box = [10.0, 10.0, 30.0, 50.0], [12.0, 8.0, 40.0, 44.0]
     assert slow_iou(anchor, anchor) == 1
     assert slow_encode(anchor, anchor) == [0, 0, 0, 0]

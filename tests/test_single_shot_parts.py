@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors, coding, matching, mining, losses and the choice of detections, each against plain loops
-over single numbers."""
+"""Anchors, coding, matching, mining, losses and the selection of detections are compared with plain
+loops."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def slow_iou(a: Box, b: Box) -> float:
 
 
 def slow_encode(anchor: Box, box: Box) -> list[float]:
-    """SSD's centre-size coding with variances 0.1 and 0.2."""
+    """Encode boxes by centre and size as in SSD, with variances 0.1 and 0.2."""
     w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
     dx = (box[0] + box[2] - anchor[0] - anchor[2]) / 2 / w
     dy = (box[1] + box[3] - anchor[1] - anchor[3]) / 2 / h
@@ -72,7 +72,7 @@ def slow_match(objects: list[Box], anchors: list[Box], negative: float, positive
 
 
 def random_boxes(number: int, size: float = 100.0, grid: float = 0.0) -> Tensor:
-    """``grid`` rounds to multiples of it, so that overlaps are often equal."""
+    """Return random boxes. ``grid`` rounds to its multiples, so that overlaps are often equal."""
     corners = torch.rand(number, 2, dtype=torch.float64) * size
     sides = torch.rand(number, 2, dtype=torch.float64) * size / 2 + 4
     boxes = torch.cat([corners, corners + sides], dim=1)
@@ -147,7 +147,7 @@ def test_anchors_without_second_size() -> None:
     assert generator.num_anchors == [3]
 
 
-def test_anchors_of_a_map_that_is_used_twice() -> None:
+def test_anchors_of_a_feature_map_that_is_used_twice() -> None:
     twice = SSDAnchorGenerator(sizes=[[30, 60, 60, 112]], aspect_ratios=[[2, 3]], strides=[16])
     once = SSDAnchorGenerator(sizes=[[30, 60], [60, 112]], aspect_ratios=[[2, 3]], strides=[16, 16])
     assert twice.num_anchors == [12]
@@ -177,17 +177,17 @@ def test_coding() -> None:
 def test_matching(objects: int, anchors: int, grid: float, thresholds: tuple[float, float]) -> None:
     for _ in range(10):
         truth, own = random_boxes(objects, grid=grid), random_boxes(anchors, grid=grid)
-        # From the same numbers, as rounding must not decide between equal overlaps.
+        # Use the same numbers, because rounding must not decide between equal overlaps.
         iou = [[slow_iou(t, a) for a in own.tolist()] for t in truth.tolist()]
         overlaps = torch.tensor(iou, dtype=torch.float64).reshape(1, objects, anchors)
         found = match_anchors(overlaps, *thresholds)[0]
         assert found.tolist() == slow_match(truth.tolist(), own.tolist(), *thresholds)
 
 
-def test_object_without_good_anchor_still_gets_one() -> None:
+def test_an_object_without_a_good_anchor_gets_the_best_one() -> None:
     iou = torch.tensor([[0.9, 0.8, 0.0], [0.2, 0.7, 0.1]])
     assert match_anchors(iou[None], 0.5, 0.5).tolist() == [[0, 1, BACKGROUND]]
-    # The first object takes what the second wanted more than anything else.
+    # The first object gets the anchor that is best for the second object, too.
     iou = torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.1, 0.0]])
     assert match_anchors(iou[None], 0.5, 0.5).tolist() == [[0, 1, BACKGROUND]]
 
@@ -203,7 +203,7 @@ class _Operators(TorchDispatchMode):
 
 
 def test_operators_do_not_grow_with_objects_and_images() -> None:
-    """Each is a kernel to launch on a GPU."""
+    """Count operators, because each one launches a kernel on a GPU."""
     counts = []
     for images, objects in ((1, 2), (8, 50)):
         iou = torch.full((images, objects, 60), 0.01).triu().tril()
@@ -215,12 +215,12 @@ def test_operators_do_not_grow_with_objects_and_images() -> None:
 
 
 def test_anchors_at_the_thresholds() -> None:
-    """Anchors are background below the lower threshold, and have objects from the upper one on."""
+    """Check overlaps at the thresholds. Background is below the lower, objects from the upper."""
     iou = torch.tensor([[[0.875, 0.25, 0.5]]])
     assert match_anchors(iou, 0.25, 0.5).tolist() == [[0, IGNORED, 0]]
 
 
-def test_object_without_area_is_matched_by_nothing() -> None:
+def test_an_object_without_area_has_no_match() -> None:
     anchors = random_boxes(20).float()
     truth = torch.tensor([[50.0, 50.0, 50.0, 80.0], [10.0, 10.0, 10.0, 10.0]])
     targets = assign_targets(anchors, [instances(truth, [1, 2])], (0.5, 0.5))
@@ -232,7 +232,7 @@ def test_object_without_area_is_matched_by_nothing() -> None:
 def test_many_overlaps_are_computed_in_chunks(
     of_each_image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory is bounded, and an image has the targets that it has alone."""
+    """Check the size of chunks, and that an image has the same targets as alone."""
     numbers = (4, 0, 9, 2, 0, 0, 1)
     anchors = random_boxes(60)
     if of_each_image:
@@ -262,7 +262,7 @@ def test_targets(of_each_image: bool) -> None:
     anchors = random_boxes(60)
     if of_each_image:
         anchors = torch.stack([anchors, random_boxes(60), random_boxes(60)])
-    truths = [random_boxes(number).float() for number in (4, 0, 9)]  # as Boxes are
+    truths = [random_boxes(number).float() for number in (4, 0, 9)]  # the dtype of Boxes
     labels = [[3, 1, 2, 0], [], list(range(9))]
     images = [instances(t, c) for t, c in zip(truths, labels, strict=True)]
     targets = assign_targets(anchors, images, (0.3, 0.6))
@@ -300,7 +300,7 @@ def test_mining(ratio: float, share: float, digits: int | None) -> None:
 
 
 def slow_losses(logits, deltas, anchors, truths, labels, ratio, thresholds, excluded=None):
-    """Sums over images and anchors, one by one."""
+    """Sum the losses over images and anchors."""
     classes = boxes = positives = 0
     for n, own in enumerate(anchors):
         matched = slow_match(truths[n], own, *thresholds)
@@ -313,7 +313,7 @@ def slow_losses(logits, deltas, anchors, truths, labels, ratio, thresholds, excl
         candidates = [
             m == BACKGROUND and not (excluded and excluded[n][a]) for a, m in enumerate(matched)
         ]
-        # Of a candidate, the entropy is that of background.
+        # The cross-entropy of a candidate is that of background.
         mined = slow_mining(entropy, positive, candidates, ratio)
         classes += sum(e for e, p, q in zip(entropy, positive, mined, strict=True) if p or q)
         positives += sum(positive)
@@ -355,7 +355,7 @@ def test_losses(numbers: tuple[int, ...]) -> None:
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
     losses[0].backward()
     for n, number in enumerate(numbers):
-        assert logits.grad[n].any() == (number > 0)  # nothing comes from an image without objects
+        assert logits.grad[n].any() == (number > 0)  # an image without objects has no gradient
 
 
 # Detections ---------------------------------------------------------------------------------------

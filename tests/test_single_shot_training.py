@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""RefineDet and DSOD in the launcher: training, resuming, evaluating; and exported."""
+"""Training, resume, evaluation and export of RefineDet and DSOD."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_training_resuming_and_evaluating(coco: Path, tmp_path: Path, config: st
     log = read_log(whole)
     assert "SamplerCrop" in log
     assert "Resize" in log
-    # With SSD's augmentation, whose random numbers belong to the iteration.
+    # The options include SSD's augmentation, whose random numbers depend on the iteration only.
     launch(config, halves, "SOLVER.MAX_ITER", "2", options=COCO)
     launch(config, halves, "--resume", options=COCO)
     first, second = weights(whole), weights(halves)
@@ -58,7 +58,7 @@ def test_training_resuming_and_evaluating(coco: Path, tmp_path: Path, config: st
     assert again["bbox"]["AP"] == pytest.approx(results["bbox"]["AP"], nan_ok=True)
     assert (whole / "predictions.png").exists()
 
-    # What the predictor finds in an image is what the model finds in it, warped.
+    # The predictor finds the same as the model in the resized image.
     image = next((coco / "coco" / "val2017").iterdir())
     predictor = Predictor(whole / "config.yaml", weights=whole / "model_final.pth", device="cpu")
     found = predictor(str(image))["instances"]
@@ -74,7 +74,7 @@ def test_exported(tmp_path: Path, kind: str, format: str) -> None:
     model = build_tiny(kind, **options).eval()
     for name, parameter in model.head.named_parameters():
         if "logits" in name and parameter.dim() > 1:
-            # Scores that differ, so that rounding does not choose among boxes.
+            # Scores differ, so that rounding does not decide which boxes are kept.
             parameter.data *= {"refinedet": 4000, "dsod": 4}[kind]
     target = select_target(model, "detector")
     program = load(format, export(target, format, tmp_path / "detector").path)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SOLVER.OPTIMIZER, OPTIMIZER_ARGS and LAYER_DECAY: what each parameter gets of them."""
+"""Effects of SOLVER.OPTIMIZER, OPTIMIZER_ARGS and LAYER_DECAY on each parameter."""
 
 import copy
 from pathlib import Path
@@ -31,8 +31,8 @@ def setting_of_each(optimizer, model, key: str) -> dict[str, float]:
     }
 
 
-def test_adamw_decays_weights_alone(tmp_path):
-    """A weight has two dimensions or more; those of norms and biases have one."""
+def test_adamw_only_decays_weights(tmp_path):
+    """Check that only parameters of two or more dimensions decay."""
     cfg = tiny_config(FASTER_RCNN, tmp_path, *ADAMW)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -42,7 +42,7 @@ def test_adamw_decays_weights_alone(tmp_path):
     assert {group["lr"] for group in optimizer.param_groups} == {cfg.SOLVER.BASE_LR}
 
 
-def test_sgd_is_detectron2s(tmp_path):
+def test_sgd_equals_that_of_detectron2(tmp_path):
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0.8")
     model = build_model(cfg)
     optimizers = build_optimizer(cfg, model), detectron2.solver.build_optimizer(cfg, model)
@@ -68,7 +68,7 @@ def test_sgd_is_detectron2s(tmp_path):
     ],
 )
 def test_steps_are_fused_on_a_gpu(kind, arguments, fused, tmp_path):
-    """The parameters are of a GPU that need not be there."""
+    """Use fake tensors on a GPU."""
     words = ["SOLVER.OPTIMIZER", kind, "SOLVER.OPTIMIZER_ARGS", arguments]
     cfg = tiny_config(FASTER_RCNN, tmp_path, *words)
     model = nn.Module()
@@ -78,8 +78,8 @@ def test_steps_are_fused_on_a_gpu(kind, arguments, fused, tmp_path):
     assert not build_optimizer(cfg, nn.Linear(3, 2)).defaults.get("fused")
 
 
-def test_a_step_is_the_one_of_the_paper(tmp_path):
-    """Compare with Algorithm 2 of arXiv 1711.05101, whose first moments are the gradient."""
+def test_a_step_equals_that_of_the_paper(tmp_path):
+    """Compare with Algorithm 2 of arXiv 1711.05101. Its first moments equal the gradient."""
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.OPTIMIZER", "AdamW")
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = 0.01, 0.1
     model = nn.Linear(3, 2).double()
@@ -96,7 +96,7 @@ def test_a_step_is_the_one_of_the_paper(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_what_the_config_says_of_norms_and_biases_holds(optimizer, tmp_path):
+def test_decays_of_norms_and_biases_in_the_config(optimizer, tmp_path):
     words = ["SOLVER.WEIGHT_DECAY_NORM", "0.3", "SOLVER.WEIGHT_DECAY_BIAS", "0.2"]
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.OPTIMIZER", optimizer, *words)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -157,7 +157,7 @@ def resumed_weight(kind: str, saved_with: Any, options: dict[str, Any], layout: 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_a_resumed_training_may_have_another_memory_format(kind, options):
-    """The fused step on a CPU ignores the strides of what it is given."""
+    """Resume in another memory format. The fused step on a CPU ignores strides."""
     first, last = torch.contiguous_format, torch.channels_last
     expected = resumed_weight(kind, first, options, first)
     for layouts in ((first, last), (last, first), (last, last)):
@@ -166,7 +166,7 @@ def test_a_resumed_training_may_have_another_memory_format(kind, options):
 
 
 def test_a_float16_training_resumes_without_fused_steps_and_with_them():
-    """The scaler of losses asks the optimizer whether it is fused, which the checkpoint changes."""
+    """Resume between fused and other steps, which the scaler of losses reads from the optimizer."""
     weights = []
     for fused in (None, True):
         layer = nn.Linear(1, 1, bias=False)
@@ -179,7 +179,7 @@ def test_a_float16_training_resumes_without_fused_steps_and_with_them():
         trainer.backward(layer(torch.ones(1, 1)).sum())
         trainer.update()
         weights.append(layer.weight.item())
-    assert weights == [1.0 - 0.25] * 2  # by the rate of the checkpoint
+    assert weights == [1.0 - 0.25] * 2  # with the learning rate of the checkpoint
 
 
 def test_a_checkpoint_of_other_groups_is_refused():
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_other_groups_is_refused():
 
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_of_torch_makes_a_step(name, tmp_path):
-    """It equals the step of torch's own, given the same arguments."""
+    """Compare a step with that of torch's optimizer with the same arguments."""
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.OPTIMIZER", name)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.MOMENTUM = 0.01, 0.1, 0.0
     weights = []
@@ -221,7 +221,8 @@ def test_arguments_reach_the_optimizer(tmp_path):
     cfg = tiny_config(FASTER_RCNN, tmp_path, *ADAMW, *words)
     (group,) = build_optimizer(cfg, nn.Linear(1, 1, bias=False)).param_groups
     assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.7), 0.5)
-    (tmp_path / "a.yaml").write_text("SOLVER: {OPTIMIZER_ARGS: [eps, 1e-6]}")  # text to PyYAML
+    # PyYAML reads this number as text.
+    (tmp_path / "a.yaml").write_text("SOLVER: {OPTIMIZER_ARGS: [eps, 1e-6]}")
     cfg.merge_from_file(tmp_path / "a.yaml")
     (group,) = build_optimizer(cfg, nn.Linear(1, 1, bias=False)).param_groups
     assert group["eps"] == 1e-6
@@ -238,7 +239,7 @@ def test_arguments_reach_the_optimizer(tmp_path):
         ("AdamW", ["eps", -1.0], r"optim\.AdamW .* cannot be used with .*'eps': -1\.0\}: Invalid"),
     ],
 )
-def test_what_torch_does_not_have_is_told(name, arguments, message, tmp_path):
+def test_unknown_optimizers_and_arguments(name, arguments, message, tmp_path):
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.OPTIMIZER", name)
     cfg.SOLVER.OPTIMIZER_ARGS = arguments
     with pytest.raises(ValueError, match=message):
@@ -249,7 +250,7 @@ def test_what_torch_does_not_have_is_told(name, arguments, message, tmp_path):
 
 
 def expected_rates(model: nn.Module, base: float, decay: float) -> dict[str, float]:
-    """Find the rates by the modules: from behind the backbone to its first layers."""
+    """Return the expected learning rates by module, from the last layers to the first."""
     rates = {name: base for name, p in model.named_parameters() if p.requires_grad}
     net = model.backbone.bottom_up
     named = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -278,11 +279,11 @@ def test_each_stage_learns_slower_than_the_next(config, tmp_path):
     optimizer = build_optimizer(cfg, model)
     rates = setting_of_each(optimizer, model, "lr")
     assert rates == pytest.approx(expected_rates(model, cfg.SOLVER.BASE_LR, 0.7))
-    assert not any(".stem." in name for name in rates)  # which is frozen
+    assert not any(".stem." in name for name in rates)  # the stem is frozen
     decays = setting_of_each(optimizer, model, "weight_decay")
     dimensions = {name: p.dim() for name, p in model.named_parameters() if p.requires_grad}
     assert decays == {name: 0.05 if dim > 1 else 0.0 for name, dim in dimensions.items()}
-    # One group for each rate and decay: 5 rates, of which each has weights and norms or biases.
+    # There are 5 rates, and a group of weights and a group of norms and biases for each.
     assert len(optimizer.param_groups) == 10
 
 
@@ -304,7 +305,7 @@ def test_a_backbone_without_fpn(tmp_path):
         ),
     ],
 )
-def test_a_decay_without_stages_is_told(words, message, tmp_path):
+def test_a_decay_without_stages_is_refused(words, message, tmp_path):
     cfg = tiny_config(FASTER_RCNN, tmp_path, *words)
     with pytest.raises(ValueError, match=message):
         build_optimizer(cfg, nn.Linear(1, 1))

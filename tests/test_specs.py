@@ -13,7 +13,7 @@ SPEC = VOVNET_SPECS["V-39-eSE"]
 WIDTH_FIELDS = ("stage_mid_channels", "stage_out_channels", "blocks_per_stage", "stem_channels")
 
 
-def test_variants_are_those_of_the_papers():
+def test_variants_equal_those_of_the_papers():
     expected = {name: VoVNetSpec(**vars(net)) for name, net in TABLE.items()}
     assert expected == VOVNET_SPECS
 
@@ -21,14 +21,14 @@ def test_variants_are_those_of_the_papers():
 def test_specs_are_values():
     assert VOVNET_SPECS["V-57"] == replace(
         VOVNET_SPECS["V-39"], blocks_per_stage=[1, 1, 4, 3]
-    )  # a list, as YAML gives it
+    )  # a list, as in YAML
     assert len({hash(spec) for spec in VOVNET_SPECS.values()}) == len(VOVNET_SPECS)
     with pytest.raises(FrozenInstanceError):
         SPEC.ese = "none"
 
 
 @pytest.mark.parametrize("net", STRUCTURES.values(), ids=STRUCTURES)
-def test_structures_are_reached_by_overrides(net):
+def test_overrides_give_all_structures(net):
     assert get_spec("V-19-eSE", **vars(net)) == VoVNetSpec(**vars(net))
     assert get_spec(VoVNetSpec(**vars(net))) == VoVNetSpec(**vars(net))
 

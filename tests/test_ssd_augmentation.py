@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SSD's augmentation, and the mapper that uses it."""
+"""The augmentation of SSD, and the mapper that uses it."""
 
 import colorsys
 from pathlib import Path
@@ -35,7 +35,7 @@ def picture(height: int = 60, width: int = 90) -> np.ndarray:
 
 
 def changed(order: str, index: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels before and after one change, RGB, from 0 to 1."""
+    """Return RGB pixels from 0 to 1 before and after one change."""
     image, change = picture(8, 12), _CHANGES[index][0]
     result = Distort(order)._change([(change, factor)], image)
     assert result.dtype == np.uint8
@@ -55,7 +55,7 @@ def test_brightness_and_contrast(order: str) -> None:
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_saturation_and_hue(order: str) -> None:
-    """Hue is compared with Python's colorsys."""
+    """Compare the hue with Python's colorsys."""
     before, after = changed(order, 2, 0.5)
     grey = before @ (0.2989, 0.587, 0.114)
     assert np.abs(0.5 * before + 0.5 * grey[:, None] - after).max() < 0.01
@@ -66,7 +66,7 @@ def test_saturation_and_hue(order: str) -> None:
             assert np.abs(colorsys.hsv_to_rgb((h + shift) % 1, s, v) - other).max() < 0.02
 
 
-# SSD's: hue by 18 of the 180 that OpenCV gives the circle.
+# In SSD, hue changes by 18 of the 180 steps that a circle has in OpenCV.
 RANGES = {
     "adjust_brightness": (0.875, 1.125),
     "adjust_contrast": (0.5, 1.5),
@@ -88,7 +88,7 @@ def test_distortion_draws_each_change_half_of_the_time() -> None:
             orders.add(tuple(used))
     assert np.allclose(np.mean(counts, axis=0), 0.5, atol=0.1)
     assert {used.index("adjust_contrast") for used in orders} == {1, 3}
-    for name, (low, high) in RANGES.items():  # some 200 factors of each
+    for name, (low, high) in RANGES.items():  # about 200 factors each
         near = 0.1 * (high - low)
         assert low <= min(factors[name]) < low + near
         assert high - near < max(factors[name]) <= high
@@ -130,7 +130,7 @@ def test_expansion() -> None:
         ratios.append(result.shape[1] / 90)
         room = np.subtract(result.shape[1::-1], (90, 60))
         places.append(np.array([left, top]) / np.maximum(room, 1))
-    # Anywhere on the canvas, along its width as along its height.
+    # The image is anywhere on the canvas, in both directions.
     assert np.mean(places, axis=0) == pytest.approx([0.5, 0.5], abs=0.08)
     assert np.max(places, axis=0) == pytest.approx([1, 1], abs=0.05)
     assert min(ratios) >= 1
@@ -139,7 +139,7 @@ def test_expansion() -> None:
 
 
 def best_iou(crop: T.CropTransform, boxes: np.ndarray) -> float:
-    """Return the best IoU, found by counting pixels."""
+    """Return the best IoU by counting pixels."""
     found = []
     for left, top, right, bottom in boxes.astype(int):
         grid = np.zeros((60, 90), dtype=int)
@@ -157,7 +157,7 @@ def test_crop(min_iou: float) -> None:
         transform = SamplerCrop(min_iou=[min_iou]).get_transform(picture(), boxes)
         if isinstance(transform, T.CropTransform):
             crops.append(transform)
-    assert 25 < len(crops) < 75  # the whole image is the other of two
+    assert 25 < len(crops) < 75  # the other choice is the whole image
     for crop in crops:
         assert 0 <= crop.x0 < crop.x0 + crop.w <= 90
         assert 0 <= crop.y0 < crop.y0 + crop.h <= 60
@@ -165,7 +165,7 @@ def test_crop(min_iou: float) -> None:
         scale = np.sqrt(crop.w * crop.h / (90 * 60))
         ratio = (crop.w / 90) / (crop.h / 60)
         assert 0.3 - 0.02 <= scale <= 1
-        assert 0.5 * 0.93 <= ratio <= 2 * 1.07  # whole pixels
+        assert 0.5 * 0.93 <= ratio <= 2 * 1.07  # sides are whole pixels
     if min_iou < 0.5:
         widths = [crop.w / 90 for crop in crops]
         assert min(widths) < 0.6
@@ -179,7 +179,7 @@ def test_crop_without_boxes_is_the_whole_image() -> None:
 
 
 def test_crop_chooses_among_the_samplers_that_succeed() -> None:
-    """No crop overlaps this box by a tenth, so one of two remains: any crop, or the image."""
+    """Use a box that no crop overlaps by a tenth. Only random crops and the image remain."""
     boxes = np.array([[0.0, 0.0, 3.0, 3.0]])
     found = [SamplerCrop().get_transform(picture(), boxes) for _ in range(300)]
     assert np.mean([isinstance(t, T.NoOpTransform) for t in found]) == pytest.approx(0.5, abs=0.1)
@@ -202,7 +202,10 @@ def test_resize_takes_every_interpolation() -> None:
 
 @pytest.fixture
 def record(tmp_path: Path) -> dict:
-    """A picture with three rectangles, each of one value in the first channel, and a crowd."""
+    """Return a record of an image with three rectangles and a crowd.
+
+    The first channel has a different value in each rectangle.
+    """
     image = np.zeros((120, 160, 3), dtype=np.uint8)
     boxes = [[8, 8, 60, 70], [70, 20, 150, 60], [90, 80, 120, 110]]
     for value, (left, top, right, bottom) in enumerate(boxes, start=1):
@@ -240,7 +243,7 @@ def mapper(*augmentations: T.Augmentation, mask_format: str = "bitmask") -> SSDM
 
 @pytest.mark.parametrize("mask_format", ["bitmask", "polygon"])
 def test_boxes_and_masks_follow_the_image(record: dict, mask_format: str) -> None:
-    """After expansion, crop and mirroring, boxes and masks lie where the pixels are."""
+    """Compare boxes and masks with the pixels after expansion, crop and mirroring."""
     transform = mapper(
         Expand((250.0, 250.0, 250.0)), SamplerCrop(), T.RandomFlip(), mask_format=mask_format
     )
@@ -261,7 +264,7 @@ def test_boxes_and_masks_follow_the_image(record: dict, mask_format: str) -> Non
             mask = mask.tensor[0].numpy() if mask_format == "bitmask" else mask
             assert (mask == drawn).all()
         left = set(range(3)) - set(objects.gt_classes.tolist())
-        for label in left:  # the centre of what was left out lies outside
+        for label in left:  # the centers of dropped objects are outside
             whole = [52 * 62, 80 * 40, 30 * 30][label]
             assert (pixels == 80 * (label + 1)).sum() <= whole / 2
     assert seen[1:].all()
@@ -277,19 +280,19 @@ def polygons_to_bitmasks(masks, shape) -> list[np.ndarray]:
     return result
 
 
-def test_box_with_its_centre_outside_is_left_out(record: dict) -> None:
+def test_boxes_with_their_center_outside_are_dropped(record: dict) -> None:
     class Crop(T.Augmentation):
         def get_transform(self, image: np.ndarray) -> T.Transform:
             return T.CropTransform(40, 0, 70, 120, 160, 120)
 
     result = mapper(Crop())(record)["instances"]
-    # Centres at x = 34, 110 (on the edge) and 105.
+    # The centers are at x = 34, 110 (on the edge) and 105.
     assert result.gt_classes.tolist() == [2]
     assert result.gt_boxes.tensor.tolist() == [[50, 80, 70, 110]]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_seed_tells_everything(record: dict, seed: int) -> None:
+def test_the_result_depends_on_the_seed_only(record: dict, seed: int) -> None:
     build = build_mapper(load_config(REFINEDET), True)
 
     def run(seed: int) -> list[torch.Tensor]:
@@ -301,7 +304,7 @@ def test_seed_tells_everything(record: dict, seed: int) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_config_tells_the_mapper(record: dict) -> None:
+def test_the_config_chooses_the_mapper(record: dict) -> None:
     cfg = load_config(REFINEDET)
     train, test = build_mapper(cfg, True), build_mapper(cfg, False)
     kinds = [type(a) for a in build_augmentations(cfg, True)]

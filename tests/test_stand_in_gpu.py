@@ -1,8 +1,8 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps and inference of detectors on a device that is not the CPU, on any machine.
+"""Training steps and inference of detectors on a device that stands for a GPU.
 
-Targets, losses, backward pass and selection of boxes run with values, which are those of the CPU.
+Targets, losses, the backward pass and the selection of boxes give the same values as on the CPU.
 """
 
 import copy
@@ -32,7 +32,7 @@ def on_cpu(value: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_training_and_inference_are_those_of_the_cpu(name: str) -> None:
+def test_training_and_inference_equal_those_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     model = let_it_find(build_model(detector_config(name)))
     moved = move_to_device(copy.deepcopy(model))
@@ -59,7 +59,7 @@ def test_training_and_inference_are_those_of_the_cpu(name: str) -> None:
         found_tensors = _tensors(output)
         for key, value in _tensors(wanted).items():
             found_value = on_cpu(found_tensors[key])
-            if value.dtype == torch.bool:  # masks, which a GPU pastes by another function
+            if value.dtype == torch.bool:  # masks; another function pastes them on a GPU
                 assert (found_value != value).double().mean() < 1e-3, key
             else:
                 torch.testing.assert_close(found_value, value, rtol=1e-3, atol=1e-3, msg=key)
@@ -76,7 +76,7 @@ def _tensors(output: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_noticed() -> None:
+def test_a_tensor_that_stays_on_the_cpu_is_noticed() -> None:
     x = DeviceTensor(torch.ones(2))
     with device_that_stands_for_a_gpu():
         assert (x * torch.tensor(3.0)).content.tolist() == [3, 3]

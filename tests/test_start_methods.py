@@ -1,7 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Workers of data loaders that are forked, started by a server (Python 3.14 on Linux), or spawned
-(macOS, Windows): what they need gets to them by pickle."""
+"""Workers of data loaders with each start method: fork, forkserver (Python 3.14 on Linux) and spawn
+(macOS, Windows). Other methods than fork send objects to workers by pickle."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ pytest_plugins = ["engine_fixtures"]
 TOOLS = Path(__file__).parents[1] / "tools"
 LAZY = "lazy/COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.py"
 DIGITS = "Classification/V_19_slim_eSE_digits.yaml"
-# Runs a tool as its command line does, with another start method.
+# This code runs a tool with another start method.
 RUN = """
 import multiprocessing, runpy, sys
 if __name__ == "__main__":
@@ -60,7 +60,7 @@ def classifier(folder: Path) -> tuple[Iterable[Any], Iterable[Any]]:
 
 
 @pytest.mark.parametrize("build", [detector, lazy_detector, classifier])
-def test_what_workers_need_can_be_pickled(build: Any, coco: Path, tmp_path: Path) -> None:
+def test_objects_for_workers_can_be_pickled(build: Any, coco: Path, tmp_path: Path) -> None:
     train, test = build(tmp_path)
     assert isinstance(train, TrainingStream)
     assert isinstance(test, DataLoader)

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files that this package did not make, in every folder that it writes to: they stay untouched."""
+"""Files of users stay unchanged in all folders that this package writes to."""
 
 import os
 import sys
@@ -42,7 +42,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     }
 
 
-# The tools: each writes to the folder that it is given ------------------------------------------
+# Tools that write to a given folder ---------------------------------------------------------------
 
 
 def write_connectivity(folder: Path) -> None:
@@ -102,13 +102,13 @@ TOOLS: dict[str, Write] = {
 
 @pytest.fixture
 def run(catalogs: None, fresh_logging: None, tmp_path: Path) -> Iterator[Path]:
-    """A run with its data set ``shapes``, next to the folder that tools write to."""
+    """Write a run and its data set ``shapes`` next to the folder that tools write to."""
     return write_run(tmp_path, classes={key: f"class {key}" for key in CLASSES})
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_keeps_strange_files(tool: str, run: Path, tmp_path: Path) -> None:
-    """One of another name, and one of each name that the tool writes, alone."""
+    """Put a file with another name, and single files with the names of outputs, into the folder."""
     write = TOOLS[tool]
     folder = tmp_path / "first"
     folder.mkdir()
@@ -127,7 +127,7 @@ def test_a_tool_keeps_strange_files(tool: str, run: Path, tmp_path: Path) -> Non
         assert read_all(folder)[name] == STRANGE
 
 
-def test_what_a_tool_wrote_is_written_again(run: Path, tmp_path: Path) -> None:
+def test_outputs_of_a_tool_are_written_again(run: Path, tmp_path: Path) -> None:
     for _ in range(2):
         write_report_page(run)
         write_sheet(run)
@@ -168,7 +168,7 @@ def test_a_training_keeps_strange_files(coco: Path, tmp_path: Path) -> None:
     launch(FASTER_RCNN, tmp_path, *options, "DATASETS.TEST", "()", pictures=True)
     found = read_all(tmp_path)
     assert [found[name] for name in names] == [STRANGE] * len(names)
-    # That the names of a run are these:
+    # A run writes files with these names.
     assert {n for n in found if n not in names} <= {*OF_A_RUN, "log.txt", "model_0000002.pth"} | {
         name for name in found if name.startswith("events.out")
     }
@@ -185,7 +185,7 @@ def test_a_folder_with_files_of_another_run(name: str, tmp_path: Path) -> None:
         choose_folder(folder, training=True, resume=False)
     if name == "last_checkpoint":
         assert choose_folder(folder, training=True, resume=True) == folder
-    else:  # nothing to go on with
+    else:  # nothing to resume
         with pytest.raises(ValueError, match=refused):
             choose_folder(folder, training=True, resume=True)
     evaluated = choose_folder(folder, training=False, resume=False)
@@ -222,7 +222,7 @@ def test_a_config_that_was_edited_is_copied(coco: Path, tmp_path: Path) -> None:
     assert b"a thought" not in config.read_bytes()
 
 
-def test_a_training_keeps_the_one_before_it(coco: Path, tmp_path: Path) -> None:
+def test_a_training_keeps_files_of_the_earlier_training(coco: Path, tmp_path: Path) -> None:
     options = ["SOLVER.MAX_ITER", "1", "INPUT.MIN_SIZE_TEST", "32"]
     launch(FASTER_RCNN, tmp_path, *options)
     launch(FASTER_RCNN, tmp_path, "--eval-only", "--resume", *options)
@@ -230,7 +230,7 @@ def test_a_training_keeps_the_one_before_it(coco: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_bytes(STRANGE)
     first = read_all(tmp_path)
     del first["mine.txt"]
-    # Once with files of the first for its input.
+    # In one case, files of the first training are the input of the second training.
     launch(str(tmp_path / "config.yaml"), tmp_path, "MODEL.WEIGHTS", f"{tmp_path}/model_final.pth")
     second = {n: c for n, c in read_all(tmp_path).items() if not n.startswith("earlier/")}
     assert second.pop("mine.txt") == STRANGE
@@ -242,19 +242,19 @@ def test_a_training_keeps_the_one_before_it(coco: Path, tmp_path: Path) -> None:
         assert {n: kept[n] for n in kept.keys() - logs} == {
             n: before[n] for n in before.keys() - logs
         }
-        assert before["log.txt"] in kept["log.txt"]  # each training appends to it
+        assert before["log.txt"] in kept["log.txt"]  # each training appends to the log
     assert {"report.html", "model_final.pth", "metrics.json", "evaluation/results.md"} <= set(first)
-    # It can be gone on with where it is now.
+    # The moved training can be resumed in its new folder.
     launch(FASTER_RCNN, tmp_path / "earlier", "--resume", *options, "SOLVER.MAX_ITER", "2")
     assert f"Resumed from {tmp_path}/earlier/model_final.pth" in read_log(tmp_path / "earlier")
 
 
-def test_the_entry_of_a_file_is_no_part_of_its_name(
+def test_files_that_the_training_reads_are_not_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that the training reads stay where they are, if ``?entry=`` chooses among them."""
+    """Do not move weights that the training reads, also if ``?entry=`` chooses among them."""
     kept: list[str] = []
-    module = sys.modules["vovnet_d2.engine.run"]  # the package has a function of this name
+    module = sys.modules["vovnet_d2.engine.run"]  # in the package, the name is a function
     monkeypatch.setattr(module, "keep_earlier_run", lambda folder, files: kept.extend(files))
     monkeypatch.setattr(module, "default_setup", lambda config, args: None)
     (tmp_path / "config.yaml").touch()
@@ -265,7 +265,7 @@ def test_the_entry_of_a_file_is_no_part_of_its_name(
     assert kept == ["", "a.pth"]
 
 
-def test_what_had_not_begun_is_no_run(tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     assert keep_earlier_run(str(tmp_path)) == ""
     assert os.listdir(tmp_path) == ["config.yaml"]
@@ -283,10 +283,10 @@ def test_a_strange_log_is_not_appended_to(coco: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "log.txt.before2").exists()
 
 
-# The list -----------------------------------------------------------------------------------------
+# The list of written files ------------------------------------------------------------------------
 
 
-def test_a_strange_file_gives_way_and_stays(tmp_path: Path) -> None:
+def test_a_strange_file_is_moved_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "results.md"
     for number in ("", "2"):
         path.write_bytes(STRANGE)
@@ -311,8 +311,8 @@ def test_a_kill_while_a_file_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     assert is_made_here(path)
 
 
-def test_a_file_is_known_by_its_contents(tmp_path: Path) -> None:
-    """At its beginning, its end and by its size, in a folder that may be moved."""
+def test_files_are_recognised_by_their_contents(tmp_path: Path) -> None:
+    """Change the beginning, the end or the size of a file, and move the folder."""
     path = tmp_path / "a" / "large"
     path.parent.mkdir()
     content = bytes(3 << 20)
@@ -329,5 +329,5 @@ def test_a_file_is_known_by_its_contents(tmp_path: Path) -> None:
             refuse_foreign([path])
     path.write_bytes(content)
     with open(path.parent / LIST_NAME, "a") as file:
-        file.write('{"name": "lar')  # cut by a kill
+        file.write('{"name": "lar')  # a kill has cut this line
     assert is_made_here(path)

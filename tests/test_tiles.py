@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Detection on tiles: a stand-in detector that sees bright rectangles, on images that are known."""
+"""Detection on tiles with a stand-in detector, which finds bright rectangles in known images."""
 
 import itertools
 import re
@@ -28,11 +28,11 @@ from vovnet_d2.tiles import TiledDetector, cut_tiles
 pytest_plugins = ["engine_fixtures"]
 
 AS_IT_IS = T.AugmentationList([])
-SMALLEST = 6  # side in pixels of what the stand-in sees
+SMALLEST = 6  # side in pixels of the smallest rectangle that it finds
 
 
 class BrightRectangles(nn.Module):
-    """Finds each bright rectangle, of which it sees no more than the image has, by its side."""
+    """Stand-in detector that finds the visible part of each bright rectangle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class BrightRectangles(nn.Module):
         boxes = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
         corners = torch.cat([boxes, torch.ones(len(boxes), 2)], 1)
         instances = Instances(size, pred_boxes=Boxes(boxes), pred_classes=torch.tensor(classes))
-        # Of an object that is cut, no detector is as sure.
+        # Detectors have lower scores for objects that are cut.
         instances.scores = 0.5 + (boxes[:, 2] - boxes[:, 0]) / 1e4
         instances.pred_masks = torch.tensor(np.array(masks).reshape(-1, *size))
         instances.pred_keypoints = corners[:, [0, 1, 4, 2, 3, 5]].reshape(-1, 2, 3)
@@ -68,7 +68,7 @@ class BrightRectangles(nn.Module):
 
 
 def composite(height: int, width: int, rectangles: list[tuple[int, ...]]) -> torch.Tensor:
-    """An image (3, H, W) with rectangles (x0, y0, x1, y1, category)."""
+    """Return an image (3, H, W) with rectangles (x0, y0, x1, y1, category)."""
     pixels = torch.zeros(3, height, width, dtype=torch.uint8)
     for x0, y0, x1, y1, category in rectangles:
         pixels[:, y0:y1, x0:x1] = (120, 240)[category]
@@ -136,8 +136,8 @@ def test_tiles_cover_an_image() -> None:
             assert common >= overlap * tile[1] or following == one + 1
 
 
-# Objects that lie within one tile, on the border of two, on a corner of four, in the overlap, at
-# the image's own border, and that no tile shows as a whole.
+# Objects inside one tile, on the border of two tiles, on a corner of four tiles, in an overlap, at
+# the border of the image, and larger than a tile.
 RECTANGLES = [
     (20, 30, 40, 52, 0),
     (95, 60, 112, 80, 1),
@@ -149,7 +149,7 @@ RECTANGLES = [
 ]
 
 
-def test_objects_are_found_once_and_whole() -> None:
+def test_each_object_is_found_once_as_a_whole() -> None:
     model = BrightRectangles().eval()
     tiled = TiledDetector(model, (100, 100), 0.3, resize=AS_IT_IS, batch_size=4)
     image = composite(200, 300, RECTANGLES)
@@ -157,13 +157,13 @@ def test_objects_are_found_once_and_whole() -> None:
     assert output.keys() == {"instances"}
     assert output["instances"].image_size == (200, 300)
     assert_found(output["instances"], RECTANGLES)
-    # 3 × 4 tiles and the whole image, four at a time.
+    # There are 3 × 4 tiles and the whole image, four at a time.
     assert [len(batch) for batch in model.batches] == [4, 4, 4, 1]
     assert model.batches[-1] == [(200, 300)]
 
 
 def test_small_objects_of_a_large_image() -> None:
-    """The detector takes sides of 200 pixels: in the whole image a small object has two left."""
+    """Check that tiles find small objects, which have two pixels in the whole resized image."""
     model = BrightRectangles().eval()
     resize = T.AugmentationList([T.ResizeShortestEdge([200, 200], 400)])
     small = [(x, y, x + 8, y + 8, (x + y) % 2) for x in range(15, 990, 61) for y in (7, 333, 780)]
@@ -182,7 +182,7 @@ def resized(image: torch.Tensor, resize: T.AugmentationList) -> torch.Tensor:
 
 
 class Given(nn.Module):
-    """Returns given detections, (x0, y0, x1, y1, score, category) each, call after call."""
+    """Stand-in detector that returns the given (x0, y0, x1, y1, score, category) of each call."""
 
     def __init__(self, *outputs: list[tuple[float, ...]]):
         super().__init__()
@@ -199,15 +199,15 @@ class Given(nn.Module):
 
 
 def merge(size: tuple[int, int], tiles: tuple[int, int], model: Given) -> set[tuple[float, ...]]:
-    """Return the boxes that are left, with their categories."""
+    """Return the merged boxes with their categories."""
     tiled = TiledDetector(model.eval(), tiles, 0.1, resize=AS_IT_IS, batch_size=1)
     found = tiled([{"image": torch.zeros(3, *size, dtype=torch.uint8)}])[0]["instances"]
     boxes = [tuple(round(x, 2) for x in box) for box in found.pred_boxes.tensor.tolist()]
     return {(*box, label) for box, label in zip(boxes, found.pred_classes.tolist(), strict=True)}
 
 
-def test_what_touches_a_border_inside_the_image_is_left_out() -> None:
-    """Tiles begin at 0 and 80, and at 0 and 180; their border is 1 pixel high and 2 wide."""
+def test_boxes_at_borders_of_tiles_inside_the_image_are_dropped() -> None:
+    """Merge tiles that begin at 0 and 80, and at 0 and 180. Borders are 1 pixel high, 2 wide."""
     first = [(0, 0, 8, 8), (10, 10, 50, 98.9), (100, 10, 197.9, 50)]
     last = [(2.1, 20, 40, 40), (80, 1.1, 120, 30), (150, 80, 200, 100)]
     cut_first = [(60, 10, 90, 99), (100, 60, 198, 90)]
@@ -220,9 +220,10 @@ def test_what_touches_a_border_inside_the_image_is_left_out() -> None:
     assert model.sizes == [(100, 200)] * 4 + [(180, 380)]
 
 
-def test_one_of_two_boxes_is_left_of_one_category_from_an_overlap_of_a_half_on() -> None:
-    """Boxes of 100 pixels that are 33 and 34 apart overlap by 67 / 133 and 66 / 134. Two tiles are
-    the fewest that the whole image is looked at beside."""
+def test_boxes_of_one_category_are_merged_from_an_iou_of_a_half_on() -> None:
+    """Merge boxes of 100 pixels with distances of 33 and 34, whose IoU is 67 / 133 and 66 / 134.
+
+    With two tiles or more, the detector also sees the whole image."""
     apart = [(0, 0, 0.9), (33, 0, 0.8), (-34, 0, 0.7), (0, 1, 0.6)]
     boxes = [(100 + x, 20, 200 + x, 60, score, label) for x, label, score in apart]
     model = Given([], [], boxes)
@@ -239,7 +240,7 @@ def test_image_without_detections() -> None:
     assert found.pred_keypoints.shape == (0, 2, 3)
 
 
-def test_an_image_of_one_tile_is_predicted_as_without(tmp_path: Path) -> None:
+def test_an_image_of_one_tile_is_predicted_as_without_tiles(tmp_path: Path) -> None:
     cfg = save(tmp_path)
     image = read_image(PICTURES[0])[::3, ::3]
     expected = Predictor(cfg)(image)
@@ -261,7 +262,7 @@ def test_predictor_and_evaluation_agree(coco: Path, tmp_path: Path) -> None:
     for image in evaluated:
         found = predictor(folder / f"{image['image_id']:012d}.jpg")["instances"]
         scores = sorted(i["score"] for i in image["instances"])
-        assert len(scores) > 10  # the most that one tile gives
+        assert len(scores) > 10  # more than the limit of one tile
         np.testing.assert_allclose(sorted(found.scores.tolist()), scores, atol=1e-4)
 
 
@@ -294,7 +295,7 @@ def test_networks_whose_outputs_are_not_merged(tmp_path: Path) -> None:
         tiled([{"image": composite(9, 9, [])}])
 
 
-def test_sizes_of_a_test_hold_for_tiles(tmp_path: Path) -> None:
+def test_image_sizes_of_the_config_hold_for_tiles(tmp_path: Path) -> None:
     short, long = SMALL["INPUT.MIN_SIZE_TEST"], SMALL["INPUT.MAX_SIZE_TEST"]
     assert short > 85
     cfg = save(tmp_path)
@@ -305,13 +306,13 @@ def test_sizes_of_a_test_hold_for_tiles(tmp_path: Path) -> None:
             lambda module, args, seen=seen: seen.append([tuple(x["image"].shape) for x in args[0]])
         )
         predictor(PICTURES[0])
-        # 200 × 300 and 427 × 640, the longer side to its limit
+        # the longer sides of 200 × 300 and 427 × 640 are limited
         assert {shape for batch in seen for shape in batch} == {(3, 85, long)}
         assert sum(map(len, seen)) == number + 1
         assert len(seen[0]) == options.get("batch_size", 8)
 
 
-def test_the_demo_passes_its_arguments_on(
+def test_the_demo_passes_its_arguments_to_tiles(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     given = {}

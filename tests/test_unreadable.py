@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training on images that cannot be read: told by name, or left out, counted, and repeatable."""
+"""Training with unreadable images, which are an error, or are skipped and counted."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "train_net.py"
 
 @pytest.fixture
 def coco_copy(catalogs: None, fresh_logging: None, coco_root: Path, tmp_path: Path) -> Path:
-    """The miniature, to be damaged."""
+    """Return a copy of the miniature COCO for tests to damage."""
     shutil.copytree(coco_root / "coco", tmp_path / "data" / "coco")
     register_all_coco(str(tmp_path / "data"))
     return tmp_path / "data" / "coco"
@@ -48,7 +48,7 @@ def cut(path: Path) -> None:
 
 
 def resave(path: Path, edit: Callable[[bytes], bytes] = lambda data: data) -> None:
-    """Save an image as a PNG under the old name, which Pillow does not care for."""
+    """Save an image as PNG under its old name. Pillow ignores suffixes."""
     Image.open(path).save(path, "PNG")
     path.write_bytes(edit(path.read_bytes()))
 
@@ -114,7 +114,7 @@ def test_too_many(coco_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert lenient(records[0]) is None
 
 
-def test_faults_that_are_not_the_files_stay_errors(coco_copy: Path) -> None:
+def test_errors_of_the_mapper_are_raised(coco_copy: Path) -> None:
     def fail(record: dict) -> None:
         raise RuntimeError("a bug in the augmentation")
 
@@ -128,11 +128,11 @@ def test_training_names_the_file(
     damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture, workers: str
 ) -> None:
     words = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", workers]
-    words += ["SOLVER.MAX_ITER", "9"]  # all images are met
+    words += ["SOLVER.MAX_ITER", "9"]  # the training reads all images
     before = set(multiprocessing.active_children())
     with pytest.raises(SystemExit) as caught:
         main(["--config-file", FASTER_RCNN, *TINY, *words])
-    assert set(multiprocessing.active_children()) <= before  # though the error is not gone yet
+    assert set(multiprocessing.active_children()) <= before  # while the error still exists
     assert caught.value.code == 2
     printed, error = capsys.readouterr()
     assert f"error: {damaged} cannot be used: image file is truncated" in error
@@ -148,10 +148,10 @@ def train(out: Path, workers: str, *words: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_workers_that_are_not_forked_share_what_was_left_out(
+def test_spawned_workers_share_the_list_of_skipped_images(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds also if Detectron2's loaders pickle the mapper by cloudpickle."""
+    """Check mappers that are pickled by pickle, and by cloudpickle as in Detectron2's loaders."""
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr(unreadable, "multiprocessing", context)
     mapper = ReadableOnly(open_image, max_skipped=1)
@@ -167,7 +167,7 @@ def test_workers_that_are_not_forked_share_what_was_left_out(
     assert mapper.count == 1
 
 
-def test_a_mapper_that_leaves_nothing_out_can_be_pickled_at_any_time() -> None:
+def test_a_mapper_that_skips_nothing_can_always_be_pickled() -> None:
     mapper = pickle.loads(pickle.dumps(PicklableWrapper(ReadableOnly(open_image))))
     assert mapper.count == 0
     with pytest.raises(UnreadableImageError, match=r"nowhere\.jpg cannot be used"):
@@ -175,10 +175,10 @@ def test_a_mapper_that_leaves_nothing_out_can_be_pickled_at_any_time() -> None:
 
 
 @pytest.mark.slow
-def test_what_takes_its_place_is_repeatable(
+def test_replacements_of_skipped_images_are_deterministic(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parameters are the same without workers, with two, and in a run that was resumed."""
+    """Compare parameters without workers, with two workers, and after a resume."""
     plain, parallel, resumed = (tmp_path / name for name in ("plain", "parallel", "resumed"))
     expected = train(plain, "0")
     assert f"{damaged} cannot be used" in read_log(plain)
@@ -215,7 +215,7 @@ def test_paths_cannot_leave_the_folder(
 
 
 def test_links_may_lead_anywhere(coco_copy: Path, tmp_path: Path) -> None:
-    """A file that is a link, and a folder, as DVC and pools on clusters have them."""
+    """Use links to files and folders, as in DVC and in storage pools of clusters."""
     path = images(coco_copy)[0]
     outside = path.rename(tmp_path / "outside.jpg")
     path.symlink_to(outside)
@@ -235,7 +235,7 @@ def test_links_may_lead_anywhere(coco_copy: Path, tmp_path: Path) -> None:
 def test_names_cannot_leave_a_folder(
     coco_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(coco_copy)  # as Detectron2's data sets are in datasets/ by default
+    monkeypatch.chdir(coco_copy)  # the default folder datasets/ of Detectron2 is relative
     name = images(coco_copy)[0].name
     shutil.copy(f"train2017/{name}", "secret.jpg")
     Path("train2017/link").symlink_to(coco_copy / "val2017")
@@ -245,7 +245,7 @@ def test_names_cannot_leave_a_folder(
         guarded = ReadableOnly(mapper, roots=[root])
         for inside in (name, f"../train2017/{name}"):
             assert guarded(record | {"file_name": f"{root}/{inside}"}) is not None
-        # What is beside the folder that a link leads to is outside, too.
+        # A file next to the target folder of a link is outside, too.
         for outside in ("../secret.jpg", "link/../secret.jpg", f"link/../train2017/../{name}"):
             with pytest.raises(UnreadableImageError, match="leads out of the folder"):
                 guarded(record | {"file_name": f"{root}/{outside}"})
@@ -259,7 +259,7 @@ def test_damaged_semantic_labels_are_named(coco_copy: Path, tmp_path: Path) -> N
     mapper = Mapper(tiny_config(FASTER_RCNN, tmp_path), is_train=True)
     assert "sem_seg" in ReadableOnly(mapper)(record)
     data = bytearray(labels.read_bytes())
-    data[len(data) // 2] ^= 255  # which Detectron2 reads as other labels, or none
+    data[len(data) // 2] ^= 255  # Detectron2 reads wrong labels or none from such a file
     labels.write_bytes(data)
     with pytest.raises(UnreadableImageError, match=r"labels\.png cannot be used"):
         ReadableOnly(mapper)(record)
@@ -275,7 +275,7 @@ def test_roots(coco_copy: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tool_ends_after_an_error_in_an_evaluation(coco_copy: Path, tmp_path: Path) -> None:
-    """Though workers are left that would load more images."""
+    """Check the status although workers still wait for more images."""
     cut(images(coco_copy, "val2017")[0])
     words = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"]
     words += ["DATALOADER.NUM_WORKERS", "2"]

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a data set, and what is on them."""
+"""Tests of the tool that draws a data set."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ SEMANTIC = "COCO-SemanticSegmentation/semantic_V_39_FPN_1x.yaml"
 
 @pytest.fixture
 def overlays(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
-    """Return what the artist was asked to draw, picture by picture."""
+    """Record the content that the artist draws on each picture."""
     calls: list[Shown] = []
     original = Artist.draw
 
@@ -45,7 +45,7 @@ def draw(*words: object) -> None:
 
 
 def write_results(path: Path, *, shift: float = 0.0, **changes: object) -> list[dict]:
-    """The annotations of the miniature's validation set as results, moved to the right."""
+    """Write the annotations of the validation set as results, moved to the right."""
     results = []
     for record in DatasetCatalog.get("coco_2017_val"):
         for number, annotation in enumerate(record["annotations"]):
@@ -58,7 +58,7 @@ def write_results(path: Path, *, shift: float = 0.0, **changes: object) -> list[
 
 
 def test_annotations(coco: Path, tmp_path: Path, overlays: list[Shown]) -> None:
-    """A file for each image, among them one without annotations and one with a crowd."""
+    """Draw one file for each image. One image has no annotations, and one has a crowd."""
     draw("annotations", tmp_path / "out", "--dataset", "coco_2017_train")
     records = DatasetCatalog.get("coco_2017_train")
     names = [f"{i:03d}_{Path(r['file_name']).stem}.png" for i, r in enumerate(records, 1)]
@@ -73,7 +73,7 @@ def test_annotations(coco: Path, tmp_path: Path, overlays: list[Shown]) -> None:
     assert np.abs(picture.astype(float) - plain).mean() < 8  # nothing is drawn
 
 
-def test_training_samples_are_those_of_the_trainer(
+def test_training_samples_equal_those_of_the_trainer(
     coco: Path, tmp_path: Path, overlays: list[Shown]
 ) -> None:
     cfg = tiny_config(MASK_RCNN, tmp_path, "INPUT.MIN_SIZE_TRAIN", "(48, 64)")
@@ -175,7 +175,7 @@ def with_palette(labels: np.ndarray) -> Image.Image:
 
 
 def of_16_bits(labels: np.ndarray) -> Image.Image:
-    return Image.fromarray(labels.astype(np.uint16) + 256)  # classes beyond 8 bits
+    return Image.fromarray(labels.astype(np.uint16) + 256)  # labels above 255
 
 
 @pytest.mark.parametrize("save", [thrice, with_palette, of_16_bits])
@@ -204,7 +204,7 @@ def test_label_maps_are_drawn_as_training_reads_them(
     first = 256 if save is of_16_bits else 0
     expected = np.where(labels == 1, first + 1, first).tolist()
     wrongs = [wrong | {"width": 9, "height": 9}]
-    draw("annotations", tmp_path / "drawn", *words, *options)  # the other one is skipped
+    draw("annotations", tmp_path / "drawn", *words, *options)  # the other image is skipped
     assert [shown.labels.tolist() for shown in overlays] == [expected]
     overlays.clear()
     wrongs = []
@@ -215,7 +215,7 @@ def test_label_maps_are_drawn_as_training_reads_them(
 def test_thin_pictures_are_enlarged_a_little(
     catalogs: None, fresh_logging: None, tmp_path: Path
 ) -> None:
-    """The short side does not become one that many can see, which takes gigabytes."""
+    """Check that the short side is not enlarged to the usual size, which would take gigabytes."""
     for size in ((3000, 2), (1, 1), (80, 60), (2, 300)):
         file = tmp_path / f"{size[0]}.png"
         Image.new("RGB", size).save(file)
@@ -250,7 +250,7 @@ def test_objects_with_absurd_numbers_are_not_drawn(
     assert "jpg has a polygon with a number that is not finite" in told.out + told.err
 
 
-def test_nothing_to_draw_is_said(
+def test_nothing_to_draw_is_one_sentence(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "images").mkdir()
@@ -281,7 +281,7 @@ def test_nothing_to_draw_is_said(
         (["results", "--results", "gone.json", "--dataset", "coco_2017_val"], "no file gone.json"),
     ],
 )
-def test_mistakes_are_a_sentence(
+def test_each_mistake_is_one_sentence(
     coco: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

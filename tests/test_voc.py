@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL VOC: the loader that marks difficult objects, and the evaluation by 11 points."""
+"""PASCAL VOC: the loader, which marks difficult objects, and the evaluation by 11 points."""
 
 import re
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from vovnet_d2.engine.rehearsal import rehearse_evaluation
 pytest_plugins = ["engine_fixtures"]
 
 
-def test_loader_agrees_with_detectron2s_and_marks_the_difficult(tmp_path: Path) -> None:
+def test_the_loader_agrees_with_detectron2_and_marks_difficult_objects(tmp_path: Path) -> None:
     root = str(write_tree(tmp_path, OBJECTS, "trainval"))
     records = load_voc(root, "trainval")
     peers = load_voc_instances(root, "trainval", CLASS_NAMES)
@@ -65,11 +65,11 @@ def test_broken_annotation(tmp_path: Path, old: str, new: str, message: str) -> 
         load_voc(str(root), "train")
 
 
-# Folders as people write them
+# Folders of users
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", 0), ("Unspecified", 0), ("1", 1), (" 0 ", 0)])
-def test_difficult_as_tools_write_it(tmp_path: Path, text: str, expected: int) -> None:
+def test_ways_to_write_difficult(tmp_path: Path, text: str, expected: int) -> None:
     root = write_tree(tmp_path, OBJECTS, "train")
     path = root / "Annotations" / "000001.xml"
     path.write_text(path.read_text().replace(">0</difficult>", f">{text}</difficult>"))
@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_folders_are_checked_whole(tmp_path: Path, name: str) -> None:
+def test_whole_folders_are_checked(tmp_path: Path, name: str) -> None:
     change, message = BROKEN[name]
     root = write_tree(tmp_path, OBJECTS, "train")
     check_voc(str(root), "train", CLASS_NAMES, by_detectron2=True)
@@ -203,7 +203,7 @@ def start_lazy_run(folder: Path) -> None:
 
 
 def start_quantization(folder: Path) -> None:
-    from vovnet_d2.engine.quantization import find_images  # which imports ONNX
+    from vovnet_d2.engine.quantization import find_images  # this module imports ONNX
 
     with pytest.raises(KeyError, match="'none' of --calibration is not registered"):
         find_images(load_config(), "none", 1, 0)
@@ -216,14 +216,14 @@ def test_each_run_registers_the_data_sets_of_this_package(
     start(tmp_path)
     names = set(DatasetCatalog.list())
     assert {"digits_val", "voc_2007_test_no_difficult", "voc_2012_val_no_difficult"} <= names
-    assert "voc_2012_test_no_difficult" not in names  # which has no boxes
+    assert "voc_2012_test_no_difficult" not in names  # this set has no boxes
 
 
 # Evaluation ---------------------------------------------------------------------------------------
 
 
 def slow_eleven_point_ap(objects: dict[str, list[Object]], found, label: str) -> float:
-    """Detections ``(image, score, box)`` against the objects of a class, by the devkit's rules."""
+    """Return the AP of detections ``(image, score, box)`` of a class by the rules of the devkit."""
 
     def iou(a, b) -> float:
         w = min(a[2], b[2]) - max(a[0], b[0]) + 1
@@ -237,7 +237,7 @@ def slow_eleven_point_ap(objects: dict[str, list[Object]], found, label: str) ->
         own = [(iou(box, o[2]), i) for i, o in enumerate(objects[image]) if o[0] == label]
         overlap, index = max(own, default=(0.0, -1))
         if overlap > 0.5 and objects[image][index][1]:
-            continue  # neither right nor wrong
+            continue  # ignored
         hits.append(overlap > 0.5 and (image, index) not in taken)
         taken.add((image, index))
         points.append((sum(hits) / total, sum(hits) / len(hits)))
@@ -257,7 +257,7 @@ def test_eleven_point_evaluation(register: Callable[..., None], fraction: float)
         ("000001", 0.9, (2.0, 2.0, 39.0, 29.0)),  # right
         ("000001", 0.8, (1.0, 1.0, 38.0, 30.0)),  # the same dog again
         ("000002", 0.7, (62.0, 20.0, 70.0, 40.0)),  # difficult
-        ("000003", 0.6, (10.0, 10.0, 30.0, 30.0)),  # there is nothing
+        ("000003", 0.6, (10.0, 10.0, 30.0, 30.0)),  # no object there
         ("000004", 0.5, (52.0, 5.0, 79.0, 48.0)),  # right
     ]
     cfg = load_config("PascalVOC-Detection/refinedet320_V_39_120k.yaml")
@@ -273,12 +273,12 @@ def test_eleven_point_evaluation(register: Callable[..., None], fraction: float)
     result = evaluator.evaluate()["bbox"]["AP50"]
     expected = slow_eleven_point_ap(objects, found, "dog")
     assert 0.3 < expected < 1
-    # Of cats, the other class with objects that count, none is found.
+    # The other class with objects is "cat", and no cat is found.
     assert result == pytest.approx(100 * expected / 2)
 
 
 def evaluate_perfection(name: str, objects: dict[str, list[Object]]) -> dict[str, float]:
-    """Detect all objects as they are, and a bird in each image."""
+    """Evaluate perfect detections of all objects, and a bird in each image."""
     cfg = load_config("PascalVOC-Detection/refinedet320_V_39_120k.yaml")
     evaluator = build_evaluator(cfg, name)
     evaluator.reset()
@@ -293,7 +293,7 @@ def evaluate_perfection(name: str, objects: dict[str, list[Object]]) -> dict[str
     return evaluator.evaluate()["bbox"]
 
 
-def test_classes_without_objects_are_no_part_of_the_mean(
+def test_classes_without_objects_are_not_in_the_mean(
     register: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -315,8 +315,8 @@ def test_a_test_set_of_difficult_objects_has_no_mean(register: Callable[..., Non
     assert np.isnan(list(evaluate_perfection("voc_2007_test", objects).values())).all()
 
 
-def test_detectron2s_evaluation_fails_on_fractions(register: Callable[..., None]) -> None:
-    """This is the reason for our own evaluation, which can be dropped when this no longer holds."""
+def test_the_evaluation_of_detectron2_fails_on_fractions(register: Callable[..., None]) -> None:
+    """Check the reason for our own evaluation, which can be removed when this test fails."""
     register({"000001": [("dog", 0, (1.5, 1, 40, 30))]})
     path = Path(MetadataCatalog.get("voc_2007_test").dirname) / "Annotations" / "000001.xml"
     extra = "<pose>Left</pose><truncated>0</truncated><difficult>"

@@ -41,9 +41,9 @@ each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
 def build(spec, **args) -> VoVNet:
-    """Build a network with all its feature maps, for inference, in float64 for close comparisons.
+    """Build a network for inference in float64, with all its feature maps.
 
-    ``spec`` is a spec or a net of reference.py.
+    ``spec`` is a spec or a ``Net`` of reference.py.
     """
     if not isinstance(spec, VoVNetSpec):
         spec = VoVNetSpec(**vars(spec))
@@ -55,7 +55,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def build_on_meta(spec, **args) -> VoVNet:
-    """The full widths at no cost: shapes without numbers."""
+    """Build a network of full width on the meta device, with shapes but no values."""
     with shapes_alone():
         return VoVNet(spec, **{"out_features": STAGES, **args}).eval()
 
@@ -108,8 +108,10 @@ def test_parameters(variant):
 
 
 def gmacs(model: nn.Module, size: int = 224) -> float:
-    """Multiply-adds of convolutions and fully-connected layers: every output is a sum of as many
-    products as one filter has weights. A bias, a norm and an activation cost nothing."""
+    """Return the multiply-adds of convolutions and fully-connected layers in units of 10^9.
+
+    An output costs as many multiply-adds as one filter has weights. Biases, norms and activations
+    are not counted."""
     counted = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -140,11 +142,11 @@ def test_gmacs(variant, num_classes, expected):
     assert gmacs(build_on_meta(variant, num_classes=num_classes, out_features=None)) == expected
 
 
-# The maps
+# Feature maps
 
 
 @each_structure
-def test_maps_equal_a_second_derivation(structure):
+def test_feature_maps_equal_a_second_derivation(structure):
     net = thin(STRUCTURES[structure])
     state = random_state(net, num_classes=7)
     model = build(net, num_classes=7, out_features=[*STAGES, "linear"])
@@ -156,7 +158,7 @@ def test_maps_equal_a_second_derivation(structure):
 
 @each_stem
 @each_kind
-def test_maps_of_each_kind_of_variant(variant, stem):
+def test_feature_maps_of_each_kind_of_variant(variant, stem):
     net = replace(thin(TABLE[variant]), stem=stem)
     state = random_state(net)
     model = build(net)
@@ -165,7 +167,7 @@ def test_maps_of_each_kind_of_variant(variant, stem):
     assert_same_maps(model(x), features(net, state, x))
 
 
-def test_a_wrong_tensor_is_seen():
+def test_a_wrong_tensor_is_noticed():
     net = thin(STRUCTURES["eSE in all"])
     state = random_state(net)
     model = build(net)
@@ -177,7 +179,7 @@ def test_a_wrong_tensor_is_seen():
     assert_same_maps({k: actual[k] for k in STAGES[:3]}, {k: expected[k] for k in STAGES[:3]})
     with pytest.raises(AssertionError, match="stage4: relative difference"):
         assert_same_maps(actual, expected)
-    assert state[first].shape != state[second].shape  # so that swapping these fails even to load
+    assert state[first].shape != state[second].shape  # swapped tensors would not even load
     state[first], state[second] = state[second], state[first]
     with pytest.raises(RuntimeError, match=r"size mismatch for stage4\.1\.layers\.0\.weight"):
         model.load_state_dict(state)
@@ -187,7 +189,7 @@ def test_a_wrong_tensor_is_seen():
 @pytest.mark.parametrize("structure", ["eSE in all", "pooled stem", "depthwise", "bottleneck"])
 def test_dilated_stage5(structure, dcn):
     if dcn and structure in ("depthwise", "bottleneck"):
-        return  # an error: see test_wrong_arguments
+        return  # an error, which test_wrong_arguments tests
     net = thin(STRUCTURES[structure])
     state = random_state(net)
     model = build(net, stage5_dilation=2, stage_with_dcn=(0, 0, 0, dcn))
@@ -199,14 +201,14 @@ def test_dilated_stage5(structure, dcn):
     assert_same_maps(outputs, features(net, state, x, stage5_dilation=2))
 
 
-# timm's VoVNet, whose eSE stands in the last block of a stage and whose reductions have no residual
+# VoVNets of timm. They have eSE in the last block of a stage, and no residual with a reduction.
 
 TIMM_CONFIGS = {
     name: config for name, config in timm_configs.items() if config["attn"] in ("", "ese")
 }
 
 
-# The first of each kind, by what follows.
+# The first network of each kind.
 TIMM_KINDS = list(
     {
         (config["depthwise"], config["attn"], config["residual"], config["layer_per_block"]): name
@@ -230,7 +232,7 @@ def from_timm(config: dict, stem: str) -> VoVNetSpec:
 
 
 def timm_pair(config: dict, stem: str) -> tuple[TimmVoVNet, VoVNet]:
-    """timm's network, thin, at random weights and statistics; and ours, not loaded."""
+    """Return a thin network of timm with random weights, and our network without these weights."""
     widths = {key: [c // 8 for c in value] for key, value in config.items() if key.endswith("chs")}
     config = {**config, **widths}
     peer = TimmVoVNet(config, num_classes=7, stem_stride=4 if stem == "strided" else 2)
@@ -247,7 +249,7 @@ def timm_maps(peer: TimmVoVNet, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @each_stem
 @pytest.mark.parametrize("name", TIMM_KINDS)
-def test_maps_equal_timm(name, stem):
+def test_feature_maps_equal_those_of_timm(name, stem):
     peer, model = timm_pair(TIMM_CONFIGS[name], stem)
     model.load_state_dict(peer.state_dict())
     for size in SIZES:
@@ -256,7 +258,7 @@ def test_maps_equal_timm(name, stem):
 
 
 @each_stem
-def test_a_wrong_tensor_is_seen_against_timm(stem):
+def test_a_wrong_tensor_is_noticed_in_the_comparison_with_timm(stem):
     peer, model = timm_pair(TIMM_CONFIGS["ese_vovnet39b"], stem)
     state = peer.state_dict()
     pair = [f"stages.2.blocks.1.conv_mid.{i}.conv.weight" for i in (1, 2)]
@@ -286,7 +288,7 @@ def test_parameters_of_timm(name, millions):
 
 @pytest.mark.parametrize("name", TIMM_CONFIGS)
 def test_full_width_of_timm(name):
-    """timm's own widths: every tensor has its place and shape."""
+    """Compare names and shapes of all tensors at full width."""
     with shapes_alone():
         peer = TimmVoVNet(TIMM_CONFIGS[name])
     spec = from_timm(TIMM_CONFIGS[name], "strided")
@@ -299,19 +301,21 @@ def test_full_width_of_timm(name):
 
 
 def convolved(size: int) -> int:
-    """After a 3x3 convolution of stride 2, padding 1."""
+    """Return the size after a 3x3 convolution with stride 2 and padding 1."""
     return (size + 2 - 3) // 2 + 1
 
 
 def pooled(size: int) -> int:
-    """After a 3x3 pooling of stride 2 in ceil mode; no window begins outside the map."""
+    """Return the size after a 3x3 pooling with stride 2 in ceil mode.
+
+    No window begins outside the feature map."""
     windows = -(-(size - 3) // 2) + 1
     return windows - 1 if (windows - 1) * 2 >= size else windows
 
 
 @pytest.mark.parametrize("size", [32, 33, 47, 63, 64, 97, 255])
 @each_stem
-def test_sizes_of_maps(stem, size):
+def test_sizes_of_feature_maps(stem, size):
     expected = [convolved(convolved(size)) if stem == "strided" else convolved(size)]
     for stage in (2, 3, 4, 5):
         pools = stage > 2 or stem == "pooled"
@@ -401,7 +405,7 @@ def test_norms(structure, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("structure", ["eSE in all", "depthwise", "bottleneck"])
 def test_a_step_with_each_norm(structure, norm):
-    """Norms without a batch's statistics: a map depends on its own image alone, and only there."""
+    """Check that images influence each other if and only if norms use batch statistics."""
     model = build(thin(STRUCTURES[structure]), norm=norm).train()
     x = images(2, 3, 64, 64)
     together, alone = model(x)["stage5"], model(x[:1])["stage5"]
@@ -463,7 +467,7 @@ def test_freezing(structure, norm):
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 3, 5])
-def test_freezing_keeps_the_maps_and_stops_training_of_its_stages_alone(freeze_at):
+def test_freezing_changes_no_feature_map_and_stops_only_its_stages(freeze_at):
     model = build(V19, norm="BN")
     randomise(model)
     x = images(2, 3, 64, 64)
@@ -485,8 +489,8 @@ def test_freezing_keeps_the_maps_and_stops_training_of_its_stages_alone(freeze_a
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("freeze_at", [0, 2])
-def test_norm_eval_and_frozen_stages_are_a_loop_by_hand(freeze_at, checkpoint_blocks):
-    """Three steps of training, against a plain network whose norms and stages a loop sets."""
+def test_norm_eval_and_frozen_stages_equal_a_loop_by_hand(freeze_at, checkpoint_blocks):
+    """Compare three training steps with a network whose norms and stages a loop freezes."""
     arguments = {"norm": "BN", "out_features": ["stage3", "stage5"]}
     options = {"norm_eval": True, "freeze_at": freeze_at, "checkpoint_blocks": checkpoint_blocks}
     model, peer = build(V19, **arguments, **options), build(V19, **arguments)
@@ -518,7 +522,7 @@ def test_norm_eval_and_frozen_stages_are_a_loop_by_hand(freeze_at, checkpoint_bl
     assert {n.split(".")[0] for n in affine} == {*STAGES[freeze_at:]}
 
 
-def test_norm_eval_outlasts_a_change_of_mode():
+def test_norm_eval_survives_a_change_of_mode():
     model = VoVNet(V19, norm="BN", norm_eval=True)
     for _ in range(2):
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -573,7 +577,7 @@ def test_stages_with_deformable_convolutions(stages, modulated, groups):
 
 
 @pytest.mark.parametrize("structure", ["eSE in all", "pooled stem"])
-def test_deformable_network_begins_as_the_plain_one(structure):
+def test_a_new_deformable_network_equals_the_plain_one(structure):
     net = thin(STRUCTURES[structure])
     state = random_state(net)
     model = build(net, stage_with_dcn=(0, 1, 1, 1))
@@ -629,7 +633,7 @@ def test_wrong_input():
 
 
 @pytest.mark.parametrize("optimize", [None, torch.float32, torch.bfloat16], ids=str)
-def test_integers_are_no_input(optimize):
+def test_integers_are_refused(optimize):
     model = VoVNet(V19).eval()
     if optimize is not None:
         model = optimize_for_inference(model, dtype=optimize)
@@ -642,14 +646,14 @@ def test_integers_are_no_input(optimize):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_input_of_another_precision(training):
-    """torch refuses it, as with the plain network, and does not compute in that precision."""
+    """Check that torch raises an error, as with a plain network."""
     model = VoVNet(V19).train(training)
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(RuntimeError, match=r"(?i)(half|double).*float"):
             model(torch.randn(1, 3, 64, 64, dtype=dtype))
 
 
-def test_a_state_dict_onto_the_meta_device():
+def test_a_state_dict_loads_on_the_meta_device():
     state = {k: t for k, t in build(V19, norm="BN").state_dict().items() if "num_batches" not in k}
     model = build_on_meta(V19, norm="BN")
     model.load_state_dict(state, assign=True)
@@ -681,7 +685,7 @@ def test_copies(tmp_path):
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.stem.conv1.weight.zero_()
-    assert_same_maps(model(x), expected)  # nothing is shared with the copy
+    assert_same_maps(model(x), expected)  # the copy shares no tensor
 
     torch.save(model.state_dict(), tmp_path / "state.pth")
     loaded = build(V19, norm="BN", freeze_at=2)
@@ -725,7 +729,7 @@ def test_empty_batch_with_deformable_convolutions():
 
 
 def pooling_in(program: torch.export.ExportedProgram) -> list[bool]:
-    """Return, for each max-pooling of the graph, True if it is in ceil mode."""
+    """Return True or False for each max-pooling of the graph: True for ceil mode."""
     modes = []
     for node in program.graph.nodes:
         if node.op == "call_function" and "max_pool2d" in str(node.target):
@@ -740,7 +744,7 @@ class CeilModePooling(nn.Module):
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
 
 
-def test_ceil_mode_would_be_seen():
+def test_ceil_mode_is_noticed():
     assert pooling_in(torch.export.export(CeilModePooling(), (torch.zeros(1, 1, 9, 9),))) == [True]
 
 
@@ -776,7 +780,7 @@ def test_traced_graphs(structure):
     with torch.no_grad():
         expected = model(x)
         assert_same_maps(make_fx(model)(x)(x), expected, tolerance=0)
-        # Graphs multiply and add one after the other, in plain operators.
+        # Graphs multiply and add in two separate operators.
         assert_same_maps(torch.jit.trace(model, x, strict=False)(x), expected, tolerance=1e-14)
 
 
@@ -784,10 +788,12 @@ def test_traced_graphs(structure):
 
 
 @each_kind
-def test_initial_maps_neither_vanish_nor_explode(variant):
-    """A norm leaves values of mean 0 and variance 1, of which ReLU makes a standard deviation of
-    sqrt(1/2 - 1/(2 pi)) = 0.58; eSE halves it, as its sigmoid is near 1/2 at first; and the B
-    blocks of a stage add up along the residual, independently, to sqrt(B) times that."""
+def test_initial_feature_maps_do_not_vanish_or_explode(variant):
+    """Compare the standard deviation of feature maps with theory.
+
+    A norm gives mean 0 and variance 1, and ReLU a standard deviation of
+    sqrt(1/2 - 1/(2 pi)) = 0.58. eSE halves it, because its sigmoid is near 1/2 at first. The
+    residuals of the B blocks of a stage add independent values, which gives a factor of sqrt(B)."""
     spec = VOVNET_SPECS[variant]
     model = VoVNet(spec, norm="BN", out_features=STAGES).train()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Config keys, seeds, limits and selections that would be missed only by their effect."""
+"""Effects of config keys, seeds, limits and selections that no other test would notice."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ pytest_plugins = ["engine_fixtures"]
 
 
 def bare_trainer(**attributes: Any) -> Trainer:
-    """A trainer without model and data."""
+    """Return a trainer without model and data."""
     made = object.__new__(Trainer)
     made.__dict__.update(attributes)
     return made
@@ -67,7 +67,7 @@ def bare_trainer(**attributes: Any) -> Trainer:
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_test_amp(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key counts in evaluations and in the picture of predictions, whatever SOLVER.AMP says."""
+    """Check that only TEST.AMP, and not SOLVER.AMP, sets the precision outside of training."""
     seen: list[bool] = []
     monkeypatch.setattr(
         DefaultTrainer,
@@ -93,7 +93,7 @@ def test_test_amp(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("fixed", ["0", "64"])
 @pytest.mark.parametrize(("kind", "size"), [("relative", "(0.5, 0.25)"), ("absolute", "(32, 48)")])
 def test_input_crop(tmp_path: Path, kind: str, size: str, fixed: str) -> None:
-    """Training sees a part of an image, and evaluation all of it: pixels tell which."""
+    """Check by pixels that training sees a part of an image, and evaluation the whole image."""
     ramp = np.arange(64, dtype=np.uint8)[:, None, None] * np.ones((1, 192, 3), np.uint8) * 4
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     record = {"file_name": str(tmp_path / "ramp.png"), "height": 64, "width": 192}
@@ -131,13 +131,13 @@ def test_labels_of_mixed_images_are_smoothed_once(key: str, tmp_path: Path) -> N
 # Seeds
 
 
-def test_seeds_differ_in_all_that_they_are_made_from() -> None:
+def test_seeds_of_steps_and_samples_all_differ() -> None:
     steps = {step_seed(s, i, rank) for s in range(3) for i in range(3) for rank in range(3)}
     samples = {sample_seed(s, position) for s in range(3) for position in range(3)}
     assert (len(steps), len(samples), len(steps | samples)) == (27, 9, 36)
 
 
-def test_the_seed_of_a_step_is_that_of_seed_iteration_and_rank(
+def test_the_seed_of_a_step_depends_on_seed_iteration_and_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seeds = []
@@ -152,7 +152,7 @@ def test_the_seed_of_a_step_is_that_of_seed_iteration_and_rank(
     assert seeds == [step_seed(*case) for case in cases]
 
 
-def test_precise_bn_has_the_batches_of_the_training_s_seed(
+def test_precise_bn_has_batches_by_the_seed_of_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hooks.PreciseBN, "update_stats", lambda self: None)
@@ -169,14 +169,14 @@ def test_precise_bn_has_the_batches_of_the_training_s_seed(
 
 
 def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process has norms of its own, and all evaluate those of the first; averaged, too."""
+    """Check that processes evaluate the norms of the first one, also in averaged weights."""
     model, averaged = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     model.running_mean.fill_(5.0)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
 
     def broadcast(tensor: torch.Tensor, source: int) -> None:
         assert source == 0
-        tensor.fill_(1)  # what the first process has
+        tensor.fill_(1)  # the value of the first process
 
     monkeypatch.setattr(trainer.dist, "broadcast", broadcast)
     inner = SimpleNamespace(model=model)
@@ -193,10 +193,10 @@ def test_buffers_are_shared_before_an_evaluation(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("others", [1.0, float("nan")])
-def test_a_loss_of_another_process_that_is_not_finite_counts(
+def test_a_nonfinite_loss_of_another_process_counts(
     others: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flag of one process is enough."""
+    """Let another process report a loss, which is NaN in one case."""
 
     def all_gather(rows: list[torch.Tensor], own: torch.Tensor, group: Any) -> None:
         rows[0].copy_(own)
@@ -216,10 +216,10 @@ def test_a_loss_of_another_process_that_is_not_finite_counts(
         made._agree({"loss": 1.0}, 0.0, "")
 
 
-def test_each_process_goes_on_with_its_own_loss_normalizer(
+def test_each_process_resumes_with_its_own_loss_normalizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A process takes the mean if there were more or fewer processes."""
+    """Load normalizers of as many processes, and of more processes, which gives the mean."""
     detector = object.__new__(DenseDetector)
     nn.Module.__init__(detector)
     model = nn.ModuleDict({"a": detector})
@@ -231,8 +231,8 @@ def test_each_process_goes_on_with_its_own_loss_normalizer(
     assert detector.loss_normalizer == 4.0
 
 
-def test_accuracy_is_of_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = torch.tensor([30, 9, 24])  # images, right at first, right among five
+def test_accuracy_counts_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = torch.tensor([30, 9, 24])  # images, top-1 hits, top-5 hits
     monkeypatch.setattr(classifier.comm, "gather", lambda own: [own, others])
     evaluator = AccuracyEvaluator()
     evaluator.reset()
@@ -272,7 +272,7 @@ def test_processes_share_the_label_maps(
     assert sorted(seen) == [f"{i}.png" for i in range(7)]
 
 
-def test_a_resumed_training_knows_its_time_and_its_skipped_steps(
+def test_a_resumed_training_keeps_its_time_and_skipped_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(DefaultTrainer, "load_state_dict", lambda self, state: None)
@@ -289,14 +289,14 @@ def test_a_resumed_training_knows_its_time_and_its_skipped_steps(
     made.load_state_dict({"seconds": 5.5, "skipped_steps": 2, "stream": stream, "ranks": []})
     assert (made.earlier_seconds, made._skipped_steps) == (5.5, 2)
     assert made.seed == 9
-    made.cfg.SEED = 3  # a seed that the config has goes before the one that was drawn
+    made.cfg.SEED = 3  # a seed in the config replaces the drawn seed
     made._place = place
     made.load_state_dict({"seconds": 5.5, "skipped_steps": 2, "stream": stream, "ranks": []})
     assert made.seed == 3
 
 
 @pytest.mark.parametrize(("metric", "best"), [("bbox/AP", 40.0), ("segm/AP", None)])
-def test_the_best_of_another_metric_is_not_gone_on_from(
+def test_the_best_value_of_another_metric_is_ignored(
     metric: str, best: float | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "model_best.pth"
@@ -308,8 +308,8 @@ def test_the_best_of_another_metric_is_not_gone_on_from(
     assert hook.best_metric == best
 
 
-def test_an_evaluation_without_the_metric_is_no_best(tmp_path: Path) -> None:
-    """Nothing compares with NaN, so that a later evaluation would never be better."""
+def test_an_evaluation_to_nan_is_not_the_best(tmp_path: Path) -> None:
+    """Evaluate to NaN first. No number is greater than NaN, so it must not become the best."""
     hook = BestCheckpointer(1, nn.Linear(1, 1), str(tmp_path), "bbox/AP")
     for iteration, value in enumerate((math.nan, 20.0)):
         with EventStorage(iteration) as storage:
@@ -334,7 +334,7 @@ def test_a_score_at_the_threshold_is_shown() -> None:
     shown = Selection(metadata, min_score=0.5)({"instances": detections([0.49, 0.5, 0.51])})
     assert shown.instances.scores.tolist() == pytest.approx([0.5, 0.51])
     segments = [{"isthing": False, "category_id": 0, "score": s, "id": 1} for s in (0.49, 0.5)]
-    segments.append({"isthing": False, "category_id": 0, "id": 2})  # Detectron2's stuff has none
+    segments.append({"isthing": False, "category_id": 0, "id": 2})  # without a score
     shown = Selection(metadata, min_score=0.5)({"panoptic_seg": (torch.zeros(1), segments)})
     assert [segment.get("score") for segment in shown.panoptic[1]] == [0.5, None]
 
@@ -357,7 +357,7 @@ def test_an_evaluation_of_another_iteration_is_no_substitute(
 
 @pytest.fixture
 def twenty(catalogs: None, tmp_path: Path) -> Iterator[CfgNode]:
-    """A data set of twenty images, in the config's DATASETS.TEST."""
+    """Register a data set of twenty images, and return a config that evaluates on it."""
     for number in range(20):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number:02d}.png")
     annotation = {"bbox": [1, 1, 9, 9], "bbox_mode": 1, "category_id": 0}
@@ -370,7 +370,7 @@ def twenty(catalogs: None, tmp_path: Path) -> Iterator[CfgNode]:
     return tiny_config(FASTER_RCNN, tmp_path, "DATASETS.TEST", "('twenty',)")
 
 
-def test_pictures_are_of_images_from_all_over_a_set(
+def test_pictures_show_images_from_all_over_a_set(
     twenty: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     drawn = []
@@ -390,7 +390,7 @@ def test_pictures_are_of_images_from_all_over_a_set(
         assert max(numbers) >= 15
 
 
-def test_pictures_are_of_images_with_objects(
+def test_pictures_show_images_with_objects(
     twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
@@ -410,12 +410,12 @@ def test_pictures_are_of_images_with_objects(
 
 
 def are_spread(numbers: list[int], total: int) -> bool:
-    """Return True if all quarters of a set have the same number, or one more."""
+    """Return True if the numbers are different and evenly spread over the quarters of a set."""
     counts = np.histogram(numbers, bins=4, range=(0, total))[0]
     return len(set(numbers)) == len(numbers) >= 4 and np.ptp(counts) <= 1
 
 
-def test_the_rehearsal_is_on_images_from_all_over_a_set(
+def test_the_rehearsal_uses_images_from_all_over_a_set(
     twenty: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = [{"file_name": f"{number}.png", "annotations": []} for number in range(400)]
@@ -451,7 +451,7 @@ def test_headers_are_read_all_over_a_set(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(seen) == 60
 
 
-def test_readings_are_compared_with_pictures_from_all_over_a_set(
+def test_readings_are_compared_on_images_from_all_over_a_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -469,7 +469,7 @@ def test_readings_are_compared_with_pictures_from_all_over_a_set(
     assert are_spread(seen, 1000)
 
 
-def test_pictures_are_compared_with_others_of_their_set_from_all_over_it(
+def test_similar_images_are_searched_all_over_a_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -483,7 +483,7 @@ def test_pictures_are_compared_with_others_of_their_set_from_all_over_it(
 
 @pytest.mark.parametrize(("bits", "near"), [(0, True), (16, True), (17, False), (128, False)])
 def test_the_limit_of_near_duplicates(bits: int, near: bool) -> None:
-    """16 of the 256 bits of a look may differ."""
+    """Check that 16 of the 256 bits of a look may differ."""
     look = np.random.default_rng(0).integers(0, 2**64, 4, dtype=np.uint64)
     mask = np.packbits(np.random.default_rng(1).permutation(np.arange(256) < bits)).view(np.uint64)
     mine = {"a.png": SimpleNamespace(digest=b"1", look=look)}

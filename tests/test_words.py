@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The words of messages."""
+"""Tests of the functions that write words of messages."""
 
 from vovnet_d2.words import counted, listed, suggest
 

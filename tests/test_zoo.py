@@ -42,8 +42,8 @@ def test_every_trained_vovnet_of_timm_is_in_the_zoo():
 
 
 @each_of_timm
-def test_entries_agree_with_timms_record(name):
-    """timm says in its own table what a model expects, and under which licence it is."""
+def test_entries_agree_with_the_table_of_timm(name):
+    """Compare the input and the licence of each entry with the table in timm."""
     entry, record = ZOO[name], timm.get_pretrained_cfg(name.removeprefix("timm://"))
     assert entry.repo == record.hf_hub_id
     assert entry.license.lower() == record.license
@@ -55,7 +55,7 @@ def test_entries_agree_with_timms_record(name):
 
 
 @each_of_timm
-def test_specs_are_timms_networks(name):
+def test_specs_match_the_networks_of_timm(name):
     with shapes_alone():
         peer = timm.create_model(name.removeprefix("timm://"), pretrained=False)
         model = VoVNet(ZOO[name].spec, norm="BN", num_classes=1000)
@@ -76,8 +76,8 @@ def test_urls_of_the_hub(name):
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if n.startswith("osmr://")])
-def test_entries_agree_with_pytorchcvs_record(name):
-    """pytorchcv says in its own table what its files are called, and their SHA-1."""
+def test_entries_agree_with_the_table_of_pytorchcv(name):
+    """Compare the names and SHA-1 sums of files with the table in pytorchcv."""
     entry, short = ZOO[name], name.removeprefix("osmr://")
     error, sha1, release = get_model_name_suffix_data(short)
     url = f"{imgclsmob_repo_url}/releases/download/{release}/{short}-{error}-{sha1[:8]}.pth"
@@ -87,7 +87,7 @@ def test_entries_agree_with_pytorchcvs_record(name):
 
 
 @each_entry
-def test_what_an_entry_says(name):
+def test_fields_of_an_entry(name):
     entry = ZOO[name]
     assert entry.urls
     assert all(url.startswith("https://") for url in entry.urls)
@@ -97,10 +97,10 @@ def test_what_an_entry_says(name):
     assert re.fullmatch("[0-9a-f]*", digits)
     assert len(digits) == {"": 0, "md5": 32, "sha1": 40}[algorithm]
     same = [n for n, other in ZOO.items() if set(other.file_names) & set(entry.file_names)]
-    assert same == [name], "a folder of the user's may hold all of them"
+    assert same == [name], "file names must differ, because one folder may hold all files"
 
 
-def test_an_unknown_name_lists_those_there_are():
+def test_the_error_of_an_unknown_name_lists_all_names():
     with pytest.raises(ValueError, match=r"Did you mean timm://ese_vovnet39b\.ra_in1k\? There are"):
         get_entry("timm://ese_vovnet39b")
     with pytest.raises(ValueError, match="Other VoVNets of timm have no trained weights"):
@@ -110,8 +110,8 @@ def test_an_unknown_name_lists_those_there_are():
 # The page
 
 
-def test_the_page_is_the_zoos():
-    """Run ``python -m vovnet_d2.zoo_page > MODEL_ZOO.md`` if this fails."""
+def test_the_page_is_up_to_date():
+    """Compare the page. Run ``python -m vovnet_d2.zoo_page > MODEL_ZOO.md`` if this fails."""
     assert (ROOT / "MODEL_ZOO.md").read_text() == zoo_page.render() + "\n"
 
 
@@ -125,11 +125,11 @@ def test_the_page_names_everything(name):
     assert all(variant in page for variant in VOVNET_SPECS)
 
 
-# Getting files, from a cache laid out as the hub's
+# Files from a cache in the layout of the hub
 
 
 def fill_cache(root: Path, name: str, state, revision: str | None, content=None) -> Path:
-    """Put weights into a cache as huggingface_hub lays it out; returns the file of the content."""
+    """Put weights into a cache in the layout of huggingface_hub; return the file of the content."""
     entry = ZOO[name]
     repo = root / f"models--{entry.repo.replace('/', '--')}"
     commit = revision or 40 * "1"
@@ -148,7 +148,7 @@ def fill_cache(root: Path, name: str, state, revision: str | None, content=None)
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and a network that is not there."""
+    """Use an empty cache, and let all connections fail."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv(MIRROR, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -180,7 +180,7 @@ def test_cached_weights_load_offline(cache, state, model, revision, caplog):
     checkpointer.load(SMALLEST)
     assert torch.equal(model.stem.conv1.weight, state["stem.0.conv.weight"])
     assert checkpointer.input_convention == ZOO[SMALLEST].input
-    # Another revision than the pinned one is not taken without a word.
+    # A warning names a revision other than the pinned one.
     warnings = [r.getMessage() for r in caplog.records if "Revision" in r.getMessage()]
     assert len(warnings) == (revision is None)
     for warning in warnings:
@@ -188,15 +188,15 @@ def test_cached_weights_load_offline(cache, state, model, revision, caplog):
         assert f"revision {40 * '1'} in the cache is used" in warning
 
 
-def test_the_pinned_revision_goes_before_the_newest(cache, state, model):
+def test_the_pinned_revision_is_preferred_to_the_newest(cache, state, model):
     fill_cache(cache, SMALLEST, state, ZOO[SMALLEST].revision)
     (main,) = cache.glob("*/refs/main")
     main.write_text(40 * "2")
     VoVNetCheckpointer(model).load(SMALLEST)
 
 
-def test_a_full_disk_is_said(cache, state, model, monkeypatch):
-    """Though another revision is in the cache."""
+def test_a_full_disk_is_an_error(cache, state, model, monkeypatch):
+    """Fill the disk, while another revision is in the cache."""
     fill_cache(cache, SMALLEST, state, None)
     download = huggingface_hub.hf_hub_download
 
@@ -210,12 +210,12 @@ def test_a_full_disk_is_said(cache, state, model, monkeypatch):
         VoVNetCheckpointer(model).load(SMALLEST)
 
 
-def test_nothing_in_the_cache(cache, model):
+def test_an_empty_cache(cache, model):
     with pytest.raises(FileNotFoundError, match="not in the cache") as caught:
         VoVNetCheckpointer(model).load(SMALLEST)
     assert ZOO[SMALLEST].urls[0] in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
-    assert "offline mode is enabled" in str(caught.value)  # the hub's reason
+    assert "offline mode is enabled" in str(caught.value)  # the reason of the hub
 
 
 def test_a_damaged_file_in_the_cache(cache, state, model):
@@ -242,7 +242,7 @@ def test_weights_of_another_variant_are_refused(cache, state):
         VoVNetCheckpointer(VoVNet("V-19-slim-eSE")).load(SMALLEST)
 
 
-def test_the_zoo_tells_the_residual(cache, monkeypatch):
+def test_the_zoo_gives_the_residual(cache, monkeypatch):
     name = "timm://ese_vovnet39b.ra_in1k"
     monkeypatch.setitem(zoo.ZOO, name, replace(ZOO[name], spec=thin(ZOO[name].spec)))
     state = convert_state_dict(VoVNet(ZOO[name].spec).state_dict(), "timm")
@@ -262,7 +262,7 @@ def test_without_huggingface_hub(monkeypatch, model):
 
 @pytest.mark.slow
 def test_offline_mode_by_the_environment(tmp_path, state):
-    """This is how a user does it, in another process."""
+    """Set the variable in another process, as a user does."""
     fill_cache(tmp_path, SMALLEST, state, ZOO[SMALLEST].revision)
     program = (
         "from vovnet_d2.checkpoint.sources import read_weights;"

@@ -17,8 +17,9 @@ OBJECTS: dict[str, list[Object]] = {
 
 
 def write_tree(root: Path, objects: dict[str, list[Object]], split: str) -> Path:
-    """The layout of VOC2007, with grey images of 80x60. The annotations lack what detection does
-    not need."""
+    """Write the layout of VOC2007 with grey images of 80x60.
+
+    The annotations only have the elements that detection needs."""
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name, found in objects.items():
