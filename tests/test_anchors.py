@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
-from engine_runs import FASTER_RCNN, RETINANET, TINY, read_log
+from engine_runs import FASTER_RCNN, RETINANET, TINY, quick, read_log
 from test_own_data import BOTH, flags
 
 from vovnet_d2.engine import argument_parser, load_config, run
@@ -265,7 +265,8 @@ def launch_own(root: Path, out: Path, *words: str, config: str = FASTER_RCNN) ->
     more = [word for word in words if not word.startswith("--")]
     given = [word for word in words if word.startswith("--")]
     args = ["--config-file", config, *flags(root, *BOTH), *given, *options, "OUTPUT_DIR", str(out)]
-    return run(argument_parser().parse_args([*args, *more]))
+    with quick():
+        return run(argument_parser().parse_args([*args, *more]))
 
 
 @pytest.mark.parametrize("config", [FASTER_RCNN, RETINANET], ids=["faster", "retinanet"])

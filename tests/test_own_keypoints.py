@@ -16,7 +16,7 @@ from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
     COCO_PERSON_KEYPOINT_NAMES,
 )
-from engine_runs import TINY, data_flags, read_log
+from engine_runs import TINY, data_flags, quick, read_log
 from PIL import Image
 
 from vovnet_d2.data.keypoints import derive_flips, parse_flips
@@ -157,13 +157,11 @@ def test_a_run_with_custom_keypoints(dogs: Path, fresh_logging: None, tmp_path: 
         metadata = MetadataCatalog.get(name)
         assert metadata.keypoint_names == NAMES
         assert metadata.keypoint_flip_map == [("left_ear", "right_ear")]
-    page = run(
-        argument_parser().parse_args(
-            ["--config-file", str(out / "config.yaml"), "--eval-only", "MODEL.WEIGHTS",
-             str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "again")]
-        )
-    )  # fmt: skip
-    assert str(page) == str(results)
+    words = ["--config-file", str(out / "config.yaml"), "--eval-only"]
+    words += ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    with quick():
+        again = run(argument_parser().parse_args([*words, "OUTPUT_DIR", str(tmp_path / "again")]))
+    assert str(again) == str(results)
 
 
 @pytest.mark.parametrize(
