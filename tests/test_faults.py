@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Signals, damaged checkpoints, a full disk, losses that are not finite: within one process."""
+"""Faults within one process: signals, damaged checkpoints, a full disk, non-finite losses."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ FINAL = "model_final.pth"
 
 
 class At(HookBase):
-    """Does something after an iteration."""
+    """Hook that calls a function after an iteration."""
 
     def __init__(self, iteration: int, action: Callable[[Trainer], Any]):
         self.iteration, self.action = iteration, action
@@ -55,7 +55,7 @@ class At(HookBase):
 
 @pytest.fixture
 def after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """A context in which trainings do something after an iteration."""
+    """Return a context in which trainings call a function after an iteration."""
 
     @contextmanager
     def context(iteration: int, action: Callable[[Trainer], Any]) -> Iterator[None]:
@@ -104,10 +104,10 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_file_is_written_where_folders_cannot_be_flushed(
+def test_a_file_is_written_if_folders_cannot_be_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some network file systems cannot flush folders."""
+    """Simulate a network file system that cannot flush folders."""
     flush = os.fsync
 
     def refuse_folders(descriptor: int) -> None:
@@ -124,7 +124,7 @@ def test_a_file_is_written_where_folders_cannot_be_flushed(
 def test_files_are_flushed_as_windows_allows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There a descriptor that is for reading alone cannot be flushed, and no folder opened."""
+    """Simulate Windows, where folders and read-only descriptors cannot be flushed."""
     flushed = []
     system_open = os.open
 
@@ -141,7 +141,7 @@ def test_files_are_flushed_as_windows_allows_it(
     assert flushed == [os.O_RDWR]
 
 
-def test_a_training_that_starts_anew_forgets_the_checkpoints_before_it(tmp_path: Path) -> None:
+def test_a_new_training_forgets_earlier_checkpoints(tmp_path: Path) -> None:
     def checkpointer() -> VoVNetCheckpointer:
         model = nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -168,7 +168,7 @@ def test_no_file_outside_the_folder_is_removed(tmp_path: Path, history: str) -> 
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """No file can be larger than this, in bytes."""
+    """Limit the size of files to this number of bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -225,17 +225,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     ],
     ids=["retinanet", "mask"],
 )
-def test_a_signal_makes_a_checkpoint_that_goes_on_to_the_bit(
+def test_a_training_resumes_exactly_after_a_signal(
     coco: Path, tmp_path: Path, after: Any, config: str, options: list[str]
 ) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     options = [*EIGHT, *options]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     for iteration, number in ((1, signal.SIGTERM), (3, signal.SIGHUP), (5, signal.SIGUSR1)):
         with after(iteration, send(number)), pytest.raises(Interrupted) as caught:
             launch(config, interrupted, "--resume", *options)
         assert caught.value.code == INTERRUPTED == 75
-        # The signal comes after the processes have agreed on this step.
+        # The signal arrives after the processes have agreed on this step.
         name = f"model_{iteration + 1:07d}.pth"
         assert f"after {iteration + 2} of 8 iterations" in caught.value.message
         assert (interrupted / "last_checkpoint").read_text() == name
@@ -268,7 +268,7 @@ def compare_runs(found: Path, expected: Path) -> None:
 def test_ctrl_c_in_an_evaluation(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends at once, is made up for, and decides on the best weights."""
+    """Interrupt an evaluation. The resumed training evaluates again, and keeps the best weights."""
     options = ["SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "test", send(signal.SIGINT))
@@ -289,14 +289,14 @@ def test_the_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with request.listen():
         send(signal.SIGINT)()
-        send(signal.SIGINT)()  # of the launcher
+        send(signal.SIGINT)()  # the launcher repeats the signal
         assert request.signal == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)()
 
 
 def test_classifiers_and_precise_norms(tmp_path: Path, after: Any) -> None:
-    """Images are augmented, in workers or not, and batches too."""
+    """Compare an interrupted training with a whole one, with augmented images and batches."""
     data = write_images(tmp_path / "images")
     options = ["SOLVER.MAX_ITER", "8", "TEST.EVAL_PERIOD", "4", "PRETRAIN.RE_PROB", "0.5"]
     options += ["PRETRAIN.MIXUP", "0.4", "PRETRAIN.AUTO_AUGMENT", "rand-m5", "MODEL.VOVNET.NORM"]
@@ -308,8 +308,8 @@ def test_classifiers_and_precise_norms(tmp_path: Path, after: Any) -> None:
     compare_runs(tmp_path / "a", tmp_path / "b")
 
 
-def test_the_evaluation_at_the_end_is_not_made_up_for(tmp_path: Path) -> None:
-    """A finished training that is resumed evaluates at its end, as every training does."""
+def test_the_evaluation_at_the_end_is_not_run_twice(tmp_path: Path) -> None:
+    """Resume a finished training, which evaluates at its end like every training."""
     calls: list[int] = []
     hook = EvalHook(2, lambda: calls.append(hook.trainer.start_iter), "bbox/AP", str(tmp_path))
     for done in (2, 4):
@@ -319,7 +319,7 @@ def test_the_evaluation_at_the_end_is_not_made_up_for(tmp_path: Path) -> None:
     assert calls == [2]
 
 
-def test_an_interrupted_last_evaluation_leaves_the_final_checkpoint_alone() -> None:
+def test_an_interrupted_last_evaluation_does_not_change_the_final_checkpoint() -> None:
     saved = []
     keep = SimpleNamespace(save=lambda name, **_: saved.append(name), get_checkpoint_file=str)
     hook = Checkpointing(keep, period=0)
@@ -331,7 +331,7 @@ def test_an_interrupted_last_evaluation_leaves_the_final_checkpoint_alone() -> N
     assert saved == ["model_final"]
 
 
-def test_an_evaluation_is_made_up_for_once(tmp_path: Path, after: Any) -> None:
+def test_a_missing_evaluation_is_run_once(tmp_path: Path, after: Any) -> None:
     data = write_images(tmp_path / "images")
     options = ["SOLVER.MAX_ITER", "6", "TEST.EVAL_PERIOD", "4", "SOLVER.CHECKPOINT_PERIOD", "4"]
     out = tmp_path / "out"
@@ -351,7 +351,7 @@ def test_an_evaluation_is_made_up_for_once(tmp_path: Path, after: Any) -> None:
 
 @pytest.fixture
 def run_with_checkpoints(coco: Path, tmp_path: Path) -> Path:
-    """Checkpoints of iterations 1, 3, 5 and the last, 5."""
+    """Train with checkpoints after iterations 1, 3 and 5, and a final one after iteration 5."""
     options = ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2", *NO_TEST]
     launch(FASTER_RCNN, tmp_path, *options)
     return tmp_path
@@ -363,7 +363,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run_with_checkpoints: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used(run_with_checkpoints: Path) -> None:
     out = run_with_checkpoints
     expected = load(out / FINAL)
     damage(out / FINAL)
@@ -398,7 +398,7 @@ def test_old_checkpoints_are_removed(coco: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("model_*.pth")) == names
 
 
-def test_another_batch_goes_on_after_the_images_seen(coco: Path, tmp_path: Path) -> None:
+def test_another_batch_continues_after_the_seen_images(coco: Path, tmp_path: Path) -> None:
     options = ["SOLVER.WARMUP_ITERS", "0", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", *NO_TEST]
     launch(FASTER_RCNN, tmp_path, *options, "SOLVER.MAX_ITER", "6")
     options += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.004", "SOLVER.MAX_ITER", "5"]
@@ -432,7 +432,7 @@ def broken_loss(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             images.append([record["file_name"] for record in batch])
             if len(images) in (3, 4):
                 losses["loss_cls"] = losses["loss_cls"] * math.nan
-                norm.running_mean.data.fill_(math.nan)  # unseen by the backward pass
+                norm.running_mean.data.fill_(math.nan)  # the backward pass does not notice it
             if len(images) == 5:
                 raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
         return losses
@@ -461,11 +461,11 @@ def test_a_loss_that_is_not_finite_ends_the_training(
         *broken_loss[-1],
     ):
         assert part in str(caught.value)
-    # The state is that of the checkpoint before: no step was made since.
+    # The state equals that of the last checkpoint, because no step was made since.
     state, last = (load(tmp_path / n) for n in ("nonfinite_0000002.pth", "model_0000001.pth"))
     assert_equal(state, last)
 
-    # With it in the place of the last checkpoint, the step is made again.
+    # A resume from this state makes the same step again.
     (tmp_path / "last_checkpoint").write_text("nonfinite_0000002.pth")
     with pytest.raises(FloatingPointError, match="iteration 2"):
         launch(FASTER_RCNN, tmp_path, "--resume", *EIGHT)
@@ -475,7 +475,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
 def test_norms_are_as_before_a_skipped_step(
     coco: Path, tmp_path: Path, broken_loss: list[list[str]], after: Any
 ) -> None:
-    """This holds also for norms whose buffers were replaced, as by PreciseBN."""
+    """Skip a step after the buffers of norms were replaced, as PreciseBN does."""
 
     def exchange(trainer: Trainer) -> None:
         for norm in get_bn_modules(trainer.model):

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings that are killed at any moment, and end as those that were not."""
+"""Trainings that are killed at any moment end with the same result as others."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from fault_runs import assert_equal, free_port, load, read_progress, start, wait
 
 pytest_plugins = ["engine_fixtures"]
 
-KILLS = {1: 12, 2: 6}  # of trainings with one process and with two, which wait for each other
+KILLS = {1: 12, 2: 6}  # numbers of kills by the number of processes
 OPTIONS = [
     *["SOLVER.MAX_ITER", "150", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "3"],
     *["TEST.EVAL_PERIOD", "50", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SEED", "5"],
@@ -38,7 +38,7 @@ def read_output(out: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_anywhere_it_ends_with_the_same_parameters(
+def test_a_killed_training_ends_with_the_same_parameters(
     coco_root: Path, tmp_path: Path, world: int
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -51,26 +51,26 @@ def test_killed_anywhere_it_ends_with_the_same_parameters(
     for kill in range(KILLS[world]):
         processes = start_all(coco_root, killed, OPTIONS, world)
         victim = rng.choice(processes)
-        if kill % 6 == 0:  # on the way to the training
+        if kill % 6 == 0:  # while the training starts
             time.sleep(rng.uniform(0, 1.2))
-        elif kill % 3 == 1:  # while a checkpoint is written, by the first process
+        elif kill % 3 == 1:  # while the first process writes a checkpoint
             victim = processes[0]
             wait_until_it_saves(killed, processes)
-        else:  # somewhere in training, saving and evaluation
-            # Told by steps, so that a fast machine is not done before the last of the kills.
+        else:  # at any moment of training, saving and evaluation
+            # Steps decide the moment, so that a fast machine is not finished before the last kill.
             wait_until_it_trains(killed, processes, steps=rng.randint(1, 6))
             time.sleep(rng.uniform(0, 0.15))
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         saving += any(killed.glob("*.partial"))
-        statuses = end_all(processes)  # the others notice by themselves
+        statuses = end_all(processes)  # other processes notice the lost one
         assert victim.exitcode == -signal.SIGKILL, read_output(killed)[-3000:]
         assert all(statuses), read_output(killed)[-3000:]
     assert saving > 0
     assert end_all(start_all(coco_root, killed, OPTIONS, world)) == [0] * world
     assert end_all(reference) == [0] * world
 
-    assert len(read_progress(killed)) > 150  # some steps were made more than once
+    assert len(read_progress(killed)) > 150  # some steps were repeated
     output = read_output(killed)
     assert "Removed what a killed run left half-written" in output
     for name in ("model_final.pth", "model_best.pth"):

@@ -30,8 +30,8 @@ from vovnet_d2.engine.interruption import INTERRUPTED
 pytest_plugins = ["engine_fixtures"]
 
 TOOL = Path(__file__).parents[1] / "tools" / "pretrain_net.py"
-# Seconds that processes wait for one that does not answer. A loaded machine may start two processes
-# far apart. Processes that are forked start together.
+# Seconds that processes wait for one that does not answer. A loaded machine may start one process
+# long before another. Forked processes start together.
 TIMEOUT, TIMEOUT_OF_FORKS = 120, 15
 THIN = [
     *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(8,8,8,8)", "MODEL.VOVNET.STAGE_OUT_CHANNELS"],
@@ -51,7 +51,7 @@ def arguments(out: Path, iterations: int, *flags: str) -> list[str]:
 def running(
     out: Path, iterations: int, *flags: str, launcher: tuple[str, ...] = (), log: str = "output"
 ) -> Iterator[subprocess.Popen]:
-    """A training of the digits' classifier; what is left of it at the end is killed."""
+    """Run a training of the digits classifier, and kill its remaining processes at the end."""
     command = [sys.executable, *launcher, str(TOOL), *arguments(out, iterations, *flags)]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     environment["VOVNET_D2_TIMEOUT"] = str(TIMEOUT)
@@ -79,12 +79,12 @@ def send(number: int, pids: Iterable[int]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and all that it and they started."""
+    """Return the process and all its descendants."""
     found = [pid] if Path(f"/proc/{pid}").exists() else []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = stat.read_text().rpartition(")")[2].split()[1]
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
             continue
         if int(parent) == pid:
             found += descendants(int(stat.parent.name))
@@ -121,7 +121,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 def test_a_signal_ends_with_a_checkpoint_and_a_status(
     tmp_path: Path, launcher: str, to_all: bool
 ) -> None:
-    """Data loaders' workers are among all processes, as where Slurm sends a signal to a job."""
+    """Send a signal to one process, or to all processes of a job like Slurm, including workers."""
     flags = ("--num-gpus", "2") if launcher == "detectron2" else ()
     words = (*TORCHRUN, "--standalone") if launcher == "torchrun" else ()
     number = signal.SIGTERM if launcher == "torchrun" else signal.SIGUSR1
@@ -141,7 +141,7 @@ def test_a_signal_ends_with_a_checkpoint_and_a_status(
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_what_was_killed(tmp_path: Path) -> None:
+def test_torchrun_restarts_killed_processes(tmp_path: Path) -> None:
     launcher = (*TORCHRUN, "--standalone", "--max-restarts", "1")
     with running(tmp_path, 150, launcher=launcher) as agent:
         wait_for_checkpoint(tmp_path, agent.poll)
@@ -158,7 +158,7 @@ def is_child(pid: int, parent: int) -> bool:
 
 @pytest.mark.slow
 def test_processes_agree_on_each_step() -> None:
-    """A fault in one process keeps all processes from changing the parameters."""
+    """Check that no process changes its parameters after a fault in one process."""
     results, port = multiprocessing.get_context("forkserver").Queue(), free_port()
     processes = [fork(make_steps, rank, 2, port, results) for rank in range(2)]
     found = dict(results.get(timeout=90) for _ in processes)
@@ -175,7 +175,7 @@ def test_processes_agree_on_each_step() -> None:
 
 
 @pytest.mark.slow
-def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
+def test_one_of_two_machines_is_lost(tmp_path: Path) -> None:
     """Kill one of two agents of torchrun with its process, and after a resume stop one process.
 
     The stopped process looks to the other one like a cut cable. Each time the other process ends in
@@ -191,7 +191,7 @@ def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
     with two_machines(cut, iterations) as (first, second):
         wait_for_checkpoint(cut, first.poll)
         send(signal.SIGKILL, descendants(second.pid))
-        assert first.wait(60) != 0  # sooner than the processes' timeout
+        assert first.wait(60) != 0  # sooner than the timeout of the processes
     require_lost_connection(cut / "output")
 
     last = (cut / "last_checkpoint").read_text()
@@ -229,8 +229,8 @@ def two_machines(out: Path, iterations: int) -> Iterator[tuple[subprocess.Popen,
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_stay(coco_root: Path, tmp_path: Path) -> None:
-    """2,000 steps with evaluation and checkpoints in between, and workers that load the data."""
+def test_memory_and_open_files_do_not_grow(coco_root: Path, tmp_path: Path) -> None:
+    """Train for 2,000 steps with evaluations, checkpoints and workers."""
     options = ["SOLVER.MAX_ITER", "2000", "TEST.EVAL_PERIOD", "200", "SOLVER.CHECKPOINTS_KEPT", "2"]
     options += ["SOLVER.CHECKPOINT_PERIOD", "100", "DATALOADER.NUM_WORKERS", "1"]
     process = start(coco_root, tmp_path, [*options, "SOLVER.BASE_LR", "0.0001"])
@@ -238,11 +238,11 @@ def test_memory_and_open_files_stay(coco_root: Path, tmp_path: Path) -> None:
     assert process.exitcode == 0, (tmp_path / "output.rank0").read_text()[-3000:]
     steps, memory, files = np.array(read_progress(tmp_path)).T
     assert steps.tolist() == list(range(2000))
-    # Of hundreds of steps, as a single one's garbage is not collected at once.
+    # Means of hundreds of steps, because garbage is not collected after each step.
     means = memory[200:].reshape(9, 200).mean(axis=1)
     print("resident MB by 200 steps:", (means / 1e6).round(1), "open files:", set(files[200:]))
     assert means.max() / means.min() < 1.02
-    # A log or a checkpoint may be open at the moment of counting, and is not after the next steps.
+    # A log or a checkpoint may be open when files are counted, but not after the next steps.
     medians = np.median(files[200:].reshape(9, 200), axis=1)
     assert set(medians.tolist()) == {files.min()}
     assert files.max() - files.min() < 5

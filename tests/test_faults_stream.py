@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The stream of training samples: Detectron2's, entered at any place."""
+"""The stream of training samples equals that of Detectron2, and can begin at any sample."""
 
 import itertools
 import logging
@@ -65,7 +65,7 @@ class Records(torch.utils.data.Dataset):
 
 
 def augment(record: dict[str, Any]) -> dict[str, Any]:
-    """Draws from every global generator."""
+    """Draw from every global random generator."""
     drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
     return record | {"drawn": drawn}
 
@@ -92,7 +92,7 @@ def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_batches_are_detectron2s(
+def test_batches_equal_those_of_detectron2(
     rank_of: Callable[[int, int], None], sampler: str, grouped: bool, world: int
 ) -> None:
     positions = []
@@ -117,14 +117,14 @@ def test_batches_are_detectron2s(
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_any_place_can_be_entered(grouped: bool) -> None:
+def test_a_stream_can_begin_at_any_place(grouped: bool) -> None:
     whole = take(build(group_by_shape=grouped), 20)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     for batches in (0, 1, 7, 19):
         stream = build(group_by_shape=grouped, num_workers=2 if batches == 7 else 0)
         stream.place = Place(7, 0, batches, 4, 1)
         assert take(stream, 20 - batches) == whole[batches:]
-    # What else draws from the generators is not disturbed.
+    # The global generators have not changed.
     now = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     assert now == states
     drawn = [record["drawn"] for batch in whole for record in batch]
@@ -152,7 +152,7 @@ def test_another_division_uses_no_sample_twice(rank_of: Callable[[int, int], Non
 def test_batches_are_pinned_if_the_network_is_on_a_gpu(
     trainer: str, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine with a GPU may train on its CPU."""
+    """Check both devices, because a machine with a GPU may train on its CPU."""
     made: list[dict[str, Any]] = []
     kind: type[Trainer] = Trainer
     cfg = tiny_config(FASTER_RCNN, tmp_path)
@@ -172,7 +172,7 @@ def test_batches_are_pinned_if_the_network_is_on_a_gpu(
     assert [options["pin_memory"] for options in made] == [True, False, True]
 
 
-def test_items_that_cannot_be_used_are_replaced() -> None:
+def test_unusable_items_are_replaced() -> None:
     def mapper(record: dict[str, Any]) -> dict[str, Any] | None:
         return None if int(record["file_name"][:-4]) % 2 else augment(record)
 
@@ -186,7 +186,7 @@ def test_items_that_cannot_be_used_are_replaced() -> None:
         take(build(mapper=lambda record: None), 1)
 
 
-def test_shapes_that_records_do_not_tell_are_those_of_the_files(tmp_path: Path) -> None:
+def test_missing_shapes_are_read_from_the_files(tmp_path: Path) -> None:
     records = []
     for turned in (False, True):
         exif = Image.Exif()
@@ -202,7 +202,7 @@ def test_shapes_that_records_do_not_tell_are_those_of_the_files(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_batches_are_of_one_shape_where_the_config_says_so(tmp_path: Path, grouped: bool) -> None:
+def test_batches_have_one_shape_if_the_config_says_so(tmp_path: Path, grouped: bool) -> None:
     options = ["SEED", "3", "DATALOADER.ASPECT_RATIO_GROUPING", str(grouped)]
     cfg = tiny_config(MASK_RCNN, tmp_path, *options)
     wide, high = {"height": 4, "width": 8}, {"height": 8, "width": 4}
@@ -212,10 +212,10 @@ def test_batches_are_of_one_shape_where_the_config_says_so(tmp_path: Path, group
     assert all(len({index % 2 for _, index in batch}) == 1 for batch in batches) == grouped
 
 
-def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) -> None:
+def test_the_loader_of_detectron2_reads_the_same_images(coco: Path, tmp_path: Path) -> None:
     cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "3")
     np.random.seed(3)  # noqa: NPY002
-    # Whatever seeds the sampler that this version of Detectron2 would make.
+    # A given sampler has the same seed in all versions of Detectron2.
     number = len(get_detection_dataset_dicts(cfg.DATASETS.TRAIN))
     sampler = TrainingSampler(number, seed=comm.shared_random_seed())
     theirs = itertools.islice(iter(build_detection_train_loader(cfg, sampler=sampler)), 6)
@@ -231,7 +231,7 @@ def test_detectron2s_loader_reads_the_same_images(coco: Path, tmp_path: Path) ->
 def test_yaml_and_lazy_trainings_of_one_seed_have_one_order(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded_by_config: bool
 ) -> None:
-    """Newer versions of Detectron2 give the sampler ``SEED`` itself, -1 included."""
+    """Check older and newer versions of Detectron2. Newer ones pass ``SEED`` on, even -1."""
     cfg = tiny_config(MASK_RCNN, tmp_path, "SEED", "-1")
     records = [{"file_name": f"{i}.jpg", "height": 4, "width": 4} for i in range(50)]
     from_config = build_detection_train_loader.from_config
@@ -257,7 +257,7 @@ def test_yaml_and_lazy_trainings_of_one_seed_have_one_order(
 def test_a_worker_that_does_not_answer_ends_the_run(
     loader: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """The processes of a job wait for each other, so one that waits for ever holds up all."""
+    """Let a worker sleep longer than the timeout. The run must end, and not wait for it."""
     monkeypatch.setenv("VOVNET_D2_TIMEOUT", "1")
     images = DatasetFromList([0])
     batches: Any = TrainingStream(
@@ -268,12 +268,12 @@ def test_a_worker_that_does_not_answer_ends_the_run(
     iterator = iter(batches)
     with pytest.raises(SystemExit) as ended:
         run_or_exit(lambda _: next(iterator), None)
-    # The worker ends by itself. Torch would raise an error in a later test if it was killed.
+    # Wait until the worker ends. If it was killed, torch would raise an error in a later test.
     iterator._shutdown_workers()
     assert ended.value.code == 1
     error = ended.value.__context__
     facts = {"exc_info": (type(error), error, None)}
-    assert not _is_surprise(logging.makeLogRecord(facts))  # and so has no traceback in the log
+    assert not _is_surprise(logging.makeLogRecord(facts))  # so there is no traceback in the log
     told = capfd.readouterr().err
     assert told.startswith("error: DataLoader timed out after 1.0 seconds: a process that loads")
 
@@ -287,7 +287,7 @@ def _stay(ready: Any) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     stay_until_dismissed(0)
     ready.set()
-    for _ in range(100):  # sleeping ends at a signal's handler, in some systems
+    for _ in range(100):  # on some systems a signal ends a sleep
         time.sleep(0.1)
 
 
@@ -308,8 +308,8 @@ def test_a_worker_outlives_the_signals_of_a_job(name: str) -> None:
         worker.join()
 
 
-def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
-    """Python would wait for them, as they do not heed the signal that it sends."""
+def test_remaining_workers_are_ended() -> None:
+    """End workers that ignore the signal from Python, which would wait for them."""
     context = multiprocessing.get_context("fork")
     before = signal.getsignal(signal.SIGCHLD)
     processes = []
@@ -324,7 +324,7 @@ def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
         worker.join(5)
         assert worker.exitcode == -signal.SIGKILL
         other.join(0.2)
-        assert other.exitcode is None  # a process of somebody else, for which Python waits
+        assert other.exitcode is None  # another process is not ended, and Python waits for it
     finally:
         signal.signal(signal.SIGCHLD, before)
         for process in processes:
@@ -334,7 +334,7 @@ def test_workers_that_are_left_at_the_end_are_dismissed() -> None:
 
 @contextmanager
 def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The signals of Windows. Names and handlers are as before when a test fails or ends."""
+    """Simulate the signals of Windows, and restore names and handlers after the test."""
     handlers = {number: signal.getsignal(number) for number in ending_signals()}
     try:
         with monkeypatch.context() as patch:
@@ -356,7 +356,7 @@ def test_signals_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_ignored_hang_up_ends_nothing() -> None:
-    """The process ignores SIGHUP, as it does under nohup."""
+    """Ignore SIGHUP, as nohup does."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         assert signal.SIGHUP in ending_signals()
@@ -366,15 +366,15 @@ def test_an_ignored_hang_up_ends_nothing() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_square_images_go_with_the_high_ones() -> None:
-    """Detectron2's loader has these groups: wider than high, and the others."""
+def test_square_images_are_grouped_with_high_ones() -> None:
+    """Compare with Detectron2's loader, whose groups are images wider than high, and all others."""
     sizes = [(64, 64), (64, 65), (65, 64)]  # width, height
     records = DatasetFromList([{"width": w, "height": h} for w, h in sizes])
     stream = TrainingStream(records, lambda: iter(range(3)), 1, group_by_shape=True)
     assert [stream._is_wide[i] for i in range(3)] == [False, False, True]  # type: ignore[index]
 
 
-def test_square_images_are_told_by_their_files(tmp_path: Path) -> None:
+def test_square_images_are_recognised_by_their_files(tmp_path: Path) -> None:
     names = [str(tmp_path / f"{w}x{h}.png") for w, h in ((9, 9), (9, 10), (10, 9))]
     for name in names:
         width, height = map(int, Path(name).stem.split("x"))

@@ -18,11 +18,11 @@ from vovnet_d2.data import build_digits
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 SMALL = {"first_training": {"EPOCHS": "0.4"}, "own_data": {"EPOCHS": "1", "IMAGES": "16"}}
-"""The settings in the first cell of each notebook that make it short."""
+"""Settings in the first cell of each notebook that make the run short."""
 
 
 def write_few_digits(root: Path) -> None:
-    """Write a small digits data set that passes for the whole one, which takes long to build."""
+    """Write a small digits data set in place of the whole one, which takes long to build."""
     folder = build_digits(root, num_train=120, num_val=20)
     made = json.loads((folder / "recipe.json").read_text())
     parameters = inspect.signature(build_digits).parameters

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher from its command line to its report, on a miniature COCO."""
+"""The launcher from its command line to its report, on the miniature COCO."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def read_predictions(out: Path) -> list[dict]:
 
 
 def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
-    """Two iterations, one more after a resume, then the evaluation alone: the same results."""
+    """Train for two iterations, resume for one more, and evaluate again with the same results."""
     first = ["SOLVER.MAX_ITER", "2"]
     launch(config, out, *first, options=options)
     trained = launch(config, out, "--resume", options=options, pictures=True)
@@ -56,7 +56,7 @@ def train_resume_evaluate(config: str, out: Path, options: list[str]) -> None:
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
     flags = ["--eval-only", "--auto-scale-lr"]
     evaluated = launch(config, out, *flags, *weights, options=options, pictures=True)
-    assert str(evaluated) == str(trained)  # as text, where NaN equals itself
+    assert str(evaluated) == str(trained)  # compared as text, because NaN is not equal to NaN
     assert read_predictions(out / "evaluation") == predictions
     trained_report = json.loads((out / "results.json").read_text())
     assert trained_report["run"]["kind"] == "training, 3 iterations, 1.2 epochs"
@@ -74,7 +74,7 @@ def test_a_thin_network(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown, started, _ = capsys.readouterr().out.partition(start)
     assert started
     assert len(shown.splitlines()) <= 40
-    # The log file has these texts whole, and the terminal shows their first line.
+    # The log file has the whole texts, and the terminal shows their first lines.
     written = read_log(tmp_path).partition(start)[0]
     for title, content in (
         ("Running with full config", "BIAS_LR_FACTOR"),
@@ -110,8 +110,10 @@ def test_the_fast_network_is_evaluated(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MASK_RCNN, RETINANET])
 def test_shipped_configs(coco: Path, tmp_path: Path, config: str) -> None:
-    """Unchanged but for size, iterations and norm, and the score that a prediction needs: after
-    three iterations none has reached it. Few predictions are kept, as each gets a mask."""
+    """Train and evaluate shipped configs with smaller sizes, fewer iterations and another norm.
+
+    The score threshold is lower, because no prediction reaches it after three iterations. Few
+    predictions are kept, because each one gets a mask."""
     options = [*SHORT, *KEEP_ALL, "TEST.DETECTIONS_PER_IMAGE", "20"]
     train_resume_evaluate(config, tmp_path, options)
 
@@ -181,7 +183,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
         call(*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), *words)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    sentence = error.splitlines()[-1]  # torch may have warned before
+    sentence = error.splitlines()[-1]  # there may be a warning of torch before
     assert sentence.startswith("error: ")
     assert message in sentence
     assert "Traceback" not in error
@@ -224,10 +226,10 @@ def test_a_full_gpu_is_one_sentence(
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(4, 2), (6, 0), (2, 0)])
-def test_a_full_gpu_of_several_takes_its_images_in_parts(
+def test_advice_for_a_full_gpu_of_several(
     batch: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes have half of the images each, which more parts must divide."""
+    """Check the advice for two processes, whose half batches can be split into more parts."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     cfg = tiny_config(FASTER_RCNN, tmp_path, "SOLVER.IMS_PER_BATCH", str(batch))
     full = pytest.raises(GpuMemoryError)
@@ -304,7 +306,7 @@ def test_the_tool_itself(coco_root: Path, tmp_path: Path) -> None:
     assert f"tools/train_net.py --config-file {FASTER_RCNN} MODEL.VOVNET.NORM BN" in report
 
 
-def test_progress_in_the_place_of_the_log(
+def test_progress_bar_instead_of_the_log(
     coco: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -343,7 +345,7 @@ def test_progress_in_the_place_of_the_log(
     "name",
     ["train_net", "lazyconfig_train_net", "pretrain_net", "demo", "report", "visualize_data"],
 )
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+def test_waiting_threads_sleep_unless_the_user_sets_another_policy(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for given, expected in ((None, "passive"), ("active", "active")):
@@ -362,7 +364,7 @@ def test_two_processes_without_gpus(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """This process starts both; what they print is caught here."""
+    """Start two processes, and read their output."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(coco_root))
     words = ["--num-gpus", "2", "--dist-url", "auto", *TINY, "MODEL.DEVICE", "cpu"]
     words += ["OUTPUT_DIR", str(tmp_path)]
@@ -378,7 +380,7 @@ def test_two_processes_without_gpus(
 
 @pytest.mark.slow
 def test_it_learns(coco: Path, tmp_path: Path) -> None:
-    """Three kinds of coloured rectangles are told apart, under COCO's ids."""
+    """Train until three kinds of coloured rectangles are recognised under the ids of COCO."""
     options = [*TINY, "SOLVER.MAX_ITER", "300", "SOLVER.STEPS", "(250,)"]
     options += ["SOLVER.BASE_LR", "0.02", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
     options += ["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(32, 32, 32, 32)", "MODEL.FPN.NORM", "BN"]

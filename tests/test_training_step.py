@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The results of a training step and the tensors that it keeps, against a plain network."""
+"""Results and saved tensors of a training step are compared with a plain network."""
 
 import copy
 import importlib.util
@@ -31,20 +31,20 @@ def build(net=NET, norm="FrozenBN", stages=STAGES, **args) -> VoVNet:
 
 
 def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of the parameters, in the order of their names."""
+    """Return the gradients of the parameters in the order of their names."""
     model.zero_grad()
     sum(y.float().square().mean() for y in model(x).values()).backward()
     return [parameter.grad for _, parameter in sorted(model.named_parameters())]
 
 
 def error(gradients: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Root mean square over all parameters, relative."""
+    """Return the relative root mean square error over all parameters."""
     pairs = list(zip(gradients, exact, strict=True))
     difference = sum((g.double() - e).square().sum() for g, e in pairs)
     return (difference / sum(e.square().sum() for _, e in pairs)).sqrt().item()
 
 
-# The pieces
+# Layers
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -82,7 +82,7 @@ def test_gradients_of_a_convolution_of_several_maps(widths, bias, memory_format)
 )
 @pytest.mark.parametrize("size", [(7, 9), (1, 1)], ids=str)
 def test_convolutions_of_several_maps(args, size):
-    """This holds for any geometry, a bias under a frozen norm, and feature maps of one pixel."""
+    """Check strides, padding and kernels, a bias before a frozen norm, and maps of one pixel."""
     ours = ConvNormAct(6, 4, norm=FrozenBatchNorm2d(4), activation=nn.ReLU(), **args)
     ours.norm.running_mean.normal_()
     peer = plain(ours)
@@ -97,7 +97,7 @@ def test_convolutions_of_several_maps(args, size):
     torch.testing.assert_close(ours.weight.grad, peer.weight.grad)
 
 
-def test_gradients_that_are_not_asked_for():
+def test_gradients_that_are_not_requested():
     conv = ConvNormAct(4, 3, 1, bias=False).requires_grad_(False)
     maps = [torch.randn(1, 2, 5, 5, requires_grad=True), torch.randn(1, 2, 5, 5)]
     conv(maps).sum().backward()
@@ -134,7 +134,7 @@ def test_constants_of_frozen_norms_are_computed_once(monkeypatch):
     assert constants_computed(model, x, monkeypatch) == len(norms)
     with torch.inference_mode():
         norms[3].running_var = torch.ones_like(norms[3].running_var)
-    for _ in range(2):  # a tensor that does not tell of its changes
+    for _ in range(2):  # this tensor has no version counter
         assert constants_computed(model, x, monkeypatch) == 1
         assert error(step(model, x), step(plain(model), x)) <= 1e-12
         with torch.inference_mode():
@@ -148,10 +148,8 @@ def test_constants_of_mixed_precision_are_not_used_in_float32():
     assert all(map(torch.equal, step(model, x), step(unused, x)))
 
 
-def test_fp32_is_as_exact_as_separate_norms():
-    """One layer is compared: further on, a value near zero may pass a ReLU in one and not in the
-    other.
-    """
+def test_errors_in_float32_are_as_small_as_with_separate_norms():
+    """Compare one layer. Later a ReLU may pass a value near zero in only one of the networks."""
     for pixels in (32, 4):
         model = build(NET).stage4[0].layers[1]
         peer = plain(model)
@@ -168,7 +166,7 @@ def test_fp32_is_as_exact_as_separate_norms():
             assert error(ours, truth) <= 2 * error(theirs, truth)
 
 
-# The network
+# Networks
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ class Ceiling(nn.ReLU):
     [nn.ReLU(), Ceiling(), nn.SiLU(), F.relu, None],
     ids=["ReLU", "Ceiling", "SiLU", "function", "none"],
 )
-def test_norms_and_activations_that_do_more(norm, activation):
+def test_subclasses_of_norms_and_activations(norm, activation):
     ours = ConvNormAct(3, 4, 3, norm=norm, activation=activation)
     peer = Conv2d(3, 4, 3, norm=norm, activation=activation)
     peer.load_state_dict(ours.state_dict())
@@ -233,7 +231,7 @@ def test_norms_and_activations_that_do_more(norm, activation):
     torch.testing.assert_close(ours(x), peer(x))
 
 
-def test_hooks_see_what_they_see_in_the_plain_network():
+def test_hooks_see_the_same_as_in_the_plain_network():
     ours = ConvNormAct(3, 4, 3, norm=FrozenBatchNorm2d(4), activation=nn.ReLU())
     peer = plain(ours)
     x = torch.randn(2, 3, 9, 9)
@@ -286,7 +284,7 @@ def test_mixed_precision(device, dtype, recompute):
     assert error(gradients, exact) <= 1.5 * error(theirs, exact)
 
 
-def test_autocast_remembers_no_weight_without_its_gradient():
+def test_autocast_caches_no_weight_without_its_gradient():
     conv = ConvNormAct(4, 3, 1)
     maps = [torch.randn(1, 2, 5, 5) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -305,9 +303,9 @@ def test_autocast_remembers_no_weight_without_its_gradient():
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "recompute"), [("FrozenBN", False), ("BN", True)])
 def test_compiled(norm, recompute):
-    """The constants of a compiled network are float32 also in float64.
+    """Compare a compiled step. Constants of compiled networks are float32 even in float64.
 
-    Three blocks are enough, as torch generates code for each of them anew.
+    Three blocks are enough, because torch generates code for each block.
     """
     stages = ("stem", "stage2", "stage3")
     model = build(short(NET), norm, stages, checkpoint_blocks=recompute).double()
@@ -324,7 +322,7 @@ def test_compiled(norm, recompute):
 
 
 def test_saved_bytes():
-    """Known pieces: each storage counts once, and parameters do not count."""
+    """Compare with sizes by hand. Each storage counts once, and parameters do not count."""
     conv = nn.Conv2d(3, 4, 1)
     x = torch.randn(2, 3, 5, 7)
     assert saved_bytes(conv, x) == 4 * x.numel()
@@ -333,7 +331,7 @@ def test_saved_bytes():
 
 @pytest.mark.parametrize("variant", KINDS)
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-def test_less_is_saved_than_by_the_plain_network(variant, norm):
+def test_less_memory_is_saved_than_by_the_plain_network(variant, norm):
     model = build(thin(TABLE[variant]), norm)
     x = torch.randn(2, 3, 128, 160)
     reference = saved_bytes(plain(model), x)
@@ -348,7 +346,7 @@ def with_fpn(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_saved_activations_with_an_fpn(dtype):
-    """The FPN keeps the feature maps too; weights in bfloat16 are kept beside them."""
+    """Check limits with an FPN, which keeps feature maps, too, and weights in bfloat16."""
     model = with_fpn(build(thin(TABLE["V-39-eSE"]))).train()
     x = torch.randn(2, 3, 256, 320)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -377,11 +375,11 @@ def test_no_zeros_for_outputs_without_a_gradient():
     assert counts[0] <= counts[1]
 
 
-# A torch without the private names
+# torch without the private names
 
 
 def test_without_the_private_names(monkeypatch):
-    """Nobody is seen then who follows operators, and hooks of a module itself are."""
+    """Check that only hooks of a module are found, and no modes that observe operators."""
     spec = importlib.util.spec_from_file_location("tracing_of_another_torch", tracing.__file__)
     other = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tools as functions of a data set, and what becomes of a call."""
+"""The tools as functions of a data set, and the outcome of a call."""
 
 import contextlib
 import hashlib
@@ -49,15 +49,15 @@ SHORT = ["SOLVER.MAX_ITER", "2", "MODEL.DEVICE", "cpu"]
 
 @dataclass
 class Setting:
-    """Says where and how a tool runs.
+    """Settings for the run of a tool.
 
     Attributes:
-        folder: to write to.
-        masks: whether the networks learn masks.
-        trained: a folder with the training of the good data.
-        options: of the config.
-        file: weights to use, by default those of that training.
-        pictures: whether runs draw pictures for their reports.
+        folder: the folder to write to.
+        masks: True if the networks learn masks.
+        trained: the folder of the training on the good data.
+        options: keys and values of the config.
+        file: the weights to use. By default they are the weights of that training.
+        pictures: True if runs draw pictures for their reports.
     """
 
     folder: Path
@@ -78,12 +78,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Says how a tool ended.
+    """Outcome of a tool.
 
     Attributes:
-        kind: WORKS, FOUND, REFUSED, or what no tool may do.
-        text: all that was printed.
-        result: what the tool made, to be compared.
+        kind: WORKS, FOUND or REFUSED, or a description of a fault.
+        text: all printed text.
+        result: the result of the tool, in a form that tests can compare.
     """
 
     kind: str
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def attempt(tool: Callable[[Data, Setting], Any], data: Data, setting: Setting) -> Outcome:
-    """Call a tool, and say what became of it."""
+    """Call a tool, and return the outcome."""
     forget()
     text = io.StringIO()
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -126,7 +126,7 @@ def small_sheets() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Leave nothing of one tool to the next."""
+    """Remove the data sets and the log handlers of the last tool."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
     setup_logger.cache_clear()
@@ -173,7 +173,7 @@ def _train(data: Data, setting: Setting, out: Path) -> Any:
 
 
 def in_order(results: Any) -> str:
-    """Results as text, where NaN equals itself, whatever the order of the categories."""
+    """Return results as text in a fixed order of categories. As text, NaN equals NaN."""
     return str({task: sorted(metrics.items()) for task, metrics in results.items()})
 
 
@@ -213,7 +213,7 @@ def check(data: Data, setting: Setting, *words: str) -> Any:
 
 
 def fix(data: Data, setting: Setting) -> Any:
-    """Train on what it writes; where it writes nothing, it has said so."""
+    """Fix a data set, and train on the result if there is one."""
     fixed = Data.__new__(Data)
     fixed.folder, fixed.images, fixed.raw = setting.folder / "fixed", data.images, {}
     fixed.folder.mkdir()
@@ -259,7 +259,7 @@ def predict(data: Data, setting: Setting) -> Any:
 
 def write_report(data: Data, setting: Setting) -> Any:
     folder = setting.folder / "evaluated"
-    if not (folder / "inference").is_dir():  # refused
+    if not (folder / "inference").is_dir():  # the evaluation was refused
         return None
     (page := folder / "report.html").unlink(missing_ok=True)
     run_or_exit(report.run, report.argument_parser().parse_args([str(folder)]))
@@ -268,7 +268,7 @@ def write_report(data: Data, setting: Setting) -> Any:
 
 
 def export(data: Data, setting: Setting) -> Any:
-    """Compare on the pictures."""
+    """Export a network, and compare it on the images."""
     words = ["--config-file", str(setting.trained / "config.yaml"), "--part", "backbone"]
     words += ["--format", "torchscript", "--output", str(setting.folder / "exported"), "--images"]
     words += [str(p) for p in sorted(data.images.rglob("*")) if p.is_file()][:2]

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Coverage-guided fuzzing of what reads files from outside, with atheris (`pip install .[fuzz]`).
+"""Coverage-guided fuzzing of the readers of user files, with atheris (`pip install .[fuzz]`).
 
     python tests/fuzz/fuzz_readers.py annotations -max_total_time=60
 
-The words after the reader's name are libFuzzer's. An input is a finding, and saved, if it makes the
-reader raise anything but a sentence of ours, or hang. Nothing is written but to a temporary folder
-(and the finding, to the current one).
+The arguments after the name of the reader are those of libFuzzer. An input is a finding if the
+reader hangs, or raises an error other than the errors of this package. A finding is saved in the
+current folder. All other files are written to a temporary folder.
 """
 
 import io
@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import atheris
-import detectron2.data  # noqa: F401 (before, so that it is not instrumented)
+import detectron2.data  # noqa: F401 (imported first, so that it is not instrumented)
 import torch
 from PIL import Image
 
-# Only what reads: to instrument all that is imported takes minutes.
+# Only the readers are instrumented. Instrumenting all imported modules takes minutes.
 with atheris.instrument_imports(include=["vovnet_d2.checkpoint", "vovnet_d2.data.check"]):
     from vovnet_d2.checkpoint.reading import read_checkpoint
     from vovnet_d2.data.check import Severity, Source, check_data_sets
@@ -37,7 +37,7 @@ Read = Callable[[Path], object]
 
 
 def read_annotations(path: Path) -> None:
-    """Nothing is raised, and what is corrected is clean."""
+    """Check annotations without an error. A corrected copy must have no problems."""
     source = Source("fuzz", path, FOLDER / "images")
     ((checked,), _) = check_data_sets([source])
     if checked.fixed is None:

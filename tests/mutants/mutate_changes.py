@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Break the changed files of the package, one expression at a time, and list what no test notices.
+"""Break changed files of the package, one expression at a time; list faults that no test notices.
 
     python tests/mutants/mutate_changes.py --minutes 10
     python tests/mutants/mutate_changes.py --tests tests/test_engine_scaling.py -- \\
         vovnet_d2/engine/scaling.py
 
-mutmut (`pip install .[mutants]`) breaks the code and runs the tests that reach it. This script says
-which files and which tests: by default the files that differ from a branch, and the tests whose
-imports name one of these files. All of it happens in a copy of the tree, build/mutants, which keeps
-the verdicts: the same command goes on where the time was up. mutmut breaks the bodies of functions,
-not the constants of modules and classes.
+mutmut (`pip install .[mutants]`) breaks the code and runs the tests that reach it. This script
+chooses the files and the tests. By default these are the files that differ from a branch, and the
+tests that import one of these files. mutmut works in a copy of the tree, build/mutants, and keeps
+its verdicts there. So the same command continues when the time was up. mutmut breaks the bodies of
+functions, but not the constants of modules and classes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/mutants"
 LOG = FOLDER.with_name("mutmut.log")
 
-# Words of messages are not broken: tests name the part of a message that matters.
+# Texts of messages are not broken, because tests name the part of a message that matters.
 TEXTS = (r"^\s*[rf]*\"", r"logger\.", r"raise ", r"help=", r"headers=", r"__all__")
 
 
@@ -39,7 +39,7 @@ def git(*words: str) -> list[str]:
 
 
 def changed_files(base: str) -> list[str]:
-    """Return the files that differ from where this branch left ``base``, new ones included."""
+    """Return the changed and new files since this branch left ``base``."""
     (fork,) = git("merge-base", base, "HEAD")
     changed = git("diff", "--name-only", "--diff-filter=d", fork)
     return sorted({*changed, *git("ls-files", "--others", "--exclude-standard")})
@@ -47,7 +47,7 @@ def changed_files(base: str) -> list[str]:
 
 @cache
 def imported_modules(file: Path) -> set[str]:
-    """Return the dotted names in a file's imports; what is imported from a package may be one."""
+    """Return the dotted names in the imports of a file. An imported name may be a module, too."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def tests_of(files: list[str]) -> list[str]:
 
 
 def prepare(files: list[str], tests: list[str]) -> None:
-    """Bring the copy of the tree up to date, and write mutmut's configuration into it."""
+    """Update the copy of the tree, and write the configuration of mutmut into it."""
     for name in git("ls-files", "--cached", "--others", "--exclude-standard"):
         source, target = ROOT / name, FOLDER / name
         if source.is_file() and (
@@ -82,7 +82,7 @@ def prepare(files: list[str], tests: list[str]) -> None:
         "pytest_add_cli_args_test_selection": tests,
     }
     config = configparser.RawConfigParser()
-    # torch is imported once, in a process that runs no test itself.
+    # A separate process imports torch once, and forks the processes that run tests.
     config["mutmut"] = {"process_isolation": "forkserver", "timeout_constant": "30"}
     for key, values in lists.items():
         config["mutmut"][key] = "\n".join(["", *values])
@@ -95,9 +95,10 @@ def mutmut(*words: str) -> list[str]:
 
 
 def run(minutes: float, processes: int) -> int | None:
-    """Run mutmut, and return its exit status; None if the time was up.
+    """Run mutmut, and return its exit status, or None if the time was up.
 
-    What it says without a terminal, a line for each turn of its wheel, goes into a file.
+    Without a terminal, the output goes to a file, because mutmut prints a line for each turn of its
+    wheel.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = mutmut("run", "--max-children", str(processes))
