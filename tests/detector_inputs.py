@@ -69,9 +69,13 @@ def let_it_find(model: Any) -> Any:
     return model
 
 
-def samples(*, labelled: bool) -> list[dict[str, Any]]:
-    """Return two images in Detectron2's form, each with two objects if ``labelled``."""
-    return [_sample(size, labelled=labelled) for size in ((320, 320), (320, 288))]
+def samples(name: str, *, labelled: bool) -> list[dict[str, Any]]:
+    """Return two images for a detector, in Detectron2's form. Each has two objects if ``labelled``.
+
+    The images are small. Only single-shot detectors get their usual size.
+    """
+    side = 320 if DETECTORS[name][1] is SSD else 160
+    return [_sample(size, labelled=labelled) for size in ((side, side), (side, side * 9 // 10))]
 
 
 def _sample(size: tuple[int, int], *, labelled: bool) -> dict[str, Any]:
@@ -80,7 +84,8 @@ def _sample(size: tuple[int, int], *, labelled: bool) -> dict[str, Any]:
     sample: dict[str, Any] = {"image": image, "height": size[0], "width": size[1]}
     if labelled:
         objects = Instances(size)
-        objects.gt_boxes = Boxes(torch.tensor([[8.0, 16, 120, 100], [150, 40, 280, 310]]))
+        boxes = torch.tensor([[8.0, 16, 120, 100], [150, 40, 280, 310]])
+        objects.gt_boxes = Boxes(boxes * size[0] / 320)
         objects.gt_classes = torch.tensor([0, 0])
         corners = objects.gt_boxes.tensor.tolist()
         triangles = [np.array([x0, y0, x1, y0, x1, y1]) for x0, y0, x1, y1 in corners]

@@ -6,6 +6,7 @@ code with the package."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -185,11 +186,20 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 def random_state(net: Net, **options) -> dict[str, Tensor]:
     """Return random tensors under their published names."""
+    if sum(net.stage_out_channels) > 500:  # large tensors are not kept
+        return _make_random_state(net, **options)
+    return {name: tensor.clone() for name, tensor in _keep_random_state(net, **options).items()}
+
+
+def _make_random_state(net: Net, **options) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         published: random_tensor(published, shape, generator)
         for published, _, shape in tensors(net, **options)
     }
+
+
+_keep_random_state = lru_cache(maxsize=32)(_make_random_state)
 
 
 def native_names(net: Net, **options) -> dict[str, str]:

@@ -512,6 +512,7 @@ LOSSES = {
 def test_trains_and_predicts(name: str) -> None:
     cfg = load(ROOT / name)
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = cfg.TEST.DETECTIONS_PER_IMAGE = 20
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     height, width = 96, 128

@@ -47,9 +47,9 @@ def test_boxes_and_scores_are_float32(name: str) -> None:
     give_heads_bfloat16(model.backbone)
     with torch.autocast("cpu", torch.bfloat16):
         with EventStorage():
-            losses = model.train()(samples(labelled=True))
+            losses = model.train()(samples(name, labelled=True))
         with torch.no_grad():
-            found = model.eval()(samples(labelled=False))[0]["instances"]
+            found = model.eval()(samples(name, labelled=False))[0]["instances"]
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert len(found)
     fields = [found.pred_boxes.tensor, found.scores]

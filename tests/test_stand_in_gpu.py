@@ -18,10 +18,10 @@ from stand_in_gpu import DEVICE, DeviceTensor, device_that_stands_for_a_gpu, mov
 from torch import nn
 
 
-def train(model: nn.Module) -> dict[str, torch.Tensor]:
+def train(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     with EventStorage():
-        losses = model.train()(samples(labelled=True))
+        losses = model.train()(samples(name, labelled=True))
     sum(losses.values()).backward()
     return losses
 
@@ -36,9 +36,9 @@ def test_training_and_inference_equal_those_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     model = let_it_find(build_model(detector_config(name)))
     moved = move_to_device(copy.deepcopy(model))
-    losses = train(model)
+    losses = train(name, model)
     with device_that_stands_for_a_gpu():
-        losses_on_device = train(moved)
+        losses_on_device = train(name, moved)
     assert losses_on_device.keys() == losses.keys()
     for key, loss in losses.items():
         torch.testing.assert_close(on_cpu(losses_on_device[key]), loss)
@@ -51,9 +51,9 @@ def test_training_and_inference_equal_those_on_the_cpu(name: str) -> None:
             )
 
     with torch.no_grad():
-        expected = model.eval()(samples(labelled=False))
+        expected = model.eval()(samples(name, labelled=False))
         with device_that_stands_for_a_gpu():
-            outputs = moved.eval()(samples(labelled=False))
+            outputs = moved.eval()(samples(name, labelled=False))
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.keys() == wanted.keys()
         found_tensors = _tensors(output)
