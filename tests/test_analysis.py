@@ -309,7 +309,7 @@ def allocate_output(
 
 
 @pytest.mark.parametrize("variant", SMALL_VARIANTS)
-def test_peak_memory_is_what_is_allocated(
+def test_peak_memory_equals_the_allocated_memory(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = VoVNet(SMALL_VARIANTS[variant], out_features=STAGES).eval()
@@ -429,7 +429,7 @@ def test_heads_of_regions_are_counted_as_fvcore_counts_them() -> None:
     assert any("3 detections per image" in note for note in found.notes)
 
 
-def test_image_is_padded_to_what_an_fpn_divides() -> None:
+def test_images_are_padded_for_the_fpn() -> None:
     model = detector("COCO-Detection/faster_rcnn_V_19_slim_eSE_FPN_3x.yaml")
     assert analyze(model, (100, 129)).image_size == (128, 160)
 

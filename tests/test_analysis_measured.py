@@ -126,7 +126,7 @@ def test_the_default_cases() -> None:
 
 
 @pytest.mark.parametrize("case", [Case("shape", "", 3, 16, 24), Case("split", "", 1, 8, 8, 4)])
-def test_cost_of_a_case_is_of_what_is_timed(case: Case) -> None:
+def test_the_cost_of_a_case_covers_the_timed_work(case: Case) -> None:
     flops = FlopCountAnalysis(case.build(), torch.rand(1, case.in_channels, 10, 10))
     assert case.cost(10).multiply_adds == flops.total()
 

@@ -211,7 +211,7 @@ def test_boxes_are_as_training_sees_them() -> None:
     ).all()
 
 
-def test_boxes_of_many_images_are_of_images_from_all_over_a_set() -> None:
+def test_boxes_come_from_images_all_over_a_set() -> None:
     """Check which 500 of 1200 boxes are used. The position of a box is the number of its image."""
     records = [
         {

@@ -117,7 +117,7 @@ def test_edges_in_images_decide_the_order_of_corners(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_good_boxes_stay_as_they_are(tmp_path: Path, masks: bool) -> None:
+def test_good_boxes_do_not_change(tmp_path: Path, masks: bool) -> None:
     """Check boxes that would also fit as corners. One of them reaches out of its image a little."""
     content = make(tmp_path)
     for annotation in content["annotations"]:
@@ -175,7 +175,7 @@ def test_pictures_that_were_resized(tmp_path: Path, factor: float) -> None:
     assert check(tmp_path, fixed)[:2] == (0, set())
 
 
-def test_annotations_of_pictures_that_were_made_smaller_before_stay(tmp_path: Path) -> None:
+def test_annotations_that_fit_the_resized_pictures_do_not_change(tmp_path: Path) -> None:
     content = make(tmp_path)
     for path in (tmp_path / "images").iterdir():
         with Image.open(path) as picture:
@@ -289,7 +289,7 @@ def test_images_that_use_12_of_16_bits_are_reported(tmp_path: Path) -> None:
     assert check(tmp_path, content)[1] == {"dark_pixels"}
 
 
-def test_near_names_of_another_split_are_other_files(tmp_path: Path) -> None:
+def test_similar_names_in_another_split_do_not_match(tmp_path: Path) -> None:
     for folder, expected in (("val", None), ("train", "a.jpg"), ("pictures", "a.jpg")):
         root = tmp_path / "data" / folder
         root.mkdir(parents=True)

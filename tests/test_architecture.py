@@ -51,7 +51,7 @@ FORBIDDEN = {
 }
 
 
-def test_forbidden_imports_and_a_new_room_are_noticed(copy: Path) -> None:
+def test_forbidden_imports_and_a_new_package_are_noticed(copy: Path) -> None:
     """Check the package as it is, and then with forbidden imports.
 
     These imports are inside functions, where the rules hold, too. A check takes seconds, so one

@@ -179,7 +179,7 @@ def test_a_network_is_exported_once(empty_cache: Path, monkeypatch: pytest.Monke
     assert len(written) == 4
 
 
-def test_a_key_is_of_the_content() -> None:
+def test_the_key_of_a_file_depends_on_its_content() -> None:
     options = small_config(MASK_RCNN)
     model, same = build_detector(options), build_detector(options)
     assert model_key(model) != model_key(same)  # they have other random weights
@@ -360,7 +360,7 @@ def test_auto_passes_over_a_broken_backend(
     assert rank_backends(retinanet) == ["openvino", "onnxruntime", "torch"]
 
 
-def test_the_next_name_is_taken_where_one_fails(
+def test_the_next_backend_is_used_if_one_fails(
     retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Load a backend that was the fastest when it was measured, but is broken now."""
@@ -374,7 +374,7 @@ def test_the_next_name_is_taken_where_one_fails(
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_processes_take_what_the_first_has_measured(
+def test_processes_use_the_measurement_of_the_first(
     retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
     engine_run: Any = import_module("vovnet_d2.engine.run")
@@ -486,7 +486,7 @@ def test_backends_that_cannot_be_used(
         check_backend(name, device, int8=int8)
 
 
-def test_what_is_torch_s_alone(mask_rcnn: CfgNode) -> None:
+def test_options_that_only_torch_has(mask_rcnn: CfgNode) -> None:
     for options in ({"compile": True}, {"dtype": torch.bfloat16}):
         with pytest.raises(ValueError, match="leave them out with backend openvino"):
             Predictor(mask_rcnn, backend="openvino", **options)

@@ -172,7 +172,7 @@ def test_timm_features_equal_those_of_the_whole_network() -> None:
         torch.testing.assert_close(whole.bn2(whole.conv_head(last)), whole.forward_features(x))
 
 
-def test_timms_vovnet_is_ours() -> None:
+def test_vovnet_of_timm_equals_ours() -> None:
     theirs = TimmBackbone("ese_vovnet19b_dw").eval()
     random_norms(theirs)
     peer = timm.create_model("ese_vovnet19b_dw").eval()
@@ -372,7 +372,7 @@ def config(backbone: str, **options: Any) -> CfgNode:
 
 
 @pytest.mark.parametrize("kind", ["timm", "torchvision"])
-def test_weights_of_the_config_take_the_place_of_a_download(
+def test_weights_of_the_config_replace_a_download(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[bool] = []
@@ -571,7 +571,7 @@ def test_second_derivation(kind: str, derived: Any, size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("pool", [halve, average_halve])
-def test_pooling_in_a_graph_is_that_of_ceil_mode(pool: Callable[..., torch.Tensor]) -> None:
+def test_pooling_in_a_graph_equals_ceil_mode(pool: Callable[..., torch.Tensor]) -> None:
     x = torch.randn(1, 2, 7, 5) - 2  # most values are negative
     torch.testing.assert_close(torch.jit.trace(pool, x)(x), pool(x))
 

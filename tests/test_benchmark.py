@@ -153,7 +153,7 @@ def test_a_network_that_fails_while_timed_has_a_row(monkeypatch, mode, meter):
 
 
 @pytest.mark.parametrize("warmup", [1, 9])
-def test_memory_is_given_back_once_no_error_holds_it(monkeypatch, warmup):
+def test_memory_is_freed_after_an_error(monkeypatch, warmup):
     class Held:
         pass
 
@@ -179,7 +179,7 @@ def test_memory_is_given_back_once_no_error_holds_it(monkeypatch, warmup):
     assert all(after)
 
 
-def test_more_networks_are_compiled_than_torch_allows_for(monkeypatch):
+def test_many_networks_can_be_compiled_in_one_study(monkeypatch):
     counter = CompileCounter()
     compile_module = nn.Module.compile
     monkeypatch.setattr(
@@ -407,7 +407,7 @@ def test_the_config_of_a_run_is_named_after_its_folder(tmp_path):
         assert detector(str(file)).name == name
 
 
-def test_training_at_a_size_where_one_image_leaves_a_norm_one_value():
+def test_training_at_a_size_with_one_value_per_image_and_norm():
     networks = [backbone("V-19-slim-eSE", norm="BN")]
     (row,) = run_study(
         networks=networks, treatments=["plain"], modes=["training"], sizes=[(32, 32)]

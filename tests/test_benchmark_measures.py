@@ -37,7 +37,7 @@ def test_rounds_take_all_cases_and_times_are_per_call():
     assert all(times["short"] < 0.01 for times in rounds)
 
 
-def test_each_round_has_an_order_of_its_own():
+def test_each_round_has_another_order():
     """Check that the order differs between rounds, and is the same in every run."""
     calls = []
     cases = {name: partial(calls.append, name) for name in "abc"}

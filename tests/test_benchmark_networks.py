@@ -76,7 +76,7 @@ def test_gflops(name, gmacs):
 
 
 @pytest.mark.slow
-def test_densenet_gflops_are_fvcores():
+def test_densenet_gflops_equal_those_of_fvcore():
     peer = torchvision.models.densenet161().eval()
     counted = FlopCountAnalysis(peer, torch.zeros(1, 3, 64, 64))
     counted.unsupported_ops_warnings(False)
@@ -132,7 +132,7 @@ def test_a_detector_is_calibrated_on_what_its_backbone_gets():
     torch.testing.assert_close(conv.norm.running_mean, mean, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_of_channels_without_variance_stay():
+def test_norms_of_channels_without_variance_do_not_change():
     model = backbone("V-19-slim-eSE").build()
     model.stem.conv1.weight.data[3] = 0
     calibrate_norms(model, torch.randn(2, 3, 64, 64))

@@ -191,7 +191,7 @@ def test_four_plots():
     assert [text.get_text() for text in legend.get_texts()] == ["plain"]
 
 
-def test_backbones_and_detectors_have_plots_of_their_own():
+def test_backbones_and_detectors_have_separate_plots():
     rows = [row_of(), row_of(network="b", kind="detector", fps=0.5, accuracy=None)]
     rows.append(row_of(network="c", fps=12.0))
     figure, _ = plot_cell([row | {"joules_per_image": None} for row in rows], "title")
@@ -274,7 +274,7 @@ def test_tool(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_tool_writes_first(tmp_path, monkeypatch, error):
+def test_an_interrupted_tool_writes_its_results(tmp_path, monkeypatch, error):
     def interrupt(self: Study, save: object) -> None:
         self.interruption = error()
         self.rows = [{"error": "", **dict.fromkeys(study._COLUMNS)}]
@@ -311,7 +311,7 @@ def test_each_cell_is_written_at_once(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["records"]) == 2
 
 
-def test_what_cannot_be_saved_is_printed(tmp_path, monkeypatch, capsys):
+def test_results_that_cannot_be_saved_are_printed(tmp_path, monkeypatch, capsys):
     def fail(*args: object) -> None:
         raise FileNotWrittenError("the disk is full")
 
@@ -342,7 +342,7 @@ def test_part_of_a_preset():
     assert "V-57" not in plan.references
 
 
-def test_what_could_not_run_is_told(capsys):
+def test_cases_that_could_not_run_are_named(capsys):
     words = ["--models", "V-19-slim-eSE", "--warmup", "1", "--repeats", "1", "--sizes", "8x8"]
     with pytest.raises(ValueError, match="Nothing could run"):
         tool.run(tool.parse_arguments(words))

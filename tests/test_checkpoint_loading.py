@@ -105,7 +105,7 @@ def test_messages_are_shown_once_if_our_logger_is_not_set_up(tmp_path, capsys, n
     assert capsys.readouterr().out.count("The file holds V-19-slim-eSE") == 1
 
 
-def test_logging_that_is_set_up_already_stays(no_logging):
+def test_logging_that_is_set_up_already_does_not_change(no_logging):
     no_logging()
     logging.getLogger().addHandler(logging.NullHandler())
     VoVNetCheckpointer(vovnet())
@@ -296,7 +296,7 @@ def test_a_whole_detector(tmp_path, detector, prefix):
     )
 
 
-def test_another_number_of_classes_leaves_the_head_alone(tmp_path, detector, messages):
+def test_a_head_of_another_number_of_classes_is_not_loaded(tmp_path, detector, messages):
     state = snapshot(detector)
     state["roi_heads.box_predictor.cls_score.weight"] = torch.ones(81, 8)
     state["roi_heads.box_predictor.cls_score.bias"] = torch.ones(81)
@@ -502,7 +502,7 @@ def test_a_difference_from_a_convention_of_a_layout_is_a_warning(tmp_path, messa
     assert any(m.startswith("WARNING: Its residual is False (timm's convention)") for m in messages)
 
 
-def test_what_a_file_does_not_record_is_logged(tmp_path, messages):
+def test_fields_that_a_file_does_not_record_are_logged(tmp_path, messages):
     torch.save(in_layout(GOOD, "native"), tmp_path / "a.pth")
     VoVNetCheckpointer(vovnet()).load(str(tmp_path / "a.pth"))
     assert any("does not tell its stem and residual and input" in m for m in messages)

@@ -91,7 +91,7 @@ def test_logits_equal_those_of_pytorchcv():
 
 @torch.no_grad()
 @pytest.mark.parametrize("what", ["tensors swapped", "no residual", "pooled stem"])
-def test_another_network_is_seen(what):
+def test_another_network_is_noticed(what):
     """Check that the comparison fails for another network."""
     peer = thin_peer()
     model = ours(peer)

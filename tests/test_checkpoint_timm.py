@@ -116,7 +116,7 @@ def test_names_of_features_only(tmp_path, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
-def test_a_swapped_tensor_is_seen(name):
+def test_a_swapped_tensor_is_noticed(name):
     """Check that the comparison fails if two tensors are exchanged."""
     peer = timm_model(name, **thin_widths(name))
     state = peer.state_dict()

@@ -123,7 +123,7 @@ def test_argument_teacher(images: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "loss_distillation" in read_log(tmp_path)
 
 
-def test_the_input_of_the_teacher_is_that_of_its_weights(tmp_path: Path) -> None:
+def test_the_teacher_has_the_input_of_its_weights(tmp_path: Path) -> None:
     """Compare with timm's normalisation, scaled to pixel values from 0 to 255."""
     cfg = load_classification_config(BASE, [*THIN, *SHORT, "DISTILLATION.TEACHER", NAME])
     cfg.PRETRAIN.NUM_CLASSES, cfg.DISTILLATION.WEIGHTS = 3, write_teacher(tmp_path, 3)
@@ -174,7 +174,7 @@ def test_timms_network_does_not_fit(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_input_that_a_file_states_is_that_of_the_teacher(
+def test_the_teacher_has_the_input_that_a_file_states(
     known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check a file with and without its input convention. Without it, timm's convention holds."""

@@ -85,7 +85,7 @@ def images(*size: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-def test_gradients_and_statistics_are_those_of_the_eager_network(norm: str) -> None:
+def test_gradients_and_statistics_equal_those_of_the_eager_network(norm: str) -> None:
     """Compare with the eager network. Constants of frozen norms are float32 even in float64."""
     eager, x = build(norm), images(64, 96)
     model = copy.deepcopy(eager)
@@ -98,7 +98,7 @@ def test_gradients_and_statistics_are_those_of_the_eager_network(norm: str) -> N
 
 
 @pytest.mark.slow
-def test_the_memory_budget_lowers_what_is_saved() -> None:
+def test_the_memory_budget_reduces_saved_tensors() -> None:
     x = images(64, 96)
     saved = []
     for budget in (1.0, 0.5, 0.0):
@@ -129,7 +129,7 @@ def test_names_equal_those_of_the_eager_network_and_copies_are_eager(compiled: l
 
 
 @pytest.mark.slow
-def test_other_sizes_need_no_compilation_of_their_own(compiled: list[bool]) -> None:
+def test_other_sizes_need_no_new_compilation(compiled: list[bool]) -> None:
     eager = build()
     model = copy.deepcopy(eager)
     compile_backbone(model)

@@ -94,7 +94,7 @@ def test_depthwise_by_hand() -> None:
     np.testing.assert_allclose(found.strength, expected)
 
 
-def test_depthwise_kernel_is_what_the_layer_computes() -> None:
+def test_depthwise_kernel_equals_the_product() -> None:
     """Compare a depthwise pair with one full convolution whose kernel is the product."""
     layer = VoVNet(replace(SMALL, depthwise=True), norm="").stage3[0].layers[1]
     x = torch.randn(1, 6, 5, 5)

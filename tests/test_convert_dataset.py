@@ -109,7 +109,7 @@ def test_split(folder: Path, tmp_path: Path) -> None:
     assert load(outs[2] / "train.json") != parts["train"]
 
 
-def test_a_split_is_the_same_in_whatever_order_the_images_are_listed(folder: Path) -> None:
+def test_a_split_does_not_depend_on_the_order_of_the_images(folder: Path) -> None:
     content = read_annotations(folder, None).content
     shares = {"train": 0.5, "val": 0.5}
     parts = split_content(content, folder / "JPEGImages", shares, seed=1)

@@ -102,7 +102,7 @@ def test_a_folded_deviation_is_exact(size, norm):
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["BN", ""])
 @pytest.mark.parametrize("size", [64, 65])
-def test_a_folded_mean_is_exact_but_at_the_padding(size, norm):
+def test_a_folded_mean_is_exact_except_at_the_padding(size, norm):
     """Check that the first convolution only differs in its outermost row and column."""
     model = VoVNet(VoVNetSpec(**vars(NET)), norm=norm).eval()
     if norm:

@@ -780,7 +780,7 @@ def test_a_mistake_is_a_sentence_and_status_2(
     assert "Traceback" not in err
 
 
-def test_help_tells_the_statuses(
+def test_help_lists_the_exit_statuses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["demo.py", "--help"])

@@ -92,7 +92,7 @@ def fingerprint(root: Path) -> str:
 # Files
 
 
-def test_pixels_and_annotations_are_the_recorded_ones(root):
+def test_pixels_and_annotations_equal_the_recorded_ones(root):
     assert fingerprint(root) == "1a2ae270b01cb61650c56a3f3311f1ffdfdd46813db8b490158d7e0f58ba4242"
 
 

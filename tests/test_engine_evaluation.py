@@ -479,7 +479,7 @@ def test_pycocotools_takes_over_if_faster_coco_eval_fails(
         assert found[1][task] == pytest.approx(found[0][task], abs=1e-6, nan_ok=True)
 
 
-def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
+def test_changed_annotations_are_converted_again(catalogs: None, tmp_path: Path) -> None:
     """Evaluate twice in one folder, with other data under the same name."""
     box = {"bbox": [10, 10, 30, 20], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     for left in (10, 40):
@@ -501,7 +501,7 @@ def test_annotations_are_converted_anew(catalogs: None, tmp_path: Path) -> None:
     assert files == ["mine_coco_format.json"]
 
 
-def test_annotations_that_change_within_a_run_are_converted_anew(
+def test_annotations_that_change_within_a_run_are_converted_again(
     catalogs: None, tmp_path: Path
 ) -> None:
     """Keep the metadata, which name the file of the earlier conversion."""

@@ -586,7 +586,7 @@ def test_divergence_names_causes_and_keeps_the_checkpoint(coco: Path, tmp_path: 
 # Keys of Detectron2 for evaluation
 
 
-def test_precise_bn_starts_no_processes_of_its_own(
+def test_precise_bn_starts_no_processes(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers: list[int] = []

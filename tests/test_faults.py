@@ -472,7 +472,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
     assert broken_loss[3] == broken_loss[2]
 
 
-def test_norms_are_as_before_a_skipped_step(
+def test_a_skipped_step_does_not_change_norms(
     coco: Path, tmp_path: Path, broken_loss: list[list[str]], after: Any
 ) -> None:
     """Skip a step after the buffers of norms were replaced, as PreciseBN does."""

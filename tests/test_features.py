@@ -45,7 +45,7 @@ def last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def folded() -> nn.Module:
+def fused() -> nn.Module:
     model = build().eval().requires_grad_(False)
     fuse_norms(model)
     return model
@@ -59,8 +59,8 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "GN": lambda: (build("GN"), plain(build("GN"))),
     "no norm": lambda: (build(""), plain(build(""))),
     "checkpointed": lambda: (build(checkpoint_blocks=True), plain(build())),
-    "optimized": lambda: (optimize_for_inference(build()), plain(folded())),
-    "packed": lambda: (optimize_for_inference(build()), plain(folded())),
+    "optimized": lambda: (optimize_for_inference(build()), plain(fused())),
+    "packed": lambda: (optimize_for_inference(build()), plain(fused())),
 }
 
 

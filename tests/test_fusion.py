@@ -49,10 +49,10 @@ def draw_scales(model: nn.Module) -> None:
 def test_norms_of_backbones(name, norms_left):
     model = backbone(name).build().eval()
     calibrate_norms(model, torch.randn(2, 3, 96, 96))
-    assert_folded(model, torch.randn(1, 3, 64, 64), norms_left)
+    assert_fused(model, torch.randn(1, 3, 64, 64), norms_left)
 
 
-def assert_folded(model: nn.Module, images: torch.Tensor, norms_left: int) -> None:
+def assert_fused(model: nn.Module, images: torch.Tensor, norms_left: int) -> None:
     """Compare in float64, where rounding is too small to matter."""
     draw_scales(model)
     model, images = model.double(), images.double()
@@ -69,7 +69,7 @@ def test_norms_with_an_activation():
     """Fuse norms of timm, which contain an activation. The activation stays."""
     model = TimmBackbone("ese_vovnet19b_dw", norm="FrozenBN").eval()
     calibrate_norms(model, torch.randn(2, 3, 96, 96))
-    assert_folded(model, torch.randn(1, 3, 64, 64), 0)
+    assert_fused(model, torch.randn(1, 3, 64, 64), 0)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def normed(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_pair_without_other_uses_is_fused(device):
     model = Pair(normed).eval().to(device)
-    assert_folded(model, torch.randn(1, 3, 8, 8, device=device), 0)
+    assert_fused(model, torch.randn(1, 3, 8, 8, device=device), 0)
 
 
 def also_added(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -162,21 +162,21 @@ def written_to(m: Pair, x: torch.Tensor) -> dict[str, torch.Tensor]:
     "run", [also_added, changed_in_place, also_returned, convolved_twice, normed_twice, written_to]
 )
 def test_a_pair_with_other_uses_is_not_fused(run):
-    assert_folded(Pair(run).eval(), torch.randn(1, 3, 8, 8), 1)
+    assert_fused(Pair(run).eval(), torch.randn(1, 3, 8, 8), 1)
 
 
 @pytest.mark.parametrize("part", ["conv", "norm"])
 def test_modules_with_hooks_are_not_fused(part):
     model = Pair(normed).eval()
     getattr(model, part).register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert_folded(model, torch.randn(1, 3, 8, 8), 1)
+    assert_fused(model, torch.randn(1, 3, 8, 8), 1)
 
 
 @pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
 def test_a_parametrised_weight_is_not_fused(change):
     model = Pair(normed).eval()
     change(model.conv)
-    assert_folded(model, torch.randn(1, 3, 8, 8), 1)
+    assert_fused(model, torch.randn(1, 3, 8, 8), 1)
 
 
 class DoublingNorm(nn.BatchNorm2d):
@@ -191,7 +191,7 @@ def test_a_subclass_of_a_norm_is_not_fused(inside):
         model.conv, model.norm = Conv2d(3, 3, 1, norm=DoublingNorm(3)), nn.Identity()
     else:
         model.norm = DoublingNorm(3)
-    assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
+    assert_fused(model.eval(), torch.randn(1, 3, 8, 8), 1)
 
 
 class StandardisingConv2d(Conv2d):
@@ -203,7 +203,7 @@ class StandardisingConv2d(Conv2d):
 def test_a_subclass_of_a_convolution_is_not_fused():
     model = Pair(lambda m, x: {"y": m.conv(x)})
     model.conv, model.norm = StandardisingConv2d(3, 3, 1, norm=model.norm), nn.Identity()
-    assert_folded(model.eval(), torch.randn(1, 3, 8, 8), 1)
+    assert_fused(model.eval(), torch.randn(1, 3, 8, 8), 1)
 
 
 def test_fused_weights_have_at_least_float32():
@@ -225,5 +225,5 @@ def test_a_network_whose_calls_cannot_be_traced(caplog):
         return {"y": m.norm(m.conv(x)) * float(x.sum().item() > 0)}
 
     with caplog.at_level(logging.WARNING):
-        assert_folded(Pair(run).eval(), torch.ones(1, 3, 8, 8), 1)
+        assert_fused(Pair(run).eval(), torch.ones(1, 3, 8, 8), 1)
     assert "Separate norms are not fused" in caplog.text

@@ -116,9 +116,9 @@ def test_fx_quantization(structure):
     x = images(2, 3, 64, 64).float()
     prepared = fx.prepare_qat_fx(model.train(), qat_mapping, (x,))
     assert {*gradients(prepared, x)} == {name for name, _ in prepared.named_parameters()}
-    for folded in (False, True):
+    for optimized in (False, True):
         model.eval()
-        exact = optimize_for_inference(model) if folded else model
+        exact = optimize_for_inference(model) if optimized else model
         prepared = fx.prepare_fx(exact, mapping, (x,))
         with torch.no_grad():
             prepared(x)

@@ -31,7 +31,7 @@ def test_the_message_names_the_key_and_the_feature_maps(file: str, key: str) -> 
         Trainer.build_model(cfg)
 
 
-def test_another_key_error_stays() -> None:
+def test_other_key_errors_do_not_change() -> None:
     cfg = load_config(FASTER_RCNN, THIN)
     with pytest.raises(KeyError, match=r"^'something'$"), explain_in_features(cfg):
         raise KeyError("something")

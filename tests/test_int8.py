@@ -191,7 +191,7 @@ def test_the_error_of_a_layer_is_that_of_its_worst_output(monkeypatch: pytest.Mo
     assert bare.sensitivity([]) == {"a": pytest.approx(0.5)}
 
 
-def test_a_group_is_a_whole_name() -> None:
+def test_groups_match_whole_parts_of_a_name() -> None:
     for layer, group, inside in (
         ("backbone.bottom_up.stage5.0.aggregation", "stage5", True),
         ("backbone.fpn_output2", "backbone.fpn_output2", True),
@@ -250,7 +250,7 @@ def detections(boxes: list, scores: list, classes: list) -> tuple:
     return Boxes(torch.tensor(boxes).reshape(-1, 4)), torch.tensor(scores), torch.tensor(classes)
 
 
-def test_a_report_without_detections_says_so() -> None:
+def test_a_report_names_missing_detections() -> None:
     nothing = {"detections": 0, "matched": 1.0, "score difference": 0.0}
     report = {"environment": {}, "megabytes": {"float32": "2", "INT8": "1"}, "float layers": []}
     page = to_markdown(report | {"agreement": nothing})

@@ -556,7 +556,9 @@ def test_validation_categories_that_training_does_not_have(
         setup(FASTER_RCNN, [*words, "--val-images", str(digits / "vovnet_d2_digits" / "val")])
 
 
-def test_files_that_are_gone_or_changed_later(catalogs: None, digits: Path, tmp_path: Path) -> None:
+def test_files_that_are_removed_or_changed_later(
+    catalogs: None, digits: Path, tmp_path: Path
+) -> None:
     """Use the config of an earlier run after its files were changed or removed."""
     copy = tmp_path / "train.json"
     copy.write_text((digits / "train.json").read_text())

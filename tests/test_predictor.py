@@ -199,7 +199,7 @@ def test_on_a_gpu(mask_rcnn: CfgNode, images: list[np.ndarray]) -> None:
 # Categories
 
 
-def test_names_of_the_config_s_data_set(mask_rcnn: CfgNode, catalogs: None) -> None:
+def test_names_of_the_data_set_of_the_config(mask_rcnn: CfgNode, catalogs: None) -> None:
     cfg = mask_rcnn.clone()
     cfg.DATASETS.TEST = ("nowhere", "mine")
     names = [*"abcde"]  # known once the data set is loaded, as in COCO

@@ -195,7 +195,7 @@ def test_data_sets_with_custom_names(root: Path) -> None:
     check("chosen", FASTER_RCNN, *one)
 
 
-def test_a_training_ends_before_it_begins(
+def test_a_training_is_refused_before_it_begins(
     root: Path, fresh_logging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split in ("train", "val"):

@@ -83,7 +83,7 @@ def damaged(coco_copy: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize(
     ("damaged", "reason"), [(k, v[1]) for k, v in DAMAGE.items()], ids=DAMAGE, indirect=["damaged"]
 )
-def test_an_unreadable_image_is_an_error_or_left_out(
+def test_an_unreadable_image_is_an_error_or_is_skipped(
     damaged: Path, tmp_path: Path, reason: str
 ) -> None:
     cfg = tiny_config(FASTER_RCNN, tmp_path)
