@@ -284,7 +284,7 @@ def test_freezing(name: str, freeze_at: int, frozen: set[str], free: set[str]) -
 
 # Arguments that a backbone refuses, and a part of its message.
 TIMM_ERRORS = (
-    ({"name": "resnet5O"}, "timm has no network 'resnet5O'. Close to it: resnet50"),
+    ({"name": "resnet5O"}, "timm has no network 'resnet5O'. Close to it: 'resnet50'"),
     ({"out_features": ["stage6"]}, "no feature map stage6: choose from stage1, stage2, stage3"),
     ({"out_features": []}, r"no feature map \(none asked for\)"),
     ({"norm": "GN"}, "NORM is 'GN', .*choose BN, .*FrozenBN or SyncBN"),
@@ -296,8 +296,8 @@ TIMM_ERRORS = (
     ({"name": "vit_small_patch14_dinov2"}, "stride 14.*powers of 2|one size only"),
 )
 TORCHVISION_ERRORS = (
-    ({"name": "shufflenet"}, "no network 'shufflenet'. Close to it: shufflenet_v2"),
-    ({"nodes": ["layer7"]}, "no node 'layer7'. Close to it: layer"),
+    ({"name": "shufflenet"}, "no network 'shufflenet'. Close to it: 'shufflenet_v2"),
+    ({"nodes": ["layer7"]}, "no node 'layer7'. Close to it: 'layer"),
     ({"nodes": []}, "NODES is empty: choose .*layer1"),
     ({"nodes": ["fc"]}, r"Node fc gives \(1, 1000\), which is no feature map"),
     ({"nodes": ["avgpool"]}, r"Node avgpool gives \(1, 512, 1, 1\), which is no feature map"),

@@ -89,7 +89,7 @@ def test_densenet_gflops_equal_those_of_fvcore():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("V-39-ese", r"No network 'V-39-ese'. Did you mean V-39-eSE"),
+        ("V-39-ese", r"No network 'V-39-ese'. Close to it: 'V-39-eSE'"),
         ("VGG", r"There are V-27-slim, .*timm:NAME"),
         ("timm:ese_vovnet39", r"timm has no network 'ese_vovnet39'. Close to it: .*ese_vovnet39b"),
     ],

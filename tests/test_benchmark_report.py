@@ -358,7 +358,7 @@ RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
     ("words", "message"),
     [
         ([], "Nothing to measure: give --models, --config-file or --preset"),
-        (["--models", "V-40"], "No network 'V-40'. Did you mean"),
+        (["--models", "V-40"], "No network 'V-40'. Close to it:"),
         (["--models", "V-39", "--treatments", "best"], "invalid choice: 'best'"),
         (["--models", "V-39", "--reference", "a", "b"], "--reference names 2 networks for all"),
         (["--models", "V-39", "--reference", "V-57"], "No reference network 'V-57'"),

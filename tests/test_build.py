@@ -323,7 +323,7 @@ def test_keys_were_not_added(builder, make):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("VOVNET.CONV_BODY", "V-39-ESE", "variant 'V-39-ESE'. Did you mean 'V-39-eSE'?"),
+        ("VOVNET.CONV_BODY", "V-39-ESE", "variant 'V-39-ESE'. Close to it: 'V-39-eSE'"),
         ("VOVNET.NORM", "frozenBN", "Unknown norm 'frozenBN': choose from '', 'BN', 'SyncBN',"),
         ("VOVNET.OUT_FEATURES", ["res5"], "no feature 'res5': choose from stem, stage2, stage3,"),
         ("VOVNET.STEM", "max", "MODEL.VOVNET.STEM is 'max': choose from strided, pooled."),
@@ -400,7 +400,7 @@ def test_config_file_of_a_checkout(folder):
     ],
 )
 def test_unknown_config_file(folder, name, close):
-    message = f"No config file '{name}' in .*configs. Close to it: {close}"
+    message = f"No config file '{name}' in .*configs. Close to it: '{close}'"
     with pytest.raises(FileNotFoundError, match=message):
         get_config_file(name)
 
@@ -418,7 +418,7 @@ def test_a_path_is_not_compared_with_the_names_of_configs(folder, tmp_path, monk
     name = form.format(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"^There is no config file {re.escape(name)}\.$"):
         get_config_file(name)
-    with pytest.raises(FileNotFoundError, match=r"Close to it: Base-FPN\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"Close to it: 'Base-FPN\.yaml'"):
         get_config_file("another/Base-FPN.yml")
 
 

@@ -711,7 +711,7 @@ def test_the_error_of_a_missing_file_names_similar_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load = VoVNetCheckpointer(vovnet()).load
     with pytest.raises(
-        FileNotFoundError, match=r"model_last\.pth .* Close to it: model_final\.pth\."
+        FileNotFoundError, match=r"model_last\.pth .* Close to it: 'model_final\.pth'\."
     ):
         load("model_last.pth")
     with pytest.raises(FileNotFoundError, match=r"There is no folder|there is no folder output"):

@@ -125,7 +125,7 @@ def test_similar_names_to_a_missing_file_are_searched_in_its_folder(
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"Close to it: output/config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"Close to it: 'output/config\.yaml'"):
         find_config("output/confg.yaml")
     with pytest.raises(FileNotFoundError, match=r"mask_rcnn_V_39_eSE_FPN_3x\.yaml"):
         find_config("COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_3.yaml")

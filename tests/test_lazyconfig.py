@@ -442,7 +442,7 @@ def test_a_damaged_image_is_named(
         (["--resume"], "'--resume' is no override"),
         (["model.backbone.bottom_up.norm=BM"], "BM"),
         (["+model.backbone.bottom_up.width=3"], "unexpected keyword argument 'width'"),
-        (["model.backbone.bottom_up.spec.spec=V-39-ese"], "Did you mean 'V-39-eSE'?"),
+        (["model.backbone.bottom_up.spec.spec=V-39-ese"], "Close to it: 'V-39-eSE'"),
         (["model.roi_heads.num_classes=3"], "set model.roi_heads.num_classes 80"),
         (
             ["dataloader.train.dataset.names=coco"],

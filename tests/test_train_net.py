@@ -155,7 +155,7 @@ def call(*words: str) -> None:
     ("words", "message"),
     [
         (["SOLVER.BASE_LRR", "1"], "Non-existent config key: SOLVER.BASE_LRR"),
-        (["MODEL.VOVNET.CONV_BODY", "V-39-ese"], "Did you mean 'V-39-eSE'?"),
+        (["MODEL.VOVNET.CONV_BODY", "V-39-ese"], "Close to it: 'V-39-eSE'"),
         (["MODEL.VOVNET.NORM", "BM"], "BM"),
         (["MODEL.VOVNET.OUT_FEATURES", "['stage6']"], "stage6"),
         (

@@ -595,7 +595,7 @@ def test_a_new_deformable_network_equals_the_plain_one(structure):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"spec": "V-39-ese"}, "Unknown VoVNet variant 'V-39-ese'. Did you mean 'V-39-eSE'?"),
+        ({"spec": "V-39-ese"}, "Unknown VoVNet variant 'V-39-ese'. Close to it: 'V-39-eSE'"),
         ({"norm": "FrozenBatchNorm"}, "Unknown norm 'FrozenBatchNorm': choose from '', 'BN',"),
         ({"out_features": ["res5"]}, "no feature 'res5': choose from stem, stage2, stage3, stage4"),
         ({"out_features": ["linear"]}, "stage5. Set num_classes to have 'linear'."),

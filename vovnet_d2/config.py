@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from .errors import UserFileNotFoundError
 from .modeling.build import require_own_builders
 from .modeling.specs import VoVNetSpec
+from .words import close_to_it
 
 _SUFFIXES = (".yaml", ".py")
 
@@ -325,9 +326,8 @@ def get_config_file(name: str) -> str:
     files = sorted(str(p.relative_to(root)) for p in root.rglob("*.*") if p.suffix in _SUFFIXES)
     same = [file for file in files if Path(file).name == Path(name).name]
     close = [*dict.fromkeys(same + get_close_matches(name, files, n=3, cutoff=0.6))][:3]
-    hint = f" Close to it: {', '.join(close)}." if close else ""
     raise UserFileNotFoundError(
-        f"No config file {name!r} in the working folder or in {root}.{hint}"
+        f"No config file {name!r} in the working folder or in {root}.{close_to_it(close)}"
     )
 
 

@@ -29,5 +29,9 @@ def suggest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return a sentence, after a space, that names the choices closest to a name, in quotation
     marks. It is empty if none is close.
     """
-    close = get_close_matches(name, list(choices), n=3, cutoff=cutoff)
-    return f" Close to it: {', '.join(map(repr, close))}." if close else ""
+    return close_to_it(get_close_matches(name, list(choices), n=3, cutoff=cutoff))
+
+
+def close_to_it(names: Sequence[str]) -> str:
+    """Return the sentence of :func:`suggest` for names that were found in another way."""
+    return f" Close to it: {', '.join(map(repr, names))}." if names else ""

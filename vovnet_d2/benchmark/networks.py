@@ -10,7 +10,6 @@ networks and in low precision.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
@@ -30,6 +29,7 @@ from ..modeling.baselines.torchvision_backbone import TorchvisionBackbone
 from ..modeling.layers import NORMS
 from ..modeling.specs import VOVNET_SPECS
 from ..modeling.vovnet import VoVNet
+from ..words import suggest
 from .plain import plain
 from .workload import as_pixels
 
@@ -84,11 +84,9 @@ def _find_builder(name: str, norm: str) -> Callable[[], nn.Module]:
     if name.startswith(_TIMM):
         return lambda: TimmBackbone(name.removeprefix(_TIMM))
     if name not in BACKBONES:
-        close = get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
-        meant = f"Did you mean {' or '.join(close)}? " if close else ""
         raise UserValueError(
-            f"No network {name!r}. {meant}There are {', '.join(BACKBONES)}, timm:NAME for timm's, "
-            "and detectors by --config-file."
+            f"No network {name!r}.{suggest(name, BACKBONES, cutoff=0.5)} There are "
+            f"{', '.join(BACKBONES)}, timm:NAME for timm's, and detectors by --config-file."
         )
     if norm not in NORMS:
         raise UserValueError(f"No norm {norm!r}: there are {', '.join(map(repr, NORMS))}.")

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserFileNotFoundError, UserValueError
+from ..words import close_to_it
 from .download import download
 from .fetching import agrees
 from .metadata import Metadata
@@ -119,7 +120,7 @@ def _existing(path: str) -> str:
         )
     names = [p.name for p in folder.iterdir() if p.is_file()]
     close = get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
-    hint = f" Close to it: {', '.join(str(folder / name) for name in close)}." if close else ""
+    hint = close_to_it([str(folder / name) for name in close])
     raise UserFileNotFoundError(
         f"No file of weights {path} (relative paths start in {Path.cwd()}).{hint}"
     )

@@ -5,11 +5,11 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 from vovnet_d2.modeling.specs import VOVNET_SPECS, VoVNetSpec
 
 from ..errors import UserValueError
+from ..words import suggest
 from .metadata import BGR_255, BGR_IMAGENET, RGB_IMAGENET, InputConvention, Metadata
 from .recognition import Description
 
@@ -186,11 +186,9 @@ def get_entry(name: str) -> ZooEntry:
     """Return an entry of the zoo. Raise ValueError, with the known names, if there is none."""
     if name in ZOO:
         return ZOO[name]
-    close = get_close_matches(name, ZOO, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]}?" if close else ""
     raise UserValueError(
-        f"No weights {name} in the zoo.{hint} There are: {', '.join(ZOO)}. Other VoVNets of timm "
-        "have no trained weights."
+        f"No weights {name} in the zoo.{suggest(name, ZOO, cutoff=0.5)} There are: "
+        f"{', '.join(ZOO)}. Other VoVNets of timm have no trained weights."
     )
 
 

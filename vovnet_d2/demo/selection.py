@@ -3,7 +3,6 @@
 """Select the predictions that are shown."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from detectron2.data.catalog import Metadata
 
 from ..drawing.artist import Shown
 from ..errors import UserValueError
+from ..words import suggest
 
 
 class Selection:
@@ -32,10 +32,8 @@ class Selection:
         known = [*self._things.names, *self._stuff.names]
         for name in names:
             if name not in known:
-                close = get_close_matches(name, known, n=3, cutoff=0.5) or known
-                raise UserValueError(
-                    f"There is no category {name!r}. There are: {', '.join(close)}."
-                )
+                hint = suggest(name, known, cutoff=0.5) or f" There are: {', '.join(known)}."
+                raise UserValueError(f"There is no category {name!r}.{hint}")
 
     def __call__(self, prediction: dict[str, Any]) -> Shown:
         """Select from the prediction for an image, in Detectron2's output format and on the CPU."""

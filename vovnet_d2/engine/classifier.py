@@ -7,7 +7,6 @@ The augmentation and the optimizers are those of timm.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ..data.workers import attend_to_workers
 from ..errors import UserValueError
 from ..modeling.baselines.cifar import CifarClassifier
 from ..modeling.build import build_vovnet_classifier
+from ..words import suggest
 from .class_teacher import ClassTeacher, build_class_teacher
 from .hooks import BestCheckpointer
 from .memory_format import to_memory_format
@@ -163,10 +163,8 @@ class ClassifierTrainer(Trainer):
         """
         name = cfg.PRETRAIN.OPTIMIZER
         if name not in list_optimizers():
-            close = get_close_matches(name, list_optimizers(), n=3, cutoff=0.4) or ["sgd", "adamw"]
-            raise UserValueError(
-                f"PRETRAIN.OPTIMIZER {name!r} is none of timm's. Close to it: {', '.join(close)}."
-            )
+            hint = suggest(name, list_optimizers(), cutoff=0.4) or " There are 'sgd', 'adamw', ..."
+            raise UserValueError(f"PRETRAIN.OPTIMIZER {name!r} is none of timm's.{hint}")
         optimizer = create_optimizer_v2(
             model,
             name,

@@ -3,7 +3,6 @@
 """Configs are found, told apart, and loaded from YAML files safely."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,9 @@ def find_config(name: str) -> str:
         return get_config_file(name)
     except FileNotFoundError as error:
         beside = [str(path) for path in Path(name).parent.glob("*.*")]
-        if not (close := get_close_matches(str(Path(name)), beside, n=3, cutoff=0.8)):
+        if not (hint := suggest(str(Path(name)), beside, cutoff=0.8)):
             raise
-        raise UserFileNotFoundError(
-            f"There is no config file {name}. Close to it: {', '.join(close)}."
-        ) from error
+        raise UserFileNotFoundError(f"There is no config file {name}.{hint}") from error
 
 
 def resolve_config(name: str) -> tuple[str, bool]:

@@ -8,10 +8,10 @@ arXiv 1911.06667, section 3.3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import UserValueError
+from ..words import suggest
 
 STAGE_NAMES = ("stage2", "stage3", "stage4", "stage5")
 
@@ -147,10 +147,9 @@ def get_spec(spec: str | VoVNetSpec, **overrides: Any) -> VoVNetSpec:
     """
     if isinstance(spec, str):
         if spec not in VOVNET_SPECS:
-            close = get_close_matches(spec, VOVNET_SPECS, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise UserValueError(
-                f"Unknown VoVNet variant {spec!r}.{hint} Choose from: {', '.join(VOVNET_SPECS)}."
+                f"Unknown VoVNet variant {spec!r}.{suggest(spec, VOVNET_SPECS, cutoff=0.5)} "
+                f"Choose from: {', '.join(VOVNET_SPECS)}."
             )
         spec = VOVNET_SPECS[spec]
     known = {field.name for field in fields(VoVNetSpec)}

@@ -3,7 +3,6 @@
 """The networks of timm (pytorch-image-models) as backbones."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from ...errors import UserFileNotFoundError, UserValueError
+from ...words import suggest
 from .features import FeatureBackbone, convert_norms, freeze, parameters_behind, stage_name
 
 _PROBE_SIZE = 256
@@ -123,10 +123,10 @@ def _create(
 def require_network(timm: Any, name: str) -> None:
     """Raise ValueError if timm has no network of this name."""
     if not timm.is_model(name):
-        architecture = name.partition(".")[0]
-        close = get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"Close to it: {', '.join(close)}." if close else "timm.list_models() lists them."
-        raise UserValueError(f"timm has no network {name!r}. {hint}")
+        hint = suggest(name.partition(".")[0], timm.list_models())
+        raise UserValueError(
+            f"timm has no network {name!r}.{hint or ' timm.list_models() lists them.'}"
+        )
 
 
 def create_pretrained(timm: Any, name: str, way_out: str, **arguments: Any) -> nn.Module:

@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -12,6 +11,7 @@ from torch import nn
 from torchvision import models
 
 from ...errors import UserFileNotFoundError, UserValueError
+from ...words import close_to_it, suggest
 from .features import (
     FeatureBackbone,
     convert_norms,
@@ -78,9 +78,8 @@ class _Nodes(nn.Module):
 
 def _create(name: str, pretrained: bool) -> nn.Module:
     if name not in (available := models.list_models(module=models)):
-        close = get_close_matches(name, available, n=3)
-        hint = f"Close to it: {', '.join(close)}" if close else f"There are {', '.join(available)}"
-        raise UserValueError(f"torchvision has no network {name!r}. {hint}.")
+        hint = suggest(name, available) or f" There are {', '.join(available)}."
+        raise UserValueError(f"torchvision has no network {name!r}.{hint}")
     # torch.get_default_device() of torch 2.6 does not see `with torch.device("meta")`.
     loads = pretrained and not torch.empty(0).is_meta
     try:
@@ -106,9 +105,9 @@ def _extract(network: nn.Module, name: str, nodes: Sequence[str]) -> nn.Module:
         known = get_graph_node_names(network)[1]
         for node in nodes:
             if not any(other == node or other.startswith(f"{node}.") for other in known):
-                close = ", ".join(get_close_matches(node, known, n=3, cutoff=0.4) or known)
+                hint = suggest(node, known, cutoff=0.4) or close_to_it(known)
                 raise UserValueError(
-                    f"{name} of torchvision has no node {node!r}. Close to it: {close}."
+                    f"{name} of torchvision has no node {node!r}.{hint}"
                 ) from error
         raise
     raise UserValueError(
