@@ -34,7 +34,7 @@ def add_vovnet_config(cfg: CfgNode) -> None:
         ("REFINEDET", _refinedet_defaults()),
         ("TIMM", _timm_defaults()),
         ("TORCHVISION", _torchvision_defaults()),
-        ("DENSENET67", _densenet67_defaults()),
+        ("DENSENET67", CfgNode({"NORM": "BN"})),
         ("PELEENET", _peleenet_defaults()),
     ):
         cfg.MODEL.setdefault(name, CfgNode())
@@ -276,12 +276,6 @@ def _torchvision_defaults() -> CfgNode:
     # These mean the same as in MODEL.TIMM.
     node.NORM = "BN"
     node.PRETRAINED = False
-    return node
-
-
-def _densenet67_defaults() -> CfgNode:
-    node = CfgNode()
-    node.NORM = "BN"
     return node
 
 

@@ -38,11 +38,8 @@ class Backend:
 
 
 def check_backend(name: str, device: torch.device, *, int8: bool = False) -> None:
-    """Check that a backend can be used on this machine.
-
-    Args:
-        name: a key of :data:`BACKENDS`, ``"torch"`` or ``"auto"``.
-        int8: True if the backend has to run a quantized file.
+    """Check that a backend, a key of :data:`BACKENDS`, ``"torch"`` or ``"auto"``, can be used on
+    this machine, and for ``int8`` that it runs quantized files.
 
     Raises:
         ModuleNotFoundError: a package is missing.

@@ -103,9 +103,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    described = _DESCRIPTION.format(
-        backbones=", ".join(BACKBONES), treatments=_describe_treatments()
-    )
+    treatments = "; ".join(f"{t.name} ({t.description})" for t in TREATMENTS.values())
+    described = _DESCRIPTION.format(backbones=", ".join(BACKBONES), treatments=treatments)
     parser = argparse.ArgumentParser(description=described, formatter_class=_HelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="set the defaults of all other options")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=[], help="backbones")
@@ -181,10 +180,6 @@ def argument_parser() -> argparse.ArgumentParser:
         help="folder for JSON, CSV, Markdown and plots; replaces the files of an earlier benchmark",
     )
     return parser
-
-
-def _describe_treatments() -> str:
-    return "; ".join(f"{t.name} ({t.description})" for t in TREATMENTS.values())
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -144,12 +144,8 @@ class _Case:
             return
         except Exception as error:
             self.error = f"{_reason(error)} (while timed beside the others)"
-        self.call = _nothing
+        self.call = lambda: None
         _free_memory()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _case_name(network: str, treatment: str) -> str:

@@ -82,7 +82,8 @@ def derive_flips(names: Sequence[str], *, mirrored: bool) -> Flips:
         if other != name and other in names and (other, name) not in pairs:
             pairs.append((name, other))
     paired = {name for pair in pairs for name in pair}
-    lone = [n for n in names if n not in paired and _says_side(n)]
+    sides = {n for n in names if {part.lower() for part in _PARTS.findall(n)} & {"left", "right"}}
+    lone = [n for n in names if n in sides - paired]
     if lone and mirrored:
         raise UserValueError(
             f"the keypoint {lone[0]!r} has no counterpart on the other side, so a mirrored picture "
@@ -105,10 +106,6 @@ def _other(side: str) -> str:
     if side.isupper():
         return other.upper()
     return other.capitalize() if side[0].isupper() else other
-
-
-def _says_side(name: str) -> bool:
-    return any(part.lower() in ("left", "right") for part in _PARTS.findall(name))
 
 
 def parse_flips(text: str, names: Sequence[str]) -> Flips:

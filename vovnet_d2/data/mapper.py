@@ -136,10 +136,7 @@ class AugmentedTestMapper:
     keeps at least one pixel of very thin images in each direction."""
 
     def __init__(self, min_sizes: Sequence[int], max_size: int, *, flip: bool):
-        """
-        Args:
-            min_sizes, max_size, flip: ``TEST.AUG.MIN_SIZES``, ``MAX_SIZE`` and ``FLIP``.
-        """
+        """Take ``TEST.AUG.MIN_SIZES``, ``MAX_SIZE`` and ``FLIP``."""
         resizes = [_ResizeShortestEdge(size, max_size) for size in min_sizes]
         flips: list[list[T.Augmentation]] = [[], [T.RandomFlip(prob=1.0)]]
         self._augmentations = [

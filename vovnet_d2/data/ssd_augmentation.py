@@ -103,11 +103,8 @@ class Expand(T.Augmentation):
     """Puts the image somewhere on a canvas of one colour, ``ratio`` times as wide and high."""
 
     def __init__(self, fill: Sequence[float], *, ratio: tuple[float, float] = (1.0, 4.0)):
-        """
-        Args:
-            fill: a value for each channel.
-            ratio: the least and greatest ratio, which is drawn uniformly.
-        """
+        """Draw a ratio uniformly from the least to the greatest one. ``fill`` has a value for each
+        channel."""
         super().__init__()
         self._init(locals())
 

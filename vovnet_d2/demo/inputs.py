@@ -154,10 +154,7 @@ class Video:
     unit = "frame"
 
     def __init__(self, path: str):
-        """
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
+        """Open a video file. Raise FileNotFoundError if there is no such file."""
         if not os.path.isfile(path):
             raise UserFileNotFoundError(f"There is no file {path}.")
         self.files = [Path(path)]
@@ -185,10 +182,7 @@ class Camera:
     total: int | None = None
 
     def __init__(self, index: int):
-        """
-        Raises:
-            ValueError: the camera cannot be opened.
-        """
+        """Open a camera. Raise ValueError if it cannot be opened."""
         self._capture = cv2.VideoCapture(index)
         if not self._capture.isOpened():
             raise UserValueError(

@@ -106,13 +106,8 @@ class PictureFiles(Sink):
     """Writes one file for each picture."""
 
     def __init__(self, targets: Sequence[Path]):
-        """
-        Args:
-            targets: the files, in the order of the inputs.
-
-        Raises:
-            ValueError: a folder cannot be made.
-        """
+        """Make the folders of the files, which are in the order of the inputs. Raise ValueError if
+        a folder cannot be made."""
         self._targets = targets
         for folder in dict.fromkeys(target.parent for target in targets):
             _make_folder(folder)
@@ -222,13 +217,8 @@ class Window(Sink):
     """Shows one picture after the other; q or Escape ends the run."""
 
     def __init__(self, *, wait: bool):
-        """
-        Args:
-            wait: show each picture until a key is pressed.
-
-        Raises:
-            ValueError: there is no screen, or OpenCV was built without windows.
-        """
+        """Open a window. With ``wait``, each picture is shown until a key is pressed. Raise
+        ValueError if there is no screen, or if OpenCV was built without windows."""
         self._wait = wait
         self._title = "vovnet_d2"
         # OpenCV aborts the process where there is no display.

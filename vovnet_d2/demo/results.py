@@ -24,10 +24,7 @@ class ResultsFile(AbstractContextManager["ResultsFile"]):
     """
 
     def __init__(self, path: Path, metadata: Metadata):
-        """
-        Raises:
-            ValueError: the file cannot be written.
-        """
+        """Open the file. Raise ValueError if it cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file, self._path = path.open("w", encoding="utf-8"), path

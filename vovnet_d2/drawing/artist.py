@@ -51,10 +51,7 @@ class Artist:
     """Draws on one picture after the other; each category has its colour in all of them."""
 
     def __init__(self, metadata: Metadata):
-        """
-        Args:
-            metadata: names and colours of the categories.
-        """
+        """Take the names and colours of the categories from the metadata."""
         self._things: list[str] = metadata.get("thing_classes", [])
         self._stuff: list[str] = metadata.get("stuff_classes", [])
         self._thing_colors = _colors(metadata.get("thing_colors"), len(self._things))

@@ -26,17 +26,8 @@ AnyConfig: TypeAlias = CfgNode | DictConfig
 def load_any_config(
     config_file: str, options: Sequence[str] = (), *, allow_unsafe_yaml: bool = False
 ) -> AnyConfig:
-    """Load a YAML file, a LazyConfig, or the config.yaml of a training with one of them.
-
-    Args:
-        config_file: a path, or the name of a file among this package's.
-        options: ``[KEY, VALUE, ...]`` for a YAML file, ``["key=value", ...]`` for a LazyConfig.
-        allow_unsafe_yaml: accept a YAML file that may run any code.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: see :func:`load_config` and
-            :func:`load_lazy_config`.
-    """
+    """Load a YAML file, a LazyConfig, or the config.yaml of a training with one of them. For the
+    arguments and the errors see :func:`load_config` and :func:`load_lazy_config`."""
     path = find_config(config_file)
     if not is_lazy_file(path):
         return load_config(path, options, allow_unsafe_yaml=allow_unsafe_yaml)

@@ -32,11 +32,8 @@ class WeightAverage(HookBase):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """
-        Args:
-            model: the network that is trained, without DistributedDataParallel around it.
-            decay: above 0 and below 1.
-        """
+        """Average a network that is trained, without DistributedDataParallel around it. ``decay``
+        is above 0 and below 1."""
 
         def average(averaged: Any, current: Any, count: torch.Tensor | int) -> None:
             steps = int(self._average.n_averaged)  # on the CPU: a GPU is not waited for

@@ -48,13 +48,8 @@ class Drawn(NamedTuple):
 
 
 def draw_annotations(name: str, *, number: int) -> Iterator[Drawn]:
-    """Draw the annotations of images.
-
-    Args:
-        name: a registered data set.
-        number: the number of images, spread evenly over the set. Images that cannot be read are
-            named in the log and skipped.
-    """
+    """Draw the annotations of a number of images, spread evenly over a registered data set. Images
+    that cannot be read are named in the log and skipped."""
     for record, _, drawn in _draw_records(name, spread(load_records(name), number)):
         yield Drawn(record["file_name"], drawn[:, :, ::-1])
 

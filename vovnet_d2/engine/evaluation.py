@@ -46,14 +46,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, *, suffix: str = "") -> Dat
     """Build the evaluator for the ``evaluator_type`` in the metadata of a data set.
 
     The files of the evaluator go to ``OUTPUT_DIR/inference``. If ``DATASETS.TEST`` has several data
-    sets, each has a folder below it.
+    sets, each has a folder below it, whose name ends with ``suffix``.
 
-    Args:
-        suffix: the end of the folder's name.
-
-    Raises:
-        ValueError: the type or ``TEST.COCO_API`` is unknown, or needs a package that is not
-            installed.
+    Raise ValueError if the type or ``TEST.COCO_API`` is unknown, or needs a package that is
+    missing.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference" + suffix)
     if len(cfg.DATASETS.TEST) > 1:

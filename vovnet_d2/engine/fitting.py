@@ -127,7 +127,8 @@ def fit_to_data(
     earlier = comm.all_gather(_read(cfg.OUTPUT_DIR) if resuming else {})[0]
     if resuming:
         _refuse_other_anchors(args, earlier, data)
-    schedule = args.epochs is not None or "epochs" in earlier or _is_custom(cfg)
+    is_custom = any(MetadataCatalog.get(name).get("own_data_set") for name in cfg.DATASETS.TRAIN)
+    schedule = args.epochs is not None or "epochs" in earlier or is_custom
     if not schedule and not args.fit_anchors:
         return []
     written = find_written()
@@ -165,10 +166,6 @@ def fit_to_data(
     logger.info("Values fitted to the %d training images:\n%s", facts["images"], table)
     args.fitted = facts
     return rows
-
-
-def _is_custom(cfg: CfgNode) -> bool:
-    return any(MetadataCatalog.get(name).get("own_data_set") for name in cfg.DATASETS.TRAIN)
 
 
 def _find_epochs(

@@ -42,11 +42,8 @@ class Checkpointing(HookBase):
         period: int,
         averaged: WeightsCheckpointer | None = None,
     ):
-        """
-        Args:
-            averaged: the checkpointer that also saves the average of the weights after the last
-                iteration.
-        """
+        """Save by a checkpointer. ``averaged`` also saves the average of the weights after the last
+        iteration."""
         self._checkpointer = checkpointer
         self._period = period
         self._averaged = averaged
@@ -110,12 +107,9 @@ class EvalHook(hooks.EvalHook):
     twice."""
 
     def __init__(self, period: int, evaluate: Callable[[], Any], metric: str | None, folder: str):
-        """
-        Args:
-            period, evaluate: see :class:`detectron2.engine.hooks.EvalHook`.
-            metric: the result whose absence in ``folder/metrics.json`` shows that the evaluation is
-                missing; None if there is no such result.
-        """
+        """Evaluate as Detectron2's hook does. The evaluation of an iteration is missing if
+        ``folder/metrics.json`` lacks the result ``metric``. With None, no evaluation counts as
+        missing."""
         super().__init__(period, evaluate)
         self._metric = metric
         self._folder = folder

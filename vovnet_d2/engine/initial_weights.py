@@ -20,16 +20,9 @@ logger = logging.getLogger(__name__)
 def check_initialisation(
     cfg: CfgNode, *, training: bool, resuming: bool, backbone: nn.Module | None = None
 ) -> None:
-    """Refuse a run that needs weights and has none.
-
-    A training needs weights if parts of its backbone are frozen. An evaluation always needs some.
-
-    Args:
-        backbone: the backbone; by default it is built as the config describes it.
-
-    Raises:
-        ValueError: there are no weights, and the run needs some.
-    """
+    """Raise ValueError if a run needs weights and has none. A training needs weights if parts of
+    its backbone are frozen. An evaluation always needs some. By default the backbone is built as
+    the config describes it."""
     if cfg.MODEL.WEIGHTS or resuming:
         return
     if not training:
@@ -89,13 +82,8 @@ def report_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, resume: boo
 
 def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: str = "") -> None:
     """Refuse to predict or evaluate with weights that leave parts of the network at random values.
-
-    Args:
-        part: the beginning of the names of the tensors that are needed; by default all are needed.
-
-    Raises:
-        ValueError: the weights that ``checkpointer`` loaded last lack a needed tensor.
-    """
+    ``part`` is the beginning of the names of the tensors that are needed. Raise ValueError if the
+    weights that ``checkpointer`` loaded last lack such a tensor."""
     missing = [n for n in checkpointer.missing_outside_backbone if n.startswith(part)]
     if missing:
         raise UserValueError(

@@ -205,7 +205,7 @@ def _apply_override(config: DictConfig, override: str) -> None:
         )
     adds, key = key.startswith("+"), key.lstrip("+")
     known = set(_leaves(config))
-    if not adds and key not in known and not _is_node(config, key):
+    if not adds and key not in known and _select(config, key) is None:  # may go through lists
         raise UserKeyError(
             f"The LazyConfig has no {key}.{suggest(key, known)} To give an argument that is not "
             f"there, write +{key}=..."
@@ -229,11 +229,6 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
     for key in map(str, node):
         yield prefix + key
         yield from _leaves(node._get_node(key), f"{prefix}{key}.")
-
-
-def _is_node(config: DictConfig, key: str) -> bool:
-    """Return True if a key, which may go through lists, has a value."""
-    return _select(config, key) is not None
 
 
 def _select(config: DictConfig, key: str) -> Any:

@@ -81,17 +81,10 @@ _NO_PROPOSALS = "PrecomputedProposals"  # which Detectron2 takes without a regis
 
 
 def translate(loaded: CfgNode, known: CfgNode) -> bool:
-    """Translate the keys of another project's config file into keys with the same meaning here.
+    """Translate the keys of another project's config file, with its bases, into the ``known`` keys
+    with the same meaning, in place. Return True if something was changed.
 
-    Args:
-        loaded: the content of the file and its bases; changed in place.
-        known: a config with all keys of this package.
-
-    Returns:
-        True if something was changed.
-
-    Raises:
-        ValueError: the file asks for something that has no counterpart; the message names the keys.
+    Raise ValueError, with the keys, if the file asks for something that has no counterpart.
     """
     if not isinstance(model := loaded.get("MODEL", CfgNode()), CfgNode):
         return False  # merging it says what is wrong
@@ -132,15 +125,8 @@ def _parts(model: CfgNode) -> dict[str, str]:
 
 
 def _refuse_others(parts: dict[str, str], unknown: list[str]) -> None:
-    """Refuse a config of another project that names parts which this package does not have.
-
-    Args:
-        parts: see :func:`_parts`.
-        unknown: keys of the file that this package does not have.
-
-    Raises:
-        ValueError: a part is not registered here and known to be another project's, or comes with
-            keys that are not known here.
+    """Raise ValueError if a config names a part that is not registered here and known to be another
+    project's, or that comes with keys that are ``unknown`` here. For the parts see :func:`_parts`.
     """
     missing = {
         key: name

@@ -280,11 +280,8 @@ def _match(
     json: str, contents: Contents, trained: OwnDataSet | None
 ) -> tuple[tuple[str, ...], tuple[int | str, ...]]:
     """Find the categories of the training by their names, as their ids in this file may differ.
-
-    Returns:
-        names in the order of the network's outputs, and their ids in this file. A name that the
-        file lacks gets an id that the file does not have.
-    """
+    Return the names in the order of the network's outputs, and their ids in this file. A name that
+    the file lacks gets an id that the file does not have."""
     found = contents.categories
     if trained is None:
         return tuple(found.values()), tuple(found)

@@ -76,11 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train or evaluate a classifier in this process; see :func:`run_task`.
-
-    Returns:
-        on the main process, ``{"classification": {"top1": ..., "top5": ...}}`` in percent.
-    """
+    """Train or evaluate a classifier in this process; see :func:`run_task`. Return
+    ``{"classification": {"top1": ..., "top5": ...}}`` in percent on the main process."""
     args.opts = [*args.opts, *teacher_options(args)]
     return run_task(PretrainingTask(args))
 
@@ -102,13 +99,7 @@ class PretrainingTask(YamlTask):
 
 
 def _check_pretraining(cfg: CfgNode, *, training: bool) -> None:
-    """Check the keys of a classifier.
-
-    Raises:
-        ValueError: a key of the optimizer is for detectors, the input does not have three channels,
-            the network does not exist, there is not one split to train on and one to evaluate on,
-            or mixup cannot pair the images of a batch.
-    """
+    """Check the keys of a classifier. Raise ValueError for a value that cannot be used."""
     node = cfg.PRETRAIN
     solver = cfg.SOLVER
     if solver.OPTIMIZER != "SGD" or solver.OPTIMIZER_ARGS or solver.LAYER_DECAY != 1:

@@ -49,13 +49,8 @@ def rehearse_evaluation(cfg: CfgNode, trainer: type[Trainer]) -> None:
     """Check the annotations and files of ``DATASETS.TEST``. Run the evaluators without predictions
     and with perfect predictions for some images. All processes call this function.
 
-    Args:
-        cfg: the config. Nothing is written to its ``OUTPUT_DIR``.
-        trainer: the trainer whose evaluators are tried. Only Detectron2's evaluators for COCO,
-            PASCAL VOC and label maps are tried.
-
-    Raises:
-        ValueError: annotations cannot be used, or the evaluation fails.
+    Only Detectron2's evaluators for COCO, PASCAL VOC and label maps are tried. Nothing is written
+    to ``OUTPUT_DIR``. Raise ValueError if annotations cannot be used, or if the evaluation fails.
     """
     for name in cfg.DATASETS.TEST:
         records = load_records(name)

@@ -42,7 +42,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> optim.Optimizer:
     if kind is optim.SGD:  # as Detectron2's build_optimizer does
         arguments |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "foreach": True}
     given = _read_arguments(solver.OPTIMIZER_ARGS, kind)
-    if kind in _FUSED and not {"foreach", "fused"} & given.keys() and _is_on_gpu(model):
+    on_gpu = all(parameter.device.type == "cuda" for parameter in model.parameters())
+    if kind in _FUSED and on_gpu and not {"foreach", "fused"} & given.keys():
         arguments |= {"fused": True, "foreach": False}  # one kernel for all parameters
     arguments |= given
     groups = _group_parameters(cfg, model)
@@ -78,10 +79,6 @@ def load_optimizer_state(optimizer: optim.Optimizer, state: dict[str, Any]) -> N
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 like = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
                 values[name] = like.copy_(value)
-
-
-def _is_on_gpu(model: nn.Module) -> bool:
-    return all(parameter.device.type == "cuda" for parameter in model.parameters())
 
 
 def _read_arguments(pairs: Sequence[Any], kind: Callable[..., optim.Optimizer]) -> dict[str, Any]:

@@ -89,11 +89,7 @@ class Trainer(EvaluatingTrainer):
     _average: WeightAverage | None = None
 
     def __init__(self, cfg: CfgNode, *, allow_partial: bool = False, allow_pickle: bool = False):
-        """
-        Args:
-            cfg: a config with this package's keys.
-            allow_partial, allow_pickle: see :class:`VoVNetCheckpointer`.
-        """
+        """Build the parts of a training. For the two flags see :class:`VoVNetCheckpointer`."""
         # DefaultTrainer's constructor is not called, because it builds other parts.
         TrainerBase.__init__(self)
         _set_up_loggers(cfg)

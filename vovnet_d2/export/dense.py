@@ -19,10 +19,7 @@ class DensePart(Backbone):
     """
 
     def __init__(self, model: Any):
-        """
-        Args:
-            model: a detector of Detectron2's. Its modules are shared with it.
-        """
+        """Take the modules of one of Detectron2's detectors, which stay shared with it."""
         super().__init__()
         self.backbone = model.backbone
         self.head, self.head_features = find_dense_head(model)

@@ -39,11 +39,8 @@ class Quantizer:
     """
 
     def __init__(self, path: Path, images: Iterable[Tensor]):
-        """
-        Args:
-            path: an ONNX file of :class:`.targets.BackboneTarget`, in float32.
-            images: (N, C, H, W) each, as the file's input takes them.
-        """
+        """Read an ONNX file of :class:`.targets.BackboneTarget`, in float32. The images, (N, C, H,
+        W) each, are as the file's input takes them."""
         import onnx
 
         self._model = onnx.load(path)
@@ -115,10 +112,8 @@ class Quantizer:
         return quantizer.model.model
 
     def sensitivity(self, images: Sequence[Tensor]) -> dict[str, float]:
-        """Measure the error of the network if one layer is quantized, for each layer.
-
-        Args:
-            images: a few images like those of the calibration.
+        """Measure the error of the network on a few images if one layer is quantized, for each
+        layer.
 
         Returns:
             for each layer the largest relative error of an output: its root mean square error

@@ -51,12 +51,8 @@ class ExportTarget(ABC):
 
     @abstractmethod
     def inputs_from(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Turn images into inputs of the exported module.
-
-        Args:
-            images: (N, C, H, W), raw pixels with the channel order of the model; N is 1 unless the
-                target is ``batched``.
-        """
+        """Turn images (N, C, H, W), raw pixels with the channel order of the model, into inputs of
+        the exported module. N is 1 unless the target is ``batched``."""
 
 
 class BackboneTarget(ExportTarget):

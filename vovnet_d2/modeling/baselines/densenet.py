@@ -51,10 +51,7 @@ class DenseNet67(Backbone):
     """
 
     def __init__(self, *, in_channels: int = 3, norm: Norm = "BN"):
-        """
-        Args:
-            norm: see :func:`conv_norm_act`.
-        """
+        """For the norm see :func:`conv_norm_act`."""
         super().__init__()
         stem: OrderedDict[str, nn.Module] = OrderedDict()
         channels = in_channels

@@ -89,18 +89,9 @@ def _freeze_norms(module: nn.Module) -> nn.Module:
 def convert_norms(
     network: nn.Module, norm: str, synchronise: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """Replace the batch norms of a network in place.
-
-    Args:
-        norm: "BN" leaves all norms as they are; "FrozenBN" and "SyncBN" replace the batch norms.
-        synchronise: converts the batch norms of a network to "SyncBN".
-
-    Returns:
-        the network.
-
-    Raises:
-        ValueError: ``norm`` is another one.
-    """
+    """Replace the batch norms of a network in place, and return the network. "BN" leaves them as
+    they are; "FrozenBN" and, by the function ``synchronise``, "SyncBN" replace them. Raise
+    ValueError for any other norm."""
     converters = {"BN": lambda module: module, "FrozenBN": _freeze_norms, "SyncBN": synchronise}
     if norm not in converters:
         raise UserValueError(

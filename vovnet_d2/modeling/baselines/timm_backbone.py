@@ -130,11 +130,8 @@ def require_network(timm: Any, name: str) -> None:
 
 
 def create_pretrained(timm: Any, name: str, way_out: str, **arguments: Any) -> nn.Module:
-    """Build a network with timm's weights, or without them on the meta device.
-
-    Args:
-        way_out: the advice in an error, such as "set PRETRAINED to False".
-        arguments: further arguments of ``timm.create_model``.
+    """Build a network with timm's weights, or without them on the meta device. ``way_out`` is the
+    advice in an error, such as "set PRETRAINED to False".
 
     Raises:
         FileNotFoundError: the weights cannot be downloaded.
