@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An explanation of heads that ask for feature maps which the backbone does not return."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
 from ..errors import UserKeyError
-
-__all__ = ["explain_in_features"]
 
 _NODES = {
     "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
