@@ -1,12 +1,11 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a tool to be crashed, each in a process that is forked from this one.
+"""Server that runs tools in forked processes, for tests of crashes.
 
-This process has imported everything, so that a run takes less than a second. It reads a line of
-JSON for each run: the words of the command, the folder to run in, the bytes of memory that may be
-mapped, and the seconds that the run may take. It answers with a line: the exit status (None if the
-time was too short) and the peak of the resident memory in kB. What a run prints is in output.txt in
-its folder.
+The server has imported everything, so a run takes less than a second. It reads a line of JSON for
+each run: the command as a list, the folder to run in, the largest number of mapped bytes, and the
+largest number of seconds. It answers with a line: the exit status (None if the time was too short)
+and the peak of the resident memory in kB. The output of a run is in output.txt in its folder.
 """
 
 import faulthandler
@@ -20,11 +19,11 @@ import time
 from typing import Any, NoReturn
 
 import torch
-from engine_runs import quick_set_up  # imports what tools import
+from engine_runs import quick_set_up  # also imports the modules of tools
 
 
 def serve() -> None:
-    torch.set_num_threads(1)  # a fork has no threads
+    torch.set_num_threads(1)  # threads do not survive a fork
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
@@ -45,7 +44,7 @@ def wait(pid: int, seconds: float) -> tuple[int | None, int]:
 
 
 def run(request: dict[str, Any]) -> NoReturn:
-    """Become the process of a tool."""
+    """Run a tool in this process, and end the process."""
     os.chdir(request["folder"])
     for descriptor, name in ((0, os.devnull), (1, "output.txt"), (2, "output.txt")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)

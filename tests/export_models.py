@@ -13,7 +13,7 @@ from torch import Tensor, from_numpy, nn
 
 from vovnet_d2.engine import load_config
 
-# One layer in a block, as exporters take long for each. test_vovnet.py exports chains of layers.
+# Blocks have one layer, because exporters take long for each. test_vovnet.py exports longer chains.
 NET = replace(thin(TABLE["V-19-slim-eSE"]), layers_per_block=1)
 
 RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"

@@ -127,8 +127,8 @@ def make_steps(rank: int, world: int, port: int, results: Queue) -> None:
     """Make four training steps of a model with one parameter, as one process of several.
 
     In the process with the last rank, the loss of the second step is NaN, the third step raises an
-    error, and a signal arrives in the fourth step. Puts the rank into ``results``, together with
-    the error, the signal and the parameter after each step.
+    error, and a signal arrives in the fourth step. The function puts the rank into ``results``,
+    together with the error, the signal and the parameter after each step.
     """
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)

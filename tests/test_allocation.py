@@ -35,7 +35,8 @@ print(int(kept), before, page_faults())
 """
 
 
-# What torch asks the C library for, and torch itself, whose import takes seconds.
+# Two ways to use memory: the calls that torch makes to the C library, and torch itself. The import
+# of torch takes seconds.
 USES = {
     "C library": (
         "import ctypes; c, memory = ctypes.CDLL(None), ctypes.c_void_p()",

@@ -176,7 +176,7 @@ def test_differences_from_timm_are_noted(changes, options, caveat):
     found = describe_state_dict(model.state_dict())
     said = timm_caveats(found, Metadata.of_spec(spec, None))
     assert [caveat in sentence for sentence in said] == [True] * (caveat is not None)
-    # The features differ if and only if there is such a note.
+    # The features differ if and only if a note says so.
     peer = timm_model("ese_vovnet39b" if spec.ese != "none" else "vovnet39a", **widths)
     state = convert_state_dict(model.state_dict(), "timm")
     takes = not peer.load_state_dict(state, strict=False).unexpected_keys

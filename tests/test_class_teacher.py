@@ -81,7 +81,7 @@ def test_the_teacher_gets_images_in_its_own_normalisation(order: str) -> None:
 
 @pytest.mark.usefixtures("fresh_logging")
 def test_a_training_with_a_teacher(images: Path, tmp_path: Path) -> None:
-    """Resume such a training exactly. Checkpoints and evaluations contain no teacher."""
+    """Check that a resumed training is exact, and that checkpoints contain no teacher."""
     weights = write_teacher(tmp_path, 3)
     words = ["DISTILLATION.TEACHER", NAME, "DISTILLATION.WEIGHTS", weights]
     words += ["DISTILLATION.TEMPERATURE", "2.0"]

@@ -81,7 +81,7 @@ def run(command: list[str], folder: Path, **environment: str) -> Ended:
 
 @cache
 def server() -> subprocess.Popen:
-    """Return the process that forks runs of tools; see :mod:`crash_server`."""
+    """Return the process that forks runs of tools (see :mod:`crash_server`)."""
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("crash_server.py"))],
         stdin=subprocess.PIPE,
@@ -100,7 +100,7 @@ def end_of_the_server() -> Iterator[None]:
 
 
 def run_in_a_fork(command: list[str], folder: Path) -> Ended:
-    """Run a script in a process that has imported everything, and measure it."""
+    """Run a script in a fork of the server; return its status, output and peak memory."""
     request = {"command": command, "folder": str(folder)}
     request |= {"memory": ADDRESS_SPACE, "seconds": SECONDS}
     print(json.dumps(request), file=server().stdin, flush=True)

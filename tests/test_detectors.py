@@ -34,7 +34,7 @@ DETECTORS = {
 }
 OPTIONS = [
     *TINY,
-    *["MODEL.WEIGHTS", ""],  # no weights of timm
+    *["MODEL.WEIGHTS", ""],  # without weights of timm
     *["MODEL.FCOS.INFERENCE_TH_TEST", "0.0", "MODEL.FCOS.PRE_NMS_TOPK_TEST", "50"],
     *["MODEL.FCOS.NORM", "BN", "MODEL.FCOS.NUM_CONVS", "1", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"],
     *["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"],

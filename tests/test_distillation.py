@@ -234,7 +234,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def test_a_training_with_a_teacher(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resume such a training exactly, and evaluate it without the teacher.
+    """Check that a resumed training is exact, and evaluate it without the teacher.
 
     Checkpoints contain no teacher, and the config names the teacher.
     """

@@ -1,6 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings begin with a sentence, not with a fragment that leans on the name beside them."""
+"""Docstrings begin with a sentence, and not with a fragment that only the name explains."""
 
 import ast
 import re
@@ -13,17 +13,17 @@ ROOT = Path(__file__).parents[1]
 OPENINGS = re.compile(
     r"(As|Beside|By|From|How|Of|Than|That|The same|These|Those|What|Where|Whether|Which|Why)\b"
 )
-"""Words that a docstring does not begin with. CONTRIBUTING.md has examples of what to write."""
+"""Words that no docstring begins with. CONTRIBUTING.md has examples of better sentences."""
 
 SECTIONS = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
-"""Sections that only the docstring of ``__init__`` begins with: the class has the sentence."""
+"""Sections. Only a docstring of ``__init__`` may begin with one."""
 
-ROOMS = ("benchmarks", "docs", "tests", "tools", "vovnet_d2")
-FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+FOLDERS = ("benchmarks", "docs", "tests", "tools", "vovnet_d2")
+FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def find_docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
-    """Yield all strings that stand alone: docstrings of modules, classes, functions and values."""
+    """Yield all strings that are statements, such as docstrings of functions and of values."""
     for node in ast.walk(tree):
         match node:
             case ast.Expr(value=ast.Constant(value=str()) as docstring):

@@ -151,7 +151,7 @@ def test_a_file_with_faults(
 
 
 def test_two_images_of_one_id(coco: Path, tmp_path: Path) -> None:
-    """Refuse such a file, because Detectron2's loader would merge the two images."""
+    """Refuse two images with one id, because Detectron2's loader would merge them."""
     content = json.loads((coco / "coco" / "annotations" / "instances_val2017.json").read_text())
     (tmp_path / "mine.json").write_text(json.dumps(content))
     register_coco_instances("mine", {}, f"{tmp_path}/mine.json", str(coco / "coco" / "val2017"))

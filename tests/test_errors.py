@@ -59,8 +59,8 @@ def find_raised(file: Path) -> list[str]:
 
 
 def test_no_built_in_error_is_raised() -> None:
-    """Find lines that raise such an error, which a command line would show with its traceback."""
-    files = [file for room in ("tools", "vovnet_d2") for file in (ROOT / room).rglob("*.py")]
+    """Find lines that raise a built-in error, which tools would show with its traceback."""
+    files = [file for folder in ("tools", "vovnet_d2") for file in (ROOT / folder).rglob("*.py")]
     raised = [line for file in files for line in find_raised(file)]
     assert [line for line in raised if line.partition(":")[0] not in APART] == []
     assert any(line.startswith("vovnet_d2/__init__.py") for line in raised)

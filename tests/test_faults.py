@@ -417,10 +417,9 @@ def test_another_batch_continues_after_the_seen_images(coco: Path, tmp_path: Pat
 
 @pytest.fixture
 def broken_loss(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Break the loss of the third and fourth steps, and raise an error of Detectron2's in the
-    fifth.
+    """Break the loss of the third and fourth steps, and raise Detectron2's error in the fifth.
 
-    Returns the images of all steps.
+    Return the images of all steps.
     """
     images: list[list[str]] = []
     forward = GeneralizedRCNN.forward

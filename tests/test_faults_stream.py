@@ -284,7 +284,7 @@ def _sleep(item: int) -> int:
 
 
 def _stay(ready: Any) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     stay_until_dismissed(0)
     ready.set()
     for _ in range(100):  # on some systems a signal ends a sleep

@@ -286,7 +286,7 @@ def test_information_that_no_other_format_holds_is_noted(images: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", ".", "C:\\a.png", "sub\\..\\..\\a.png"])
 def test_names_that_lead_out_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
-    """Refuse such names, because names of written files are derived from them."""
+    """Refuse such file names, because the names of written files are derived from them."""
     content = {
         "categories": [{"id": 1, "name": "dog"}],
         "images": [{"id": 1, "file_name": name, "width": 31, "height": 47}],

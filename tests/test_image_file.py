@@ -76,7 +76,7 @@ def test_16_bits_are_reduced_to_the_upper_8(tmp_path: Path, suffix: str) -> None
     expected = np.repeat((values // 256)[..., None], 3, axis=2)
     assert np.array_equal(read_image(path), expected)
     assert read_header(path).bits == 16
-    # OpenCV, which users read arrays for Predictor with, converts to 8 bits in the same way.
+    # Users read arrays for Predictor with OpenCV, which converts to 8 bits in the same way.
     assert np.abs(cv2.imread(str(path)).astype(int) - expected).max() <= 1
     colours = np.stack([values, values[::-1], values.T.reshape(SIZE)], axis=2)
     if suffix == "png":

@@ -179,7 +179,7 @@ def test_unknown_precision():
 
 @pytest.mark.slow
 def test_compiled():
-    """Three blocks are enough, as torch generates code for each of them anew."""
+    """Compare a compiled network. Three blocks are enough, because torch compiles each block."""
     model = build(short(NET), stages=STAGES[:3])
     optimized = optimize_for_inference(model, compile=True)
     model.eval()

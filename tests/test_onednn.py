@@ -21,7 +21,7 @@ from vovnet_d2.modeling.onednn import PackedConv2d
 
 STAGES = ("stem", "stage2", "stage3", "stage4", "stage5")
 NET = thin(STRUCTURES["eSE in all"])
-TOLERANCE = 5e-5  # between two ways in float32, relative to the largest value of a feature map
+TOLERANCE = 5e-5  # between two kernels in float32, relative to the largest value of a feature map
 
 
 def build(net=NET, norm="FrozenBN", **args) -> VoVNet:

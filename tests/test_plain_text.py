@@ -55,7 +55,7 @@ def no_formulas(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def mine(coco: Path, tmp_path: Path) -> Path:
-    """Register the miniature COCO with such names for its categories and files."""
+    """Register the miniature COCO with dollar signs in the names of categories and files."""
     content = json.loads((coco / "coco/annotations/instances_train2017.json").read_text())
     content["categories"] = [
         {"id": number, "name": name} for number, name in zip(COLORS, NAMES, strict=True)

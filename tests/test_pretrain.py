@@ -396,7 +396,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_images_are_resized_smoothly() -> None:
-    """Compare with bicubic resizing in Pillow, which in training alternates with bilinear."""
+    """Compare with resizing in Pillow: bicubic, and in training bicubic or bilinear at random."""
     options = ["PRETRAIN.IMAGE_SIZE", "24", "PRETRAIN.CROP_PCT", "0.8", "PRETRAIN.HFLIP", "0.0"]
     options += ["PRETRAIN.SCALE", "(1.0, 1.0)", "PRETRAIN.RATIO", "(1.0, 1.0)"]
     options += ["PRETRAIN.COLOR_JITTER", "0.0", "PRETRAIN.AUTO_AUGMENT", ""]
@@ -468,7 +468,7 @@ def test_config(path: Path) -> None:
 # The digits recipe --------------------------------------------------------------------------------
 
 
-# A network that is thin and small images: an iteration takes a twentieth of a second.
+# With this thin network and small images, an iteration takes a twentieth of a second.
 THIN_FOR_DIGITS = [
     *["MODEL.VOVNET.STAGE_MID_CHANNELS", "(16, 16, 24, 32)", "PRETRAIN.IMAGE_SIZE", "32"],
     *["MODEL.VOVNET.STAGE_OUT_CHANNELS", "(24, 48, 64, 96)"],
@@ -482,7 +482,7 @@ THIN_FOR_DIGITS = [
 def test_digits_classifier_is_as_good_as_an_svc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Train both on the same 400 digits, and compare them on the whole validation split."""
+    """Train the network and two SVCs on the same 400 digits, and compare their accuracy."""
     pixels, labels = load_digits(return_X_y=True)
     train, val = digit_split()
     train = train[::3][:400]

@@ -44,7 +44,7 @@ HOSTILE = "</script><script>alert('1')</script><img src=x onerror=alert(2)>"
 
 @pytest.fixture(scope="module", autouse=True)
 def equal_curves_are_drawn_once() -> Iterator[None]:
-    """The pages of most tests have the same curves, which take longer than the rest of a page."""
+    """Keep drawn curves, because most pages have the same curves, which take most of the time."""
     drawn: dict[bytes, Any] = {}
 
     def draw_once(draw: Callable) -> Callable:

@@ -119,7 +119,7 @@ def attempt(tool: Callable[[Data, Setting], Any], data: Data, setting: Setting) 
 
 @contextlib.contextmanager
 def small_sheets() -> Iterator[None]:
-    """Give sheets of pictures a quarter of their pixels."""
+    """Draw sheets of pictures with a quarter of the usual pixels."""
     half = {name: getattr(sheet, name) / 2 for name in ("_WIDTH", "_SHORT_SIDE")}
     with mock.patch.multiple(sheet, **half):
         yield
