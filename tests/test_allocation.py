@@ -30,7 +30,7 @@ def page_faults():
 page_faults()
 before = page_faults()
 kept = keep_freed_memory()
-page_faults()  # the last time that the memory is fetched
+page_faults()  # the system gives the memory for the last time
 print(int(kept), before, page_faults())
 """
 

@@ -488,7 +488,7 @@ def test_tool_takes_images_of_one_channel(capsys: pytest.CaptureFixture[str]) ->
         lines = capsys.readouterr().out.splitlines()
         (stem,) = [line.split("|") for line in lines if line.startswith("| stem ")]
         stems.append(float(stem[3]))
-    weights = 2 * 64 * 9  # of two more channels; the table has three decimals
+    weights = 2 * 64 * 9  # two more input channels; the table has three decimals
     assert stems[0] - stems[1] == pytest.approx(weights / 1e6, abs=0.001)
 
 

@@ -168,7 +168,7 @@ def test_the_figure_has_the_medians_and_quartiles(monkeypatch: pytest.MonkeyPatc
     assert labels == ["input channels : output channels", "convolutions in sequence"]
     for panel in figure.axes:
         assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2"]
-        assert len(panel.containers) == 2  # of 1x1 and 3x3
+        assert len(panel.containers) == 2  # one for 1x1 and one for 3x3
         for line, _, (bars,) in panel.containers:
             assert line.get_ydata().tolist() == [1, 2]
             assert bars.get_segments()[1].tolist() == [[1, 1], [1, 3]]

@@ -267,7 +267,7 @@ def test_yaml_of_another_project(tmp_path):
     cfg.merge_from_file(str(tmp_path / "config.yaml"))
     model = build(cfg)
     assert model.bottom_up.spec == VOVNET_SPECS["V-19-slim-eSE"]
-    assert model.output_shape()["p6"] == ShapeSpec(channels=128, stride=64)  # not OUT_CHANNELS
+    assert model.output_shape()["p6"] == ShapeSpec(channels=128, stride=64)  # ignores OUT_CHANNELS
     assert isinstance(model.bottom_up.stem.conv1.norm, FrozenBatchNorm2d)
     assert isinstance(model.bottom_up.stage3[0].aggregation.norm, nn.BatchNorm2d)
     assert model.bottom_up.stage5[0].layers[0].offset.out_channels == 54

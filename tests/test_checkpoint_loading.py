@@ -765,7 +765,7 @@ def test_downloads(server):
     (folder / "page.pth").write_text("<!doctype html><html>gone</html>")
     content = (folder / "weights.pth").read_bytes()
     (folder / "weights-0badc0de.pth").write_bytes(content)
-    for algorithm in (hashlib.sha256, hashlib.sha1):  # of torch.hub and of pytorchcv
+    for algorithm in (hashlib.sha256, hashlib.sha1):  # as in torch.hub and pytorchcv
         name = f"weights-{algorithm(content).hexdigest()[:8]}.pth"
         (folder / name).write_bytes(content)
         VoVNetCheckpointer(model).load(f"{url}/{name}")

@@ -61,7 +61,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_links_of_the_site_are_valid(site: Path) -> None:
-    """Check all links within the site."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     assert len(pages) > 20
     dead = []

@@ -266,7 +266,7 @@ def test_agreement() -> None:
         detections([a, b], [0.7, 0.5], [0, 1]),
     ]
     near = [0.0, 0, 10, 10.5]  # an IoU of 0.952
-    far = [20.0, 20, 40, 45]  # of 0.8
+    far = [20.0, 20, 40, 45]  # an IoU of 0.8
     found = [
         detections([near, far, c], [0.8, 0.8, 0.6], [0, 1, 2]),
         detections([a], [0.9], [0]),

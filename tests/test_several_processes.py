@@ -179,7 +179,7 @@ def test_an_average_and_a_teacher(files: list[str], tmp_path: Path) -> None:
 # Slurm
 
 SRUN = """#!/bin/bash
-# Stands for Slurm's: two nodes, which are this machine.
+# Stands for the srun of Slurm. Both nodes are this machine.
 while [[ $1 == --* ]]; do shift; done
 SLURM_NODEID=0 "$@" & first=$!
 SLURM_NODEID=1 "$@" & second=$!
