@@ -198,7 +198,7 @@ def decompose(data: DataSet) -> None:
     data.content["images"][0]["file_name"] = "a\u0308.jpg"
 
 
-def two_as_near(data: DataSet) -> None:
+def two_similar_names(data: DataSet) -> None:
     for folder in ("one", "two"):
         (data.images / folder).mkdir()
         shutil.copy(data.images / "a.jpg", data.images / folder)
@@ -291,7 +291,7 @@ FAULTS: dict[str, tuple[Callable[[DataSet], None], set[str]]] = {
     "no suffix": (rename("a"), {"near_name"}),
     "spaces": (rename(" a.jpg "), {"near_name"}),
     "Unicode form": (decompose, {"near_name"}),
-    "two files as near": (two_as_near, {"missing_file"}),
+    "two files as near": (two_similar_names, {"missing_file"}),
     "another split": (other_split, {"missing_file"}),
     "near, of another size": (other_size, {"missing_file"}),
     "a folder for a file": (setting("images", "file_name", "."), {"missing_file"}),

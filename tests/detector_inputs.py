@@ -47,7 +47,7 @@ def detector_config(name: str, *options: str) -> Any:
     return load_config(config, ["MODEL.DEVICE", "cpu", *own, *options])
 
 
-def let_it_find(model: Any) -> Any:
+def make_it_detect(model: Any) -> Any:
     """Make a dense head predict boxes with sides of a few strides and with different scores.
 
     The scores differ because equal scores have no fixed order. The norms take their statistics

@@ -52,7 +52,7 @@ def assemble(cfg: CfgNode, **arguments: object) -> fcos.FCOS:
     )
 
 
-def let_it_find(model: FCOS) -> None:
+def make_it_detect(model: FCOS) -> None:
     """Make an untrained head detect objects. Its scores would be equal and low, and boxes empty."""
     torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
     torch.nn.init.constant_(model.head.bbox_pred.bias, 1.0)
@@ -131,7 +131,7 @@ def test_results_equal_those_of_detectron2(defaults: bool) -> None:
     for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
-    let_it_find(model)
+    make_it_detect(model)
     peer.load_state_dict(model.state_dict())
     with torch.no_grad():
         found, wanted = model.eval()(inputs)[0]["instances"], peer.eval()(inputs)[0]["instances"]
@@ -145,7 +145,7 @@ def test_results_equal_those_of_detectron2(defaults: bool) -> None:
 def test_boxes_are_float32_in_mixed_precision() -> None:
     """Compare with float32, because bfloat16 cannot represent all whole numbers above 256."""
     model = build_model(thin_config()).eval()
-    let_it_find(model)
+    make_it_detect(model)
     inputs = [sample()]
     with torch.no_grad():
         exact = model(inputs)[0]["instances"].pred_boxes.tensor

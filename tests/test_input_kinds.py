@@ -80,7 +80,7 @@ def test_a_kind(catalogs: None, fresh_logging: None, good: Good, tmp_path: Path,
 # Weights ------------------------------------------------------------------------------------------
 
 
-def beside(path: Path) -> None:
+def add_averaged_weights(path: Path) -> None:
     """Save averaged weights in the same file as the other weights."""
     content = torch.load(path, weights_only=False)
     averaged = {name: 2 * value for name, value in content["model"].items()}
@@ -97,7 +97,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: path.write_bytes(b""), REFUSED),
     "no file": (Path.unlink, REFUSED),
     "a number": (lambda path: torch.save({"model": 3}, path), REFUSED),
-    "averaged weights beside the others": (beside, SAME),
+    "averaged weights beside the others": (add_averaged_weights, SAME),
 }
 
 

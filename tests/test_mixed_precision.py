@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from detector_inputs import DETECTORS, detector_config, let_it_find, samples
+from detector_inputs import DETECTORS, detector_config, make_it_detect, samples
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -43,7 +43,7 @@ def give_heads_bfloat16(backbone: nn.Module) -> None:
 def test_boxes_and_scores_are_float32(name: str) -> None:
     """Check dtypes, and that some scores have more digits than bfloat16."""
     torch.manual_seed(0)
-    model = let_it_find(Trainer.build_model(detector_config(name, "TEST.AMP.ENABLED", "True")))
+    model = make_it_detect(Trainer.build_model(detector_config(name, "TEST.AMP.ENABLED", "True")))
     give_heads_bfloat16(model.backbone)
     with torch.autocast("cpu", torch.bfloat16):
         with EventStorage():

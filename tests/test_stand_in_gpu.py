@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from detector_inputs import DETECTORS, detector_config, let_it_find, samples
+from detector_inputs import DETECTORS, detector_config, make_it_detect, samples
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
@@ -34,7 +34,7 @@ def on_cpu(value: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_training_and_inference_equal_those_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
-    model = let_it_find(build_model(detector_config(name)))
+    model = make_it_detect(build_model(detector_config(name)))
     moved = move_to_device(copy.deepcopy(model))
     losses = train(name, model)
     with device_that_stands_for_a_gpu():
