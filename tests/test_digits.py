@@ -140,7 +140,7 @@ def test_backgrounds_come_from_the_parts_of_the_photographs(monkeypatch, tmp_pat
     photograph[:, round(0.675 * 640) :] = 255
     sources = digits.load_sources()._replace(photographs=[photograph, photograph])
     monkeypatch.setattr(digits, "load_sources", lambda: sources)
-    build_digits(tmp_path, num_train=10, num_val=10)
+    build_digits(tmp_path, **{"num_train": 1, "num_val": 1, f"num_{split}": 10})
     for pixels, annotations in load(tmp_path, split):
         drawn = np.any([annotation["mask"] for annotation in annotations], axis=0)
         assert np.all(pixels[~ndimage.binary_dilation(drawn, SQUARE, iterations=2)] == grey)
@@ -193,7 +193,7 @@ def test_mask_covers_the_ink_and_nothing_else(monkeypatch, tmp_path, split):
     sources = digits.load_sources()
     paper = np.full((427, 640, 3), 128, dtype=np.uint8)
     monkeypatch.setattr(digits, "load_sources", lambda: sources._replace(photographs=[paper]))
-    build_digits(tmp_path, num_train=10, num_val=10)
+    build_digits(tmp_path, **{"num_train": 1, "num_val": 1, f"num_{split}": 10})
     for pixels, annotations in load(tmp_path, split):
         paper_color = np.median(pixels.reshape(-1, 3), axis=0)
         difference = np.abs(pixels - paper_color).max(axis=2)
