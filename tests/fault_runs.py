@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
-from engine_runs import FASTER_RCNN, TINY
+from engine_runs import FASTER_RCNN, TINY, quick_set_up
 
 from vovnet_d2.engine import Trainer, main
 from vovnet_d2.engine.agreed_steps import AgreedSteps
@@ -95,7 +95,8 @@ def _train(root: Path, out: Path, options: list[str], rank: int, world: int, por
     Trainer.build_hooks = lambda self: [*build_hooks(self), Progress(out, rank)]
     sys.argv = ["train_net.py"]
     options = [*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(out), *options]
-    main(["--config-file", FASTER_RCNN, "--resume", *options])
+    with quick_set_up():
+        main(["--config-file", FASTER_RCNN, "--resume", *options])
 
 
 def _classify(
@@ -105,7 +106,8 @@ def _classify(
 
     _set_up(out, rank, world, port, timeout)
     sys.argv = ["pretrain_net.py"]
-    pretrain.main(arguments)
+    with quick_set_up():
+        pretrain.main(arguments)
 
 
 def _set_up(out: Path, rank: int, world: int, port: int, timeout: int) -> None:
