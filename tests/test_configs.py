@@ -93,7 +93,8 @@ HALF = replace(
 )
 HALF_FILES = [f"Digits/{k}_V_19_slim_eSE_half_FPN.yaml" for k in ("mask_rcnn", "fcos", "gfl")]
 OTHER_WIDTHS = {
-    **dict.fromkeys([*HALF_FILES, "Digits/mask_rcnn_V_19_slim_eSE_half_FPN_600.yaml"], HALF),
+    **dict.fromkeys(HALF_FILES, HALF),
+    "Digits/mask_rcnn_V_19_slim_eSE_half_FPN_600.yaml": replace(HALF, stem_channels=(16, 16, 64)),
     **{
         f"Digits/ablation/mask_rcnn_V_39_thin_FPN{name}.yaml": spec
         for name, spec in {
