@@ -163,7 +163,10 @@ class ClassifierTrainer(Trainer):
         """
         name = cfg.PRETRAIN.OPTIMIZER
         if name not in list_optimizers():
-            hint = suggest(name, list_optimizers(), cutoff=0.4) or " There are 'sgd', 'adamw', ..."
+            hint = (
+                suggest(name, map(str, list_optimizers()), cutoff=0.4)
+                or " There are 'sgd', 'adamw', ..."
+            )
             raise UserValueError(f"PRETRAIN.OPTIMIZER {name!r} is none of timm's.{hint}")
         optimizer = create_optimizer_v2(
             model,
