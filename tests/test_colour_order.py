@@ -5,6 +5,7 @@
 import base64
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 from vovnet_d2.data.check.files import inspect_files
+from vovnet_d2.data.classification import build_classification_dataset
 from vovnet_d2.data.mapper import build_mapper
 from vovnet_d2.demo.inputs import Pictures
 from vovnet_d2.demo.outputs import PictureFiles, plan_pictures
@@ -145,6 +147,14 @@ def demo_picture(file: Path) -> np.ndarray:
     return saved(targets[0])
 
 
+def image_of_a_classifier(file: Path) -> np.ndarray:
+    folder = file.parent / "classification" / "train" / "a"
+    folder.mkdir(parents=True)
+    shutil.copy(file, folder)
+    ((image, _),) = build_classification_dataset(str(folder.parents[1]), "train")
+    return np.array(image)
+
+
 PLACES: dict[str, Callable[[Path], np.ndarray]] = {
     "picture of predictions": picture_of_predictions,
     "contact sheet": contact_sheet,
@@ -152,6 +162,7 @@ PLACES: dict[str, Callable[[Path], np.ndarray]] = {
     "results beside the truth": results_beside_truth,
     "tile of a report": tile_of_a_report,
     "demo's picture": demo_picture,
+    "image of a classifier": image_of_a_classifier,
 }
 for order in ("BGR", "RGB"):
     PLACES |= {

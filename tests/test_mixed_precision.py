@@ -60,6 +60,16 @@ def test_boxes_and_scores_are_float32(name: str) -> None:
         assert (field.bfloat16() != field).any()
 
 
+def test_proposals_are_decoded_and_ranked_in_float32() -> None:
+    model = mixed(build_model(detector_config("Mask R-CNN")))
+    head = model.proposal_generator.rpn_head
+    features = [torch.randn(1, head.conv.in_channels, 4, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, deltas = head(features)
+        assert head.conv(features[0]).dtype == torch.bfloat16
+    assert {x.dtype for x in (*logits, *deltas)} == {torch.float32}
+
+
 def test_without_mixed_precision_a_model_gets_no_hooks() -> None:
     model = build_model(detector_config("Keypoint R-CNN"))
     predict_in_float32(model, load_config("", []))
