@@ -265,7 +265,7 @@ def test_classes(network: CfgNode) -> None:
 
     def found(*words: object) -> list[dict]:
         words = ("--input", "pictures", "--json", "r.json", "--score-threshold", 0.1, *words)
-        assert demo(network, *words) == 0
+        assert demo(network, *words, opts=("TEST.DETECTIONS_PER_IMAGE", "100")) == 0
         return json.loads(Path("r.json").read_text())
 
     everything = found()
