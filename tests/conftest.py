@@ -39,9 +39,15 @@ def load_yaml_fast(stream: object) -> object:
     return load_yaml_in_python(stream)
 
 
+def dump_yaml_fast(data: object, stream: object = None, **options: object) -> object:
+    """Write YAML with PyYAML's emitter in C, which takes a quarter of the time."""
+    return yaml.dump_all([data], stream, Dumper=yaml.CSafeDumper, **options)
+
+
 load_yaml_in_python = yaml.safe_load
 if yaml.__with_libyaml__:
     yaml.safe_load = load_yaml_fast
+    yaml.safe_dump = dump_yaml_fast
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,8 +73,14 @@ def only_new_objects_are_collected() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Use an empty cache folder instead of the cache of the person who runs the tests."""
-    os.environ["VOVNET_D2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Use an empty cache folder instead of the cache of the person who runs the tests.
+
+    The processes of pytest-xdist share it, so that only one of them exports a network.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["VOVNET_D2_CACHE"] = str(folder / "cache_of_all_tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +93,15 @@ def freed_memory_is_returned() -> Iterator[None]:
     library = SimpleNamespace(mallopt=lambda name, value: 1)
     ctypes = SimpleNamespace(CDLL=lambda name: library)
     with mock.patch("vovnet_d2.modeling.allocation.ctypes", ctypes):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def meta_tensors_are_not_initialised() -> Iterator[None]:
+    """Build networks on the meta device faster, for tools that need their shapes alone."""
+    from devices import initialisation_without_meta
+
+    with initialisation_without_meta():
         yield
 
 

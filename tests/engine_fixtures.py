@@ -3,8 +3,11 @@
 """Fixtures for runs of the launcher. Test modules name this file in ``pytest_plugins``."""
 
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +17,8 @@ from detectron2.data.datasets.builtin import register_all_coco
 from detectron2.utils.logger import setup_logger
 from engine_runs import quick_set_up
 from fault_runs import free_port
+
+from vovnet_d2.report import figures, page
 
 
 @pytest.fixture
@@ -54,3 +59,24 @@ def alone() -> Iterator[None]:
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def equal_curves_are_drawn_once() -> Iterator[None]:
+    """Keep drawn curves, because most pages have the same curves, which take most of the time."""
+    drawn: dict[bytes, Any] = {}
+
+    def draw_once(draw: Callable) -> Callable:
+        def find(*args: Any) -> Any:
+            key = pickle.dumps((draw.__name__, args))
+            if key not in drawn:
+                drawn[key] = draw(*args)
+            return drawn[key]
+
+        return find
+
+    with (
+        mock.patch.object(figures, "_draw_by_iteration", draw_once(figures._draw_by_iteration)),
+        mock.patch.object(page, "draw_precision_recall", draw_once(page.draw_precision_recall)),
+    ):
+        yield

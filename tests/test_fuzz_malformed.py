@@ -5,6 +5,7 @@ no file runs code, and no tool changes a file outside its output folder."""
 
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import check_dataset
@@ -29,7 +30,7 @@ pytest_plugins = ["engine_fixtures"]
 # Python cannot remove an audit hook, so there is only one. Tests switch it on and off.
 _WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod"}
 _RUNNING = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "os.spawn"}
-_REACHING = {"socket.connect", "socket.getaddrinfo", "urllib.Request"}
+_FORBIDDEN = _RUNNING | {"socket.connect", "socket.getaddrinfo", "urllib.Request"}
 _watched: list["Watch"] = []
 
 
@@ -41,7 +42,7 @@ class Watch:
         self.seen: list[str] = []
 
     def note(self, event: str, args: tuple) -> None:
-        if event in _RUNNING | _REACHING:
+        if event in _FORBIDDEN:
             self.seen.append(f"{event} {args}")
         elif event in _WRITING or (event == "open" and self._writes(args)):
             path = args[0].decode() if isinstance(args[0], bytes) else str(args[0])
@@ -61,7 +62,10 @@ def _audit(event: str, args: tuple) -> None:
         watch.note(event, args)
 
 
-sys.addaudithook(_audit)
+@cache
+def add_audit_hook() -> None:
+    """Add the hook when the first test needs it, because it slows everything that runs later."""
+    sys.addaudithook(_audit)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str]:
@@ -90,6 +94,7 @@ class watching:
         self.watch = Watch(sandbox / "output")
 
     def __enter__(self) -> None:
+        add_audit_hook()
         self.before = self._others()
         _watched.append(self.watch)
 

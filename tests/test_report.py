@@ -6,15 +6,13 @@ page in a browser."""
 
 import json
 import math
-import pickle
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,31 +36,9 @@ from vovnet_d2.report.matching import ImageMatches, confusion_matrix, match_imag
 from vovnet_d2.report.run_folder import read_run
 
 pytest_plugins = ["engine_fixtures"]
+pytestmark = pytest.mark.usefixtures("equal_curves_are_drawn_once")
 
 HOSTILE = "</script><script>alert('1')</script><img src=x onerror=alert(2)>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def equal_curves_are_drawn_once() -> Iterator[None]:
-    """Keep drawn curves, because most pages have the same curves, which take most of the time."""
-    drawn: dict[bytes, Any] = {}
-
-    def draw_once(draw: Callable) -> Callable:
-        def find(*args: Any) -> Any:
-            key = pickle.dumps((draw.__name__, args))
-            if key not in drawn:
-                drawn[key] = draw(*args)
-            return drawn[key]
-
-        return find
-
-    with (
-        mock.patch.object(figures, "_draw_by_iteration", draw_once(figures._draw_by_iteration)),
-        mock.patch.object(
-            page_module, "draw_precision_recall", draw_once(page_module.draw_precision_recall)
-        ),
-    ):
-        yield
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from vovnet_d2.made import LIST_NAME, is_made_here, note_made, note_run, refuse_
 from vovnet_d2.report import write_page
 
 pytest_plugins = ["engine_fixtures"]
+pytestmark = pytest.mark.usefixtures("equal_curves_are_drawn_once")
 
 STRANGE = b"somebody else's"
 Write = Callable[[Path], object]
