@@ -226,7 +226,7 @@ def test_files_are_small_diffs_without_tags_and_addresses() -> None:
         assert not re.search(r"https?:|www\.", text), name
         if name in MODEL_FILES:
             lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-            assert len(lines) <= 12, f"{name}: a config is a small diff over its base"
+            assert len(lines) <= 12, f"{name}: a config should be a small diff over its base"
 
 
 def test_comments_name_the_weights() -> None:

@@ -87,9 +87,9 @@ def parameter_names() -> dict:
 
 def test_our_names_are_pinned():
     assert parameter_names() == json.loads(PINNED.read_text()), (
-        "Parameters were renamed, reordered or reshaped: checkpoints of users stop loading. If that"
-        " is meant, let vovnet_d2/layouts.py translate the old names, say so in CHANGELOG.md, and "
-        f"record the new ones with `python tests/{Path(__file__).name}`."
+        "Parameters were renamed, reordered or reshaped. Checkpoints of users no longer load. If "
+        "this is intended, translate the old names in vovnet_d2/layouts.py, add a line to "
+        f"CHANGELOG.md, and record the new names with `python tests/{Path(__file__).name}`."
     )
 
 

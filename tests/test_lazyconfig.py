@@ -210,7 +210,7 @@ def test_file(name: str) -> None:
     lines = (ROOT / name).read_text().splitlines()
     weights = lazy(name).train.init_checkpoint
     assert lines[2].startswith(f"# Weights: {weights or 'none'}")
-    assert len(lines) <= 25, "a config is a small diff over what it imports"
+    assert len(lines) <= 25, "a config should be a small diff over its imports"
 
 
 def test_files_work_in_any_folder(tmp_path: Path) -> None:

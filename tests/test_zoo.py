@@ -101,8 +101,10 @@ def test_fields_of_an_entry(name):
 
 
 def test_the_error_of_an_unknown_name_lists_all_names():
-    with pytest.raises(ValueError, match=r"Close to it: 'timm://ese_vovnet39b\.ra_in1k'"):
+    with pytest.raises(ValueError, match=r"Close to it: 'timm://ese_vovnet39b\.ra_in1k'") as caught:
         get_entry("timm://ese_vovnet39b")
+    listed = str(caught.value).partition("There are: ")[2].partition(". Other VoVNets")[0]
+    assert listed.split(", ") == list(ZOO)
     with pytest.raises(ValueError, match="Other VoVNets of timm have no trained weights"):
         VoVNetCheckpointer(VoVNet("V-27-slim")).load("timm://ese_vovnet99b")
 
