@@ -14,6 +14,9 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# With the usual thresholds, garbage collection takes a twelfth of the time of the tests.
+gc.set_threshold(20_000, 10, 10)
+
 import numpy as np
 import pytest
 import setuptools  # noqa: F401 (the import fails once some other code has looked for pip)

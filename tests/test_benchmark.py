@@ -332,7 +332,7 @@ TINY = [
     *["MODEL.VOVNET.STEM_CHANNELS", "(8, 8, 8)", "MODEL.VOVNET.LAYERS_PER_BLOCK", "1"],
     *["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"],
     *["MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "TEST.DETECTIONS_PER_IMAGE", "5"],
-    *["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"],
+    *["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)", "MODEL.RETINANET.NUM_CONVS", "1"],
 ]
 
 
@@ -351,6 +351,7 @@ def test_detectors(config):
         networks=[network],
         treatments=["plain", "optimized", "bf16"],
         modes=["inference", "training"],
+        warmup=0,
         repeats=1,
         batches=[1],
     ).rows

@@ -351,7 +351,7 @@ def test_cases_that_could_not_run_are_named(capsys):
 
 
 REPOSITORY = Path(__file__).parents[1]
-RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
 
 
 @pytest.mark.parametrize(

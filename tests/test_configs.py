@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -16,8 +17,8 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone, build_model
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from devices import shapes_alone
@@ -123,18 +124,35 @@ def shipped(name: str) -> CfgNode:
 
 
 _models: dict[str, nn.Module] = {}
+_backbones: dict[str, nn.Module] = {}
+# The parts of a config that no backbone reads.
+HEADS = (
+    *("META_ARCHITECTURE", "PROPOSAL_GENERATOR", "RPN", "ROI_HEADS", "ROI_BOX_HEAD"),
+    *("ROI_BOX_CASCADE_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD", "MASK_ON", "KEYPOINT_ON"),
+    *("SEM_SEG_HEAD", "PANOPTIC_FPN", "ANCHOR_GENERATOR", "RETINANET"),
+)
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
     """Build the model of a config on the meta device.
 
-    Configs that differ only in weights and schedules share one model."""
+    Configs that differ only in weights and schedules share one model, and configs that differ only
+    in heads share one backbone."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.update(DEVICE="meta", WEIGHTS="", PIXEL_MEAN=[0.0] * 3, PIXEL_STD=[1.0] * 3)
     key = repr(cfg.MODEL)
     if key not in _models:
-        with shapes_alone():
+        name = cfg.MODEL.BACKBONE.NAME
+        build = BACKBONE_REGISTRY.get(name)
+
+        def build_once(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+            key = repr({k: v for k, v in cfg.MODEL.items() if k not in HEADS})
+            if key not in _backbones:
+                _backbones[key] = build(cfg, input_shape)
+            return _backbones[key]
+
+        with shapes_alone(), mock.patch.dict(BACKBONE_REGISTRY._obj_map, {name: build_once}):
             _models[key] = build_model(cfg)
     return _models[key]
 

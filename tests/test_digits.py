@@ -569,5 +569,5 @@ def test_finished_data_set_is_only_read(monkeypatch, root):
 )
 def test_wrong_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build_digits(tmp_path, **arguments)
+        build_digits(tmp_path, **(SMALL | arguments))
     assert not (tmp_path / FOLDER).exists()
