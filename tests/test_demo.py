@@ -123,7 +123,7 @@ def test_folder_with_all_sorts_of_files(
         assert before.shape == after.shape
         assert (before != after).any()
     out, err = capsys.readouterr()
-    end = r"Done: 7 of 9 images, [\d,]+ objects\. Not read: 2, named above\."
+    end = r"Done: 7 of 9 images, [\d,]+ objects shown\. Not read: 2, named above\."
     assert re.fullmatch(end, out.splitlines()[-1])
     for name in ("03_cut.png", "05_empty.jpg"):
         assert f"pictures/{name} is not a picture that can be read" in err
@@ -149,14 +149,17 @@ def test_several_inputs_are_drawn(network: CfgNode, capsys: pytest.CaptureFixtur
     words = ("--input", "pictures/0[01].png", "pictures", "pictures/02.png", "--output", "drawn")
     assert demo(network, *words, "--batch-size", 2, "--json", "found.json") == 0
     count = len(json.loads(Path("found.json").read_text()))
-    assert capsys.readouterr().out.splitlines()[-1] == f"Done: 3 of 3 images, {count:,} objects."
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == f"Done: 3 of 3 images, {count:,} objects shown."
+    )
 
 
 def test_config_options_without_the_word_before_them(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, is_hinted in ((["MODEL.WEIGHTS", "a.pth"], True), (["--outptu", "a"], False)):
+    options = ("MODEL.WEIGHTS a.pth", "SEED 3", "train.init_checkpoint=a.pth", "+train.seed=3")
+    for words in (*options, "--outptu a"):
         with pytest.raises(SystemExit, match="2"):
-            main(["--config-file", "a.yaml", "--webcam", "0", *words])
-        assert ("after the word --opts" in capsys.readouterr().err) is is_hinted
+            main(["--config-file", "a.yaml", "--webcam", "0", *words.split()])
+        assert ("after the word --opts" in capsys.readouterr().err) is (words in options)
 
 
 def test_nothing_to_draw_leaves_the_pixels(
@@ -167,7 +170,7 @@ def test_nothing_to_draw_leaves_the_pixels(
     for name in ("00.png", "01.png"):
         assert np.array_equal(cv2.imread(f"pictures/{name}"), cv2.imread(f"out/{name}"))
     done, hint = capsys.readouterr().out.splitlines()[-2:]
-    assert done == "Done: 2 of 2 images, 0 objects."
+    assert done == "Done: 2 of 2 images, 0 objects shown."
     assert "lower --score-threshold" in hint
 
 

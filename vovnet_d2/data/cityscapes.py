@@ -55,7 +55,8 @@ def check_cityscapes(image_dir: str, gt_dir: str) -> None:
             missing or malformed, or an object has an unknown class. The message names the first
             file.
     """
-    pictures = sorted(Path(image_dir).glob("*/*"))
+    cities = [path for path in sorted(Path(image_dir).iterdir()) if path.is_dir()]
+    pictures = [path for city in cities for path in sorted(city.iterdir())]
     if not pictures:
         raise UserValueError(f"{image_dir} has no pictures in folders of cities: {_WAY_OUT}.")
     classes = _class_names()

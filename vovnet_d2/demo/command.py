@@ -268,11 +268,11 @@ def _open_sinks(
 def _conclude(source: Pictures | Video | Camera, outcome: Outcome) -> int:
     """Say what was done, and return the exit status."""
     of = f" of {source.total}" if source.total else ""
-    found = "" if outcome.objects is None else f", {counted(outcome.objects, 'objects')}"
+    found = "" if outcome.objects is None else f", {counted(outcome.objects, 'objects')} shown"
     print(f"Done: {outcome.done}{of} {source.unit}s{found}.", end="")
     print(f" Not read: {outcome.skipped}, named above." if outcome.skipped else "")
     if outcome.done and outcome.objects == 0:
-        print("No object was detected. A lower --score-threshold shows less certain ones.")
+        print("To show more, lower --score-threshold or name more --classes.")
     if outcome.interrupted and not isinstance(source, Camera):
         return _INTERRUPTED
     return 1 if outcome.skipped else 0

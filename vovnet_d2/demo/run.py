@@ -24,7 +24,7 @@ class Outcome:
 
     Attributes:
         done: the number of images whose outputs were written.
-        objects: the number of objects that were detected on them; None for a network that labels
+        objects: the number of objects that are shown on them; None for a network that labels
             pixels only.
         skipped: the number of inputs that could not be read to their end.
         interrupted: True if Ctrl-C ended the run.

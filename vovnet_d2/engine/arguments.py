@@ -1,8 +1,6 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of the command lines that train. The demo, the export and the benchmark use
-:data:`PICKLE_HELP` and :func:`add_options_argument`, too.
-"""
+"""The arguments of the command lines that train, and the word ``--opts`` of the other ones."""
 
 import argparse
 import re
@@ -103,8 +101,8 @@ def parse_options_last(
     """Parse a command line with ``--opts``, and tell a user who left this word out to add it."""
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        is_option = any(re.fullmatch(r"[A-Z][A-Z0-9_]*\.[A-Z0-9_.]+|[\w.]+=.*", w) for w in unknown)
-        hint = ". Config options come last, after the word --opts" * is_option
+        is_option = any(re.fullmatch(r"[A-Z][A-Z0-9_.]*|\+{0,2}[\w.]+=.*", w) for w in unknown)
+        hint = ". Config options come last, after the word --opts" if is_option else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 from ...errors import UserFileNotFoundError, UserValueError
-from ...words import close_to_it, suggest
+from ...words import suggest
 from .features import (
     FeatureBackbone,
     convert_norms,
@@ -105,7 +105,7 @@ def _extract(network: nn.Module, name: str, nodes: Sequence[str]) -> nn.Module:
         known = get_graph_node_names(network)[1]
         for node in nodes:
             if not any(other == node or other.startswith(f"{node}.") for other in known):
-                hint = suggest(node, known, cutoff=0.4) or close_to_it(known)
+                hint = suggest(node, known, cutoff=0.4) or f" There are {', '.join(known)}."
                 raise UserValueError(
                     f"{name} of torchvision has no node {node!r}.{hint}"
                 ) from error
