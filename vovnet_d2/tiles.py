@@ -32,7 +32,8 @@ class Tile(NamedTuple):
 
 
 def check_tiles(tiles: Sequence[int], overlap: float) -> None:
-    """Raise ValueError unless ``tiles`` are two sides in pixels and the overlap is from 0 to 1."""
+    """Raise ValueError unless ``tiles`` are two sides in pixels and the overlap is from 0 to below
+    1."""
     if len(tiles) != 2 or any(not isinstance(side, int) or side < 1 for side in tiles):
         raise UserValueError(
             f"Tiles of {tiles} cannot be cut: give a height and a width in pixels, such as "

@@ -217,7 +217,8 @@ def read_accuracy(words: list[str]) -> dict[str, float]:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Return what the benchmark measures. Raise an error if the arguments do not make sense."""
+    """Return what the benchmark measures. Raise FileNotFoundError, KeyError or ValueError if the
+    arguments do not make sense."""
     if not args.models and not args.config_file:
         raise UserValueError("Nothing to measure: give --models, --config-file or --preset.")
     if not args.config_file and (args.opts or args.weights or args.allow_unsafe_yaml):
@@ -260,7 +261,12 @@ def make_folder(path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, write the results after each cell, and print them. An
-    interruption keeps what is measured. Raise an error if nothing could run."""
+    interruption keeps what is measured.
+
+    Raises:
+        FileNotFoundError, KeyError: the arguments do not make sense.
+        ValueError: the arguments do not make sense, or nothing that they ask for could run.
+    """
     study = Study(make_plan(args))
     if args.output:
         make_folder(args.output)

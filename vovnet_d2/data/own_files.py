@@ -143,8 +143,8 @@ def _refuse(json: str, findings: Findings, stopping: Set[str]) -> None:
 
 
 def _look_for_images(json: str, folder: str, names: list[str]) -> None:
-    """Raise an error if the folder has none of the first images. The training looks for all
-    images."""
+    """Raise FileNotFoundError if the folder has none of the first images. The training looks for
+    all images."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in names[:_NUM_LOOKED_FOR]):
         near = NearNames(folder).find(names[0])
         cause = f" The file that is meant seems to be {near!r}: {_HINT}" if near else ""

@@ -65,8 +65,12 @@ def _encode(mask: Any, size: Size) -> Any:
 
 def from_record(record: Record, size: Size, metadata: Metadata) -> Shown:
     """Return the annotations of a record, which training reads in the same way. Objects with
-    impossible numbers are named in the log and left out. Raise an error if the label map cannot be
-    read, or has another size."""
+    impossible numbers are named in the log and left out.
+
+    Raises:
+        FileNotFoundError: the file of the label map is missing.
+        ValueError: the label map cannot be read, or has another size.
+    """
     height, width = size
     kept = []
     for index, annotation in enumerate(record.get("annotations", [])):

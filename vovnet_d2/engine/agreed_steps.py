@@ -272,7 +272,7 @@ def _share(values: dict[str, float], data_time: float, *, stop: bool) -> _Shared
 
 
 def _refuse_other_names(names: list[str]) -> NoReturn:
-    """Raise an error about the losses that some processes lack. All processes call this."""
+    """Raise ValueError about the losses that some processes lack. All processes call this."""
     every = [set(each) for each in comm.all_gather(names)]
     lacking = sorted(set.union(*every) - set.intersection(*every))
     raise UserValueError(

@@ -73,8 +73,12 @@ def add_annotation_arguments(
 
 
 def find_annotations(args: argparse.Namespace, split: str) -> tuple[Path, Path | None] | None:
-    """Return the annotations and the folder of images that a command line gives for a split. Raise
-    an error if they are not there, or if one of the two arguments is missing and needed."""
+    """Return the annotations and the folder of images that a command line gives for a split.
+
+    Raises:
+        FileNotFoundError: there are no such annotations.
+        ValueError: one of the two arguments is missing and needed.
+    """
     given = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
     path, folder = (Path(os.path.abspath(os.path.expanduser(p))) if p else None for p in given)
     if path and (folder or recognise(path) != "coco"):

@@ -18,8 +18,8 @@ _HINT = "tools/check_dataset.py lists all that is wrong with a file, and writes 
 
 
 def refuse_idle_flips(cfg: CfgNode, flips: str | None, *, trained_file: bool) -> None:
-    """Raise ValueError if ``--keypoint-flips`` has no effect: without annotations to train on
-    (``trained_file``), or if the network predicts no keypoints."""
+    """Raise ValueError if ``--keypoint-flips`` has no effect: if ``trained_file`` is False, so that
+    there are no annotations to train on, or if the network predicts no keypoints."""
     if flips is None:
         return
     if not cfg.MODEL.KEYPOINT_ON:

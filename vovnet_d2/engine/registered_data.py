@@ -35,7 +35,12 @@ def register_data(
     cfg: CfgNode, args: argparse.Namespace, *, training: bool, folder: str = ""
 ) -> None:
     """Register the data sets that a config may name, and complete the config by the user's files.
-    For the arguments and the errors see :func:`use_own_data`."""
+    For the arguments see :func:`use_own_data`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: see :func:`use_own_data` and :func:`register_own_data`.
+    """
     register_package_data()
     use_own_data(cfg, args, training=training, folder=folder)
     register_own_data(cfg.DATASETS.OWN)

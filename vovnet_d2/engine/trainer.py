@@ -242,8 +242,13 @@ class Trainer(EvaluatingTrainer):
                     dist.broadcast(buffer, 0)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint in ``OUTPUT_DIR``, if there is one, or start from
-        ``MODEL.WEIGHTS``. Raise an error if this file is missing or does not fit the network."""
+        """With ``resume``, resume from the last checkpoint in ``OUTPUT_DIR``, if there is one.
+        Otherwise start from ``MODEL.WEIGHTS``.
+
+        Raises:
+            FileNotFoundError: the file of ``MODEL.WEIGHTS`` is missing.
+            ValueError: the file does not fit the network.
+        """
         super().resume_or_load(resume=resume)
         report_loaded(self.checkpointer, self.cfg, resume=resume)
         if difference := find_difference(self.cfg, self.cfg.DATASETS.TRAIN, self.checkpointer):

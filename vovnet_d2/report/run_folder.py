@@ -76,8 +76,8 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Read the folder of a run. Raise an error if there is no folder, or if no run has left files
-    there."""
+    """Read the folder of a run. Raise FileNotFoundError if there is no folder, and ValueError if no
+    run has left files there."""
     if not folder.is_dir():
         raise UserFileNotFoundError(f"There is no folder {folder}.")
     if not any((folder / name).is_file() for name in _FILES):

@@ -299,7 +299,8 @@ def _drop_images(checked: CheckedSet, names: set[str]) -> None:
 
 
 def require_free(path: Path) -> None:
-    """Raise an error unless a new file can be written to a path."""
+    """Raise ValueError if the path of a new file is taken, and FileNotFoundError if there is no
+    folder for the file."""
     if path.exists():
         raise UserValueError(f"{path} exists already: choose another name for the corrected copy.")
     if not path.parent.is_dir():

@@ -17,8 +17,9 @@ def exact(value: float | Decimal) -> Decimal:
 
 
 def read_number(text: str | None, where: str) -> Decimal:
-    """Read a number of a file; None if it is missing. ``where`` is the file and the line or element
-    in the file. Raise ValueError, with this place, if the text is no finite number."""
+    """Return the number that a file has as text. ``where`` is the file and the line or element in
+    the file. Raise ValueError, with this place, if the text is no finite number or is None, because
+    the file has no text there."""
     try:
         number = Decimal((text or "").strip().replace("_", "?"))
     except InvalidOperation:

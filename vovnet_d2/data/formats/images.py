@@ -89,8 +89,9 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file, with or without a byte order mark. Raise ValueError if the file is neither
-    in UTF-8 nor in UTF-16 with a byte order mark."""
+    """Read a text file, with or without a byte order mark. Raise FileNotFoundError if the file
+    cannot be read, and ValueError if the file is neither in UTF-8 nor in UTF-16 with a byte order
+    mark."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -52,8 +52,8 @@ def find_images(path: Path, part: str | None) -> Path | None:
 
 
 def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
-    """Read a file of Labelme, or all such files below a folder, into COCO's format. Raise an error
-    if a file is not Labelme's, or if there is no folder of images."""
+    """Read a file of Labelme, or all such files below a folder, into COCO's format. Raise
+    ValueError if a file is not Labelme's, and FileNotFoundError if there is no folder of images."""
     root = path if path.is_dir() else path.parent
     files = list_files(path, [".json"]) if path.is_dir() else [path]
     folder = ImageFolder(images)

@@ -48,8 +48,8 @@ def find_images(path: Path, part: str | None) -> Path | None:
 
 
 def read(path: Path, images: Path, part: str | None, notes: Notes) -> Content:
-    """Read a file of boxes into COCO's format. Raise an error if a file or folder is missing, or if
-    a row is not as Open Images has it."""
+    """Read a file of boxes into COCO's format. Raise FileNotFoundError if a file or folder is
+    missing, and ValueError if a row is not as Open Images has it."""
     folder = ImageFolder(images)
     rows = read_each(_read_table(path), _read_row, "rows")
     if not rows:

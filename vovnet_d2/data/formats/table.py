@@ -121,8 +121,8 @@ def describe_formats(separator: str = "; ") -> str:
 
 
 def recognise(path: Path) -> str:
-    """Return the format of annotations, a key of :data:`FORMATS`. Raise an error if there is no
-    such file or folder, or if the format is unknown."""
+    """Return the format of annotations, a key of :data:`FORMATS`. Raise FileNotFoundError if
+    there is no such file or folder, and ValueError if the format is unknown."""
     if not path.exists():
         raise UserFileNotFoundError(f"There is no annotation file {path}.")
     for key, known in FORMATS.items():
