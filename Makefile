@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs gpu-report lint types test test-slow test-arithmetic fuzz mutants doctor clean
+.PHONY: help setup demo docs gpu-report lint types test test-fast test-slow test-arithmetic fuzz mutants doctor clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -83,7 +83,11 @@ lint: setup ## check style, formatting, and which room of the package imports wh
 types: setup ## check the types of the package
 	$(PY) -m mypy
 
-test: setup lint types ## lint, types and the fast tests
+# Types and tests side by side: mypy is one process, which would leave the other cores idle.
+test: setup lint ## lint, types and the fast tests
+	@$(MAKE) --no-print-directory -j 2 types test-fast
+
+test-fast: setup ## the fast tests alone
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup ## the tests that take longer
