@@ -151,8 +151,14 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
 
 
 def rename_keys(keys: Iterable[str], to: str = "native") -> dict[str, str]:
-    """Return the new names of keys, without prefix, in the layout ``to``, one of :data:`LAYOUTS`.
-    Only keys that change and that ``to`` has a name for are in the result."""
+    """Return a dict from old to new names of the keys of a state dict, in the layout ``to``.
+
+    Only keys that change and that ``to`` has a name for are in the result.
+
+    Args:
+        keys: all keys of the state dict, without prefix, in any of :data:`LAYOUTS`.
+        to: the layout wanted, one of :data:`LAYOUTS`.
+    """
     return {
         key: match.names[to]
         for key, match in match_keys(keys).items()

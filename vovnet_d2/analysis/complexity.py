@@ -69,7 +69,7 @@ class PartComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """The costs of a network, part by part.
+    """Holds the costs of a network, part by part.
 
     Attributes:
         image_size: (height, width) of the input after padding.

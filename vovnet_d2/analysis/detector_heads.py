@@ -23,7 +23,7 @@ _PRECOMPUTED_PROPOSALS = 1000
 
 @dataclass(frozen=True)
 class Head:
-    """A head of a detector whose costs can be counted.
+    """Describes a head of a detector whose costs can be counted.
 
     Attributes:
         modules: the modules that do its work; none contains another.

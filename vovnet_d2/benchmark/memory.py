@@ -31,8 +31,13 @@ def allocated(device: torch.device) -> int:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device, *, before: int) -> int:
-    """Return the largest number of bytes that are allocated during a call, which is warmed up.
-    ``before`` is the result of :func:`allocated` before the function was made."""
+    """Return the largest number of bytes that are allocated during a call.
+
+    Args:
+        call: a function that is warmed up. Its closure must hold what it works with, such as the
+            network, the optimizer and the images.
+        before: the result of :func:`allocated` before the function was made.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()

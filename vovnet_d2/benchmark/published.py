@@ -26,7 +26,7 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the VoVNet paper that the benchmark can repeat.
+    """Describes a table of the VoVNet paper that the benchmark can repeat.
 
     Attributes:
         folder: the folder of the config files.

@@ -42,7 +42,7 @@ class Frame(NamedTuple):
 
 
 class Source(Protocol):
-    """A source of images.
+    """Reads images one after the other, for the demo to run a detector on.
 
     Attributes:
         unit: the word for an image of the source.

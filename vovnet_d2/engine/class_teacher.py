@@ -58,8 +58,8 @@ class ClassTeacher(Teacher):
         self.loss_weight = loss_weight
 
     def compute_loss(self, images: Tensor, input_format: str, logits: Tensor) -> Tensor:
-        """Compute the loss between the logits of the student, (N, number of classes), and those of
-        the teacher.
+        """Return the loss, a scalar, between the logits of the student, (N, number of classes), and
+        the logits of the teacher.
 
         Args:
             images: the images of the student, (N, 3, H, W), with values from 0 to 255.

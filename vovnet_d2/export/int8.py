@@ -39,8 +39,8 @@ class Quantizer:
     """
 
     def __init__(self, path: Path, images: Iterable[Tensor]):
-        """Read an ONNX file of :class:`.targets.BackboneTarget`, in float32. The images, (N, C, H,
-        W) each, are as the file's input takes them."""
+        """Read an ONNX file of :class:`.targets.BackboneTarget`, in float32. The images are as the
+        input of the file takes them, (N, C, H, W) each."""
         import onnx
 
         self._model = onnx.load(path)

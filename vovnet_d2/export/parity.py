@@ -24,7 +24,7 @@ Outputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class MapDifference:
-    """The difference between two feature maps.
+    """Holds the difference between two feature maps.
 
     Attributes:
         absolute: the largest difference; infinite if the shapes differ.
@@ -41,7 +41,7 @@ class MapDifference:
 
 @dataclass(frozen=True)
 class DetectionDifference:
-    """The difference between the detections of two models in an image.
+    """Holds the difference between the detections of two models in an image.
 
     Attributes:
         expected: number of detections of the original model.

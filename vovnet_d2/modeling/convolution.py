@@ -19,8 +19,8 @@ class ConvNormAct(Conv2d):
     """
 
     def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
-        """Apply the layer to a feature map (N, ``in_channels``, H, W), or to several that have so
-        many channels in all."""
+        """Apply the layer to a feature map (N, ``in_channels``, H, W), or to several feature maps
+        (N, channels, H, W) that have ``in_channels`` channels in all."""
         if not torch.jit.is_scripting():
             return self._run(maps)
         x = maps if isinstance(maps, Tensor) else torch.cat(maps, dim=1)

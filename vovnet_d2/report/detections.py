@@ -20,7 +20,7 @@ from .run_folder import MissingPart, RunFolder, read_run
 
 @dataclass(frozen=True)
 class Detections:
-    """The predictions of a run, with the annotations of the same images.
+    """Holds the predictions of a run, with the annotations of the same images.
 
     Attributes:
         truth: the annotations.

@@ -34,7 +34,7 @@ _ARTIST = Artist(
 
 @dataclass(frozen=True)
 class Tile:
-    """Two pictures of an image, side by side on the page.
+    """Holds two pictures of an image, which the page shows side by side.
 
     Attributes:
         name: the file name of the image.

@@ -29,7 +29,7 @@ Annotation = dict[str, Any]
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """The matches between the objects and the predictions of an image.
+    """Holds the matches between the objects and the predictions of an image.
 
     Attributes:
         objects: annotations other than crowds.
@@ -125,9 +125,12 @@ def _overlaps(
 def confusion_matrix(
     images: Iterable[ImageMatches], category_ids: Sequence[int]
 ) -> NDArray[np.int64]:
-    """Count objects by their category in the rows and by the predicted category in the columns, (K
-    + 1, K + 1). The last row counts predictions where there is no object. The last column counts
-    objects that were not found."""
+    """Return the matrix (K + 1, K + 1) that counts objects by their category in the rows and by the
+    predicted category in the columns.
+
+    The last row counts predictions where there is no object. The last column counts objects that
+    were not found.
+    """
     place = {category_id: k for k, category_id in enumerate(category_ids)}
     background = len(place)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)

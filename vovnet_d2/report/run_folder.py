@@ -27,7 +27,7 @@ class MissingPart(Exception):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run, as far as they can be read.
+    """Holds the files of a run, as far as they can be read.
 
     Attributes:
         config_text: config.yaml, if there is one.

@@ -70,8 +70,8 @@ class Convention:
         return f"{self.order} in {self.unit}"
 
     def to_coco(self, boxes: Array, sizes: Array) -> Array:
-        """Convert boxes (4, N) in this convention to x, y, width, height in pixels. ``sizes`` (2,
-        N) are the widths and heights of the images."""
+        """Convert boxes (4, N) in this convention to x, y, width, height in pixels, (4, N). The
+        ``sizes``, (2, N), are the widths and heights of the images."""
         if whole := UNITS[self.unit]:
             # The side of the image that each of the four numbers is a part of.
             along_y = self.order.startswith("y")

@@ -51,7 +51,7 @@ class DenseNet67(Backbone):
     """
 
     def __init__(self, *, in_channels: int = 3, norm: Norm = "BN"):
-        """For the norm see :func:`conv_norm_act`."""
+        """Build the network. For ``norm`` see :func:`conv_norm_act`."""
         super().__init__()
         stem: OrderedDict[str, nn.Module] = OrderedDict()
         channels = in_channels
