@@ -23,7 +23,7 @@ from .ssd_augmentation import ssd_augmentations
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Mapper:
     """Build the mapper of a config. It is an :class:`SSDMapper` in a training with
-    ``INPUT.SSD_AUGMENTATION``. For the errors see :func:`build_augmentations`."""
+    ``INPUT.SSD_AUGMENTATION``. Raise ValueError, see :func:`build_augmentations`."""
     ssd = is_train and cfg.INPUT.SSD_AUGMENTATION
     mapper = SSDMapper if ssd else Mapper
     augmentations = build_augmentations(cfg, is_train)

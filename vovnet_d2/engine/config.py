@@ -32,7 +32,8 @@ def find_config(name: str) -> str:
 
 def resolve_config(name: str) -> tuple[str, bool]:
     """Return the path of a config, which may also be a name of Detectron2's model zoo. The names of
-    this package come first, see :func:`find_config`, also for the error.
+    this package come first, see :func:`find_config`. Raise FileNotFoundError, with the names of
+    this package that are close to the name, if there is no such file.
 
     Returns:
         the path, and True if the file is Detectron2's own. The Python tags of such a file are

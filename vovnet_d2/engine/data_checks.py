@@ -87,7 +87,8 @@ def check_data_sets(cfg: CfgNode, key: str) -> None:
 
 def check_stream(cfg: CfgNode, loader: Iterable[Any]) -> None:
     """Look once at the annotations and files of a training, if its loader has a list of them. Say
-    which images are repeated. For the errors see :func:`check_records` and :func:`check_files`."""
+    which images are repeated. Raise ValueError, see :func:`check_records` and
+    :func:`check_files`."""
     if isinstance(loader, TrainingStream) and isinstance(loader.dataset, DatasetFromList):
         name, classes = ", ".join(cfg.DATASETS.TRAIN), find_num_classes(cfg).get("thing_classes")
         records = (loader.dataset[index] for index in range(len(loader.dataset)))
