@@ -302,7 +302,7 @@ def gpu_but_old_driver(environment: Environment) -> None:
         (gpu_but_old_driver, "driver is too old for CUDA 13.2", "unset CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_warnings(
+def test_a_note_names_a_cause_and_its_remedy(
     environment: Environment, change: Callable[[Environment], None], cause: str, remedy: str
 ) -> None:
     change(environment)

@@ -282,7 +282,7 @@ def test_other_keypoints_to_evaluate_on(dogs: Path) -> None:
         ("COCO-Detection/faster_rcnn_V_39_eSE_FPN_1x.yaml", ["train"], [], "needs a config with"),
     ],
 )
-def test_empty_flips(
+def test_flips_that_are_refused(
     dogs: Path, config: str, splits: list[str], options: list[str], message: str
 ) -> None:
     words = [*flags(dogs, *splits), "--keypoint-flips", "lefd_ear:tail"]

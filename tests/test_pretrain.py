@@ -479,10 +479,16 @@ THIN_FOR_DIGITS = [
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_logging")
-def test_digits_classifier_is_as_good_as_an_svc(
+def test_a_thin_classifier_of_digits_is_as_good_as_an_svc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Train the network and two SVCs on the same 400 digits, and compare their accuracy."""
+    """Train a thin network and two SVCs on the same 400 digits, and compare their accuracy.
+
+    The trainer and the recipe are those of the shipped config for digits. The network is thinner
+    than the network of that config, and the training is shorter, so the accuracy of the shipped
+    config is another one. In November 2026, on an x86-64 CPU, several seeds gave the network 97.5
+    to 98.3 %, and the better SVC 96.7 %.
+    """
     pixels, labels = load_digits(return_X_y=True)
     train, val = digit_split()
     train = train[::3][:400]

@@ -267,7 +267,8 @@ def test_a_record_that_cannot_be_read(catalogs: None, tmp_path: Path) -> None:
         fit_to_data(cfg, args, lambda: find_written(ONE_X, []), data_of(cfg), resuming=True)
 
 
-def test_a_record_of_an_earlier_training_is_removed(tmp_path: Path) -> None:
+def test_only_records_of_earlier_trainings_are_removed(tmp_path: Path) -> None:
+    """Check that a new training removes an old record, and keeps a user's file of that name."""
     out, file = str(tmp_path), tmp_path / "fitted.json"
     keep_record(out, {"images": 3}, anew=True)
     keep_record(out, None, anew=False)

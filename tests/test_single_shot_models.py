@@ -127,7 +127,7 @@ def test_feature_map_sizes_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("is_top", [False, True])
-def test_transfer_connection(is_top: bool) -> None:
+def test_a_transfer_connection_equals_its_steps(is_top: bool) -> None:
     """Compute a transfer connection step by step.
 
     It has two convolutions, the sum with the coarser level, ReLU and another convolution. Without a
