@@ -9,6 +9,8 @@ from vovnet_d2.engine import argument_parser, load_config, pretrain
 from vovnet_d2.engine.config import find_config
 from vovnet_d2.engine.lazy import lazy_argument_parser
 
+pytestmark = pytest.mark.usefixtures("yaml_in_python")
+
 RETINANET = "COCO-Detection/retinanet_V_39_eSE_FPN_3x.yaml"
 PARSERS = {
     "train_net": argument_parser,

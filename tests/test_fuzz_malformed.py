@@ -26,6 +26,7 @@ from test_checkpoint_reading import MALFORMED, WRITERS, Payload
 from vovnet_d2.engine import main
 
 pytest_plugins = ["engine_fixtures"]
+pytestmark = pytest.mark.usefixtures("yaml_in_python")
 
 # Python cannot remove an audit hook, so there is only one. Tests switch it on and off.
 _WRITING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod"}
