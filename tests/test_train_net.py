@@ -310,7 +310,7 @@ def test_progress_bar_instead_of_the_log(
     coco: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     words = ["--progress", *TINY, "SOLVER.MAX_ITER", "8", "OUTPUT_DIR", str(tmp_path)]
@@ -318,7 +318,7 @@ def test_progress_bar_instead_of_the_log(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["tools/train_net.py", "--config-file", FASTER_RCNN, *words])
     main()
-    shown = capsys.readouterr()
+    shown = capfd.readouterr()
     lines = shown.out.splitlines()
     first, *others = [line for line in lines if not line.startswith("WARNING")]
     assert first.startswith("This takes about ")
@@ -364,12 +364,15 @@ def test_two_processes_without_gpus(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Start two processes, and read their output."""
+    """Start two processes that see no GPU, with the default device, and read their output."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(coco_root))
-    words = ["--num-gpus", "2", "--dist-url", "auto", *TINY, "MODEL.DEVICE", "cpu"]
-    words += ["OUTPUT_DIR", str(tmp_path)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # An earlier test may have used a GPU in this process, which then does not read the variable.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["--num-gpus", "2", "--dist-url", "auto", *TINY, "OUTPUT_DIR", str(tmp_path)]
     call(*words)
     shown = capfd.readouterr().out
+    assert "torch finds no GPU: MODEL.DEVICE is set to cpu" in shown
     assert "World size: 2" in shown
     assert "| coco_2017_val | bbox" in shown
     with pytest.raises(SystemExit) as caught:
