@@ -28,7 +28,7 @@ from vovnet_d2.data import register_digits
 from vovnet_d2.engine import load_config
 from vovnet_d2.engine.data_checks import check_data
 from vovnet_d2.engine.devices import check_device, parse_device
-from vovnet_d2.engine.initial_weights import check_initialisation
+from vovnet_d2.engine.initial_weights import check_all_loaded, check_initialisation
 from vovnet_d2.engine.precision import autocast_dtype
 from vovnet_d2.engine.registered_data import load_records
 from vovnet_d2.engine.run_checks import check_config, check_schedule
@@ -279,6 +279,19 @@ def test_available_weights_are_named(name: str, variant: str) -> None:
 def test_evaluating_nothing() -> None:
     with pytest.raises(ValueError, match=r"no weights to evaluate: set MODEL.WEIGHTS .*--resume"):
         check_initialisation(config(), training=False, resuming=False)
+
+
+def test_weights_of_another_number_of_categories_name_the_config() -> None:
+    checkpointer = SimpleNamespace(
+        missing_outside_backbone=["roi_heads.box_predictor.cls_score.weight"],
+        loaded_categories={"thing_classes": ["cat", "dog"]},
+    )
+    message = r"They were trained on 2 categories \('cat', 'dog'\): use the config\.yaml"
+    with pytest.raises(ValueError, match=message):
+        check_all_loaded(checkpointer, "a.pth")
+    checkpointer.loaded_categories = {}
+    with pytest.raises(ValueError, match="Train first"):
+        check_all_loaded(checkpointer, "a.pth")
 
 
 # The rest of the config

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+from vovnet_d2.engine.interruption import INTERRUPTED
+from vovnet_d2.engine.launch import run_or_exit
+
 pytest_plugins = ["engine_fixtures"]
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -104,3 +107,13 @@ def test_a_bug_keeps_its_traceback(
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
     with pytest.raises(ValueError, match="a bug"):
         run(tool, monkeypatch)
+
+
+def test_ctrl_c_ends_a_tool_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(args: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_or_exit(run, None)
+    assert caught.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted by Ctrl-C.\n"

@@ -283,7 +283,9 @@ def test_ctrl_c_in_an_evaluation(
     assert_equal(best["model"], load(tmp_path / "model_0000001.pth")["model"])
 
 
-def test_the_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_ctrl_c_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     request = StopRequest()
     clock = iter([10.0, 10.5, 11.5])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
@@ -293,6 +295,7 @@ def test_the_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
         assert request.signal == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)()
+    assert capfd.readouterr().err.count("Another Ctrl-C stops at once.") == 1
 
 
 def test_classifiers_and_precise_norms(tmp_path: Path, after: Any) -> None:

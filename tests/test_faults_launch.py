@@ -139,7 +139,7 @@ def test_a_signal_ends_with_a_checkpoint_and_a_status(
     last = (tmp_path / "last_checkpoint").read_text()
     assert last > first
     assert f"error: interrupted by {number.name} after" in output
-    assert f"go on with --resume from {tmp_path}/{last}." in output
+    assert f"add --resume to the same command. The last checkpoint is {tmp_path}/{last}." in output
     assert load(tmp_path / last)["iteration"] == int(last[6:13])
     assert "vovnet_d2/engine/trainer.py" not in output  # no traceback
 

@@ -68,8 +68,8 @@ def load_network(
     """
     if not cfg.MODEL.WEIGHTS:
         raise UserValueError(
-            "There are no weights: set MODEL.WEIGHTS to a file. A training writes "
-            "OUTPUT_DIR/model_final.pth."
+            "There are no weights: set MODEL.WEIGHTS to a file, on a command line by --opts "
+            "MODEL.WEIGHTS FILE. A training writes OUTPUT_DIR/model_final.pth."
         )
     model = build_network(config, cfg)
     checkpointer = VoVNetCheckpointer(model, allow_partial=allow_partial, allow_pickle=allow_pickle)

@@ -94,8 +94,9 @@ class Checkpointing(HookBase):
 
     def _interrupted(self, signal: str) -> Interrupted:
         message = (
-            f"interrupted by {signal} after {self._done} of {self.trainer.max_iter} iterations; "
-            f"go on with --resume from {self._checkpointer.get_checkpoint_file() or 'the start'}."
+            f"interrupted by {signal} after {self._done} of {self.trainer.max_iter} iterations. "
+            "To go on, add --resume to the same command. The last checkpoint is "
+            f"{self._checkpointer.get_checkpoint_file() or 'not there yet'}."
         )
         logger.warning(message)
         return Interrupted(signal, message)

@@ -42,5 +42,5 @@ def explain_in_features(cfg: CfgNode) -> Iterator[None]:
         returned = ", ".join(build_backbone(cfg).output_shape())
         raise UserKeyError(
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} returns no feature map {name!r}, which "
-            f"is in {' and '.join(keys)}. It returns {returned}."
+            f"is in {' and '.join(keys)}. It returns {returned}: choose from these."
         ) from error

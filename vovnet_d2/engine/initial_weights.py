@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..checkpoint.zoo import ZOO
 from ..errors import UserValueError
+from ..words import counted, listed
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,15 @@ def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: st
     weights that ``checkpointer`` loaded last lack such a tensor."""
     missing = [n for n in checkpointer.missing_outside_backbone if n.startswith(part)]
     if missing:
+        names = next(iter(checkpointer.loaded_categories.values()), [])
+        way_out = (
+            f"They were trained on {counted(len(names), 'categories')} ({listed(names)}): use the "
+            "config.yaml that this training wrote."
+            if names
+            else "Train first, or give the weights of a whole model."
+        )
         raise UserValueError(
             f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
-            f"for example {missing[0]}, which would be left at random values. Train first, or give "
-            "the weights of a whole model. To go on all the same, add --allow-partial (in code: "
-            "allow_partial=True)."
+            f"for example {missing[0]}, which would be left at random values. {way_out} To go on "
+            "all the same, add --allow-partial (in code: allow_partial=True)."
         )

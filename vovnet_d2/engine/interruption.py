@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals, and the loss of another process: events that end a run from outside."""
 
+import os
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch.distributed as dist
+from detectron2.utils import comm
 
 from ..signals import ending_signals
 
@@ -17,6 +19,8 @@ INTERRUPTED = 75
 """Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 _SAME_CTRL_C = 1.0  # seconds; it may come from the terminal and from the launcher
+
+_STOPPING = "\nStopping after this step, with a checkpoint. Another Ctrl-C stops at once.\n"
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -52,6 +56,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
+            if number == signal.SIGINT and comm.is_main_process():
+                os.write(2, _STOPPING.encode())  # the signal may have come during a print
         elif number == signal.SIGINT and time.monotonic() - self._since > _SAME_CTRL_C:
             raise KeyboardInterrupt
 

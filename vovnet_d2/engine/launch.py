@@ -159,6 +159,8 @@ def run_or_exit(run: Run, args: Any) -> Any:
         return run(args)
     except Interrupted as error:
         _exit(error.message, status=INTERRUPTED)
+    except KeyboardInterrupt:
+        _exit("interrupted by Ctrl-C.", status=INTERRUPTED)
     except UserError as error:
         _exit(error.sentence, status=error.exit_status)
     except (OSError, RuntimeError) as error:
