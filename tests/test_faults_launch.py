@@ -248,6 +248,7 @@ def test_memory_and_open_files_do_not_grow(coco_root: Path, tmp_path: Path) -> N
     # Means of a hundred steps, because garbage is not collected after each step.
     means = memory[200:].reshape(8, 100).mean(axis=1)
     print("resident MB by 100 steps:", (means / 1e6).round(1), "open files:", set(files[200:]))
+    # In November 2026, on an x86-64 CPU, the means went from 563.5 to 564.9 MB, 0.25 % more.
     assert means.max() / means.min() < 1.01
     # A log or a checkpoint may be open when files are counted, but not after the next steps.
     medians = np.median(files[200:].reshape(8, 100), axis=1)
