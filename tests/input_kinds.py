@@ -546,12 +546,12 @@ ANNOTATIONS: dict[str, Kind] = {
     "numbers for names": Kind(
         categories(1, 2, 3),
         expect(train=WORKS, lazy=REFUSED, evaluate=REFUSED, fix=WORKS),
-        "has no category of that name|the name 1, which must be text",
+        "has objects of categories that|the name 1, which must be text",
     ),
     "formulas for names": Kind(
         categories("$x^$", "a\nb", "\t|"),
         expect(train=WORKS, lazy=WORKS, evaluate=REFUSED, fix=WORKS),
-        "has no category of that name",
+        "has objects of categories that",
     ),
     "half characters for names": Kind(categories("\ud800", "b", "c"), _REDUCED, "'.ud800'"),
     "no names": Kind(categories("", None, "c"), _REDUCED, "(name|1:) ''"),

@@ -291,12 +291,13 @@ def _match(
         return tuple(found.values()), tuple(found)
     extra = {number: name for number, name in found.items() if name not in trained.categories}
     if wrong := [number for number in extra if number in contents.used]:
-        name = extra[wrong[0]]
-        hint = suggest(name, trained.categories, cutoff=0.5)
+        names = list(dict.fromkeys(extra[number] for number in wrong))
+        hint = suggest(names[0], trained.categories, cutoff=0.5)
         raise UserValueError(
-            f"{json} has objects of category {name!r} (id {wrong[0]!r}), and {trained.json}, which "
-            f"the network is trained on, has no category of that name.{hint} Categories are "
-            "matched by name; their ids may differ, and those that do not occur may be missing."
+            f"{json} has objects of categories that {trained.json}, which the network is trained "
+            f"on, does not have: {listed(names, most=10)}.{hint} Add pictures of them to the "
+            "training, or remove these objects. Categories are matched by their names, whatever "
+            "their ids are."
         )
     if not set(found.values()) & set(trained.categories):
         raise UserValueError(f"{json} and {trained.json} have no category name in common.")
