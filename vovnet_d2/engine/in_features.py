@@ -12,10 +12,9 @@ from ..errors import UserKeyError
 
 _NODES = {
     "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
-    "PanopticFPN": ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"),
+    "PanopticFPN": ("RPN", "ROI_HEADS"),
     "ProposalNetwork": ("RPN",),
     "RetinaNet": ("RETINANET",),
-    "SemanticSegmentor": ("SEM_SEG_HEAD",),
 }
 """The nodes of Detectron2's heads whose ``IN_FEATURES`` name feature maps, by meta-architecture."""
 
