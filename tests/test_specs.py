@@ -93,7 +93,7 @@ def test_wrong_choice(field, choices, value):
         replace(SPEC, **{field: value})
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(VoVNetSpec) if f.type == "bool"])
+@pytest.mark.parametrize("field", [f.name for f in fields(VoVNetSpec) if f.type in (bool, "bool")])
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_wrong_flag(field, value):
     message = f"VoVNetSpec.{field} is {value!r}: expected True or False."
