@@ -8,10 +8,12 @@ from statistics import median
 
 import pytest
 
-# Each time is measured in a fork, so that Detectron2 is imported only once.
+# Detectron2 is imported once. Each import of the package is measured in a fork.
 CODE = """
 import os, sys, time
+start = time.process_time()
 import detectron2.modeling
+print(time.process_time() - start, flush=True)
 for _ in range(7):
     if os.fork() == 0:
         assert "vovnet_d2" not in sys.modules
@@ -24,9 +26,11 @@ for _ in range(7):
 
 
 @pytest.mark.slow
-def test_import_takes_less_than_a_tenth_of_a_second():
+def test_import_takes_a_small_share_of_the_time_of_detectron2():
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds = [float(line) for line in result.stdout.splitlines()]
-    assert len(seconds) == 7
-    assert median(seconds) < 0.1
+    detectron2, *own = seconds
+    assert len(own) == 7
+    # The ratio was 0.023 to 0.026 on an AMD EPYC with AVX2 (2026-11-27).
+    assert median(own) < detectron2 / 30
