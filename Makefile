@@ -45,8 +45,6 @@ $(VENV)/stamp-package: $(VENV)/stamp-detectron2 pyproject.toml setup.py
 
 # What it is for ----------------------------------------------------------------------------------
 
-# The network is so small that a second thread costs more time than it saves.
-demo: export OMP_NUM_THREADS ?= 1
 demo: setup ## train and evaluate a Mask R-CNN with a VoVNet backbone on handwritten digits
 	@$(PY) tools/train_net.py --progress --config-file configs/Digits/mask_rcnn_V_19_slim_eSE_half_FPN_600.yaml OUTPUT_DIR output/demo
 	@$(PY) tools/report.py output/demo
