@@ -65,8 +65,8 @@ class EvaluatingTrainer(DefaultTrainer):
             evaluators: one for each data set; by default :meth:`build_evaluator` builds them.
 
         Returns:
-            on the main process, ``{task: {metric: value}}``. If ``DATASETS.TEST`` has several data
-            sets, such a dict for each name of a data set.
+            on the main process, a dict with a dict of metrics for each task. If ``DATASETS.TEST``
+            has several data sets, such a dict for each name of a data set.
         """
         if cfg.TEST.TILES:
             tiles, overlap = cfg.TEST.TILES, cfg.TEST.TILE_OVERLAP
