@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from vovnet_d2.engine.interruption import INTERRUPTED
+from vovnet_d2.engine.interruption import CTRL_C
 from vovnet_d2.engine.launch import run_or_exit
 
 pytest_plugins = ["engine_fixtures"]
@@ -115,5 +115,5 @@ def test_ctrl_c_ends_a_tool_with_a_sentence(capsys: pytest.CaptureFixture[str]) 
 
     with pytest.raises(SystemExit) as caught:
         run_or_exit(run, None)
-    assert caught.value.code == INTERRUPTED
+    assert caught.value.code == CTRL_C
     assert capsys.readouterr().err == "error: interrupted by Ctrl-C.\n"

@@ -16,6 +16,7 @@ from ..drawing.artist import Artist
 from ..engine.any_config import as_cfg, load_any_config
 from ..engine.arguments import PICKLE_HELP, add_options_argument, parse_options_last
 from ..engine.config import find_config
+from ..engine.interruption import CTRL_C
 from ..engine.launch import run_or_exit
 from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory
@@ -36,8 +37,6 @@ from .run import Outcome, Run
 from .selection import Selection
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_INTERRUPTED = 130  # the usual exit status of shells
 
 _DESCRIPTION = """\
 Detect objects on pictures, a video or a camera.
@@ -274,5 +273,5 @@ def _conclude(source: Pictures | Video | Camera, outcome: Outcome) -> int:
     if outcome.done and outcome.objects == 0:
         print("To show more, lower --score-threshold or name more --classes.")
     if outcome.interrupted and not isinstance(source, Camera):
-        return _INTERRUPTED
+        return CTRL_C
     return 1 if outcome.skipped else 0

@@ -18,6 +18,9 @@ from ..signals import ending_signals
 INTERRUPTED = 75
 """Exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
+CTRL_C = 130
+"""Exit status of a program that Ctrl-C ended at once, as shells report it."""
+
 _SAME_CTRL_C = 1.0  # seconds; it may come from the terminal and from the launcher
 
 _STOPPING = "\nStopping after this step, with a checkpoint. Another Ctrl-C stops at once.\n"

@@ -38,6 +38,7 @@ from ..errors import UserError
 from ..timing import command_line
 from ..waits import longest_wait
 from .interruption import (
+    CTRL_C,
     INTERRUPTED,
     Interrupted,
     exit_on_signal,
@@ -160,7 +161,7 @@ def run_or_exit(run: Run, args: Any) -> Any:
     except Interrupted as error:
         _exit(error.message, status=INTERRUPTED)
     except KeyboardInterrupt:
-        _exit("interrupted by Ctrl-C.", status=INTERRUPTED)
+        _exit("interrupted by Ctrl-C.", status=CTRL_C)
     except UserError as error:
         _exit(error.sentence, status=error.exit_status)
     except (OSError, RuntimeError) as error:
