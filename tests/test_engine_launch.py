@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from huggingface_hub.utils import http_backoff
 from test_pretrain import SHORT, THIN
 
 from vovnet_d2.engine import argument_parser, launch, quiet
@@ -77,6 +79,24 @@ def test_deprecation_warnings_of_other_packages_are_hidden() -> None:
         warnings.simplefilter("always")
         launch.run_or_exit(say, None)
     assert [str(warning.message) for warning in caught] == ["the data are odd"]
+
+
+def test_the_attempts_of_a_download_from_the_hub_are_hidden() -> None:
+    """Ask a port that nobody listens to, with the hub's own function. Another warning is shown."""
+    lines = io.StringIO()
+    handler, hub = logging.StreamHandler(lines), logging.getLogger("huggingface_hub")
+
+    def ask(_: None) -> None:
+        with suppress(Exception):  # of the HTTP client of the hub
+            http_backoff("HEAD", "http://127.0.0.1:9/file", max_retries=1, base_wait_time=0)
+        logging.getLogger("huggingface_hub.utils._http").warning("Rate limited.")
+
+    hub.addHandler(handler)
+    try:
+        launch.run_or_exit(ask, None)
+    finally:
+        hub.removeHandler(handler)
+    assert lines.getvalue() == "Rate limited.\n"
 
 
 def test_long_messages_during_set_up_become_one_line() -> None:

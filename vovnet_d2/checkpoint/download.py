@@ -56,7 +56,8 @@ def download(entry: ZooEntry) -> str:
             return _from_hub(entry)
         raise UserFileNotFoundError(
             f"{entry.source} could not be downloaded ({error}). Get the file elsewhere, put it "
-            f"into a folder and name that folder in {MIRROR}, or set MODEL.WEIGHTS to the file."
+            f"into a folder and set the environment variable {MIRROR} to that folder, or set "
+            "MODEL.WEIGHTS to the file."
         ) from error
 
 
@@ -92,6 +93,7 @@ def _from_hub(entry: ZooEntry) -> str:
             f"{entry.repo} is on the Hugging Face hub: `pip install huggingface_hub safetensors` "
             f"to have it downloaded, or download {entry.urls[0]} and set MODEL.WEIGHTS to the file."
         ) from error
+    logger.info("Looking for %s in the cache of the Hugging Face hub, then on the hub.", entry.repo)
     try:
         # The hub is asked for a pinned revision only if the cache does not have it.
         path = hf_hub_download(entry.repo, HUB_FILE, revision=entry.revision)
@@ -123,7 +125,9 @@ def _cached_revision(entry: ZooEntry, error: Exception) -> str:
         raise UserFileNotFoundError(
             f"{entry.repo} is not in the cache of huggingface_hub and could not be downloaded "
             f"({type(error).__name__}: {reason}). Where the hub is out of reach (or HF_HUB_OFFLINE "
-            f"is set), download {entry.urls[0]} elsewhere and set MODEL.WEIGHTS to the file."
+            f"is set), download {entry.urls[0]} elsewhere, and set MODEL.WEIGHTS to the file, or "
+            f"name the file {' or '.join(entry.file_names)} and set the environment variable "
+            f"{MIRROR} to its folder."
         ) from error
     logger.warning(
         "Revision %s of %s cannot be downloaded (%s): revision %s in the cache is used.",

@@ -3,6 +3,7 @@
 """Fewer messages in the terminal: some known ones are hidden, and long ones are cut to a line."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ _WARNINGS = (
     r"`torch\.jit\.\w+` is deprecated",  # from losses of Detectron2 and fvcore
     r"pkg_resources is deprecated",  # from detectron2.model_zoo
 )
-# For each logger, the beginning of the message that is hidden.
+# For each logger, a regular expression of the messages that are hidden.
 _RECORDS = {
-    "torch.fx._symbolic_trace": "is_fx_tracing will return true",
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "torch.fx._symbolic_trace": r"is_fx_tracing will return true",
+    "torch.utils.cpp_extension": r"No CUDA runtime is found",
+    # The attempts before a download succeeds or ends with a sentence of this package.
+    "huggingface_hub.utils._http": r"thrown while requesting|^Retrying in",
 }
 # The loggers that print the environment, the config, the model and the counts of a data set.
 _SET_UP = (
@@ -48,7 +51,7 @@ def escape_unwritable(*streams: Any) -> None:
 
 
 def _is_unknown(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_RECORDS[record.name])
+    return not re.search(_RECORDS[record.name], record.getMessage())
 
 
 @contextmanager
