@@ -111,6 +111,22 @@ def test_long_messages_during_set_up_become_one_line() -> None:
     assert show("detectron2.evaluation", 10) == "Model:" + "\nline" * 10
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_gets_colours(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log a config in the terminal and in a file, as Detectron2 colours it with pygments."""
+    stream, file = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    logger = logging.getLogger("a run with colours")
+    for each in (stream, file):
+        logger.addHandler(logging.StreamHandler(each))
+    quiet.colour_terminals_only(logger.name)
+    coloured = "\x1b[38;5;197mSEED\x1b[39m: 1"
+    logger.warning(coloured)
+    assert stream.getvalue() == (coloured if terminal else "SEED: 1") + "\n"
+    assert file.getvalue() == "SEED: 1\n"
+
+
 def test_characters_that_an_encoding_lacks_are_escaped() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     quiet.escape_unwritable(stream, None)
@@ -153,7 +169,9 @@ def test_processes_of_torchrun_share_one_run(tmp_path: Path) -> None:
         *["MODEL.VOVNET.NORM", "GN", "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", str(tmp_path)],
     )
     assert finished.returncode == 0, finished.stderr
-    assert "World size: 2" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "World size: 2" in log
+    assert "\x1b" not in log  # Detectron2 colours the config with pygments, which pytest needs
     assert "Rank of current process: 1" in (tmp_path / "log.txt.rank1").read_text()
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
     # Each validation image was counted once, by one of the two processes.

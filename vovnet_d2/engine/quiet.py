@@ -30,6 +30,7 @@ _SET_UP = (
     *("vovnet_d2.engine.classifier", "vovnet_d2.engine.lazy"),
 )
 _MOST_LINES = 10
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def hide_known_messages() -> None:
@@ -79,6 +80,24 @@ def shorten_long_messages(logger_name: str, file: str) -> None:
     that has all of it."""
     for handler in terminal_handlers(logger_name):
         handler.setFormatter(_FirstLine(handler.formatter or logging.Formatter(), file))
+
+
+def colour_terminals_only(logger_name: str) -> None:
+    """Remove the codes of colours from what a logger writes to files and pipes. Detectron2 colours
+    the text of a config wherever it goes."""
+    coloured = terminal_handlers(logger_name) if sys.stdout.isatty() else []
+    for handler in logging.getLogger(logger_name).handlers:
+        if handler not in coloured:
+            handler.setFormatter(_Plain(handler.formatter or logging.Formatter()))
+
+
+class _Plain(logging.Formatter):
+    def __init__(self, formatter: logging.Formatter):
+        super().__init__()
+        self._formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _COLOUR.sub("", self._formatter.format(record))
 
 
 class _FirstLine(logging.Formatter):

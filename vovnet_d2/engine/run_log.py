@@ -13,7 +13,7 @@ from ..data.workers import is_silent_worker
 from ..errors import UserError
 from .interruption import is_lost_connection
 from .progress import shorten_log
-from .quiet import escape_unwritable, shorten_long_messages
+from .quiet import colour_terminals_only, escape_unwritable, shorten_long_messages
 
 
 def start_log(output_dir: str, *, progress: bool) -> None:
@@ -27,6 +27,7 @@ def start_log(output_dir: str, *, progress: bool) -> None:
     # All loggers write to the file through one stream.
     escape_unwritable(*(getattr(handler, "stream", None) for handler in ours.handlers))
     for name in ("detectron2", "fvcore", "vovnet_d2"):
+        colour_terminals_only(name)
         shorten_long_messages(name, os.path.join(output_dir, "log.txt"))
         if progress:
             shorten_log(name)
