@@ -354,6 +354,7 @@ def test_the_folder_without_a_checkpoint_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Check the message of an evaluation. It looks for checkpoints in the parent of its folder."""
+    caplog.set_level(logging.INFO, logger="vovnet_d2")
     cfg = tiny_config(FASTER_RCNN, tmp_path / "evaluation")
     checkpointer = VoVNetCheckpointer(torch.nn.Identity(), str(tmp_path))
     report_loaded(checkpointer, cfg, resume=True)
@@ -430,7 +431,10 @@ def test_resume_continues_from_the_checkpoint(
 
 def test_nothing_to_resume_and_starting_over_are_logged(coco: Path, tmp_path: Path) -> None:
     launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
-    assert f"Nothing to resume in {tmp_path}: started from random weights." in read_log(tmp_path)
+    log = read_log(tmp_path)
+    assert f"Nothing to resume in {tmp_path}: started from random weights." in log
+    # The first line says so too, long before the network is built.
+    assert f"WARNING: There is no checkpoint to resume from in {tmp_path}, " in log.splitlines()[0]
     assert "held an earlier run" not in read_log(tmp_path)
     before = (tmp_path / "metrics.json").read_text()
     launch(FASTER_RCNN, tmp_path, "DATASETS.TEST", "()")

@@ -217,7 +217,9 @@ def test_an_empty_cache(cache, model):
         VoVNetCheckpointer(model).load(SMALLEST)
     assert ZOO[SMALLEST].urls[0] in str(caught.value)
     assert "HF_HUB_OFFLINE" in str(caught.value)
-    way_out = f"name the file {ZOO[SMALLEST].file_names[0]} and set the environment variable {MIRROR}"
+    way_out = (
+        f"name the file {ZOO[SMALLEST].file_names[0]} and set the environment variable {MIRROR}"
+    )
     assert way_out in str(caught.value)
     assert "offline mode is enabled" in str(caught.value)  # the reason of the hub
 

@@ -72,7 +72,7 @@ def report_loaded(checkpointer: VoVNetCheckpointer, cfg: CfgNode, *, resume: boo
     if resume and checkpointer.has_checkpoint():
         logger.info("Resumed from %s.", checkpointer.get_checkpoint_file())
     elif resume:
-        logger.warning(
+        logger.info(
             "Nothing to resume in %s: started from %s.",
             os.path.abspath(checkpointer.save_dir),
             cfg.MODEL.WEIGHTS or "random weights",

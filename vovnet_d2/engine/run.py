@@ -129,7 +129,13 @@ def _open_output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
         note_run(cfg.OUTPUT_DIR)
         if leftovers := remove_leftovers(cfg.OUTPUT_DIR):
             logger.info("Removed what a killed run left half-written: %s.", ", ".join(leftovers))
-    return _last_checkpoint(folder)
+    checkpoint = _last_checkpoint(folder)
+    if args.resume and not checkpoint:
+        logger.warning(
+            "There is no checkpoint to resume from in %s, so --resume has no effect.",
+            os.path.abspath(folder),
+        )
+    return checkpoint
 
 
 def _set_up_with_detectron2(
