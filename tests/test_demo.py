@@ -781,6 +781,7 @@ def test_a_mistake_is_a_sentence_and_status_2(
     assert sentence in err
     assert "error: " in err
     assert "Traceback" not in err
+    assert not Path("o").exists()  # no empty folder is left
 
 
 def test_help_lists_the_exit_statuses(

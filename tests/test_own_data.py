@@ -689,14 +689,44 @@ def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
     words += ["--train-images", str(converted / "images")]
     options = ["OUTPUT_DIR", str(tmp_path / "out")]
     text, files = (root / "train.csv").read_text(), []
-    for rows in (text, "".join(text.splitlines(keepends=True)[:-1]), text):
+    fewer = "".join(text.splitlines(keepends=True)[:-1])
+    for rows in (text, fewer, text):
         (root / "train.csv").write_text(rows)
-        files.append(Path(setup(FASTER_RCNN, words, *options).DATASETS.OWN[0]["json"]))
+        cfg = setup(FASTER_RCNN, words, *options)
+        (tmp_path / "out" / "config.yaml").write_text(cfg.dump())
+        (tmp_path / "out" / "metrics.json").touch()  # the run has begun
+        files.append(Path(cfg.DATASETS.OWN[0]["json"]))
     assert [file.name for file in files] == [
         *("annotations_train.json", "annotations_train_2.json", "annotations_train.json")
     ]
     first, second = (len(json.loads(file.read_text())["annotations"]) for file in files[:2])
     assert first == second + 1
+
+
+def test_a_conversion_replaces_the_annotations_of_a_failed_run(
+    catalogs: None, converted: Path, tmp_path: Path
+) -> None:
+    """Convert again after a change. The earlier run has failed after it has written its config."""
+    root, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(converted / "csv", root)
+    words = ["--train-annotations", str(root / "train.csv")]
+    words += ["--train-images", str(converted / "images")]
+    first = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))
+    (out / "config.yaml").write_text(first.dump())
+    rows = (root / "train.csv").read_text().splitlines(keepends=True)
+    (root / "train.csv").write_text("".join(rows[:-1]))
+    setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))
+    (file,) = out.glob("annotations*")
+    assert (
+        len(json.loads(file.read_text())["annotations"]) == len(rows) - 2
+    )  # a title, and one less
+    # A file that somebody has changed stays.
+    file.write_text(file.read_text() + "\n\n")
+    changed = file.read_text()
+    (root / "train.csv").write_text("".join(rows))
+    second = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))
+    assert second.DATASETS.OWN[0]["json"] == str(out / "annotations_train_2.json")
+    assert file.read_text() == changed
 
 
 def test_changes_by_a_conversion_are_warnings(

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from ..errors import UserValueError
+from ..folders import list_missing, remove_empty
 from ..made import note_made, refuse_foreign
 from .inputs import PICTURE_SUFFIXES, Frame, Picture
 
@@ -92,11 +93,14 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path) -> list[Path]:
+    """Make a folder. Return the folders that did not exist before, the deepest first."""
+    missing = list_missing(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserValueError(f"The folder {path} cannot be made ({error.strerror}).") from error
+    return missing
 
 
 # Sinks
@@ -108,12 +112,13 @@ class PictureFiles(Sink):
     def __init__(self, targets: Sequence[Path]):
         """Make the folders of the files, which are in the order of the inputs. Raise ValueError if
         a folder cannot be made."""
-        self._targets = targets
+        self._targets, self._made = targets, list[Path]()
         for folder in dict.fromkeys(target.parent for target in targets):
-            _make_folder(folder)
+            self._made = [*_make_folder(folder), *self._made]
 
     def __exit__(self, *error: object) -> None:
-        """Do nothing: each file is complete already."""
+        """Remove the folders that got no file. The files are complete already."""
+        remove_empty(self._made)
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """Write a picture. Raise ValueError if the file cannot be written."""
@@ -142,7 +147,7 @@ class VideoFile(Sink):
             raise UserValueError(
                 f"--codec {codec!r} must be four characters, such as mp4v or MJPG."
             )
-        _make_folder(path.parent)
+        self._made = _make_folder(path.parent)
         self._path, self._fps, self._codecs = path, fps, codecs
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -151,6 +156,7 @@ class VideoFile(Sink):
         if self._writer:
             self._writer.release()
             note_made(self._path)
+        remove_empty(self._made)
 
     def write(self, frame: Frame, drawn: np.ndarray) -> bool:
         """Write a frame. Raise ValueError if the video cannot be written."""

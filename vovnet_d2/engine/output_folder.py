@@ -5,11 +5,16 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ..errors import UserValueError
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..errors import UserError, UserValueError
+from ..folders import list_missing, remove_empty
 from ..made import LIST_NAME, is_made_here, is_run, put_aside
 from .main_process import in_main_process
 
@@ -100,6 +105,44 @@ def _choose_for_evaluation(folder: str) -> str:
     return chosen
 
 
+@contextmanager
+def discard_on_mistake(cfg: CfgNode) -> Iterator[None]:
+    """Remove the output folder that a run makes in this context, if a mistake of the user ends the
+    run before its first result. The folder then holds no more than a log, the config and converted
+    annotations.
+
+    Args:
+        cfg: the config, whose ``OUTPUT_DIR`` may change in the context, see :func:`choose_folder`.
+    """
+    folder = cfg.OUTPUT_DIR
+    missing = list_missing(Path(folder))
+    try:
+        yield
+    except UserError as error:
+        made = missing if folder == cfg.OUTPUT_DIR else [Path(cfg.OUTPUT_DIR)]
+        if made and error.exit_status == 2 and comm.is_main_process():
+            _remove_begun(made[0])
+            remove_empty(made)
+        raise
+
+
+def _remove_begun(folder: Path) -> None:
+    """Remove the files of a run, unless there are others than a run begins with."""
+    files = [*folder.iterdir()]
+    logs = {*_find(folder, ("log.txt*", LIST_NAME))}
+    begun = {*_find(folder, ("config.yaml", "fitted.json", "annotations_*.json"))}
+    if all(
+        file.name in logs or (file.name in begun and is_made_here(file)) or _is_empty(file)
+        for file in files
+    ):
+        for file in files:
+            file.unlink()
+
+
+def _is_empty(file: Path) -> bool:
+    return file.is_file() and not file.stat().st_size
+
+
 def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
     """Move the files of an earlier run in a folder to ``earlier`` below, with a number if need be.
     A training that starts anew in the folder calls this function after all checks.
@@ -108,11 +151,10 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
         inputs: files that the training reads. They stay, and the earlier run gets a copy.
 
     Returns:
-        the folder that holds the earlier run now; empty if there was no earlier run. A
-        ``config.yaml`` alone is no run, because that run had not begun.
+        the folder that holds the earlier run now; empty if there was no earlier run.
     """
     here = Path(folder)
-    if not {*_find(here, (*_REPORT, *_CHECKPOINTS))} - {"config.yaml"}:
+    if not has_run(here):
         return ""
     earlier = here / _EARLIER
     for number in count(2):
@@ -138,6 +180,12 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
         *(here, earlier),
     )
     return str(earlier)
+
+
+def has_run(folder: Path) -> bool:
+    """Return whether a folder has files of a run. A ``config.yaml`` alone is no run, because that
+    run had not begun."""
+    return bool({*_find(folder, (*_REPORT, *_CHECKPOINTS))} - {"config.yaml"})
 
 
 def keep_foreign_config(folder: str) -> None:

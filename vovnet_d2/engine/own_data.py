@@ -19,9 +19,11 @@ from ..data.formats import describe_formats, read_annotations, recognise, write_
 from ..data.own import OwnDataSet
 from ..data.own_files import Contents, read_contents
 from ..errors import UserValueError
+from ..made import is_made_here
 from ..words import counted, listed, suggest
 from .main_process import in_main_process
 from .num_classes import find_num_classes, instance_class_keys
+from .output_folder import has_run
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
 logger = logging.getLogger(__name__)
@@ -186,13 +188,22 @@ def _convert(split: str, path: Path, images: Path | None, folder: Path) -> tuple
 
 
 def _choose_file(folder: Path, split: str, content: dict[str, Any]) -> Path:
-    """Choose the file for converted annotations. A file with other annotations stays as it is: the
-    config of an earlier run in this folder names the file."""
+    """Choose the file for converted annotations. A file with other annotations stays as it is if
+    the config of an earlier run in this folder names the file."""
     for number in count(1):
         file = folder / f"annotations_{split}{f'_{number}' if number > 1 else ''}.json"
-        if not os.path.lexists(file) or _holds(file, content):
+        if not os.path.lexists(file) or _holds(file, content) or _is_of_failed_run(file):
             break
     return file
+
+
+def _is_of_failed_run(file: Path) -> bool:
+    """Return True if this package wrote a file of annotations, and no config of a run names it."""
+    configs = [*file.parent.glob("config.yaml"), *file.parent.glob("*/config.yaml")]
+    return is_made_here(file) and not any(
+        has_run(config.parent) and file.name in config.read_text(encoding="utf-8", errors="replace")
+        for config in configs
+    )
 
 
 def _holds(file: Path, content: dict[str, Any]) -> bool:

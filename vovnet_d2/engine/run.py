@@ -29,7 +29,7 @@ from .fitting import keep_record
 from .gpu_memory import explain_lack_of_memory
 from .initial_weights import check_all_loaded, report_loaded
 from .main_process import in_main_process
-from .output_folder import choose_folder, keep_earlier_run, keep_foreign_config
+from .output_folder import choose_folder, discard_on_mistake, keep_earlier_run, keep_foreign_config
 from .progress import ProgressBar
 from .report import write_report
 from .run_checks import check_schedule
@@ -75,7 +75,7 @@ def run_task(task: Task) -> dict[str, Any]:
     start = time.perf_counter()
     cfg = task.load()
     checkpoint_folder = cfg.OUTPUT_DIR  # an evaluation may write its results to another folder
-    with task.translating_errors(cfg):
+    with task.translating_errors(cfg), discard_on_mistake(cfg):
         cfg = _set_up(task, cfg)
         with explain_lack_of_memory(cfg, training=task.training):
             if task.training:
