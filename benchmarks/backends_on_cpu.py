@@ -193,7 +193,8 @@ def fpn_cases(model: Any, network: Network, folder: Path) -> Cases:
                 path, folder / "fpn.int8_all.onnx", model, keep_float=[]
             )
         for name, file in files.items():
-            forwards[backend + name] = BACKENDS[backend].load(file, CPU)
+            precision = "int8" if name else "float32"
+            forwards[backend + name] = BACKENDS[backend].load(file, CPU, precision)
     forwards["auto"] = forwards[rank_backends(model)[0]]
     sizes = SIZES if network.stream else [network.size]
     images = [preprocess(model, photographs(size)[0]) for size in sizes]

@@ -272,7 +272,9 @@ def test_times_are_kept_by_network_and_machine(
 ) -> None:
     file, measured = tmp_path / "dense.onnx", []
 
-    def measure(model: object, path: Path, device: object, names: list[str]) -> dict[str, float]:
+    def measure(
+        model: object, path: Path, device: object, names: list[str], *_: object
+    ) -> dict[str, float]:
         measured.append(path.read_bytes())
         return dict.fromkeys(names, 0.1)
 
@@ -293,9 +295,11 @@ def test_times_are_kept_by_network_and_machine(
         file.write_bytes(content)
         rank()
     assert measured == [b"one", b"one", b"one", b"another"]
+    # Another precision and another machine are measured, too.
+    rank_backends(SimpleNamespace(device="cpu"), dtype=torch.bfloat16)
     monkeypatch.setattr(use, "_describe_machine", lambda *_: "another machine")
     rank()
-    assert measured[4:] == [b"another"]
+    assert measured[4:] == [b"another"] * 2
 
 
 def test_openvino_computes_in_float32_with_torchs_threads(
@@ -313,6 +317,54 @@ def test_openvino_computes_in_float32_with_torchs_threads(
     BACKENDS["openvino"].load(export_dense_part(retinanet)[0], CPU)
     assert compiled[0].get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     assert compiled[0].get_property("INFERENCE_NUM_THREADS") == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "half", "int8"])
+@pytest.mark.parametrize("capable", [True, False])
+def test_openvino_computes_in_bfloat16_if_the_cpu_has_it(
+    precision: str, capable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+            return ["FP32", *["BF16"] * capable]
+
+        def compile_model(self, path: Path, device: str, settings: dict[str, Any]) -> None:
+            asked.append(settings["INFERENCE_PRECISION_HINT"])
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    BACKENDS["openvino"].load(Path("dense.onnx"), CPU, precision)
+    assert asked == ["bf16" if capable and precision != "float32" else "f32"]
+
+
+def test_half_precision(retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the model in bfloat16. On a CPU without it, OpenVINO computes in float32."""
+    asked = []
+    load = BACKENDS["openvino"].load
+    noting = replace(BACKENDS["openvino"], load=lambda *args: asked.append(args[2]) or load(*args))
+    monkeypatch.setitem(BACKENDS, "openvino", noting)
+    images = torch.rand(1, 3, 128, 128)
+    exact = retinanet.backbone(images)
+    for backend in ("torch", "openvino"):
+        found = use_backend(retinanet, backend, dtype=torch.bfloat16).backbone(images)
+        assert asked == ["half"] * (backend == "openvino")
+        for name, feature_map in found.items():
+            assert feature_map.dtype == torch.float32
+            error = (feature_map - exact[name]).norm() / exact[name].norm()
+            assert error < 0.03
+            assert error > 1e-4 or backend == "openvino"
+    compared = []
+
+    def measure(cases: dict, **_: object) -> dict[str, list[float]]:
+        compared.extend(cases)
+        return {name: [1.0] for name in cases}
+
+    monkeypatch.setattr(use, "time_interleaved", measure)
+    monkeypatch.setattr(use, "SIZE", (60, 64))
+    use_backend(retinanet, "auto", dtype=torch.bfloat16)
+    assert compared == ["torch", "openvino"]
 
 
 def test_auto_without_any_package_is_torch(
@@ -415,8 +467,12 @@ def test_the_report_of_an_export_with_onnxruntime_gpu(monkeypatch: pytest.Monkey
 # TensorRT needs a GPU. Here ONNX Runtime is asked for TensorRT, but computes on the CPU instead.
 
 
+@pytest.mark.parametrize("precision", ["float32", "half"])
 def test_tensorrt_is_asked_of_onnx_runtime(
-    retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    precision: str,
+    retinanet: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
@@ -432,7 +488,7 @@ def test_tensorrt_is_asked_of_onnx_runtime(
     check_backend("tensorrt", GPU)
     path, _ = export_dense_part(retinanet)
     images = torch.rand(1, 3, 128, 128)
-    found = BACKENDS["tensorrt"].load(path, GPU)(images)
+    found = BACKENDS["tensorrt"].load(path, GPU, precision)(images)
     assert "ONNX Runtime computes on the CPU, not on cuda:1: onnxruntime-gpu" in caplog.text
     (name, options), *others = asked
     assert name == "TensorrtExecutionProvider"
@@ -440,7 +496,9 @@ def test_tensorrt_is_asked_of_onnx_runtime(
     assert threads == [2]
     assert options["device_id"] == 1
     assert options["trt_engine_cache_path"] == str(path.parent)
-    assert options["trt_engine_cache_prefix"] == path.stem
+    assert options["trt_engine_cache_prefix"] == f"{path.stem}-{precision}"
+    assert options["trt_fp16_enable"] == (precision == "half")
+    assert not options["trt_int8_enable"]
     with torch.no_grad():
         expected = DensePart(retinanet)(images)
     for a, b in zip(found, expected.values(), strict=True):
@@ -474,8 +532,7 @@ def test_a_missing_package(mask_rcnn: CfgNode, monkeypatch: pytest.MonkeyPatch) 
         ("openvino", GPU, False, "openvino cannot be used on cuda:1: it computes on CPUs."),
         ("onnxruntime", GPU, False, "installed has no CUDAExecutionProvider"),
         ("tensorrt", GPU, False, "installed has no TensorrtExecutionProvider"),
-        ("torch", CPU, True, "torch cannot run an INT8 file: choose from openvino, onnxruntime, a"),
-        ("tensorrt", GPU, True, "tensorrt cannot run an INT8 file: choose from openvino, onnxrunt"),
+        ("torch", CPU, True, "torch cannot run an INT8 file: choose from openvino, onnxruntime, t"),
     ],
 )
 def test_backends_that_cannot_be_used(
@@ -486,10 +543,13 @@ def test_backends_that_cannot_be_used(
         check_backend(name, device, int8=int8)
 
 
-def test_options_that_only_torch_has(mask_rcnn: CfgNode) -> None:
-    for options in ({"compile": True}, {"dtype": torch.bfloat16}):
-        with pytest.raises(ValueError, match="leave them out with backend openvino"):
-            Predictor(mask_rcnn, backend="openvino", **options)
+def test_options_that_a_backend_does_not_have(mask_rcnn: CfgNode) -> None:
+    with pytest.raises(ValueError, match="compile is torch's: leave it out with backend openvino"):
+        Predictor(mask_rcnn, backend="openvino", compile=True)
+    message = "onnxruntime computes in float32 and not in half precision.*: choose from torch, ope"
+    with pytest.raises(ValueError, match=message):
+        Predictor(mask_rcnn, backend="onnxruntime", dtype=torch.bfloat16)
+    check_backend("onnxruntime", CPU, int8=True, half=True)  # only the rest of a file is float
 
 
 class Unknown(nn.Module):

@@ -21,7 +21,7 @@ from predictor_runs import PICTURES, save
 from torch import Tensor, nn
 
 from vovnet_d2 import Predictor
-from vovnet_d2.backends import BACKENDS, use_backend
+from vovnet_d2.backends import BACKENDS, programs, use_backend
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.backends.quantized import check_quantized, mark_quantized
 from vovnet_d2.engine.quantization import (
@@ -37,7 +37,7 @@ from vovnet_d2.modeling.inference import optimize_for_inference
 
 pytest_plugins = ["engine_fixtures"]
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,48 @@ def test_ranges_come_from_the_images(model: nn.Module, quantizer: Quantizer) -> 
     assert values[first.input[1]] == pytest.approx(max(seen) / 255, rel=1e-4)
 
 
+def test_the_form_for_tensorrt(
+    model: nn.Module, quantizer: Quantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the conditions of TensorRT in the graph, and run the file in other backends."""
+    quantized = quantizer.quantize(quantizer.select(), symmetric=True)
+    values = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
+    steps = [n for n in quantized.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in steps:
+        assert values[node.input[2]].dtype == np.int8
+        assert not values[node.input[2]].any()
+    weights = [n for n in steps if n.op_type == "QuantizeLinear" and n.input[0] in values]
+    assert len(weights) == len(quantizer.select())
+    for node in weights:  # 8 bits for the largest weight of each output channel
+        weight, scale = (values[name] for name in node.input[:2])
+        np.testing.assert_allclose(np.abs(weight).max((1, 2, 3)), 127 * scale, rtol=0.01)
+    biases = {n.input[2] for n in quantized.graph.node if n.op_type == "Conv" and n.input[2:]}
+    assert biases
+    assert biases <= values.keys()
+    path = tmp_path / "symmetric.onnx"
+    mark_quantized(quantized, model_key(model), symmetric=True)
+    onnx.save(quantized, path)
+    image = next(images(model))
+    with torch.no_grad():
+        expected = list(DensePart(model)(image).values())
+    for backend in ("onnxruntime", "openvino"):
+        found = BACKENDS[backend].load(path, CPU, "int8")(image)
+        assert 1e-3 < relative_error(found, expected) < 0.2
+    # TensorRT takes this file, and refuses the form for CPUs.
+    asked = []
+    monkeypatch.setattr(programs, "load_onnxruntime", lambda *args: asked.append(args[2]))
+    BACKENDS["tensorrt"].load(path, GPU, "int8")
+    (((name, options),),) = asked
+    assert name == "TensorrtExecutionProvider"
+    assert options["trt_int8_enable"]
+    assert options["trt_fp16_enable"]
+    quantized = quantizer.quantize(["head.conv"])
+    mark_quantized(quantized, model_key(model))
+    onnx.save(quantized, path)
+    with pytest.raises(ValueError, match=r"not quantized for TensorRT: .* with --for-tensorrt"):
+        BACKENDS["tensorrt"].load(path, GPU, "int8")
+
+
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
 
@@ -155,7 +197,7 @@ def test_backends_run_a_quantized_file(
     for name, kept in (("default", None), ("all", [])):
         path = tmp_path / f"{name}.onnx"
         onnx.save(quantizer.quantize(quantizer.select(kept)), path)
-        found = {b: BACKENDS[b].load(path, CPU)(image) for b in ("onnxruntime", "openvino")}
+        found = {b: BACKENDS[b].load(path, CPU, "int8")(image) for b in ("onnxruntime", "openvino")}
         errors[name] = relative_error(found["onnxruntime"], expected)
         # The backends round in different places. They differ from each other as from float.
         assert relative_error(found["openvino"], expected) < 2 * errors[name]
@@ -347,6 +389,7 @@ def test_mistakes_of_the_tool(
             "--int8 writes the part dense as onnx",
         ),
         (["--keep-float", "stem"], ValueError, "go with --int8: add it"),
+        (["--for-tensorrt"], ValueError, "go with --int8: add it"),
     ):
         with pytest.raises(error, match=message):
             run_export([*start, *arguments, *options])

@@ -149,6 +149,11 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
         f"(default: {' '.join(KEEP_FLOAT)})",
     )
     group.add_argument(
+        "--for-tensorrt",
+        action="store_true",
+        help="quantize symmetrically, as TensorRT needs it (default: for CPUs)",
+    )
+    group.add_argument(
         "--sensitivity",
         action="store_true",
         help="list the error that each layer makes when it is quantized alone, the worst first",
@@ -159,9 +164,9 @@ def run(args: argparse.Namespace) -> None:
     if args.int8:
         _quantize(args)
         return
-    if args.calibration or args.keep_float is not None or args.sensitivity:
+    if args.calibration or args.keep_float is not None or args.sensitivity or args.for_tensorrt:
         raise UserValueError(
-            "--calibration, --keep-float and --sensitivity go with --int8: add it."
+            "--calibration, --keep-float, --for-tensorrt and --sensitivity go with --int8: add it."
         )
     args.part = args.part or "detector"
     kind = DetectorTarget if args.part == "detector" else BackboneTarget
@@ -229,6 +234,7 @@ def _quantize(args: argparse.Namespace) -> None:
         records,
         Path(args.output),
         keep_float=args.keep_float,
+        symmetric=args.for_tensorrt,
         sensitivity=SENSITIVITY_IMAGES if args.sensitivity else 0,
         about={
             "config": args.config_file,

@@ -75,7 +75,8 @@ class Predictor:
             weights: a value for ``MODEL.WEIGHTS``; by default the value of the config.
             device: the device to compute on; by default ``MODEL.DEVICE``, or cpu without a GPU.
             output_device: the device of the predictions.
-            dtype, compile: see :func:`optimize_for_inference`. Only the backend torch takes them.
+            dtype: see :func:`.backends.use_backend`.
+            compile: see :func:`optimize_for_inference`. Only the backend torch compiles.
             backend: the program that runs backbone, FPN and dense head; by default
                 ``TEST.BACKEND``. See :func:`.backends.use_backend`.
             int8: a quantized file for the backend; by default ``TEST.INT8``.
@@ -104,10 +105,11 @@ class Predictor:
         cfg.TEST.TILES = cfg.TEST.TILES if tiles is None else tuple(tiles)
         cfg.TEST.TILE_OVERLAP = cfg.TEST.TILE_OVERLAP if overlap is None else overlap
         choose_device(cfg)
-        if cfg.TEST.BACKEND != TORCH and (compile or dtype != torch.float32):
+        if cfg.TEST.BACKEND != TORCH and compile:
             raise UserValueError(
-                f"dtype and compile are torch's: leave them out with backend {cfg.TEST.BACKEND}."
+                f"compile is torch's: leave it out with backend {cfg.TEST.BACKEND}."
             )
+        cfg.TEST.AMP.ENABLED = cfg.TEST.BACKEND != TORCH and dtype != torch.float32
         if isinstance(config, CfgNode):
             check_network(cfg)
         check_run(cfg, training=False)
@@ -120,7 +122,7 @@ class Predictor:
         if cfg.TEST.BACKEND == TORCH:
             self.model = optimize_for_inference(model, dtype=dtype, compile=compile)
         else:
-            self.model = use_backend(model, cfg.TEST.BACKEND, int8=cfg.TEST.INT8)
+            self.model = use_backend(model, cfg.TEST.BACKEND, int8=cfg.TEST.INT8, dtype=dtype)
         self._resize = T.AugmentationList(build_augmentations(cfg, is_train=False))
         if cfg.TEST.TILES:
             self.model = TiledDetector(

@@ -7,18 +7,21 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ..errors import UserImportError, UserValueError, describe
 from ..export.formats import Program, load_onnxruntime
+from .quantized import check_symmetric
 
 logger = logging.getLogger(__name__)
 
 TORCH, AUTO = "torch", "auto"
 
-INT8 = ("openvino", "onnxruntime")
-"""The backends that run quantized files. TensorRT needs another kind of quantization."""
+Precision = Literal["float32", "half", "int8"]
+"""The precision of a backend. Half precision is bfloat16 in OpenVINO and float16 in TensorRT. In
+INT8, layers that are not quantized compute in half precision where the backend has it."""
 
 
 @dataclass(frozen=True)
@@ -27,38 +30,51 @@ class Backend:
 
     Attributes:
         packages: the packages that it needs; the names are those of import and of pip.
-        load: loads an ONNX file to run on a device.
+        load: loads an ONNX file to run on a device, in a :data:`Precision` (default: float32).
         why_not: returns the reason why it cannot compute on a device, or "" if it can. It is called
             only if the packages are installed.
+        has_half: whether it computes in half precision.
     """
 
     packages: tuple[str, ...]
-    load: Callable[[Path, torch.device], Program]
+    load: Callable[..., Program]
     why_not: Callable[[torch.device], str]
+    has_half: bool = True
 
 
-def check_backend(name: str, device: torch.device, *, int8: bool = False) -> None:
+def check_backend(
+    name: str, device: torch.device, *, int8: bool = False, half: bool = False
+) -> None:
     """Check that a backend, a key of :data:`BACKENDS`, ``"torch"`` or ``"auto"``, can be used on
-    this machine, and for ``int8`` that it runs quantized files.
+    this machine, for ``int8`` that it runs quantized files, and for ``half`` that it computes in
+    half precision.
 
     Raises:
         ModuleNotFoundError: a package is missing.
-        ValueError: the name is unknown, or the backend cannot compute on this device or in INT8.
+        ValueError: the name is unknown, or the backend cannot compute on this device or in this
+            precision.
     """
     if name not in (TORCH, AUTO, *BACKENDS):
         choices = ", ".join((TORCH, *BACKENDS, AUTO))
         raise UserValueError(f"Unknown backend {name!r}: choose from {choices}.")
-    if int8 and name not in (AUTO, *INT8):
+    if int8 and name == TORCH:
         raise UserValueError(
-            f"The backend {name} cannot run an INT8 file: choose from {', '.join((*INT8, AUTO))}."
+            f"The backend {name} cannot run an INT8 file: choose from "
+            f"{', '.join((*BACKENDS, AUTO))}."
         )
-    if name == AUTO and int8 and not find_backends(device, int8=True):
+    if name == AUTO and int8 and not find_backends(device):
         raise UserImportError(
             f"No backend that runs INT8 files on {device} is installed: "
             "pip install onnx onnxscript onnxruntime."
         )
     if name not in BACKENDS:
         return
+    if half and not int8 and not BACKENDS[name].has_half:
+        others = ", ".join((TORCH, *(n for n, b in BACKENDS.items() if b.has_half), AUTO))
+        raise UserValueError(
+            f"The backend {name} computes in float32 and not in half precision, which dtype or "
+            f"TEST.AMP.ENABLED True asks for: choose from {others}."
+        )
     if missing := _missing_packages(name):
         raise UserImportError(
             f"The backend {name} needs {', '.join(missing)}: pip install {' '.join(missing)}."
@@ -67,10 +83,10 @@ def check_backend(name: str, device: torch.device, *, int8: bool = False) -> Non
         raise UserValueError(f"The backend {name} cannot be used on {device}: {reason}.")
 
 
-def find_backends(device: torch.device, *, int8: bool = False) -> list[str]:
+def find_backends(device: torch.device, *, half: bool = False) -> list[str]:
     """Return the names of the backends, except torch, that are installed and take this device. With
-    ``int8``, they must run quantized files."""
-    names = [name for name in BACKENDS if not (int8 and name not in INT8)]
+    ``half``, they must compute in half precision."""
+    names = [name for name, backend in BACKENDS.items() if backend.has_half or not half]
     return [name for name in names if not _missing_packages(name) and _takes(name, device)]
 
 
@@ -96,6 +112,12 @@ def _missing_packages(name: str) -> list[str]:
 # ONNX Runtime ------------------------------------------------------------------------------------
 
 
+def _load_onnxruntime(
+    path: Path, device: torch.device, precision: Precision = "float32"
+) -> Program:
+    return load_onnxruntime(path, device)  # the file says which layers are in INT8
+
+
 def _why_not_onnxruntime(device: torch.device) -> str:
     missing = _missing_provider("CUDAExecutionProvider")
     return "" if device.type == "cpu" else missing
@@ -113,13 +135,17 @@ def _missing_provider(name: str) -> str:
 # TensorRT, run by ONNX Runtime -------------------------------------------------------------------
 
 
-def _load_tensorrt(path: Path, device: torch.device) -> Program:
+def _load_tensorrt(path: Path, device: torch.device, precision: Precision = "float32") -> Program:
+    if precision == "int8":
+        check_symmetric(path)
     # It takes minutes to build an engine, so it is kept in the folder of the ONNX file.
     options = {
         "device_id": device.index or 0,
+        "trt_fp16_enable": precision != "float32",
+        "trt_int8_enable": precision == "int8",
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(path.parent),
-        "trt_engine_cache_prefix": path.stem,
+        "trt_engine_cache_prefix": f"{path.stem}-{precision}",
     }
     return load_onnxruntime(path, device, (("TensorrtExecutionProvider", options),))
 
@@ -132,16 +158,18 @@ def _why_not_tensorrt(device: torch.device) -> str:
 # OpenVINO ----------------------------------------------------------------------------------------
 
 
-def _load_openvino(path: Path, device: torch.device) -> Program:
+def _load_openvino(path: Path, device: torch.device, precision: Precision = "float32") -> Program:
     import openvino
 
+    core = openvino.Core()
+    # Without bfloat16 instructions, OpenVINO would compute in bfloat16 by slow conversions.
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     settings = {
-        # The default is bfloat16 for float layers if the processor supports it.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision != "float32" and has_bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = core.compile_model(path, "CPU", settings)
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results = compiled([x.numpy() for x in inputs])
@@ -158,7 +186,9 @@ _EXPORT = ("onnx", "onnxscript")
 
 BACKENDS = {
     "openvino": Backend(("openvino", *_EXPORT), _load_openvino, _why_not_openvino),
-    "onnxruntime": Backend(("onnxruntime", *_EXPORT), load_onnxruntime, _why_not_onnxruntime),
+    "onnxruntime": Backend(
+        ("onnxruntime", *_EXPORT), _load_onnxruntime, _why_not_onnxruntime, has_half=False
+    ),
     "tensorrt": Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt),
 }
 """The backends by name, without torch itself."""

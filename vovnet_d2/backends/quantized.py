@@ -7,13 +7,31 @@ from typing import Any
 
 from ..errors import UserFileNotFoundError, UserValueError
 
-_KEY = "vovnet_d2.model"
-"""The metadata entry of an ONNX file that holds the key of the float model."""
+_KEY, _SYMMETRIC = "vovnet_d2.model", "vovnet_d2.symmetric"
+"""The metadata entries of an ONNX file that hold the key of the float model, and whether the
+quantization is symmetric."""
 
 
-def mark_quantized(model: Any, key: str) -> None:
-    """Write the :func:`model_key` of the float model into an ONNX model quantized from it."""
+def mark_quantized(model: Any, key: str, *, symmetric: bool = False) -> None:
+    """Write the :func:`model_key` of the float model into an ONNX model quantized from it, and
+    whether the quantization is symmetric."""
     model.metadata_props.add(key=_KEY, value=key)
+    model.metadata_props.add(key=_SYMMETRIC, value=str(symmetric))
+
+
+def check_symmetric(path: Path) -> None:
+    """Check that a quantized file is symmetric, as TensorRT needs it. Raise ValueError if not."""
+    import onnx
+
+    if _metadata(onnx.load(path)).get(_SYMMETRIC) != "True":
+        raise UserValueError(
+            f"{path} was not quantized for TensorRT: run tools/export_model.py --int8 with "
+            "--for-tensorrt."
+        )
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def check_quantized(path: Path, key: str) -> tuple[str, ...]:
@@ -34,7 +52,7 @@ def check_quantized(path: Path, key: str) -> tuple[str, ...]:
         raise UserValueError(
             f"{path} is no ONNX file: tools/export_model.py --int8 writes one."
         ) from error
-    found = {entry.key: entry.value for entry in model.metadata_props}.get(_KEY)
+    found = _metadata(model).get(_KEY)
     if found is None:
         raise UserValueError(
             f"{path} was not written by tools/export_model.py --int8: make one with that command."

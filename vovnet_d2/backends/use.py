@@ -23,7 +23,15 @@ from ..modeling.inference import optimize_for_inference
 from ..timing import describe_environment, package_version, time_interleaved
 from .cache import cache_folder, digest_of, export_dense_part, model_key
 from .detector import run_dense_part_elsewhere
-from .programs import AUTO, BACKENDS, TORCH, check_backend, find_backends, warn_of_broken
+from .programs import (
+    AUTO,
+    BACKENDS,
+    TORCH,
+    Precision,
+    check_backend,
+    find_backends,
+    warn_of_broken,
+)
 from .quantized import check_quantized
 
 logger = logging.getLogger(__name__)
@@ -33,9 +41,19 @@ SIZE = (480, 640)
 
 WARMUP, REPEATS = 2, 5
 
+_IN_WORDS: dict[Precision, str] = {
+    "float32": "float32",
+    "half": "half precision",
+    "int8": "INT8",
+}
+
 
 def use_backend(
-    model: Any, name: str | Sequence[str] = AUTO, *, int8: str | os.PathLike[str] = ""
+    model: Any,
+    name: str | Sequence[str] = AUTO,
+    *,
+    int8: str | os.PathLike[str] = "",
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Copy a detector for inference, with its dense part in a backend and the rest in torch.
 
@@ -48,28 +66,32 @@ def use_backend(
         name: ``"torch"`` (:func:`optimize_for_inference`), ``"openvino"``, ``"onnxruntime"``,
             ``"tensorrt"``, or ``"auto"`` for the names of :func:`rank_backends`. With several
             names, the first backend that loads is used, with a warning for each one that fails.
-        int8: a quantized file of this model, from ``tools/export_model.py --int8``; "" computes in
-            float32.
+        int8: a quantized file of this model, from ``tools/export_model.py --int8``. Its layers that
+            are not quantized compute in bfloat16 in OpenVINO, if the CPU has instructions for it,
+            and in float16 in TensorRT. "" quantizes nothing.
+        dtype: the dtype of the backbone, or of the dense part in a backend other than torch:
+            float32, bfloat16 or float16. The last two mean bfloat16 in OpenVINO, on a CPU with
+            instructions for it, and float16 in TensorRT.
 
     Raises:
         FileNotFoundError: there is no such quantized file.
         FileNotWrittenError: the cache folder cannot be written to.
         ModuleNotFoundError: a package that the backend needs is missing.
-        ValueError: the backend is unknown or cannot be used on this device, an operator of the
-            network cannot be exported, or the quantized file is from another model.
+        ValueError: the backend is unknown or cannot be used on this device or in this precision, an
+            operator of the network cannot be exported, or the quantized file is from another model.
     """
     device = torch.device(model.device)
     if isinstance(name, str):
-        check_backend(name, device, int8=bool(int8))
-        names = rank_backends(model, int8=int8) if name == AUTO else [name]
+        check_backend(name, device, int8=bool(int8), half=dtype != torch.float32)
+        names = rank_backends(model, int8=int8, dtype=dtype) if name == AUTO else [name]
     else:
         names = list(name)
     for candidate in names:
         if candidate == TORCH:
-            return optimize_for_inference(model)
+            return optimize_for_inference(model, dtype=dtype)
         path, output_names = _find_file(model, int8)
         try:
-            program = BACKENDS[candidate].load(path, device)
+            program = BACKENDS[candidate].load(path, device, _precision(int8, dtype))
         except Exception as error:  # each program raises its own errors
             if candidate == names[-1]:
                 raise
@@ -79,7 +101,15 @@ def use_backend(
     raise AssertionError("There is no name.")
 
 
-def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]:
+def _precision(int8: str | os.PathLike[str], dtype: torch.dtype) -> Precision:
+    if int8:
+        return "int8"
+    return "float32" if dtype == torch.float32 else "half"
+
+
+def rank_backends(
+    model: Any, *, int8: str | os.PathLike[str] = "", dtype: torch.dtype = torch.float32
+) -> list[str]:
     """Return the backends that compute the dense part of a detector, the fastest first.
 
     They are measured once, and the times are kept for this machine. A backend that fails is left
@@ -87,7 +117,8 @@ def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]
     and the errors see :func:`use_backend`.
     """
     device = torch.device(model.device)
-    names = find_backends(device, int8=bool(int8))
+    precision = _precision(int8, dtype)
+    names = find_backends(device, half=precision == "half")
     if not int8:
         names = [TORCH, *names]
     if len(names) == 1:
@@ -95,11 +126,11 @@ def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]
     path, _ = _find_file(model, int8)
     machine = _describe_machine(device, names)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
-    kept = cache_folder() / f"fastest-{digest_of(content, *names, machine)}.json"
+    kept = cache_folder() / f"fastest-{digest_of(content, *names, machine, precision)}.json"
     seconds = _read_seconds(kept, names)
     where = f"Kept in {kept}"
     if not seconds:
-        seconds = _measure(model, path, device, names)
+        seconds = _measure(model, path, device, names, dtype, precision)
         if len(seconds) == len(names):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, json.dumps(seconds) + "\n")
@@ -107,10 +138,11 @@ def rank_backends(model: Any, *, int8: str | os.PathLike[str] = "") -> list[str]
             where = "Not kept"
     ranked = sorted(seconds, key=lambda name: seconds[name])
     logger.info(
-        "The backend auto is %s: %s for an image of %d×%d, measured on %s. %s.",
+        "The backend auto is %s: %s for an image of %d×%d in %s, measured on %s. %s.",
         ranked[0],
         ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()),
         *SIZE,
+        _IN_WORDS[precision],
         machine,
         where,
     )
@@ -141,7 +173,14 @@ def _read_seconds(path: Path, names: list[str]) -> dict[str, float]:
         return {}
 
 
-def _measure(model: Any, path: Path, device: torch.device, names: list[str]) -> dict[str, float]:
+def _measure(
+    model: Any,
+    path: Path,
+    device: torch.device,
+    names: list[str],
+    dtype: torch.dtype,
+    precision: Precision,
+) -> dict[str, float]:
     """Return the seconds for one image of each backend that works."""
     divisor = max(1, model.backbone.size_divisibility)
     size = [-(-side // divisor) * divisor for side in SIZE]
@@ -150,7 +189,11 @@ def _measure(model: Any, path: Path, device: torch.device, names: list[str]) -> 
     with torch.no_grad():
         for name in names:
             try:
-                program = _load(model, name, path, device)
+                program = (
+                    _torch_program(model, dtype)
+                    if name == TORCH
+                    else BACKENDS[name].load(path, device, precision)
+                )
                 program(images)
             except Exception as error:  # each program raises its own errors
                 if name == TORCH:
@@ -171,12 +214,8 @@ def _measure(model: Any, path: Path, device: torch.device, names: list[str]) -> 
     return {name: median(values) for name, values in times.items()}
 
 
-def _load(model: Any, name: str, path: Path, device: torch.device) -> Program:
-    return _eager_program(model) if name == TORCH else BACKENDS[name].load(path, device)
-
-
-def _eager_program(model: Any) -> Program:
-    part = optimize_for_inference(DensePart(model))
+def _torch_program(model: Any, dtype: torch.dtype) -> Program:
+    part = optimize_for_inference(DensePart(model), dtype=dtype)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(part(*inputs).values())

@@ -49,6 +49,11 @@ def autocast(cfg: CfgNode, *, enabled: bool) -> AbstractContextManager[None]:
     return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, autocast_dtype(cfg))
 
 
+def backend_dtype(cfg: CfgNode) -> torch.dtype:
+    """Return the dtype of an evaluation in a backend, which ``TEST.AMP.ENABLED`` decides."""
+    return autocast_dtype(cfg) if cfg.TEST.AMP.ENABLED else torch.float32
+
+
 def predict_in_float32(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Let a detector compute boxes, scores and keypoints in float32 in mixed precision.
 

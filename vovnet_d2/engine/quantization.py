@@ -83,6 +83,7 @@ def quantize_detector(
     folder: Path,
     *,
     keep_float: Sequence[str] | None = None,
+    symmetric: bool = False,
     sensitivity: int = 0,
     about: dict[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def quantize_detector(
         records: images to calibrate on, see :func:`find_images`.
         folder: the folder for ``dense.int8.onnx``, and the report ``dense.int8.json`` and ``.md``.
         keep_float: see :meth:`Quantizer.select`.
+        symmetric: quantize for TensorRT, see :class:`Quantizer`.
         sensitivity: the number of images on which the error of each layer is measured; 0 for none.
         about: further lines of the report.
 
@@ -111,8 +113,8 @@ def quantize_detector(
     float_path, _ = export_dense_part(model)
     quantizer = Quantizer(float_path, _preprocess(model, cfg, records))
     layers = quantizer.select(keep_float)
-    quantized = quantizer.quantize(layers)
-    mark_quantized(quantized, model_key(model))
+    quantized = quantizer.quantize(layers, symmetric=symmetric)
+    mark_quantized(quantized, model_key(model), symmetric=symmetric)
     with atomic_write(path) as partial:
         Path(partial).write_bytes(quantized.SerializeToString())
     report = {

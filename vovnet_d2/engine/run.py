@@ -30,6 +30,7 @@ from .gpu_memory import explain_lack_of_memory
 from .initial_weights import check_all_loaded, report_loaded
 from .main_process import in_main_process
 from .output_folder import choose_folder, discard_on_mistake, keep_earlier_run, keep_foreign_config
+from .precision import backend_dtype
 from .progress import ProgressBar
 from .report import write_report
 from .run_checks import check_schedule
@@ -196,7 +197,7 @@ def _speed_up(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Return the model in the backend of ``TEST.BACKEND``, or as ``TEST.OPTIMIZE`` asks for."""
     if cfg.TEST.BACKEND != TORCH:
         names = _rank_together(model, cfg) if cfg.TEST.BACKEND == AUTO else cfg.TEST.BACKEND
-        evaluated = use_backend(model, names, int8=cfg.TEST.INT8)
+        evaluated = use_backend(model, names, int8=cfg.TEST.INT8, dtype=backend_dtype(cfg))
         logger.info("Evaluating with the backend %s.", cfg.TEST.BACKEND)
         return evaluated
     if cfg.TEST.OPTIMIZE:
@@ -211,7 +212,9 @@ def _rank_together(model: nn.Module, cfg: CfgNode) -> list[str]:
     Only one process measures. Several processes would disturb each other, and could choose
     different backends.
     """
-    return in_main_process(lambda: rank_backends(model, int8=cfg.TEST.INT8))
+    return in_main_process(
+        lambda: rank_backends(model, int8=cfg.TEST.INT8, dtype=backend_dtype(cfg))
+    )
 
 
 def _require_same_categories(

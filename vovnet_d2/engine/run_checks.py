@@ -85,7 +85,12 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
     if training and cfg.INPUT.COPY_PASTE:
         _check_copy_paste(cfg)
     if not training:
-        check_backend(cfg.TEST.BACKEND, torch.device(cfg.MODEL.DEVICE), int8=bool(cfg.TEST.INT8))
+        check_backend(
+            cfg.TEST.BACKEND,
+            torch.device(cfg.MODEL.DEVICE),
+            int8=bool(cfg.TEST.INT8),
+            half=cfg.TEST.AMP.ENABLED,
+        )
     if cfg.TEST.TILES:
         _check_tiles(cfg)
     if cfg.TEST.AUG.ENABLED:

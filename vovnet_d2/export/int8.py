@@ -25,13 +25,25 @@ _PLURALS = {"fpn_outputs": "fpn_output", "fpn_laterals": "fpn_lateral"}
 
 _OPERATORS = ["Conv", "Relu"]  # an activation moves into the quantized convolution before it
 
+# TensorRT quantizes weights itself, so they stay in float before their QuantizeLinear node.
+_SYMMETRIC = {
+    "ActivationSymmetric": True,
+    "WeightSymmetric": True,
+    "QuantizeBias": False,
+    "AddQDQPairToWeight": True,
+}
+
 
 class Quantizer:
     """Quantizes convolutions of an ONNX file, by ranges of values that are measured on images.
 
-    Weights have 7 bits and a scale for each output channel, because the sum of two products of 8
-    bits does not fit into the 16 bits of processors without VNNI. Activations have 8 bits, one
-    scale and one zero point. ONNX Runtime and OpenVINO both run the QDQ form of the file in INT8.
+    Weights have a scale for each output channel, and activations have 8 bits and one scale. ONNX
+    Runtime and OpenVINO run the QDQ form of the file in INT8. For them, activations have a zero
+    point and weights have 7 bits, because the sum of two products of 8 bits does not fit into the
+    16 bits of processors without VNNI.
+
+    TensorRT needs a symmetric form: every zero point is 0, weights have 8 bits, and biases stay in
+    float. ONNX Runtime and OpenVINO run this form, too.
 
     Attributes:
         layers: the names of the nodes of each layer with a convolution, by the name of the layer,
@@ -86,9 +98,9 @@ class Quantizer:
         plurals = [g for g in _PLURALS if any(_is_in(layer, g) for layer in self.layers)]
         return [name for name in named if name in parts] + plurals
 
-    def quantize(self, layers: Collection[str]) -> Any:
-        """Return the ONNX model with some layers, keys of :attr:`layers`, quantized. Raise
-        ValueError if there are no images to calibrate on."""
+    def quantize(self, layers: Collection[str], *, symmetric: bool = False) -> Any:
+        """Return the ONNX model with some layers, keys of :attr:`layers`, quantized. ``symmetric``
+        is the form for TensorRT. Raise ValueError if there are no images to calibrate on."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         excluded = [
@@ -99,14 +111,14 @@ class Quantizer:
         quantizer = QDQQuantizer(
             model,
             per_channel=True,
-            reduce_range=True,
+            reduce_range=not symmetric,
             weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QUInt8,
+            activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             tensors_range=self._ranges,
             nodes_to_quantize=[],
             nodes_to_exclude=excluded,
             op_types_to_quantize=_OPERATORS,
-            extra_options={},
+            extra_options=_SYMMETRIC if symmetric else {},
         )
         quantizer.quantize_model()
         return quantizer.model.model
