@@ -166,7 +166,7 @@ def _compare(model: Any, cfg: CfgNode, int8: Path) -> dict[str, Any]:
     if not cfg.DATASETS.TEST:
         return {}
     results, found = {}, {}
-    for name, options in (("float32", {}), ("INT8", {"int8": int8})):
+    for name, file in (("float32", ""), ("INT8", int8)):
         with tempfile.TemporaryDirectory() as folder:
             own = cfg.clone()
             own.OUTPUT_DIR, own.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
@@ -174,7 +174,7 @@ def _compare(model: Any, cfg: CfgNode, int8: Path) -> dict[str, Any]:
             evaluator = build_evaluator(own, own.DATASETS.TEST[0])
             tasks = Trainer.test(
                 own,
-                use_backend(model, BACKEND, **options),
+                use_backend(model, BACKEND, int8=file),
                 [DatasetEvaluators([evaluator, detections])],
             )
         results[name] = {
