@@ -339,17 +339,26 @@ def test_openvino_computes_in_bfloat16_if_the_cpu_has_it(
     assert asked == ["bf16" if capable and precision != "float32" else "f32"]
 
 
-def test_half_precision(retinanet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the model in bfloat16. On a CPU without it, OpenVINO computes in float32."""
-    asked = []
+@pytest.fixture
+def precisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the precisions in which OpenVINO is asked to compute, as they come."""
+    asked: list[str] = []
     load = BACKENDS["openvino"].load
     noting = replace(BACKENDS["openvino"], load=lambda *args: asked.append(args[2]) or load(*args))
     monkeypatch.setitem(BACKENDS, "openvino", noting)
+    return asked
+
+
+def test_half_precision(
+    retinanet: nn.Module, precisions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with the model in float32. On a CPU without bfloat16, OpenVINO computes in float32,
+    too."""
     images = torch.rand(1, 3, 128, 128)
     exact = retinanet.backbone(images)
     for backend in ("torch", "openvino"):
         found = use_backend(retinanet, backend, dtype=torch.bfloat16).backbone(images)
-        assert asked == ["half"] * (backend == "openvino")
+        assert precisions == ["half"] * (backend == "openvino")
         for name, feature_map in found.items():
             assert feature_map.dtype == torch.float32
             error = (feature_map - exact[name]).norm() / exact[name].norm()
@@ -543,7 +552,9 @@ def test_backends_that_cannot_be_used(
         check_backend(name, device, int8=int8)
 
 
-def test_options_that_a_backend_does_not_have(mask_rcnn: CfgNode) -> None:
+def test_options_of_backends(mask_rcnn: CfgNode, precisions: list[str]) -> None:
+    Predictor(mask_rcnn, backend="openvino", dtype=torch.bfloat16)
+    assert precisions == ["half"]
     with pytest.raises(ValueError, match="compile is torch's: leave it out with backend openvino"):
         Predictor(mask_rcnn, backend="openvino", compile=True)
     message = "onnxruntime computes in float32 and not in half precision.*: choose from torch, ope"
@@ -578,7 +589,9 @@ def test_an_operator_that_does_not_export(empty_cache: Path) -> None:
 # The tools
 
 
-def test_evaluation(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation(
+    coco: Path, tmp_path: Path, precisions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch(MINIATURE, tmp_path, "SOLVER.MAX_ITER", "1")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
     seen = note_evaluated(monkeypatch)
@@ -592,8 +605,15 @@ def test_evaluation(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(
             [found[task][name] for name in metrics], list(metrics.values()), atol=0.1
         )
-    with pytest.raises(ValueError, match="Unknown backend 'openvine'"):
-        launch(MINIATURE, tmp_path / "wrong", "--eval-only", "TEST.BACKEND", "openvine")
+    half = ["TEST.BACKEND", "openvino", "TEST.AMP.ENABLED", "True"]
+    launch(MINIATURE, tmp_path / "half", "--eval-only", *weights, *half)
+    assert precisions == ["float32", "half"]
+    for words, message in (
+        (["TEST.BACKEND", "openvine"], "Unknown backend 'openvine'"),
+        (["TEST.AMP.ENABLED", "True", "TEST.BACKEND", "onnxruntime"], "not in half precision"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch(MINIATURE, tmp_path / "wrong", "--eval-only", *words)
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ _OPERATORS = ["Conv", "Relu"]  # an activation moves into the quantized convolut
 # TensorRT quantizes weights itself, so they stay in float before their QuantizeLinear node.
 _SYMMETRIC = {
     "ActivationSymmetric": True,
-    "WeightSymmetric": True,
     "QuantizeBias": False,
     "AddQDQPairToWeight": True,
 }
