@@ -198,6 +198,38 @@ def test_compiled():
     assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 2 * convolutions
 
 
+def test_graphs_of_a_gpu(monkeypatch):
+    """Check, with a stand-in for the compiler, that a call does not change earlier feature maps."""
+    asked, kept = [], {"stage2": torch.zeros(1)}
+
+    def compile_function(forward, **options):
+        asked.append(options)
+
+        def replay(x):
+            kept["stage2"].copy_(x)
+            return kept
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    optimized = optimize_for_inference(build(short(NET)), compile=True)
+    assert asked == [{"dynamic": False, "options": {"triton.cudagraphs": True}}]
+    first, second = (optimized.forward(torch.tensor([x]))["stage2"] for x in (1.0, 2.0))
+    assert (first.item(), second.item()) == (1, 2)
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu():
+    model = build(short(NET), stages=STAGES[:3]).cuda()
+    optimized = optimize_for_inference(model, compile=True)
+    images = [torch.randn(2, 3, *size).cuda() for size in ((64, 96), (96, 64), (64, 96))]
+    with torch.no_grad():
+        found = [optimized(x) for x in images]
+        for maps, x in zip(found, images, strict=True):
+            assert_same_maps(maps, model.eval()(x), TOLERANCE)
+
+
 def small_detector(name: str) -> CfgNode:
     spec = {f"MODEL.VOVNET.{k.upper()}": v for k, v in vars(thin(NET, 2)).items()}
     options = {

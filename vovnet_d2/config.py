@@ -102,7 +102,7 @@ def add_vovnet_config(cfg: CfgNode) -> None:
     # End a training whose metric (mask AP, or box AP without masks) has not risen in this number
     # of evaluations, TEST.EVAL_PERIOD apart; 0 never ends it early. model_best.pth stays.
     cfg.TEST.setdefault("PATIENCE", 0)
-    # Evaluate in mixed precision.
+    # Evaluate in mixed precision. OpenVINO and TensorRT then compute in half precision, too.
     cfg.TEST.setdefault("AMP", CfgNode())
     cfg.TEST.AMP.setdefault("ENABLED", False)
     # Evaluate (--eval-only) the result of vovnet_d2.optimize_for_inference, in float32.
