@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BRANCH = re.compile(r'is_cuda|type [!=]= "(cuda|cpu)"|torch\.cuda\.[a-z_]+\(|startswith\("cuda"\)|"nccl"')
+BRANCH = re.compile(
+    r'type [!=]= "(cuda|cpu)"|is_cuda|torch\.cuda\.[a-z_]+\(|startswith\("cuda"\)|"nccl"'
+)
 
 PAGE = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
 ROWS = [line.split("|")[1:-1] for line in PAGE.splitlines() if line.startswith("| `")]
