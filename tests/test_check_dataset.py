@@ -364,6 +364,8 @@ def test_the_miniature_coco_is_clean(tmp_path: Path, capsys) -> None:
         (["voc_2007_val"], "Data set voc_2007_val: There is no list of images "),
         (["--train-json", "{json}"], "go together"),
         (["--train-json", "x.json", "--train-images", "."], "There is no annotation file"),
+        (["--train-json", "{json}s", "--train-images", "."], ".jsons. Close to it: '"),
+        (["--train-json", "{json}", "--train-images", "{images}s"], "s. Close to it: '"),
         (["--train-json", "{json}", "--train-images", "nowhere"], "There is no folder of images"),
         (
             ["--train-json", "{json}", "--train-images", "{images}", "--fix", "a", "b"],

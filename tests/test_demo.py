@@ -744,6 +744,9 @@ def test_inputs_are_never_overwritten(network: CfgNode, capsys: pytest.CaptureFi
     [
         (["--input", "p"], "Nothing would be kept of the results"),
         (["--input", "gone.jpg", "--output", "o"], "There is no file gone.jpg."),
+        (["--input", "q/", "--output", "o"], "There is no folder q/."),
+        (["--input", "fil", "--output", "o"], "no file or folder fil. Close to it: 'file'."),
+        (["--video", "w.avi", "--output", "o"], "no file w.avi. Close to it: 'v.avi'."),
         (["--input", "empty", "--output", "o"], "There is no picture in the folder empty."),
         (["--video", "gone.mp4", "--output", "o"], "There is no file gone.mp4."),
         (["--input", "p", "--output", "one.png"], "is one picture and there are 2 inputs"),

@@ -746,7 +746,7 @@ def test_each_format_is_recognised(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_annotations(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no annotation file .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"There is no annotation file .*missing\.$"):
         recognise(tmp_path / "missing")
     image(tmp_path / "images" / "a.jpg")
     one = write(tmp_path / "one.xml", voc())
@@ -754,6 +754,10 @@ def test_files_that_are_no_annotations(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"has no annotations of a known format \(PASCAL"):
             recognise(path)
     coco = write(tmp_path / "coco.json", "{}")
+    with pytest.raises(FileNotFoundError, match=r"Close to it: '.*/coco\.json'\.$"):
+        recognise(tmp_path / "cocoo.json")
+    with pytest.raises(FileNotFoundError, match=r"images .*/image\. Close to it: '.*/images'\.$"):
+        read_annotations(tmp_path, tmp_path / "image")
     with pytest.raises(ValueError, match=r"is COCO JSON, which does not say where its images are"):
         read_annotations(coco, None)
     with pytest.raises(FileNotFoundError, match=r"There is no folder of images .*nowhere"):

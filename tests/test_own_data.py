@@ -531,6 +531,14 @@ def test_keys_that_only_evaluation_needs(digits: Path, tmp_path: Path, key: str)
         read_contents(str(path), images, evaluated=True)
 
 
+def test_names_close_to_missing_files_are_told(digits: Path) -> None:
+    folder, file = digits / "vovnet_d2_digits" / "train", digits / "train.json"
+    with pytest.raises(FileNotFoundError, match=rf"There is no .*\. Close to it: '{file}'\.$"):
+        read_contents(f"{file}s", str(folder), evaluated=False)
+    with pytest.raises(FileNotFoundError, match=rf"There is no .*\. Close to it: '{folder}'\.$"):
+        read_contents(str(file), f"{folder}s", evaluated=False)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

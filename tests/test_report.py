@@ -675,6 +675,7 @@ def test_the_tool(run: Path, capsys: pytest.CaptureFixture[str], fresh_logging: 
     ("words", "message"),
     [
         (["gone"], "There is no folder gone."),
+        (["runs"], "There is no folder runs. Close to it: 'run'."),
         (["images"], "images is not the folder of a run, which holds one of config.yaml"),
         (["run", "--score-threshold", "50"], "The score threshold is 50.0: it goes from 0 to 1."),
         (["run", "--output", "gone/page.html"], "There is no folder gone to write page.html to."),

@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the functions that write words of messages."""
 
-from vovnet_d2.words import counted, listed, suggest
+from pathlib import Path
+
+import pytest
+
+from vovnet_d2.words import counted, listed, suggest, suggest_path
 
 
 def test_a_number_and_its_noun() -> None:
@@ -23,3 +27,20 @@ def test_the_first_names_in_quotation_marks() -> None:
 def test_close_names_are_suggested() -> None:
     assert suggest("stage22", ["stage2", "stem"]) == " Close to it: 'stage2'."
     assert suggest("xyz", ["stage2", "stem"]) == ""
+
+
+def test_close_paths_are_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "train.txt").touch()
+    for missing, close in {
+        "dat": "data",
+        "data/images/trian.txt": "data/images/train.txt",
+        "data/image/train.txt": "data/images/train.txt",  # the folder has the wrong name
+        "data/image/other.txt": "data/images",
+        "./data/../dataa/": "data/../data",
+        str(tmp_path / "datas"): str(tmp_path / "data"),
+    }.items():
+        assert suggest_path(missing) == f" Close to it: {close!r}."
+    for missing in ("xyz", "data/images/labels.csv", "", "/xyz-is-not-there"):
+        assert suggest_path(missing) == ""

@@ -49,6 +49,7 @@ from vovnet_d2.export import (
 )
 from vovnet_d2.export.int8 import KEEP_FLOAT
 from vovnet_d2.export.report import to_markdown
+from vovnet_d2.words import suggest_path
 
 SIZES = ("224x224", "257x191", "320x480")
 LEAST_SIDE = 32  # pixels, the stride of the last stage
@@ -298,7 +299,7 @@ def _read_images(cfg: CfgNode, files: list[str]) -> list[torch.Tensor]:
         try:
             image = read_image(file, cfg.INPUT.FORMAT)
         except FileNotFoundError as error:
-            raise UserFileNotFoundError(f"There is no file {file}.") from error
+            raise UserFileNotFoundError(f"There is no file {file}.{suggest_path(file)}") from error
         image = resize.get_transform(image).apply_image(image).astype("float32")
         images.append(torch.from_numpy(image).permute(2, 0, 1)[None].to(cfg.MODEL.DEVICE))
     return images

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def counted(number: int, plural: str) -> str:
@@ -35,3 +36,20 @@ def suggest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
 def close_to_it(names: Sequence[str]) -> str:
     """Return the sentence of :func:`suggest` for names that were found in another way."""
     return f" Close to it: {', '.join(map(repr, names))}." if names else ""
+
+
+def suggest_path(missing: str | Path) -> str:
+    """Return the sentence of :func:`suggest` for a file or folder that does not exist. The first
+    part of its path that does not exist is compared with the names in that folder."""
+    path = Path(missing)
+    try:
+        folder = next((parent for parent in path.parents if parent.is_dir()), None)
+        if folder is None:
+            return ""
+        names = sorted(other.name for other in folder.iterdir())
+    except OSError:  # the folder may not be listed
+        return ""
+    name, *rest = path.relative_to(folder).parts
+    close = [folder / other for other in get_close_matches(name, names, n=3, cutoff=0.8)]
+    whole = [other.joinpath(*rest) for other in close]
+    return close_to_it([str(w if w.exists() else c) for w, c in zip(whole, close, strict=True)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserFileNotFoundError, UserValueError
+from ..words import suggest_path
 from .check.annotations import Linked, link_annotations, repair_ids
 from .check.masks import has_mask, is_box_mask
 from .check.names import NearNames
@@ -90,9 +91,9 @@ def read_contents(json: str, images: str, *, evaluated: bool) -> Contents:
         ValueError: the file is not in COCO's format.
     """
     if not os.path.isfile(json):
-        raise UserFileNotFoundError(f"There is no annotation file {json}.")
+        raise UserFileNotFoundError(f"There is no annotation file {json}.{suggest_path(json)}")
     if not os.path.isdir(images):
-        raise UserFileNotFoundError(f"There is no folder of images {images}.")
+        raise UserFileNotFoundError(f"There is no folder of images {images}.{suggest_path(images)}")
     content, contents = _read(json, evaluated=evaluated)
     _look_for_images(json, images, [image["file_name"] for image in content["images"]])
     return contents

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..data.image_file import read_image
 from ..errors import UserFileNotFoundError, UserValueError
+from ..words import suggest_path
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 logger = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ class Pictures:
         self._missing: list[str] = []  # sentences
         for name in inputs:
             if not (pictures := _find_pictures(name, recursive)):
-                kind = "picture in the folder" if os.path.isdir(name) else "file"
-                self._missing.append(f"There is no {kind} {name}.")
+                self._missing.append(_explain_missing(name))
             for picture in pictures:
                 found.setdefault(picture.path.resolve(), picture)
         self.pictures = list(found.values())
@@ -103,6 +103,13 @@ class Pictures:
                 skip(str(error))
             else:
                 yield Frame(number, str(path), pixels)
+
+
+def _explain_missing(name: str) -> str:
+    if os.path.isdir(name):
+        return f"There is no picture in the folder {name}."
+    kind = "folder" if name.endswith(os.sep) else "file" if Path(name).suffix else "file or folder"
+    return f"There is no {kind} {name}.{suggest_path(name)}"
 
 
 def _find_pictures(name: str, recursive: bool) -> list[Picture]:
@@ -156,7 +163,7 @@ class Video:
     def __init__(self, path: str):
         """Open a video file. Raise FileNotFoundError if there is no such file."""
         if not os.path.isfile(path):
-            raise UserFileNotFoundError(f"There is no file {path}.")
+            raise UserFileNotFoundError(f"There is no file {path}.{suggest_path(path)}")
         self.files = [Path(path)]
         self._capture = cv2.VideoCapture(path)
         announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)

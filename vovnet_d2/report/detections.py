@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from ..data.own import match_categories
 from ..errors import UserFileNotFoundError, UserValueError, describe
+from ..words import suggest_path
 from .run_folder import MissingPart, RunFolder, read_run
 
 
@@ -65,7 +66,7 @@ def register_files(folder: Path, annotations: Path | None, images: Path | None) 
         raise UserValueError("--annotations and --images go together: give both.")
     for path in (annotations, images):
         if not path.exists():
-            raise UserFileNotFoundError(f"There is no {path}.")
+            raise UserFileNotFoundError(f"There is no {path}.{suggest_path(path)}")
     names = read_run(folder).test_sets
     if len(names) != 1:
         raise UserValueError(

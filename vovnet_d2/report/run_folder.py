@@ -14,6 +14,7 @@ from ..drawing.curves import Series, read_metrics
 from ..engine.config import is_lazy
 from ..engine.lazy_config import to_cfg
 from ..errors import UserFileNotFoundError, UserValueError
+from ..words import suggest_path
 
 _FILES = ("config.yaml", "metrics.json", "results.json")
 
@@ -79,7 +80,7 @@ def read_run(folder: Path) -> RunFolder:
     """Read the folder of a run. Raise FileNotFoundError if there is no folder, and ValueError if no
     run has left files there."""
     if not folder.is_dir():
-        raise UserFileNotFoundError(f"There is no folder {folder}.")
+        raise UserFileNotFoundError(f"There is no folder {folder}.{suggest_path(folder)}")
     if not any((folder / name).is_file() for name in _FILES):
         raise UserValueError(
             f"{folder} is not the folder of a run, which holds one of {', '.join(_FILES)}: give "

@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...atomic import write_text
 from ...errors import UserFileNotFoundError, UserKeyError, UserValueError
-from ...words import counted, suggest
+from ...words import counted, suggest, suggest_path
 from .annotations import repair_annotations
 from .crowding import DEFAULT_LIMIT, measure_crowding
 from .files import ImageFile, resolve_inside
@@ -130,10 +130,11 @@ def check_data_sets(
         FileNotFoundError: an annotation file or a folder of images is missing.
     """
     for source in sources:
-        if source.content is None and not source.json_file.is_file():
-            raise UserFileNotFoundError(f"There is no annotation file {source.json_file}.")
-        if not source.image_root.is_dir():
-            raise UserFileNotFoundError(f"There is no folder of images {source.image_root}.")
+        file, root = source.json_file, source.image_root
+        if source.content is None and not file.is_file():
+            raise UserFileNotFoundError(f"There is no annotation file {file}.{suggest_path(file)}")
+        if not root.is_dir():
+            raise UserFileNotFoundError(f"There is no folder of images {root}.{suggest_path(root)}")
     checked = [_check(source, resize, masks=masks) for source in sources]
     between = {
         (one.source.name, other.source.name): _compare(one, other)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserFileNotFoundError, UserValueError
+from ...words import suggest_path
 from ..check.names import NearNames
 from ..image_file import read_header
 from .labelled import LabelledImage
@@ -25,7 +26,7 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise UserFileNotFoundError(f"There is no folder of images {root}.")
+            raise UserFileNotFoundError(f"There is no folder of images {root}.{suggest_path(root)}")
         self.root = root
         self._near = NearNames(root)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ...atomic import write_text
 from ...errors import UserFileNotFoundError, UserValueError
+from ...words import suggest_path
 from ..own_files import read_coco
 from . import labelme, open_images, voc, yolo
 from .labelled import Content
@@ -124,7 +125,9 @@ def recognise(path: Path) -> str:
     """Return the format of annotations, a key of :data:`FORMATS`. Raise FileNotFoundError if
     there is no such file or folder, and ValueError if the format is unknown."""
     if not path.exists():
-        raise UserFileNotFoundError(f"There is no annotation file {path}.")
+        raise UserFileNotFoundError(
+            f"There is no annotation file or folder {path}.{suggest_path(path)}"
+        )
     for key, known in FORMATS.items():
         if known.matches(path):
             return key
