@@ -606,7 +606,9 @@ def test_a_resume_needs_all_of_the_model(tmp_path):
     model.pop("head.weight")
     alter(tmp_path / "model_final.pth", model=model)
     before = copy.deepcopy(other.state())
-    with pytest.raises(ValueError, match="To resume, all of the model must be in it; 1 tensors"):
+    with pytest.raises(
+        ValueError, match=r"To resume, all of the model must be in it; .*: 1 tensor,"
+    ):
         other.checkpointer.resume_or_load("", resume=True)
     assert same(other.state(), before)
 

@@ -85,7 +85,7 @@ def test_channels_and_classes(layout, in_channels, num_classes):
         shapes(net, layout, in_channels=in_channels, num_classes=num_classes)
     )
     assert (found.in_channels, found.num_classes) == (in_channels, num_classes)
-    assert f"{in_channels} input channels" in str(found)
+    assert f", {in_channels} input channel{'s' * (in_channels > 1)}" in str(found)
 
 
 PREFIXES = [

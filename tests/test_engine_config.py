@@ -80,14 +80,16 @@ def test_a_missing_file_names_similar_files() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["SOLVER.BASE_LR"], "pairs of KEY and VALUE, but there are 1 words: SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR"], "pairs of KEY and VALUE, but the number of words is 1: SOLVER"),
         (["SOLVER.BASE_LR=1"], "Write SOLVER.BASE_LR 1 for a YAML file"),
         (["SEED", "1", "SOLVER.STEPS=(1, 2)", "x"], r"Write SOLVER.STEPS \(1, 2\) for a YAML"),
         (["SOLVER.BASE_LRR", "1"], r"key: SOLVER.BASE_LRR\. Close to it: .*'SOLVER.BASE_LR'"),
         (["SOLVER.BASE_LR.X", "1"], r"key: SOLVER.BASE_LR.X\. Close"),
         (["SOLVER", "1"], "key: SOLVER"),
-        (["SOLVER.MAX_ITER", "many"], "Config option SOLVER.MAX_ITER many: Type mismatch"),
-        (["SOLVER.STEPS", "(1,"], r"Config option SOLVER.STEPS \(1,"),
+        (["SOLVER.MAX_ITER", "many"], r"many: the value must be a whole number, such as \d+\.$"),
+        (["SOLVER.STEPS", "(1,"], r"Config option SOLVER.STEPS \(1,: .* in round brackets, such"),
+        (["MODEL.MASK_ON", "yes"], r"MODEL.MASK_ON yes: the value must be True or False\.$"),
+        (["MODEL.DEVICE", "5"], r"MODEL.DEVICE 5: the value must be text, such as 'c"),
         (["SEED", "1", "--resume"], "--resume stands among the config options"),
     ],
 )

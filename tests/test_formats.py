@@ -376,7 +376,7 @@ def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
     ("names", "message"),
     [
         ({"0": "dog", "2": "cat"}, r"names has the numbers \['0', '2'\], which must count from 0"),
-        (["dog"], "has nc 2 and 1 names"),
+        (["dog"], "has nc 2 and 1 name:"),
         (["dog", "dog"], "the name 'dog' for two classes"),
         (["dog", " "], "has no name for class 1"),
         ("dog", 'has no list "names"'),

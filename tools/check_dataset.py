@@ -39,6 +39,7 @@ from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.engine.own_data import add_annotation_arguments, find_annotations
 from vovnet_d2.errors import UserFileNotFoundError, UserValueError
 from vovnet_d2.made import refuse_foreign
+from vovnet_d2.words import counted
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         good &= usable
     for name in filter(is_voc_set, args.names):
         try:
-            print(f"{name}: {check_voc_set(name)} images\n  no problem was found")
+            print(f"{name}: {counted(check_voc_set(name), 'images')}\n  no problem was found")
         except ValueError as error:
             print(error)
             good = False

@@ -27,6 +27,7 @@ from vovnet_d2.data.formats import (
 )
 from vovnet_d2.engine.launch import run_or_exit
 from vovnet_d2.errors import UserValueError
+from vovnet_d2.words import counted
 
 PARTS = ("train", "val", "test")
 
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         write_coco(part, args.output / f"{name}.json")
-    counts = ", ".join(f"{name} with {len(part['images'])} images" for name, part in parts.items())
+    counts = ", ".join(
+        f"{name} with {counted(len(part['images']), 'images')}" for name, part in parts.items()
+    )
     print(f"Wrote COCO JSON to {args.output}: {counts}. Images: {found.images}.")
 
 

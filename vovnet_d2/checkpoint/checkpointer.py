@@ -24,6 +24,7 @@ from torch import nn
 from ..atomic import FileNotWrittenError, atomic_write, write_text
 from ..errors import UserValueError
 from ..made import is_made_here
+from ..words import counted
 from .matching import Match, contradictions, find_vovnets, match_model, misfits
 from .metadata import InputConvention, Metadata
 from .reading import METADATA_KEY, read_checkpoint
@@ -283,8 +284,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         absent = _in_all([*match.missing, *match.wrong_shape] for match in matches)
         if resuming and absent and not problems:
             problems = [
-                f"To resume, all of the model must be in it; {len(absent)} tensors are missing or "
-                f"of another shape, such as {absent[0]}."
+                "To resume, all of the model must be in it; missing or of another shape: "
+                f"{counted(len(absent), 'tensors')}, such as {absent[0]}."
             ]
         if problems and not self.allow_partial:
             raise UserValueError(

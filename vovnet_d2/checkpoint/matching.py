@@ -13,6 +13,7 @@ from torch import nn
 from vovnet_d2.modeling.specs import STAGE_NAMES
 from vovnet_d2.modeling.vovnet import VoVNet
 
+from ..words import counted
 from .metadata import Metadata
 from .recognition import Description, config_line, native_names, norm_kind
 
@@ -178,8 +179,8 @@ def _surplus(net: VoVNet, match: Match) -> list[str]:
     if not surplus:
         return []
     sentence = (
-        f"It has {len(surplus)} tensors of the backbone that the model has no place for, such as "
-        f"{surplus[0]}."
+        f"It has {counted(len(surplus), 'tensors')} of the backbone that the model has no "
+        f"place for, such as {surplus[0]}."
     )
     if any(".offset." in name for name in surplus):
         everything = [*match.tensors, *match.wrong_shape, *match.unexpected]
@@ -198,7 +199,9 @@ def _incomplete(match: Match) -> list[str]:
     # Plain weights are a good start for deformable convolutions, whose offsets begin at zero.
     missing = [name for name in match.in_backbone(match.missing) if ".offset." not in name]
     if missing:
-        sentences.append(f"It lacks {len(missing)} tensors of the backbone, such as {missing[0]}.")
+        sentences.append(
+            f"It lacks {counted(len(missing), 'tensors')} of the backbone, such as {missing[0]}."
+        )
     for name in match.in_backbone(match.wrong_shape)[:1]:
         file, model = match.wrong_shape[name]
         sentences.append(f"Its {name} has shape {file}, where the model has {model}.")

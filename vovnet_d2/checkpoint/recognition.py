@@ -15,6 +15,7 @@ from vovnet_d2.layouts import match_keys
 from vovnet_d2.modeling.specs import STAGE_NAMES, VOVNET_SPECS, ESEPlacement, VoVNetSpec
 
 from ..errors import UserValueError
+from ..words import counted
 
 # What a name of any layout begins with, after the prefix.
 _BEGINNING = re.compile(
@@ -102,7 +103,7 @@ class Description:
         parts = [
             self.variant + (f" with {changed}" if changed else ""),
             f"{self.layout} names" + (f" below {self.prefix!r}" if self.prefix else ""),
-            f"{self.in_channels} input channels",
+            counted(self.in_channels, "input channels"),
             f"{self.num_classes} classes" if self.num_classes else "no classifier",
         ]
         if self.num_stages < len(STAGE_NAMES):
@@ -184,8 +185,8 @@ def native_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     found |= {name: name for name in below if _NATIVE_ONLY.fullmatch(name)}
     if doubled := [name for name, count in Counter(found.values()).items() if count > 1]:
         raise UserValueError(
-            f"{len(doubled)} tensors, such as {doubled[0]}, are in the file in two layouts: keep "
-            "one layout."
+            f"The file has {counted(len(doubled), 'tensors')} in two layouts, such as "
+            f"{doubled[0]}: keep one layout."
         )
     strange = [name for name in below if name not in found and _BEGINNING.match(name)]
     if strange:

@@ -24,6 +24,7 @@ from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
 from ..errors import UserValueError, describe
+from ..words import counted
 from .check.masks import has_mask
 from .keypoints import Flips
 
@@ -101,7 +102,7 @@ class OwnDataSet:
                 if category not in numbers:
                     raise UserValueError(
                         f"{self.json} has an annotation of category {category!r}, and the network "
-                        f"has only these {len(numbers)} categories: "
+                        f"has only {counted(len(numbers), 'categories')}: "
                         f"{dict(zip(self.category_ids, self.categories, strict=True))}."
                     )
                 annotation["category_id"] = numbers[category]
@@ -157,15 +158,16 @@ def _load_records(file: str, images: str) -> list[Record]:
     listed = sorted(content["images"], key=lambda image: image["id"])
     lost = len(content["annotations"]) - sum(len(by_image[image["id"]]) for image in listed)
     if lost:
-        logger.warning("%s has %d annotations of images that it does not list.", file, lost)
+        logger.warning(
+            "%s has %s of images that it does not list.", file, counted(lost, "annotations")
+        )
     without_mask = sum(
         bool(a.get("segmentation")) and not has_mask(a) for a in content["annotations"]
     )
     if without_mask:
         logger.warning(
-            "%s has %d objects whose masks have no polygon of three points: only their boxes are "
-            "used.",
-            *(file, without_mask),
+            "%s has %s whose masks have no polygon of three points: only their boxes are used.",
+            *(file, counted(without_mask, "objects")),
         )
     return [
         {

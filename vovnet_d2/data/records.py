@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from ..errors import UserValueError
+from ..words import counted
 from .check.conventions import (
     COCO,
     Sample,
@@ -78,8 +79,8 @@ def check_records(
         raise UserValueError(f"Data set {name}: {wrong[0]}.{others} {_HINT}")
     if without_mask:
         raise UserValueError(
-            f"Data set {name} has {len(without_mask)} objects of {objects} without a mask "
-            f"({without_mask[0]} is the first), and the network learns masks: leave them out "
+            f"Data set {name} has {counted(len(without_mask), 'objects')} of {objects} without a "
+            f"mask ({without_mask[0]} is the first), and the network learns masks: leave them out "
             "(tools/check_dataset.py --masks --fix), choose a config of Faster R-CNN or RetinaNet, "
             "or set MODEL.MASK_ON False."
         )

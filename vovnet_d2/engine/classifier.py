@@ -30,7 +30,7 @@ from ..data.workers import attend_to_workers
 from ..errors import UserValueError
 from ..modeling.baselines.cifar import CifarClassifier
 from ..modeling.build import build_vovnet_classifier
-from ..words import suggest
+from ..words import counted, suggest
 from .class_teacher import ClassTeacher, build_class_teacher
 from .hooks import BestCheckpointer
 from .memory_format import to_memory_format
@@ -183,8 +183,8 @@ class ClassifierTrainer(Trainer):
         dataset = _build_dataset(cfg, split, _training_transform(cfg))
         number, batch = len(dataset), cfg.SOLVER.IMS_PER_BATCH
         logger.info(
-            "%d images of %d classes in %s; %d iterations are %.1f epochs.",
-            *(number, cfg.PRETRAIN.NUM_CLASSES, split),
+            "%s of %s in %s; %d iterations are %.1f epochs.",
+            *(counted(number, "images"), counted(cfg.PRETRAIN.NUM_CLASSES, "classes"), split),
             *(cfg.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER * batch / number),
         )
         return TrainingStream(

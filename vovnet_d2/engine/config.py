@@ -150,8 +150,8 @@ def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             )
     if len(options) % 2:
         raise UserValueError(
-            f"Config options are pairs of KEY and VALUE, but there are {len(options)} words: "
-            f"{' '.join(options)}"
+            f"Config options are pairs of KEY and VALUE, but the number of words is "
+            f"{len(options)}: {' '.join(options)}"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
         if key not in list_keys(cfg):
@@ -159,7 +159,24 @@ def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         try:
             cfg.merge_from_list([key, value])
         except (SyntaxError, ValueError) as error:
-            raise UserValueError(f"Config option {key} {value}: {one_line(error)}.") from error
+            reason = _explain_type(get_value(cfg, key)) or one_line(error)
+            raise UserValueError(f"Config option {key} {value}: {reason}.") from error
+
+
+def _explain_type(present: Any) -> str:
+    """Return which values a key takes, or an empty string, from the present value of the key."""
+    words = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list in square brackets",
+        tuple: "a list in round brackets",
+    }
+    if type(present) not in words:
+        return ""
+    example = f", such as {present!r}" if present and present is not True else ""
+    return f"the value must be {words[type(present)]}{example}"
 
 
 def _explain_key(cfg: CfgNode, message: str) -> str:

@@ -9,6 +9,7 @@ the same schedule and anchors, even if the data have changed or ``--epochs`` is 
 import argparse
 import json
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from ..atomic import write_text
 from ..data.mapper import build_mapper
 from ..errors import UserValueError
 from ..made import is_made_here
+from ..words import counted
 from .anchors import Anchors, collect_boxes, fit_anchors, read_anchors
 from .config import set_value
 from .initial_weights import is_pretrained
@@ -143,9 +145,13 @@ def fit_to_data(
         facts["epochs"] = str(epochs)
     if facts["images"] != len(records):
         logger.warning(
-            "The training data have %d images, and had %d when this training began. The fitted "
+            "The training data have %s, and had %d when this training began. The fitted "
             "values stay (%s). To fit them to the present data, start without --resume.",
-            *(len(records), facts["images"], os.path.join(cfg.OUTPUT_DIR, _FILE)),
+            *(
+                counted(len(records), "images"),
+                facts["images"],
+                os.path.join(cfg.OUTPUT_DIR, _FILE),
+            ),
         )
     rows: list[Row] = []
     if schedule:
@@ -217,12 +223,15 @@ def _fit_anchors(anchors: Anchors, records: list[Record], data: TrainingData) ->
     """Fit anchors. All processes take those of the first process, as machines may round
     differently."""
     found = fit_anchors(anchors, collect_boxes(records, data.augment()))
+    kept = sum(map(operator.eq, found.anchors.sizes, anchors.sizes))
+    note = f"; coarse feature maps keep their sizes where that fits better: {kept} of them here"
     return comm.all_gather(
         {
             "sizes": found.anchors.sizes,
             "ratios": found.anchors.ratios,
             "reason": f"k-means over {found.num_boxes:,} boxes as training resizes them: mean best "
-            f"IoU {found.before:.3f} before, {found.after:.3f} after; all classes count alike",
+            f"IoU {found.before:.3f} before, {found.after:.3f} after; all classes count alike"
+            + (note if kept else ""),
         }
     )[0]
 

@@ -95,7 +95,7 @@ def check_all_loaded(checkpointer: VoVNetCheckpointer, weights: str, *, part: st
             else "Train first, or give the weights of a whole model."
         )
         raise UserValueError(
-            f"{weights} has no weights for {len(missing)} tensors outside the backbone, "
-            f"for example {missing[0]}, which would be left at random values. {way_out} To go on "
-            "all the same, add --allow-partial (in code: allow_partial=True)."
+            f"{weights} has no weights for {counted(len(missing), 'tensors')} outside the "
+            f"backbone, for example {missing[0]}, which would be left at random values. {way_out} "
+            "To go on all the same, add --allow-partial (in code: allow_partial=True)."
         )

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 
 from ..errors import UserValueError
+from ..words import counted
 
 # For each meta-architecture: the config nodes with its numbers of classes, by the metadata that has
 # the names of the classes.
@@ -43,6 +44,7 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, metadata: Metadata) -> 
         classes = metadata.get(kind)
         if classes and len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise UserValueError(
-                f"Data set {name} of {key} has {len(classes)} categories and the network "
-                f"{cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES {len(classes)}."
+                f"Data set {name} of {key} has {counted(len(classes), 'categories')} and the "
+                f"network {cfg.MODEL[node].NUM_CLASSES}: set MODEL.{node}.NUM_CLASSES "
+                f"{len(classes)}."
             )

@@ -246,8 +246,8 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     )
     if cfg.MODEL.MASK_ON and contents.num_without_mask:
         raise UserValueError(
-            f"{json} has {contents.num_without_mask} objects without a mask, and the config's "
-            "network learns masks: choose a config of Faster R-CNN or RetinaNet, or set "
+            f"{json} has {counted(contents.num_without_mask, 'objects')} without a mask, and the "
+            "config's network learns masks: choose a config of Faster R-CNN or RetinaNet, or set "
             "MODEL.MASK_ON False. If most have masks, tools/check_dataset.py lists the others."
         )
     _warn_of_contents(cfg, json, contents)
@@ -273,8 +273,8 @@ def _warn_of_contents(cfg: CfgNode, json: str, contents: Contents) -> None:
 def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: bool) -> None:
     if cfg.MODEL.MASK_ON and contents.num_encoded_masks and cfg.INPUT.MASK_FORMAT != "bitmask":
         raise UserValueError(
-            f"{json} has {contents.num_encoded_masks} masks that are not polygons but RLE: set "
-            "INPUT.MASK_FORMAT bitmask."
+            f"{json} has {counted(contents.num_encoded_masks, 'masks')} as RLE, not as polygons: "
+            "set INPUT.MASK_FORMAT bitmask."
         )
     if not contents.num_trainable:
         raise UserValueError(
@@ -285,9 +285,9 @@ def _check_trainable(cfg: CfgNode, json: str, contents: Contents, *, training: b
     left_out = contents.num_images - contents.num_trainable
     if left_out and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.info(
-            "%d images without objects, or with crowds only, are left out of the training "
+            "The training leaves out %s without objects or with crowds only "
             "(DATALOADER.FILTER_EMPTY_ANNOTATIONS).",
-            left_out,
+            counted(left_out, "images"),
         )
 
 

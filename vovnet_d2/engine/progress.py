@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from tqdm import tqdm
 
+from ..words import counted
 from .quiet import terminal_handlers
 
 # The first steps are slower than the others: libraries choose their algorithms in them.
@@ -70,8 +71,8 @@ class ProgressBar(HookBase):
         test_steps = images * _TEST_COST / cfg.SOLVER.IMS_PER_BATCH
         tqdm.write(
             f"This takes about {_in_words(seconds_per_step * (left + test_steps))} on this "
-            f"machine ({cfg.MODEL.DEVICE}): {left} more steps of {seconds_per_step:.2f} s, then an "
-            f"evaluation on {images} images."
+            f"machine ({cfg.MODEL.DEVICE}): {counted(left, 'more steps')} of "
+            f"{seconds_per_step:.2f} s, then an evaluation on {counted(images, 'images')}."
         )
         self._bar = tqdm(initial=step, total=self.trainer.max_iter, unit="step", desc="Training")
 

@@ -30,6 +30,7 @@ from ..data.record_files import check_files, has_size_of_file, spread
 from ..data.records import check_records
 from ..data.unreadable import image_roots
 from ..errors import UserValueError, describe
+from ..words import counted
 from .detection_limit import explain_crowding
 from .interruption import is_lost_connection
 from .num_classes import find_num_classes
@@ -153,10 +154,10 @@ def _say_if_imperfect(name: str, results: dict[str, Any], count: int) -> None:
             continue  # PASCAL VOC's evaluation covers all images
         if score < _PERFECT:
             logger.warning(
-                "Perfect predictions for %d images of %s score %s %s %.1f: no network can reach "
+                "Perfect predictions for %s of %s score %s %s %.1f: no network can reach "
                 "more. Causes are images with more objects than TEST.DETECTIONS_PER_IMAGE, "
                 "annotations that repeat each other, and annotation ids of 0.",
-                *(count, name, task, metric, score),
+                *(counted(count, "images"), name, task, metric, score),
             )
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..atomic import write_text
 from ..drawing.curves import draw_curves
+from ..words import counted
 from .detection_limit import explain_crowding
 from .pictures import draw_predictions
 
@@ -145,7 +146,7 @@ def _describe_run(
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        name = f"CPU ({platform.machine()}), {counted(torch.get_num_threads(), 'threads')}"
     facts = {
         "config": args.config_file or "none",
         "weights": cfg.MODEL.WEIGHTS or "none",

@@ -13,7 +13,7 @@ from fvcore.common.registry import Registry
 from ..backends import check_backend
 from ..errors import UserValueError
 from ..tiles import check_tiles
-from ..words import suggest
+from ..words import counted, suggest
 from .compilation import check_compilation
 from .loggers import check_loggers
 from .other_projects import PARTS
@@ -108,7 +108,8 @@ def _check_batch(cfg: CfgNode) -> None:
     if parts < 1 or batch // processes % parts:
         raise UserValueError(
             f"SOLVER.ACCUMULATE is {parts}: it must divide the images of a process, which are "
-            f"{batch // processes} (SOLVER.IMS_PER_BATCH {batch}, {processes} processes)."
+            f"{batch // processes} (SOLVER.IMS_PER_BATCH {batch}, "
+            f"{counted(processes, 'processes')})."
         )
 
 

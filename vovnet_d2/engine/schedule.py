@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from ..words import counted
 from .config import get_value, set_value
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,9 @@ def _tell_epochs(table: _Table, num_images: int) -> None:
     table.rows[-1] = row._replace(reason=f"{row.reason}: {_epochs(seen)}")
     if not 1 <= seen <= _MOST_EPOCHS * _FROM_SCRATCH:
         logger.warning(
-            "The number of iterations, %d (%s), makes %.3g epochs of %d images. Leave it out, so "
+            "The number of iterations, %d (%s), makes %.3g epochs of %s. Leave it out, so "
             "that it follows from the data, or give --epochs.",
-            *(row.value, row.reason, float(seen), num_images),
+            *(row.value, row.reason, float(seen), counted(num_images, "images")),
         )
 
 

@@ -26,6 +26,7 @@ from ..data.mapper import build_mapper
 from ..data.stream import Place, TrainingStream, build_detection_stream, seed_all, step_seed
 from ..data.unreadable import ReadableOnly, image_roots
 from ..errors import UserValueError
+from ..words import counted
 from .agreed_steps import build_steps
 from .averaging import EMA_SUFFIX, WeightAverage, name_of_average
 from .categories import category_names, find_difference
@@ -369,7 +370,9 @@ class Trainer(EvaluatingTrainer):
     def describe_length(self) -> str:
         """Return how many iterations and epochs the training has had, at its end."""
         done, planned = self.max_iter, self.cfg.SOLVER.MAX_ITER
-        told = f"{done} iterations" if done >= planned else f"{done} of {planned} iterations"
+        told = counted(done, "iterations")
+        if done < planned:
+            told = f"{done:,} of {planned:,} iterations"
         epochs = self.count_epochs(done)
         return told if epochs is None else f"{told}, {epochs:.4g} epochs"
 

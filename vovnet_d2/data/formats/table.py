@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ...atomic import write_text
 from ...errors import UserFileNotFoundError, UserValueError
-from ...words import suggest_path
+from ...words import counted, suggest_path
 from ..own_files import read_coco
 from . import labelme, open_images, voc, yolo
 from .labelled import Content
@@ -67,8 +67,8 @@ class Annotations(NamedTuple):
         counts = [len(self.content[section]) for section in ("images", "annotations")]
         names = ", ".join(f"{c['id']} {c['name']}" for c in self.content["categories"])
         return (
-            f"{self.title}, {counts[0]} images, {counts[1]} objects; the categories in their "
-            f"order are {names}."
+            f"{self.title}, {counted(counts[0], 'images')}, {counted(counts[1], 'objects')}; "
+            f"the categories in their order are {names}."
         )
 
 
@@ -125,9 +125,8 @@ def recognise(path: Path) -> str:
     """Return the format of annotations, a key of :data:`FORMATS`. Raise FileNotFoundError if
     there is no such file or folder, and ValueError if the format is unknown."""
     if not path.exists():
-        raise UserFileNotFoundError(
-            f"There is no annotation file or folder {path}.{suggest_path(path)}"
-        )
+        kind = "file" if path.suffix else "file or folder"
+        raise UserFileNotFoundError(f"There is no annotation {kind} {path}.{suggest_path(path)}")
     for key, known in FORMATS.items():
         if known.matches(path):
             return key

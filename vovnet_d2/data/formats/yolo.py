@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ...errors import UserFileNotFoundError, UserValueError, one_line
+from ...words import counted
 from .exact import read_number
 from .images import IMAGE_SUFFIXES, ImageFolder, list_files, read_text, slashed
 from .labelled import Content, LabelledImage, LabelledObject, box_around, to_coco
@@ -278,7 +279,9 @@ def _read_yaml(file: Path) -> _Classes:
     if not isinstance(names, list):
         raise UserValueError(f'{file} has no list "names" of classes: add it.')
     if isinstance(count := content.get("nc"), int) and count != len(names):
-        raise UserValueError(f"{file} has nc {count} and {len(names)} names: make them agree.")
+        raise UserValueError(
+            f"{file} has nc {count} and {counted(len(names), 'names')}: make them agree."
+        )
     shape = content.get("kpt_shape") or [0]
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
         raise UserValueError(f"{file}: kpt_shape is {shape!r:.40}, and must be two numbers.")
@@ -344,8 +347,9 @@ def _name_of(word: str, classes: _Classes, where: str) -> str:
     number = read_number(word, where)
     if number != int(number) or not 0 <= number < len(classes.names):
         raise UserValueError(
-            f"{where}, is of class {word}, but {classes.file} names {len(classes.names)} classes, "
-            f"0 to {len(classes.names) - 1}: add the name, or correct the number."
+            f"{where}, is of class {word}, but {classes.file} names "
+            f"{counted(len(classes.names), 'classes')}, 0 to {len(classes.names) - 1}: "
+            "add the name, or correct the number."
         )
     return classes.names[int(number)]
 
