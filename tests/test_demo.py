@@ -110,6 +110,7 @@ def test_folder_with_all_sorts_of_files(
     good = sorted(path.name for path in folder.iterdir())
     (folder / "03_cut.png").write_bytes((folder / "03.png").read_bytes()[:2000])
     (folder / "05_empty.jpg").touch()
+    (folder / "06_phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (folder / "labels.txt").write_text("of no interest")
     (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (folder / ".hidden").write_text("of no interest")
@@ -123,13 +124,13 @@ def test_folder_with_all_sorts_of_files(
         assert before.shape == after.shape
         assert (before != after).any()
     out, err = capsys.readouterr()
-    end = r"Done: 7 of 9 images, [\d,]+ objects shown\. Not read: 2, named above\."
+    end = r"Done: 7 of 10 images, [\d,]+ objects shown\. Not read: 3, named above\."
     assert re.fullmatch(end, out.splitlines()[-1])
-    for name in ("03_cut.png", "05_empty.jpg"):
+    for name in ("03_cut.png", "05_empty.jpg", "06_phone.heic"):
         assert f"pictures/{name} is not a picture that can be read" in err
     assert "hidden" not in err
-    assert " 9/9 " in err  # the bar also counts unreadable files
-    told = "Skipped 2 files of pictures that are not pictures: Thumbs.db, labels.txt."
+    assert " 10/10 " in err  # the bar also counts unreadable files
+    told = "Skipped 2 files in pictures, not a picture by name or content: Thumbs.db, labels.txt."
     assert caplog.messages.count(told) == 1
     assert demo(network, "--input", folder / "labels.txt", "--output", "drawn") == 1  # now named
     assert "Traceback" not in err

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one function that reads image files, for every mode, orientation and depth."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,13 @@ from detectron2.data import transforms as T
 from detectron2.modeling import DatasetMapperTTA
 from PIL import Image, ImageOps
 
-from vovnet_d2.data.image_file import ORIENTATION, read_header, read_image, read_labels
+from vovnet_d2.data.image_file import (
+    ORIENTATION,
+    read_header,
+    read_image,
+    read_labels,
+    why_unreadable,
+)
 from vovnet_d2.data.mapper import AugmentedTestMapper, Mapper, build_mapper
 from vovnet_d2.data.unreadable import ReadableOnly
 from vovnet_d2.engine import load_config
@@ -156,6 +163,30 @@ def test_colours_are_no_labels(tmp_path: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is not a label map: its pixels have .* colours"):
         read_labels(tmp_path / "a.png")
+
+
+def test_the_formats_that_the_page_lists_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+    names = page.partition("files that Pillow reads: ")[2].partition(" and others")[0]
+    formats = [re.sub(r"\(.*\)", "", name).replace(" ", "") for name in names.split(",")]
+    assert len(formats) >= 8
+    for name in formats:
+        Image.new("RGB", (4, 3), (200, 0, 0)).save(tmp_path / name, format=name)
+        assert read_image(tmp_path / name, "RGB")[..., 0].mean() > 150
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg"])
+def test_pictures_of_phones_are_told(tmp_path: Path, name: str) -> None:
+    """Read the first bytes of a HEIC file, as libheif writes them."""
+    file = tmp_path / name
+    file.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for read in (read_image, read_header, read_labels):
+        with pytest.raises(ValueError, match=r"it is HEIC, .*: convert it to JPEG or PNG"):
+            read(file)
+    assert why_unreadable(file).startswith("it is HEIC, which Pillow does not read")
+    file.write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42")  # a video
+    with pytest.raises(ValueError, match=r"\(of no known format\)"):
+        read_image(file)
 
 
 # The mapper

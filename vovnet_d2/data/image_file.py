@@ -36,6 +36,8 @@ TURNS = {
 }
 # Some versions of Pillow open 16-bit grey values of these formats as 32-bit numbers.
 _NEVER_32_BITS = ("PNG", "PPM", "JPEG2000")
+# What a HEIC file has in its bytes 4 to 11.
+_HEIC = tuple(b"ftyp" + kind for kind in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"))
 _LABEL_MODES = ("1", "L", "P", "PA", "LA", "I")
 
 
@@ -106,7 +108,17 @@ def read_image(file: str | os.PathLike[str], format: str = "BGR") -> NDArray[np.
 
 
 def _not_a_picture(file: str | os.PathLike[str], error: Exception) -> UserValueError:
-    return UserValueError(f"{file} is not a picture that can be read ({_reason(error)}).")
+    return UserValueError(f"{file} is not a picture that can be read ({_reason(file, error)}).")
+
+
+def is_heic(file: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as a HEIC picture, which phones write and Pillow does not
+    read."""
+    try:
+        with PathManager.open(os.fspath(file), "rb") as stream:
+            return stream.read(12)[4:] in _HEIC
+    except OSError:
+        return False
 
 
 def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
@@ -122,7 +134,7 @@ def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
             picture.load()
             labels = _numbers_of(_turn(picture, _header_of(picture).orientation))
     except Exception as error:
-        raise UserValueError(f"{path} is not a label map: {_reason(error)}.") from error
+        raise UserValueError(f"{path} is not a label map: {_reason(path, error)}.") from error
     return labels.astype(np.int64)
 
 
@@ -135,7 +147,7 @@ def why_unreadable(file: str | os.PathLike[str], *, labels: bool = False) -> str
         return "there is no such file"
     except ValueError as error:
         if isinstance(error.__cause__, Exception):
-            return _reason(error.__cause__)
+            return _reason(file, error.__cause__)
         return "it " + str(error).removeprefix(f"{os.fspath(file)} ").rstrip(".")
     return ""
 
@@ -193,11 +205,16 @@ def _numbers_of(picture: Image.Image) -> NDArray[np.generic]:
     raise UserValueError(f"its pixels are not whole numbers (Pillow's mode {mode})")
 
 
-def _reason(error: Exception) -> str:
+def _reason(file: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return (
             "it has more pixels than Pillow reads, as a guard against files that are made to fill "
             "the memory: make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS = None if you trust it"
+        )
+    if is_heic(file):
+        return (
+            "it is HEIC, which Pillow does not read: convert it to JPEG or PNG, for example with "
+            "ImageMagick or the Python package pillow-heif"
         )
     # Pillow's message for an unknown format names the file object, which says nothing to a user.
     known = {"UnidentifiedImageError": "of no known format"}

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.image_file import read_image
+from ..data.image_file import is_heic, read_image
 from ..errors import UserFileNotFoundError, UserValueError
-from ..words import suggest_path
+from ..words import counted, suggest_path
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 logger = logging.getLogger(__name__)
@@ -139,14 +139,15 @@ def _leave_out_others(folder: str, files: list[Picture]) -> list[Picture]:
     if others:
         names = ", ".join(others[:_NUM_NAMED]) + (", ..." if len(others) > _NUM_NAMED else "")
         logger.warning(
-            "Skipped %d files of %s that are not pictures: %s.", len(others), folder, names
+            "Skipped %s in %s, not a picture by name or content: %s.",
+            *(counted(len(others), "files"), folder, names),
         )
     return pictures
 
 
 def _is_picture(path: Path) -> bool:
     """Return whether a file is meant to be a picture, by its name or its first bytes."""
-    if path.suffix.lower() in PICTURE_SUFFIXES:
+    if path.suffix.lower() in PICTURE_SUFFIXES or is_heic(path):
         return True
     try:
         Image.open(path).close()
