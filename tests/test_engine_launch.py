@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from detectron2.utils import comm
 from huggingface_hub.utils import http_backoff
 from test_pretrain import SHORT, THIN
 
-from vovnet_d2.engine import argument_parser, launch, quiet
+from vovnet_d2.engine import argument_parser, launch, load_config, quiet
+from vovnet_d2.engine.run import _Arguments
 from vovnet_d2.modeling.specs import get_spec
 from vovnet_d2.tiles import cut_tiles
 from vovnet_d2.waits import longest_wait
@@ -81,21 +83,41 @@ def test_deprecation_warnings_of_other_packages_are_hidden() -> None:
     assert [str(warning.message) for warning in caught] == ["the data are odd"]
 
 
+@contextmanager
+def listen(name: str) -> Iterator[io.StringIO]:
+    """Return the stream that the lines of a logger are written to."""
+    lines, logger = io.StringIO(), logging.getLogger(name)
+    logger.addHandler(handler := logging.StreamHandler(lines))
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_config_without_a_version_is_no_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("SEED: 1")
+    with listen("detectron2.config") as lines:
+        load_config(str(tmp_path / "a.yaml"))
+        launch.run_or_exit(load_config, str(tmp_path / "a.yaml"))
+    assert lines.getvalue().count("has no VERSION") <= 1  # the call outside of a command
+
+
+def test_the_command_is_logged_as_it_was_given() -> None:
+    words = _Arguments(command="python tools/train_net.py --resume", resume=True)
+    assert str(words) == "python tools/train_net.py --resume"
+    assert str(_Arguments(resume=True)) == "_Arguments(resume=True)"
+
+
 def test_the_attempts_of_a_download_from_the_hub_are_hidden() -> None:
     """Ask a port that nobody listens to, with the hub's own function. Another warning is shown."""
-    lines = io.StringIO()
-    handler, hub = logging.StreamHandler(lines), logging.getLogger("huggingface_hub")
 
     def ask(_: None) -> None:
         with suppress(Exception):  # of the HTTP client of the hub
             http_backoff("HEAD", "http://127.0.0.1:9/file", max_retries=1, base_wait_time=0)
         logging.getLogger("huggingface_hub.utils._http").warning("Rate limited.")
 
-    hub.addHandler(handler)
-    try:
+    with listen("huggingface_hub") as lines:
         launch.run_or_exit(ask, None)
-    finally:
-        hub.removeHandler(handler)
     assert lines.getvalue() == "Rate limited.\n"
 
 
@@ -171,6 +193,7 @@ def test_processes_of_torchrun_share_one_run(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     log = (tmp_path / "log.txt").read_text()
     assert "World size: 2" in log
+    assert "Namespace(" not in log  # Detectron2 logs the command line
     assert "\x1b" not in log  # Detectron2 colours the config with pygments, which pytest needs
     assert "Rank of current process: 1" in (tmp_path / "log.txt.rank1").read_text()
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3

@@ -433,6 +433,8 @@ def test_nothing_to_resume_and_starting_over_are_logged(coco: Path, tmp_path: Pa
     launch(FASTER_RCNN, tmp_path, "--resume", "DATASETS.TEST", "()")
     log = read_log(tmp_path)
     assert f"Nothing to resume in {tmp_path}: started from random weights." in log
+    assert "No file of weights is loaded." in log
+    assert "Loading from  ..." not in log
     # The first line says so too, long before the network is built.
     assert f"WARNING: There is no checkpoint to resume from in {tmp_path}, " in log.splitlines()[0]
     assert "held an earlier run" not in read_log(tmp_path)

@@ -32,6 +32,7 @@ from vovnet_d2.engine.evaluation import build_evaluator
 from vovnet_d2.engine.registered_data import register_data
 from vovnet_d2.errors import UserValueError
 from vovnet_d2.report import write_page
+from vovnet_d2.words import counted
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -679,6 +680,12 @@ def test_train_from_voc_and_evaluate_later(
     assert f"{root}: PASCAL VOC XML, 14 images, " in log
     assert f"{root}: PASCAL VOC XML, 8 images, " in log
     assert "annotations_train.json: 9 categories, 14 images, " in log
+    marked = sum(
+        file.read_text().count("<difficult>1</difficult>")
+        for file in (root / "Annotations").glob("*.xml")
+        if file.stem in (root / "ImageSets" / "Main" / "train.txt").read_text().split()
+    )
+    assert f"annotations_train.json marks {counted(marked, 'annotations')} as crowds" in log
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.data.clear()
     words = ["--eval-only", "MODEL.WEIGHTS", str(out / "model_final.pth")]

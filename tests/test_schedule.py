@@ -12,8 +12,10 @@ from typing import Any
 import detectron2
 import pytest
 import test_own_data
+import torch
 import yaml
 from detectron2.data import DatasetCatalog
+from detectron2.solver import build_lr_scheduler
 from engine_runs import FASTER_RCNN, MASK_RCNN, RETINANET, TINY, launch, read_log
 from test_own_data import BOTH, flags
 
@@ -46,10 +48,10 @@ BY_HAND: list[tuple[str, int, int, str | None, tuple[Any, ...]]] = [
     # 63 and 994 iterations would be 100 epochs.
     (ONE_X, 10, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
     (ONE_X, 159, 16, None, (1000, (667, 889), 250, 0.02, 100, 50)),
-    # The last batch is also full.
-    (ONE_X, 7, 2, "1/2", (2, (1, 2), 0, 0.0025, 1, 2)),
+    # The last batch is also full. No step is at the end.
+    (ONE_X, 7, 2, "1/2", (2, (1,), 0, 0.0025, 1, 2)),
     (ONE_X, 205, 2, "3", (308, (205, 274), 77, 0.0025, 31, 103)),
-    (ONE_X, 30, 3, "0.1", (1, (1, 1), 0, 0.00375, 1, 1)),
+    (ONE_X, 30, 3, "0.1", (1, (), 0, 0.00375, 1, 1)),
 ]
 
 
@@ -72,6 +74,16 @@ def test_schedules_equal_those_computed_by_hand() -> None:
     for config, images, batch, epochs, expected in BY_HAND:
         cfg, _ = fit(config, images, batch, epochs)
         assert values(cfg) == expected, (images, batch, epochs)
+
+
+@pytest.mark.parametrize("iterations", range(1, 10))
+def test_detectron2_takes_the_steps_of_a_very_short_training(iterations: int) -> None:
+    cfg, _ = fit(ONE_X, 205, 2, None, "SOLVER.MAX_ITER", str(iterations))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    build_lr_scheduler(cfg, optimizer)
+    assert len(cfg.SOLVER.STEPS) == len(
+        {round(iterations * s) for s in (2 / 3, 8 / 9)} - {iterations}
+    )
 
 
 def test_given_values_are_kept() -> None:

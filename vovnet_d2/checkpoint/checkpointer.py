@@ -123,7 +123,8 @@ class VoVNetCheckpointer(DetectionCheckpointer):
         self.input_convention, self.missing_outside_backbone = None, []
         self.loaded_categories = {}
         if not path:
-            return super().load(path)
+            logger.info("No file of weights is loaded.")
+            return {}
         logger.info("Loading from %s ...", path)
         checkpoint, known = read_weights(path, allow_pickle=self.allow_pickle)
         categories = _read_categories(checkpoint.pop(_CATEGORIES, None))

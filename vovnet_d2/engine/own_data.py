@@ -237,13 +237,19 @@ def _read(cfg: CfgNode, split: str, files: tuple[str, str]) -> Contents:
     json, images = files
     contents = in_main_process(lambda: read_contents(json, images, evaluated=split == "val"))
     logger.info(
-        "%s: %s, %s, %s (%d of them crowds).",
+        "%s: %s, %s, %s.",
         json,
         counted(len(contents.categories), "categories"),
         counted(contents.num_images, "images"),
         counted(contents.num_annotations, "annotations"),
-        contents.num_crowds,
     )
+    if contents.num_crowds:
+        logger.info(
+            "%s marks %s as crowds (iscrowd; the difficult objects of PASCAL VOC and the groups of "
+            "Open Images are such): training leaves them out, and evaluation ignores detections "
+            "there.",
+            *(json, counted(contents.num_crowds, "annotations")),
+        )
     if cfg.MODEL.MASK_ON and contents.num_without_mask:
         raise UserValueError(
             f"{json} has {counted(contents.num_without_mask, 'objects')} without a mask, and the "

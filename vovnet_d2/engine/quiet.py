@@ -21,6 +21,8 @@ _WARNINGS = (
 _RECORDS = {
     "torch.fx._symbolic_trace": r"is_fx_tracing will return true",
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
+    # A config without VERSION is read as any other, more than once.
+    "detectron2.config.compat": r"has no VERSION. Assuming it to be compatible with latest",
     # The attempts before a download succeeds or ends with a sentence of this package.
     "huggingface_hub.utils._http": r"thrown while requesting|^Retrying in",
 }

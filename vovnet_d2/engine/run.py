@@ -154,9 +154,16 @@ def _set_up_with_detectron2(
         keep_record(folder, getattr(args, "fitted", None), anew=anew)
         keep_foreign_config(folder)
     comm.synchronize()  # the others read and write there
-    default_setup(saved, argparse.Namespace(**{**vars(args), "config_file": path}))
+    default_setup(saved, _Arguments(**{**vars(args), "config_file": path}))
     if comm.is_main_process():
         note_made(os.path.join(folder, "config.yaml"))
+
+
+class _Arguments(argparse.Namespace):
+    """The arguments of a command line, which Detectron2 logs by their ``repr``."""
+
+    def __repr__(self) -> str:
+        return getattr(self, "command", "") or super().__repr__()
 
 
 def _last_checkpoint(folder: str) -> str:
