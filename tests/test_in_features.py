@@ -3,25 +3,30 @@
 """Configs with heads that need feature maps which the backbone does not return."""
 
 import pytest
+from detectron2.config import CfgNode
 from engine_runs import FASTER_RCNN, RETINANET
+from torch import nn
 
 from vovnet_d2.engine import Trainer, load_config
 from vovnet_d2.engine.anchors import read_anchors
 from vovnet_d2.engine.any_config import build_network
-from vovnet_d2.engine.in_features import _NODES, explain_in_features
+from vovnet_d2.engine.in_features import _NODES, _SEMANTIC, build_explained
 
 # The feature maps are thin, because only their names matter.
 THIN = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32"]
 # The other meta-architectures are built from the config of Faster R-CNN.
 FILES = {"RetinaNet": RETINANET}
+CASES = [(name, node, "['res4']") for name, nodes in _NODES.items() for node in nodes]
+# Detectron2's semantic head leaves out names that it does not find, if it finds another.
+CASES += [(n, "SEM_SEG_HEAD", found) for n in _SEMANTIC for found in ("['res4']", "['p3', 'res4']")]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "node"), [(name, node) for name, nodes in _NODES.items() for node in nodes]
-)
-def test_the_message_names_the_key_and_the_feature_maps(architecture: str, node: str) -> None:
+@pytest.mark.parametrize(("architecture", "node", "names"), CASES)
+def test_the_message_names_the_key_and_the_feature_maps(
+    architecture: str, node: str, names: str
+) -> None:
     file, key = FILES.get(architecture, FASTER_RCNN), f"MODEL.{node}.IN_FEATURES"
-    cfg = load_config(file, [*THIN, "MODEL.META_ARCHITECTURE", architecture, key, "['res4']"])
+    cfg = load_config(file, [*THIN, "MODEL.META_ARCHITECTURE", architecture, key, names])
     returned = ", ".join(cfg.MODEL.FPN.IN_FEATURES).replace("stage", "p")
     message = rf"{cfg.MODEL.BACKBONE.NAME} returns no .*'res4', which is in {key}\. .* {returned}"
     with pytest.raises(KeyError, match=message):
@@ -33,6 +38,8 @@ def test_the_message_names_the_key_and_the_feature_maps(architecture: str, node:
 
 
 def test_other_key_errors_do_not_change() -> None:
-    cfg = load_config(FASTER_RCNN, THIN)
-    with pytest.raises(KeyError, match=r"^'something'$"), explain_in_features(cfg):
+    def build(_: CfgNode) -> nn.Module:
         raise KeyError("something")
+
+    with pytest.raises(KeyError, match=r"^'something'$"):
+        build_explained(load_config(FASTER_RCNN, THIN), build)

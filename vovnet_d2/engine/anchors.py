@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
 from ..data.stream import seeded
 from ..errors import UserImportError, UserValueError
-from .in_features import explain_in_features
+from .in_features import build_explained
 
 Array = NDArray[np.float64]
 
@@ -77,8 +76,8 @@ def read_anchors(cfg: CfgNode) -> Anchors:
     meta = cfg.clone()
     meta.defrost()
     meta.MODEL.DEVICE = "meta"
-    with torch.device("meta"), explain_in_features(meta):  # shapes without values
-        modules = list(build_model(meta).modules())
+    with torch.device("meta"):  # shapes without values
+        modules = list(build_explained(meta).modules())
     found = [module for module in modules if type(module) is DefaultAnchorGenerator]
     # FCOS gets its locations from a generator of anchors that the config does not describe.
     if not found or network == "FCOS" or name != DefaultAnchorGenerator.__name__:

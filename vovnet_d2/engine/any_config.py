@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import VoVNetCheckpointer, check_input_convention
 from ..errors import UserValueError
 from .config import find_config, is_lazy_file, load_config
-from .in_features import explain_in_features
+from .in_features import build_explained
 from .initial_weights import check_all_loaded
 from .lazy_config import instantiate, load_lazy_config, to_cfg
 
@@ -45,8 +44,7 @@ def build_network(config: AnyConfig, cfg: CfgNode) -> nn.Module:
     """Build the network that ``config`` describes. ``cfg`` is the same config under the keys of
     YAML files, with the device that was chosen."""
     if not isinstance(config, DictConfig):
-        with explain_in_features(cfg):
-            return build_model(cfg)
+        return build_explained(cfg)
     return instantiate(config, "model").to(cfg.MODEL.DEVICE)
 
 

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An explanation of heads that ask for feature maps which the backbone does not return."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
+from torch import nn
 
-from ..errors import UserKeyError
+from ..errors import UserError, UserKeyError
 
 _NODES = {
     "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
@@ -18,28 +18,46 @@ _NODES = {
 }
 """The nodes of Detectron2's heads whose ``IN_FEATURES`` name feature maps, by meta-architecture."""
 
+_SEMANTIC = ("PanopticFPN", "SemanticSegmentor")
+"""The meta-architectures with a semantic head. Detectron2's head leaves out feature maps that it
+does not find.
+"""
 
-@contextmanager
-def explain_in_features(cfg: CfgNode) -> Iterator[None]:
-    """Turn the KeyError of Detectron2's heads, which has only the name of a feature map, into a
-    message.
+
+def build_explained(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_model) -> nn.Module:
+    """Build the network of a config.
 
     Raises:
-        KeyError: a network is built inside, and one of its heads asks for a feature map that the
-            backbone does not return. The message names the config key and the feature maps.
+        KeyError: a head asks for a feature map that the backbone does not return. The message names
+            the config key and the feature maps.
     """
+    has_semantic_head = cfg.MODEL.META_ARCHITECTURE in _SEMANTIC
     try:
-        yield
-    except KeyError as error:
+        network = build(cfg)
+    except KeyError as error:  # Detectron2's heads raise it, with the name of a feature map alone
         name = error.args[0] if error.args else None
         nodes = _NODES.get(cfg.MODEL.META_ARCHITECTURE, ())
-        keys = [
-            f"MODEL.{node}.IN_FEATURES" for node in nodes if name in cfg.MODEL[node].IN_FEATURES
-        ]
-        if not keys:
-            raise
-        returned = ", ".join(build_backbone(cfg).output_shape())
-        raise UserKeyError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} returns no feature map {name!r}, which "
-            f"is in {' and '.join(keys)}. It returns {returned}: choose from these."
-        ) from error
+        if keys := [node for node in nodes if name in cfg.MODEL[node].IN_FEATURES]:
+            raise _explain(cfg, name, keys, build_backbone(cfg)) from error
+        raise
+    except ValueError as error:
+        if has_semantic_head and not isinstance(error, UserError):  # it finds no feature map at all
+            _check_semantic_head(cfg, build_backbone(cfg))
+        raise
+    if has_semantic_head:
+        _check_semantic_head(cfg, network.backbone)
+    return network
+
+
+def _check_semantic_head(cfg: CfgNode, backbone: nn.Module) -> None:
+    for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES:
+        if name not in backbone.output_shape():
+            raise _explain(cfg, name, ["SEM_SEG_HEAD"], backbone)
+
+
+def _explain(cfg: CfgNode, name: str, nodes: Sequence[str], backbone: nn.Module) -> UserKeyError:
+    keys = " and ".join(f"MODEL.{node}.IN_FEATURES" for node in nodes)
+    return UserKeyError(
+        f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} returns no feature map {name!r}, which is "
+        f"in {keys}. It returns {', '.join(backbone.output_shape())}: choose from these."
+    )

@@ -47,7 +47,7 @@ from .hooks import (
     UnreadableCount,
     WeightsCheckpointer,
 )
-from .in_features import explain_in_features
+from .in_features import build_explained
 from .initial_weights import report_loaded
 from .interruption import Interrupted, StopRequest, exit_on_signal
 from .loggers import TrackerWriter
@@ -449,8 +449,7 @@ class Trainer(EvaluatingTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        with explain_in_features(cfg):
-            model = super().build_model(cfg)
+        model = build_explained(cfg, super().build_model)
         return to_memory_format(predict_in_float32(model, cfg), cfg)
 
     @classmethod
