@@ -77,7 +77,7 @@ def read_anchors(cfg: CfgNode) -> Anchors:
     meta.defrost()
     meta.MODEL.DEVICE = "meta"
     with torch.device("meta"):  # shapes without values
-        modules = list(build_explained(meta).modules())
+        modules: list[Any] = list(build_explained(meta).modules())
     found = [module for module in modules if type(module) is DefaultAnchorGenerator]
     # FCOS gets its locations from a generator of anchors that the config does not describe.
     if not found or network == "FCOS" or name != DefaultAnchorGenerator.__name__:

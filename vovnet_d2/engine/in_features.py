@@ -5,7 +5,7 @@
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import Backbone, build_backbone, build_model
 from torch import nn
 
 from ..errors import UserError, UserKeyError
@@ -49,13 +49,13 @@ def build_explained(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_
     return network
 
 
-def _check_semantic_head(cfg: CfgNode, backbone: nn.Module) -> None:
+def _check_semantic_head(cfg: CfgNode, backbone: Backbone) -> None:
     for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES:
         if name not in backbone.output_shape():
             raise _explain(cfg, name, ["SEM_SEG_HEAD"], backbone)
 
 
-def _explain(cfg: CfgNode, name: str, nodes: Sequence[str], backbone: nn.Module) -> UserKeyError:
+def _explain(cfg: CfgNode, name: str, nodes: Sequence[str], backbone: Backbone) -> UserKeyError:
     keys = " and ".join(f"MODEL.{node}.IN_FEATURES" for node in nodes)
     return UserKeyError(
         f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} returns no feature map {name!r}, which is "
