@@ -35,7 +35,7 @@ def build_explained(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_
     try:
         network = build(cfg)
     except KeyError as error:  # Detectron2's heads raise it, with the name of a feature map alone
-        name = error.args[0] if error.args else None
+        name = error.args[0] if error.args else ""
         nodes = _NODES.get(cfg.MODEL.META_ARCHITECTURE, ())
         if keys := [node for node in nodes if name in cfg.MODEL[node].IN_FEATURES]:
             raise _explain(cfg, name, keys, build_backbone(cfg)) from error
