@@ -434,7 +434,7 @@ def test_heads_without_weights_get_the_largest_number_of_regions():
 def test_every_treatment_on_a_gpu():
     result = run_study(
         networks=[backbone("V-19-slim-eSE")],
-        treatments=list(TREATMENTS),
+        treatments=[t.name for t in TREATMENTS.values() if not t.backend],
         modes=["inference", "training"],
         device=torch.device("cuda"),
     )

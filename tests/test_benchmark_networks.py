@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks and treatments of the benchmark, compared with other counters."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from vovnet_d2 import VoVNet
 from vovnet_d2.analysis import analyze
+from vovnet_d2.backends import BACKENDS
 from vovnet_d2.benchmark.memory import saved_bytes
 from vovnet_d2.benchmark.networks import BACKBONES, backbone, calibrate_norms, detector
 from vovnet_d2.benchmark.plain import plain
@@ -150,11 +152,27 @@ def test_norms_of_channels_without_variance_do_not_change():
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_refusals(name):
     treatment = TREATMENTS[name]
-    on_gpus_only = "tf32" in name or "fp16" in name
-    assert (treatment.refusal(CPU, training=True) is not None) == on_gpus_only
+    on_gpus_only = "tf32" in name or "fp16" in name or name == "tensorrt"
+    without_training = name.startswith(("openvino", "onnxruntime"))
+    refused = treatment.refusal(CPU, training=True) is not None
+    assert refused == (on_gpus_only or without_training)
     to_train_only = name == "checkpointed"
     refused = treatment.refusal(CPU, training=False) is not None
     assert refused == (on_gpus_only or to_train_only)
+
+
+def test_refusals_of_backends(monkeypatch):
+    openvino, int8 = TREATMENTS["openvino"], TREATMENTS["openvino-int8"]
+    assert openvino.refusal(CPU, training=True) == "The backend openvino only runs inference."
+    for treatment in (openvino, int8, TREATMENTS["tensorrt"]):
+        device = torch.device("cpu" if treatment.name == "tensorrt" else "cuda")
+        why = "it needs a GPU" if treatment.name == "tensorrt" else "it computes on CPUs"
+        expected = f"The backend {treatment.backend} cannot be used on {device}: {why}."
+        assert treatment.refusal(device, training=False) == expected
+    monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], packages=("no_such",)))
+    for treatment in (openvino, int8):
+        expected = "The backend openvino needs no_such: pip install no_such."
+        assert treatment.refusal(CPU, training=False) == expected
 
 
 def test_tf32_is_set_and_put_back_under_old_and_new_names():

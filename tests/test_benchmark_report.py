@@ -232,6 +232,16 @@ def test_presets_are_plans():
         assert len(tool.make_plan(args).networks) == len(args.models) + len(args.config_file)
 
 
+def test_backbones_or_detectors_of_a_preset_can_be_left_out():
+    words = ["--preset", "deploy", "--models", "--config-file", RETINANET]
+    args = tool.parse_arguments(words)
+    assert (args.models, args.config_file) == ([], [RETINANET])
+    plan = tool.make_plan(args)
+    assert plan.deployment
+    assert "openvino-int8" in plan.treatments
+    assert plan.references == {}
+
+
 def test_commands_of_the_gpu_report(monkeypatch):
     """Check that the commands name known networks, run on a GPU and write to different folders."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -352,6 +362,8 @@ def test_cases_that_could_not_run_are_named(capsys):
 
 REPOSITORY = Path(__file__).parents[1]
 RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
+DEPLOYMENT = ["--config-file", RETINANET, "--weights", "--deployment"]
+EVALUATED = ["--opts", "MODEL.WEIGHTS", "model_final.pth"]
 
 
 @pytest.mark.parametrize(
@@ -382,6 +394,16 @@ RETINANET = "COCO-Detection/retinanet_V_19_slim_eSE_FPN_3x.yaml"
         (["--models", "DenseNet-161", "--norm", "GN"], "--norm is of VoVNet and ResNet"),
         (["--models", "timm:ese_vovnet39b", "--norm", "GN"], "--norm is of VoVNet and ResNet"),
         (["--config-file", RETINANET, "--norm", "GN"], "--norm is of VoVNet and ResNet"),
+        *(
+            (
+                [*DEPLOYMENT, "--treatments", treatment, *EVALUATED, key, "('nowhere',)"],
+                f"'nowhere' {reason}",
+            )
+            for treatment, key, reason in (
+                ("openvino-int8", "DATASETS.TRAIN", "to calibrate on is not registered"),
+                ("plain", "DATASETS.TEST", "of DATASETS.TEST is not registered"),
+            )
+        ),
         *(
             (["--config-file", RETINANET, "--opts", key, "X"], f"{key} 'X' is not registered")
             for key in ("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME")

@@ -377,7 +377,7 @@ def test_mistakes_of_the_tool(
     for arguments, error, message in (
         (["--int8"], ValueError, "--int8 needs images: name a data set by --calibration"),
         (["--int8", "--calibration", "empty"], ValueError, "empty has no images to calibrate on"),
-        (["--int8", "--calibration", "nowhere"], KeyError, "'nowhere' of --calibration is not reg"),
+        (["--int8", "--calibration", "nowhere"], KeyError, "'nowhere' to calibrate on is not reg"),
         (
             ["--int8", "--calibration", "empty", "--calibration-images", "0"],
             ValueError,

@@ -15,6 +15,7 @@ from ..engine.interruption import exit_on_signal
 from ..engine.launch import run_or_exit
 from ..errors import UserValueError
 from ..made import refuse_foreign
+from .exports import check_images
 from .networks import BACKBONES, DEFAULT_NORM, backbone, detector, takes_norm
 from .published import PAPER_TABLES, PaperTable, format_paper_table
 from .report import FILES, format_table, write_study
@@ -32,6 +33,9 @@ round after round.
     python tools/benchmark.py --preset resnet --device cuda --batches 1 8 --output output/gpu_resnet
     python tools/benchmark.py --config-file COCO-Detection/retinanet_V_39_eSE_FPN_1x.yaml \\
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
+    python tools/benchmark.py --preset deploy --output output/deploy    # backends, INT8; on a CPU
+    python tools/benchmark.py --preset deploy --models --config-file output/config.yaml --weights \\
+        --opts MODEL.WEIGHTS output/model_final.pth                     # with AP
     python tools/benchmark.py --preset table2 --output output/table2    # the paper's DSOD300
     python tools/benchmark.py --preset table4 --output output/table4    # the paper's RefineDet320
 
@@ -72,13 +76,34 @@ PRESETS: dict[str, dict[str, Any]] = {
             *("ResNet-50", "ResNet-101", "timm:ese_vovnet39b"),
             *("timm:hgnet_tiny", "timm:hgnetv2_b4"),
         ],
-        "treatments": list(TREATMENTS),
+        "treatments": [t.name for t in TREATMENTS.values() if not t.backend],
         "modes": list(MODES),
         "batches": [1, 8],
         "sizes": [(480, 640), (800, 1344)],
         "device": "cuda",
         "warmup": 10,
         "repeats": 50,
+    },
+    "deploy": {
+        "models": ["V-39-eSE", "V-19-slim-dw-eSE", "ResNet-50", "timm:ese_vovnet39b"],
+        "config_file": [
+            *(_MASK_RCNN.format(name) for name in ("V_39_eSE", "R_50")),
+            "COCO-Detection/retinanet_V_39_eSE_FPN_3x.yaml",
+        ],
+        "treatments": [
+            *("plain", "optimized", "openvino", "onnxruntime"),
+            *("openvino-int8", "onnxruntime-int8"),
+        ],
+        "deployment": True,
+        "reference": [
+            "V-39-eSE=ResNet-50",
+            "V-19-slim-dw-eSE=ResNet-50",
+            "ResNet-50=ResNet-50",
+            "timm:ese_vovnet39b=ResNet-50",
+            "mask_rcnn_V_39_eSE_FPN_3x=mask_rcnn_R_50_FPN_3x",
+            "mask_rcnn_R_50_FPN_3x=mask_rcnn_R_50_FPN_3x",
+            "retinanet_V_39_eSE_FPN_3x=mask_rcnn_R_50_FPN_3x",
+        ],
     },
 }
 
@@ -107,10 +132,10 @@ def argument_parser() -> argparse.ArgumentParser:
     described = _DESCRIPTION.format(backbones=", ".join(BACKBONES), treatments=treatments)
     parser = argparse.ArgumentParser(description=described, formatter_class=_HelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="set the defaults of all other options")
-    parser.add_argument("--models", nargs="+", metavar="NAME", default=[], help="backbones")
+    parser.add_argument("--models", nargs="*", metavar="NAME", default=[], help="backbones")
     parser.add_argument(
         "--config-file",
-        nargs="+",
+        nargs="*",
         metavar="FILE",
         default=[],
         help="configs of detectors: paths, or names in this package or in Detectron2's model zoo",
@@ -175,6 +200,14 @@ def argument_parser() -> argparse.ArgumentParser:
         help="seconds per energy measurement; 0 disables it",
     )
     parser.add_argument(
+        "--deployment",
+        action="store_true",
+        help="also measure the size of the files; on a CPU the memory of a process, and the "
+        "throughput of one process with one thread on each core; and with --weights the AP on the "
+        "first data set of DATASETS.TEST, once for each treatment. INT8 is then calibrated on "
+        "training images",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         help="folder for JSON, CSV, Markdown and plots; replaces the files of an earlier benchmark",
@@ -231,6 +264,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         detector(file, args.opts, weights=args.weights, unsafe=args.allow_unsafe_yaml)
         for file in args.config_file
     ]
+    if args.deployment:
+        for network in networks:
+            check_images(network, int8=any(TREATMENTS[t].int8 for t in args.treatments))
     return Plan(
         networks=networks,
         treatments=list(dict.fromkeys(args.treatments)),
@@ -244,6 +280,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         reference_treatment=args.reference_treatment,
         accuracy=read_accuracy(args.accuracy),
         energy_seconds=args.energy_seconds,
+        deployment=args.deployment,
     )
 
 

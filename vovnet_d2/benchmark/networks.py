@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_resnet_backbone
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Network:
         load: loads the trained weights, if they are asked for.
         size: (height, width) in pixels, if the network takes images of one size only.
         channels_last: True if the network trains in that memory format; None for the faster one.
+        cfg: the config of a detector.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Network:
     load: Callable[[nn.Module], object] | None = None
     size: tuple[int, int] | None = None
     channels_last: bool | None = None
+    cfg: CfgNode | None = None
 
 
 def backbone(name: str, *, norm: str = DEFAULT_NORM) -> Network:
@@ -179,6 +181,7 @@ def detector(
         load=load if weights else None,
         size=(side, side) if side else None,
         channels_last=False if cfg.MODEL.KEYPOINT_ON else cfg.MODEL.CHANNELS_LAST,
+        cfg=cfg,
     )
 
 

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from ..atomic import atomic_write, write_text
 from ..made import is_made_here
 from ..timing import write_csv
+from . import deployment
 from .memory import SOURCES
 from .plots import plot_cell
 from .published import PaperTable, format_paper_table
@@ -53,10 +54,15 @@ _HEADINGS = {
     "fps": ("FPS", "{:.2f}"),
     "peak_memory_mb": ("memory (MB)", "{:.0f}"),
     "joules_per_image": ("J/image", "{:.3g}"),
+    "file_mb": ("file (MB)", "{:.1f}"),
+    "process_mb": ("process (MB)", "{:.0f}"),
+    "images_per_second": ("img/s, all cores", "{:.2f}"),
     "gflops_per_second": ("GFLOP/s", "{:.1f}"),
     "time_of_network": ("× network", "{:.3f}"),
     "time_of_treatment": ("× treatment", "{:.3f}"),
     "accuracy": ("accuracy", "{:g}"),
+    "box_ap": ("box AP", "{:.2f}"),
+    "mask_ap": ("mask AP", "{:.2f}"),
     "not_counted": ("not counted", "{}"),
     "error": ("could not run", "{}"),
 }
@@ -69,7 +75,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.setdefault((row["mode"], row["compared_at"], row["batch"]), []).append(row)
     parts = []
     for (mode, size, batch), members in cells.items():
-        columns = [c for c in _HEADINGS if any(row[c] not in (None, "") for row in members)]
+        columns = [c for c in _HEADINGS if any(row.get(c) not in (None, "") for row in members)]
         if all(row["image_size"] == size for row in members):
             columns.remove("image_size")
         lines = [[_format(row, column) for column in columns] for row in members]
@@ -98,7 +104,8 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
     protocol = {**study.protocol, "memory": SOURCES[study.plan.device.type]}
     records = [{**row, **protocol} for row in study.rows]
     json_path, csv, markdown = (folder / name for name in FILES)
-    content = {"conventions": CONVENTIONS, "records": records}
+    conventions = CONVENTIONS | (deployment.CONVENTIONS if study.plan.deployment else {})
+    content = {"conventions": conventions, "records": records}
     write_text(json_path, json.dumps(content, indent=2) + "\n")
     with atomic_write(csv) as partial:
         write_csv(partial, records)
@@ -115,7 +122,7 @@ def write_study(study: Study, folder: Path, paper_table: PaperTable | None = Non
         *([format_paper_table(paper_table, study.rows), ""] if paper_table else []),
         *(f"![{path.stem.replace('_', ', ')}]({path.name})" for path in plots),
         "",
-        *(f"- {name}: {value}" for name, value in (protocol | CONVENTIONS).items()),
+        *(f"- {name}: {value}" for name, value in (protocol | conventions).items()),
         *(f"- treatment {t.name}: {t.description}" for t in study.treatments()),
         *(f"- {sentence}" for sentence in sentences),
     ]

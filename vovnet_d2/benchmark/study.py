@@ -7,27 +7,39 @@ and batch."""
 import copy
 import gc
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..analysis import Complexity, analyze
+from ..backends import BACKENDS
 from ..engine.memory_format import prefers_channels_last
 from ..errors import UserValueError
 from ..modeling.allocation import keep_freed_memory
-from ..timing import describe_environment, interleaved_rounds, ratios
+from ..timing import describe_environment, interleaved_rounds, package_version, ratios
+from . import deployment
 from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
+from .exports import Exports, is_evaluated
 from .memory import allocated, peak_memory
 from .networks import Network, calibrate_norms
 from .treatments import TREATMENTS, Treatment, compiled_or_failed
-from .workload import count_multiply_adds, detector_inputs, inference, random_images, training_step
+from .workload import (
+    count_multiply_adds,
+    detector_inputs,
+    inference,
+    network_inputs,
+    random_images,
+    training_step,
+)
 
 MODES = ("inference", "training")
 OWN_SIZE = "own size"  # each network has its own image size
@@ -52,6 +64,7 @@ class Plan:
             first.
         accuracy: the accuracy of each network, which was measured elsewhere.
         energy_seconds: the least seconds of each energy measurement; 0 disables it.
+        deployment: also measure the columns of :data:`.deployment.COLUMNS`, in inference.
     """
 
     networks: Sequence[Network]
@@ -66,6 +79,7 @@ class Plan:
     reference_treatment: str | None = None
     accuracy: Mapping[str, float] = field(default_factory=dict)
     energy_seconds: float = 2.0
+    deployment: bool = False
 
     def __post_init__(self) -> None:
         names = [network.name for network in self.networks]
@@ -121,16 +135,19 @@ class _Case:
 
     Attributes:
         call: one inference or one step, until one fails.
+        peak_memory: the bytes that torch holds at most; None if torch does not know them.
         multiply_adds: the multiply-adds for one image, in the mode of the case.
+        deployed: the columns of :data:`.deployment.COLUMNS` that are known.
         error: the message of a call that failed.
     """
 
     network: Network
     treatment: Treatment
     call: Callable[[], object]
-    peak_memory: int
+    peak_memory: int | None
     complexity: Complexity
     multiply_adds: float
+    deployed: dict[str, float | None]
     error: str = ""
 
     @property
@@ -168,6 +185,8 @@ class Study:
         self.interruption: BaseException | None = None
         self._models: dict[str, nn.Module] = {}
         self._complexities: dict[tuple[str, tuple[int, int]], Complexity] = {}
+        self._ap: dict[str, dict[str, float | None]] = {}
+        self._folder = Path()
 
     @cached_property
     def meter(self) -> EnergyMeter | NoEnergyMeter:
@@ -206,7 +225,13 @@ class Study:
             "warm-up": f"{plan.warmup} calls",
             "repeats": f"{plan.repeats} rounds of all cases, in random order",
             "energy": energy,
+            **self._versions_of_backends(),
         }
+
+    def _versions_of_backends(self) -> dict[str, str]:
+        names = {treatment.backend for treatment in self.treatments()} - {""}
+        modules = sorted({BACKENDS[name].packages[0] for name in names})
+        return {module: package_version(module) for module in modules}
 
     def treatments(self) -> list[Treatment]:
         return [TREATMENTS[name] for name in self.plan.treatments]
@@ -223,8 +248,10 @@ class Study:
         try:
             with (
                 compiled_or_failed(len(cells) * cases),
+                tempfile.TemporaryDirectory() as folder,
                 tqdm(total=len(cells) * (cases + plan.repeats), unit="step") as bar,
             ):
+                self._folder = Path(folder)
                 for cell in cells:
                     self._measure(cell, bar)
                     try:
@@ -284,32 +311,64 @@ class Study:
             raise UserValueError(reason)
         before = allocated(device)
         images = random_images(cell.batch, cell.size_for(network), device)
-        original = self._model(network)
-        last = network.channels_last
-        if last is None:
-            last = prefers_channels_last(device)
-        if training:
-            model = treatment.for_training(original, channels_last=last)
-        else:
-            model = treatment.for_inference(original)
-        model.to(device)
-        inputs: Any = images
-        if network.is_detector:
-            inputs = detector_inputs(model, images)
-        elif not treatment.plain and (last or not training):
-            inputs = images.to(memory_format=torch.channels_last)
+        model, last, program = self._treat(network, treatment, images, training=training)
+        inputs = network_inputs(model, images, is_detector=network.is_detector, last=last)
         make = training_step if training else inference
         call = make(model, inputs, treatment, device)
         for _ in range(self.plan.warmup):
             call()
-        return _Case(
+        case = _Case(
             network,
             treatment,
             call,
-            peak_memory(call, device, before=before),
+            None if program else peak_memory(call, device, before=before),
             self._complexity(network, cell.size_for(network)),
             self._multiply_adds(network, cell),
+            {},
         )
+        if self.plan.deployment and not training:
+            case.deployed = self._deployed(cell, case, model, last, program)
+        return case
+
+    def _treat(
+        self, network: Network, treatment: Treatment, images: Tensor, *, training: bool
+    ) -> tuple[nn.Module, bool, Path | None]:
+        """Return a copy of a network under a treatment, whether it takes images in channels-last,
+        and the file that its backend has loaded."""
+        original, device = self._model(network), self.plan.device
+        if treatment.backend:
+            exports = Exports(self._folder)
+            model, program = exports.use_backend(network, original, treatment, images)
+            return model, False, program
+        if not training:
+            return treatment.for_inference(original).to(device), not treatment.plain, None
+        last = network.channels_last
+        if last is None:
+            last = prefers_channels_last(device)
+        model = treatment.for_training(original, channels_last=last)
+        return model.to(device), last and not treatment.plain, None
+
+    def _deployed(
+        self, cell: _Cell, case: _Case, model: nn.Module, last: bool, program: Path | None
+    ) -> dict[str, float | None]:
+        network, treatment, device = case.network, case.treatment, self.plan.device
+        found: dict[str, float | None] = {"file_mb": deployment.file_bytes(model, program) / 1e6}
+        if device.type == "cpu":
+            served = deployment.Served(
+                self._folder / "network.pt",
+                treatment,
+                program,
+                is_detector=network.is_detector,
+                batch=cell.batch,
+                size=cell.size_for(network),
+                last=last,
+            )
+            found |= deployment.measure_processes(case.name, model, served)
+        if is_evaluated(network):
+            if case.name not in self._ap:  # it is the same at each size and batch
+                self._ap[case.name] = deployment.measure_ap(network, model, treatment, device)
+            found |= self._ap[case.name]
+        return found
 
     def _model(self, network: Network) -> nn.Module:
         """Return the network on the CPU. It is never changed."""
@@ -391,10 +450,11 @@ class Study:
             latency_ms=latency * 1e3,
             latency_p95_ms=float(np.percentile(seconds, 95)) * 1e3,
             fps=cell.batch / latency,
-            peak_memory_mb=case.peak_memory / 1e6,
+            peak_memory_mb=None if case.peak_memory is None else case.peak_memory / 1e6,
             joules_per_image=None if per_call is None else per_call / cell.batch,
             gflops_per_second=cell.batch * case.multiply_adds / latency / 1e9,
             rounds=len(seconds),
+            **case.deployed,
             **_compare("network", self.plan.reference_of(network.name), seconds, times, reference),
             **_compare("treatment", own.removeprefix(network.name + " "), seconds, times, own),
         )
@@ -403,12 +463,13 @@ class Study:
         self, cell: _Cell, network: Network, treatment: Treatment, **measured: Any
     ) -> dict[str, Any]:
         accuracy = self.plan.accuracy.get(network.name)
-        row = dict.fromkeys(_COLUMNS) | {
+        more = deployment.COLUMNS if self.plan.deployment else ()
+        row = dict.fromkeys((*_COLUMNS, *more)) | {
             "network": network.name,
             "kind": "detector" if network.is_detector else "backbone",
             "treatment": treatment.name,
             "mode": cell.mode,
-            "dtype": str(treatment.dtype).removeprefix("torch."),
+            "dtype": "int8" if treatment.int8 else str(treatment.dtype).removeprefix("torch."),
             "float32_operands": "TF32" if treatment.tf32 else "float32",
             "batch": cell.batch,
             "compared_at": cell.size_name,

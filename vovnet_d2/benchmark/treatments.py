@@ -1,6 +1,7 @@
 # Copyright (c) the vovnet_d2 authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare networks for timing: plain, which is as they are commonly written, or made fast."""
+"""Prepare networks for timing: plain, which is as they are commonly written, made fast, or run by
+another program."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserValueError
+from ..backends import check_backend
+from ..errors import UserError, UserValueError
 from ..modeling.inference import optimize_for_inference
 from ..modeling.vovnet import VoVNet
 from ..timing import tf32_in_use
@@ -29,6 +31,9 @@ class Treatment:
         compile: by torch.compile.
         tf32: let a GPU round float32 operands to TF32.
         checkpoint: keep only the input of each VoVNet block for the backward pass.
+        backend: the key of :data:`.backends.BACKENDS` that computes a backbone, or the dense part
+            of a detector; "" is torch. See :class:`.exports.Exports`.
+        int8: quantize what the backend computes.
     """
 
     name: str
@@ -38,9 +43,13 @@ class Treatment:
     compile: bool = False
     tf32: bool = False
     checkpoint: bool = False
+    backend: str = ""
+    int8: bool = False
 
     def refusal(self, device: torch.device, *, training: bool) -> str | None:
         """Say why this treatment cannot run on a device; None if it can."""
+        if self.backend:
+            return self._refusal_of_backend(device, training=training)
         if self.checkpoint and not training:
             return "Checkpointing only applies to training."
         if self.tf32 and device.type != "cuda":
@@ -55,8 +64,17 @@ class Treatment:
             )
         return None
 
+    def _refusal_of_backend(self, device: torch.device, *, training: bool) -> str | None:
+        if training:
+            return f"The backend {self.backend} only runs inference."
+        try:
+            check_backend(self.backend, device, int8=self.int8)
+        except UserError as error:
+            return str(error)
+        return None
+
     def for_inference(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a model for inference."""
+        """Return a copy of a model for inference in torch, on the device of the model."""
         if self.plain:
             return plain(model).eval().requires_grad_(False)
         return optimize_for_inference(model, dtype=self.dtype, compile=self.compile)
@@ -122,6 +140,8 @@ def compiled_or_failed(cases: int) -> AbstractContextManager[object]:
     return config.patch(settings | {fails: True, "suppress_errors": False})
 
 
+_ELSEWHERE = "OpenVINO runs the backbone, or the backbone, FPN and dense head of a detector"
+_INT8 = "in INT8 by default as tools/export_model.py --int8"
 _FAST = "fused norms, channels-last; in training the trainer's memory format"
 
 TREATMENTS = _by_name(
@@ -135,4 +155,9 @@ TREATMENTS = _by_name(
     Treatment("compiled", "as optimized, compiled", compile=True),
     Treatment("compiled-bf16", "as bf16, compiled", dtype=torch.bfloat16, compile=True),
     Treatment("compiled-fp16", "as fp16, compiled", dtype=torch.float16, compile=True),
+    Treatment("openvino", f"float32, {_ELSEWHERE}", backend="openvino"),
+    Treatment("onnxruntime", "as openvino, in ONNX Runtime", backend="onnxruntime"),
+    Treatment("openvino-int8", f"as openvino, {_INT8}", backend="openvino", int8=True),
+    Treatment("onnxruntime-int8", f"as onnxruntime, {_INT8}", backend="onnxruntime", int8=True),
+    Treatment("tensorrt", "as openvino, in TensorRT, on a GPU", backend="tensorrt"),
 )

@@ -46,6 +46,14 @@ def detector_inputs(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     return inputs
 
 
+def network_inputs(model: nn.Module, images: Tensor, *, is_detector: bool, last: bool) -> Any:
+    """Return normalised images as a network takes them. With ``last``, a backbone gets them in the
+    memory format channels-last."""
+    if is_detector:
+        return detector_inputs(model, images)
+    return images.to(memory_format=torch.channels_last) if last else images
+
+
 def _random_objects(model: nn.Module, height: int, width: int) -> Instances:
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([width, height])

@@ -74,11 +74,11 @@ def optimize_for_inference(
     if memory_format == torch.channels_last:
         pack_convolutions(model)
     if compile:
-        _compile(backbone)
+        compile_forward(backbone)
     return model
 
 
-def _compile(backbone: nn.Module) -> None:
+def compile_forward(backbone: nn.Module) -> None:
     """Let torch.compile compile the forward pass for each size, with the weights as constants."""
     on_gpu = any(tensor.is_cuda for tensor in backbone.parameters())
     forward = torch.compile(backbone.forward, dynamic=False, options={"triton.cudagraphs": on_gpu})

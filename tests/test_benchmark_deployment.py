@@ -1,0 +1,345 @@
+# Copyright (c) the vovnet_d2 authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The backends as treatments of the benchmark, and the columns of a deployment."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from benchmark_runs import run_study, sleeper
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.env import seed_all_rng
+from export_models import MASK_RCNN, OPTIONS
+from onnx import numpy_helper
+from predictor_runs import PICTURES, SMALL, save
+from process_stand_ins import Holding, Sleeping, end, fail_beside_one_that_waits
+from pycocotools import mask as rle
+
+from vovnet_d2 import Predictor
+from vovnet_d2.benchmark import deployment, exports, processes
+from vovnet_d2.benchmark.deployment import Served
+from vovnet_d2.benchmark.networks import backbone, calibrate_norms, detector
+from vovnet_d2.benchmark.report import format_table, write_study
+from vovnet_d2.benchmark.study import Study
+from vovnet_d2.benchmark.treatments import TREATMENTS
+from vovnet_d2.benchmark.workload import random_images
+from vovnet_d2.data.image_file import read_image
+from vovnet_d2.export.parity import MAP_TOLERANCE
+
+pytest_plugins = ["engine_fixtures"]
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MB = 2**20
+SIZE = (64, 96)
+NAME = "V-19-slim-dw-eSE"
+BACKENDS = ("openvino", "onnxruntime", "openvino-int8", "onnxruntime-int8")
+
+
+# ---------------------------------------------------------------------------------- the processes
+
+
+def test_the_throughput_of_sleeping_networks(tmp_path: Path, monkeypatch) -> None:
+    """Two processes sleep at the same time on one core. A call takes a little more than its time,
+    so that the throughput is less than two calls per sleep, and more than one."""
+    core = processes.available_cores()[0]
+    monkeypatch.setattr(processes, "available_cores", lambda: [core, core])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # of a new process
+    rate = processes.calls_per_second(Sleeping(tmp_path, 0.1).load, seconds=1.0)
+    assert 0.6 * 2 / 0.1 < rate <= 2 / 0.1
+    notes = [
+        [line.split() for line in file.read_text().splitlines()] for file in tmp_path.iterdir()
+    ]
+    assert len(notes) == 2
+    for lines in notes:
+        assert len(lines) > 6
+        assert {tuple(rest) for _, *rest in lines} == {("1", "1")}  # one thread, on one core
+    # No process is counted before the other has ended its call for warm-up.
+    warmups, firsts = ([float(lines[place][0]) for lines in notes] for place in (0, 1))
+    assert min(firsts) > max(warmups) + 0.1
+
+
+def test_the_memory_of_a_network_that_holds_a_known_array() -> None:
+    load = Holding(held=200 * MB, taken=100 * MB, imported=50 * MB)
+    added = processes.added_memory(load.preload, load.load)
+    assert added == pytest.approx(300 * MB, rel=0.05)
+
+
+def test_memory_is_not_known_where_the_system_does_not_tell(monkeypatch) -> None:
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError))
+    load = Holding(held=1, taken=1, imported=1)
+    assert processes._added_memory(None, load.preload, load.load, 1) is None
+
+
+def test_a_process_that_fails_stops_the_others() -> None:
+    with pytest.raises(RuntimeError, match=r"^ValueError: no such kernel$"):
+        processes.run_together(fail_beside_one_that_waits, [(True,), (False,)])
+    with pytest.raises(RuntimeError, match="ended early, perhaps for lack of memory"):
+        processes.run_together(end, [()])
+
+
+# ------------------------------------------------------------------------------------- a backbone
+
+
+@dataclass
+class Seen:
+    """Notes what a study with a deployment measures, instead of other processes."""
+
+    outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    bytes_of_files: list[int] = field(default_factory=list)
+    files: list[bytes] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+
+    def added_memory(self, preload: Callable[[], None], load: Callable[[], Any]) -> int:
+        served = preload.__self__
+        preload()
+        self.outputs.append(load()())
+        self.served.append(served)
+        self.bytes_of_files.append(os.stat(served.program).st_size if served.program else 0)
+        self.files.append(served.program.read_bytes() if served.program else b"")
+        return 7 * 10**6
+
+    def calls_per_second(self, load: Callable[[], Any], *, seconds: float) -> float:
+        return 5.0
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(deployment, "added_memory", self.added_memory)
+        patch.setattr(deployment, "calls_per_second", self.calls_per_second)
+
+
+def calibrated(name: str) -> torch.nn.Module:
+    """Build a backbone as a study does."""
+    torch.manual_seed(0)
+    model = backbone(name).build()
+    calibrate_norms(model, torch.randn(2, 3, 224, 224))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Study, Seen]:
+    seen = Seen()
+    with pytest.MonkeyPatch.context() as patch:
+        seen.patch(patch)
+        result = run_study(
+            networks=[backbone(NAME)],
+            treatments=["plain", "optimized", "bf16", *BACKENDS],
+            sizes=[SIZE],
+            deployment=True,
+        )
+    return result, seen
+
+
+def test_outputs_are_those_of_the_network(measured: tuple[Study, Seen]) -> None:
+    """Compare the outputs of the network that another process loads."""
+    result, seen = measured
+    assert [row["error"] for row in result.rows] == [""] * 7
+    with torch.no_grad():
+        expected = calibrated(NAME)(random_images(2, SIZE, CPU))
+    for row, outputs in zip(result.rows, seen.outputs, strict=True):
+        assert outputs.keys() == expected.keys()
+        for name, value in expected.items():
+            if row["dtype"] == "float32":
+                assert (outputs[name] - value).abs().max() <= MAP_TOLERANCE * value.abs().max()
+            else:  # fewer bits; the feature maps of another network would differ by 1 and more
+                assert MAP_TOLERANCE < (outputs[name] - value).norm() / value.norm() < 0.8
+
+
+def test_vovnets_of_timm_run_in_the_backends(tmp_path: Path, monkeypatch) -> None:
+    network = backbone("timm:ese_vovnet19b_dw")
+    model = network.build().eval()
+    images = random_images(2, SIZE, CPU)
+    treatment = TREATMENTS["onnxruntime"]
+    found, _ = exports.Exports(tmp_path).use_backend(network, model, treatment, images)
+    with torch.no_grad():
+        outputs = found(images)
+        for name, value in model(images).items():
+            assert (outputs[name] - value).abs().max() <= MAP_TOLERANCE * value.abs().max()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("Expected op to be '==', got <")
+
+    monkeypatch.setattr(exports, "export_dense_part", fail)  # as some versions of torch do
+    for size, message in (((72, 96), "72x96: give --sizes of multiples of 32"), (SIZE, "got <")):
+        with pytest.raises((ValueError, AssertionError), match=message):
+            exports.Exports(tmp_path).use_backend(
+                network, model, treatment, random_images(1, size, CPU)
+            )
+
+
+def test_the_file_is_measured_and_int8_is_in_it(measured: tuple[Study, Seen]) -> None:
+    result, seen = measured
+    tensors = {
+        name: sum(
+            numpy_helper.to_array(t).nbytes for t in onnx.load_from_string(file).graph.initializer
+        )
+        for row, file in zip(result.rows, seen.files, strict=True)
+        if file
+        for name in [row["treatment"]]
+    }
+    assert tensors.keys() == set(BACKENDS)
+    for row, size in zip(result.rows, seen.bytes_of_files, strict=True):
+        if size:
+            assert row["file_mb"] == size / 1e6
+            assert row["peak_memory_mb"] is None  # torch does not see the memory of a backend
+            assert size > tensors[row["treatment"]]
+        else:
+            assert row["peak_memory_mb"] > 0
+        assert (row["process_mb"], row["images_per_second"]) == (7, 5 * 2)  # two images in a call
+    weights = sum(v.numel() * v.element_size() for v in calibrated(NAME).state_dict().values())
+    plain, optimized, bf16 = (row["file_mb"] * 1e6 for row in result.rows[:3])
+    assert plain == weights
+    assert bf16 == optimized / 2 < plain / 2
+    assert tensors["openvino"] == tensors["onnxruntime"] == pytest.approx(optimized, rel=0.01)
+    assert tensors["openvino-int8"] == tensors["onnxruntime-int8"] < tensors["openvino"]
+    assert [row["dtype"] for row in result.rows[3:]] == ["float32"] * 2 + ["int8"] * 2
+    assert {"openvino", "onnxruntime"} < result.protocol.keys()
+
+
+def test_nothing_is_left_in_the_cache_of_the_user(measured: tuple[Study, Seen]) -> None:
+    _, seen = measured
+    for served in seen.served:
+        assert not served.model.parent.exists()
+        assert served.program is None or served.program.parent == served.model.parent
+
+
+def test_the_columns_are_in_the_table_and_the_files(
+    measured: tuple[Study, Seen], tmp_path: Path
+) -> None:
+    result, _ = measured
+    heading = format_table(result.rows).splitlines()[2]
+    for name in ("file (MB)", "process (MB)", "img/s, all cores"):
+        assert f"| {name} " in heading
+    assert "AP" not in heading  # there are no weights
+    json_path, csv, *_ = write_study(result, tmp_path)
+    content = json.loads(json_path.read_text())
+    assert content["conventions"].keys() >= deployment.CONVENTIONS.keys()
+    assert {record["process_mb"] for record in content["records"]} == {7.0}
+    assert "file_mb,process_mb,images_per_second,box_ap,mask_ap" in csv.read_text()
+
+
+def test_other_studies_have_none_of_these_columns() -> None:
+    rows = run_study(treatments=["plain"], repeats=1, networks=[sleeper("a", 0)]).rows
+    assert not set(deployment.COLUMNS) & rows[0].keys()
+
+
+def test_a_network_that_cannot_be_served_keeps_its_times(monkeypatch, caplog) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("a process ended early")
+
+    monkeypatch.setattr(deployment, "added_memory", fail)
+    (row,) = run_study(
+        treatments=["plain"], repeats=1, networks=[sleeper("a", 0)], deployment=True
+    ).rows
+    assert (row["error"], row["process_mb"], row["images_per_second"]) == ("", None, None)
+    assert row["latency_ms"] > 0
+    assert "a plain cannot be measured in processes of its own: a process ended" in caplog.text
+
+
+def test_another_process_compiles_a_network_anew(monkeypatch) -> None:
+    """Compiled functions cannot be pickled. The network that is timed stays compiled."""
+    seen, calls = Seen(), []
+    seen.patch(monkeypatch)
+
+    def compile(forward: Callable[..., Any], **_: object) -> Callable[..., Any]:
+        calls.append(0)
+        place = len(calls) - 1
+
+        def compiled(images: torch.Tensor) -> Any:
+            calls[place] += 1
+            return forward(images)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    (row,) = run_study(networks=[sleeper("a", 0)], treatments=["compiled"], deployment=True).rows
+    assert row["error"] == ""
+    assert calls == [1 + 2 + 3, 1]  # warm-up, memory, rounds; and the call in the other process
+
+
+# ------------------------------------------------------------------------------------- a detector
+
+
+def own_predictions(cfg: Any) -> list[dict[str, Any]]:
+    """Return a data set in which the objects are what a detector finds, so that its AP is 100."""
+    predictor = Predictor(cfg)
+    records = []
+    for number, file in enumerate(PICTURES):
+        found = predictor([read_image(str(file))])[0]["instances"]
+        height, width = found.image_size
+        objects = []
+        for box, category, mask in zip(
+            found.pred_boxes.tensor.tolist(),
+            found.pred_classes.tolist(),
+            found.pred_masks,
+            strict=True,
+        ):
+            code = rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+            objects.append(
+                {
+                    "bbox": box,
+                    "bbox_mode": BoxMode.XYXY_ABS,
+                    "category_id": category,
+                    "segmentation": code,
+                }
+            )
+        records.append(
+            {
+                "file_name": str(file),
+                "image_id": number,
+                "height": height,
+                "width": width,
+                "annotations": objects,
+            }
+        )
+    return records
+
+
+def test_ap_of_a_detector_on_its_own_predictions(catalogs, tmp_path: Path, monkeypatch) -> None:
+    seen = Seen()
+    seen.patch(monkeypatch)
+    evaluated, calibrated_on = [], []
+    evaluate, preprocess = deployment.evaluate, exports.preprocess
+    monkeypatch.setattr(
+        deployment, "evaluate", lambda *args: evaluated.append(args) or evaluate(*args)
+    )
+    monkeypatch.setattr(
+        exports, "preprocess", lambda *args: calibrated_on.append(args[2]) or preprocess(*args)
+    )
+    seed_all_rng(0)
+    options = {
+        "DATASETS.TRAIN": ("own",),
+        "DATASETS.TEST": ("own",),
+        "INPUT.MASK_FORMAT": "bitmask",
+        "DATALOADER.NUM_WORKERS": 0,
+    }
+    cfg = save(tmp_path, **{key.replace(".", "__"): value for key, value in options.items()})
+    records = own_predictions(cfg)
+    DatasetCatalog.register("own", lambda: records)
+    names = [str(number) for number in range(5)]
+    MetadataCatalog.get("own").set(thing_classes=names, evaluator_type="coco")
+    options |= OPTIONS | SMALL | {"MODEL.WEIGHTS": cfg.MODEL.WEIGHTS}
+    words = [str(word) for option in options.items() for word in option]
+    result = run_study(
+        networks=[detector(MASK_RCNN, words, weights=True)],
+        treatments=["plain", "openvino", "onnxruntime-int8"],
+        sizes=[(64, 64), SIZE],
+        batches=[1],
+        repeats=1,
+        deployment=True,
+    )
+    assert [row["error"] for row in result.rows] == [""] * 6
+    plain, openvino, int8 = ((row["box_ap"], row["mask_ap"]) for row in result.rows[:3])
+    assert plain == pytest.approx((100, 100), abs=0.5)
+    assert openvino == pytest.approx(plain, abs=0.5)
+    assert all(5 < ap < 100 for ap in int8)
+    assert len(evaluated) == 3  # once for each treatment, and not for each size of image
+    (images,) = calibrated_on  # and not the random images of the benchmark
+    assert sorted(image["file_name"] for image in images) == [str(file) for file in PICTURES]
+    assert "| box AP   | mask AP   |" in format_table(result.rows)
