@@ -62,6 +62,14 @@ def test_a_run_after_a_failed_run_has_its_log(coco: Path, tmp_path: Path) -> Non
     assert sorted(out.rglob("*")) == before
 
 
+def test_a_mistake_before_the_folder_is_made_is_told(tmp_path: Path) -> None:
+    class Config:
+        OUTPUT_DIR = str(tmp_path / "out")
+
+    with pytest.raises(UserValueError), discard_on_mistake(Config()):  # type: ignore[arg-type]
+        raise UserValueError("A mistake.")
+
+
 @pytest.mark.parametrize("kept", ["notes.txt", "config.yaml", "inference/coco.json"])
 def test_a_folder_with_anything_else_stays(tmp_path: Path, kept: str) -> None:
     """Let a run write a log, and somebody else or an evaluation another file."""

@@ -128,7 +128,7 @@ def discard_on_mistake(cfg: CfgNode) -> Iterator[None]:
 
 def _remove_begun(folder: Path) -> None:
     """Remove the files of a run, unless there are others than a run begins with."""
-    files = [*folder.iterdir()]
+    files = [*folder.iterdir()] if folder.is_dir() else []
     logs = {*_find(folder, ("log.txt*", LIST_NAME))}
     begun = {*_find(folder, ("config.yaml", "fitted.json", "annotations_*.json"))}
     if all(
@@ -136,7 +136,7 @@ def _remove_begun(folder: Path) -> None:
         for file in files
     ):
         for file in files:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def _is_empty(file: Path) -> bool:
