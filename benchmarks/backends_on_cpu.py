@@ -34,8 +34,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is import
 import numpy as np
 import onnx
 import torch
-from detectron2 import model_zoo
-from detectron2.modeling import build_model
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tabulate import tabulate
@@ -43,7 +41,8 @@ from tabulate import tabulate
 from vovnet_d2.backends import BACKENDS, rank_backends, use_backend
 from vovnet_d2.backends.cache import model_key
 from vovnet_d2.backends.quantized import mark_quantized
-from vovnet_d2.engine import load_config
+from vovnet_d2.benchmark.networks import calibrate_norms, detector
+from vovnet_d2.benchmark.workload import random_images
 from vovnet_d2.export import export, select_target
 from vovnet_d2.export.int8 import Quantizer
 from vovnet_d2.modeling.inference import optimize_for_inference
@@ -168,13 +167,9 @@ def write_results(args: argparse.Namespace, rows: dict[str, dict[str, dict[str, 
 def measure(network: Network, work: Path, repeats: int) -> Times:
     """Time the cases of a network. Exported files are kept in ``work`` for the next process."""
     torch.manual_seed(0)
-    options = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-    if "_R_50_" in network.config:
-        file = model_zoo.get_config_file(network.config)
-        cfg = load_config(file, options, allow_unsafe_yaml=True)  # Detectron2's own file
-    else:
-        cfg = load_config(network.config, options)
-    model = build_model(cfg).eval()
+    built = detector(network.config, ["MODEL.DEVICE", "cpu"])
+    model: Any = built.build().eval()
+    calibrate_norms(model, random_images(2, SIZES[0], CPU))
     folder = work / Path(network.config).stem
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["VOVNET_D2_CACHE"] = str(folder)
