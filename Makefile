@@ -57,7 +57,7 @@ docs: setup ## build the documentation as a site; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 	@echo "Site: build/site/index.html. With the search: $(PY) -m http.server --directory build/site"
 
-# Compiled networks are left out, as each case would be compiled for a minute.
+# Only the table for deployment has compiled networks, as each case is compiled for a minute.
 gpu-report: setup ## on a GPU: its tests, then speed, memory, energy and training, into output/gpu
 	$(PY) -m pytest -m gpu
 	$(PY) tools/benchmark.py --preset gpu --models V-39-eSE V-19-slim-dw-eSE ResNet-50 --sizes 480x640 \
@@ -65,6 +65,10 @@ gpu-report: setup ## on a GPU: its tests, then speed, memory, energy and trainin
 	$(PY) tools/benchmark.py --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml \
 		COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_1x.yaml --treatments plain optimized bf16 \
 		--modes inference training --device cuda --sizes 800x1344 --output output/gpu/mask_rcnn
+	$(PY) tools/benchmark.py --preset deploy --device cuda --models V-39-eSE ResNet-50 --config-file \
+		COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_3x.yaml \
+		COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml --treatments plain optimized fp16 \
+		compiled-fp16 onnxruntime tensorrt tensorrt-fp16 tensorrt-int8 --output output/gpu/deploy
 	$(PY) tools/benchmark.py --preset table2 --device cuda --output output/gpu/table2
 	$(PY) tools/benchmark.py --preset table4 --device cuda --output output/gpu/table4
 	@echo "The tables: output/gpu/*/README.md"

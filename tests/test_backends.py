@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +41,7 @@ from vovnet_d2.backends import (
 )
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.backends.detector import run_dense_part_elsewhere
+from vovnet_d2.backends.programs import find_backends
 from vovnet_d2.data.image_file import read_image
 from vovnet_d2.engine import load_config, main_process
 from vovnet_d2.engine.precision import predict_in_float32
@@ -245,6 +247,7 @@ def test_auto_takes_the_fastest(
             BACKENDS[name].packages,
             lambda *args, name=name, load=load: loaded.append(name) or load(*args),
             BACKENDS[name].why_not,
+            BACKENDS[name].has_half,
         )
         monkeypatch.setitem(BACKENDS, name, backend)
     with caplog.at_level("INFO", logger="vovnet_d2"):
@@ -337,14 +340,23 @@ def test_openvino_computes_in_bfloat16_if_the_cpu_has_it(
     monkeypatch.setattr(openvino, "Core", Core)
     BACKENDS["openvino"].load(Path("dense.onnx"), CPU, precision)
     assert asked == ["bf16" if capable and precision != "float32" else "f32"]
+    assert ("openvino" in find_backends(CPU, half=True)) == capable
+    message = "openvino computes in float32 on this machine and not in half precision"
+    with nullcontext() if capable else pytest.raises(ValueError, match=message):
+        check_backend("openvino", CPU, half=True)
 
 
 @pytest.fixture
 def precisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the precisions in which OpenVINO is asked to compute, as they come."""
+    """Return the precisions in which OpenVINO is asked to compute, as they come. It seems to have
+    half precision, and computes in float32 on a CPU without bfloat16."""
     asked: list[str] = []
     load = BACKENDS["openvino"].load
-    noting = replace(BACKENDS["openvino"], load=lambda *args: asked.append(args[2]) or load(*args))
+    noting = replace(
+        BACKENDS["openvino"],
+        load=lambda *args: asked.append(args[2]) or load(*args),
+        has_half=lambda: True,
+    )
     monkeypatch.setitem(BACKENDS, "openvino", noting)
     return asked
 
@@ -352,8 +364,7 @@ def precisions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_half_precision(
     retinanet: nn.Module, precisions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare with the model in float32. On a CPU without bfloat16, OpenVINO computes in float32,
-    too."""
+    """Compare with the model in float32."""
     images = torch.rand(1, 3, 128, 128)
     exact = retinanet.backbone(images)
     for backend in ("torch", "openvino"):
@@ -557,7 +568,7 @@ def test_options_of_backends(mask_rcnn: CfgNode, precisions: list[str]) -> None:
     assert precisions == ["half"]
     with pytest.raises(ValueError, match="compile is torch's: leave it out with backend openvino"):
         Predictor(mask_rcnn, backend="openvino", compile=True)
-    message = "onnxruntime computes in float32 and not in half precision.*: choose from torch, ope"
+    message = "onnxruntime computes in float32 on this machine.*: choose torch or auto"
     with pytest.raises(ValueError, match=message):
         Predictor(mask_rcnn, backend="onnxruntime", dtype=torch.bfloat16)
     check_backend("onnxruntime", CPU, int8=True, half=True)  # only the rest of a file is float

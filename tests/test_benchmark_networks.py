@@ -150,9 +150,12 @@ def test_norms_of_channels_without_variance_do_not_change():
 
 
 @pytest.mark.parametrize("name", TREATMENTS)
-def test_refusals(name):
+def test_refusals(name, monkeypatch):
+    """Refuse what cannot run, on a CPU that has bfloat16."""
+    capable = replace(BACKENDS["openvino"], has_half=lambda: True)
+    monkeypatch.setitem(BACKENDS, "openvino", capable)
     treatment = TREATMENTS[name]
-    on_gpus_only = "tf32" in name or "fp16" in name or name == "tensorrt"
+    on_gpus_only = "tf32" in name or "fp16" in name or name.startswith("tensorrt")
     without_training = name.startswith(("openvino", "onnxruntime"))
     refused = treatment.refusal(CPU, training=True) is not None
     assert refused == (on_gpus_only or without_training)
@@ -169,6 +172,10 @@ def test_refusals_of_backends(monkeypatch):
         why = "it needs a GPU" if treatment.name == "tensorrt" else "it computes on CPUs"
         expected = f"The backend {treatment.backend} cannot be used on {device}: {why}."
         assert treatment.refusal(device, training=False) == expected
+    incapable = replace(BACKENDS["openvino"], has_half=lambda: False)
+    monkeypatch.setitem(BACKENDS, "openvino", incapable)
+    message = TREATMENTS["openvino-bf16"].refusal(CPU, training=False)
+    assert "computes in float32 on this machine and not in half precision" in message
     monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], packages=("no_such",)))
     for treatment in (openvino, int8):
         expected = "The backend openvino needs no_such: pip install no_such."

@@ -249,7 +249,7 @@ def test_commands_of_the_gpu_report(monkeypatch):
     recipe = (Path(__file__).parents[1] / "Makefile").read_text().replace("\\\n", " ")
     target = recipe.partition("\ngpu-report:")[2].partition("\n\n")[0]
     commands = re.findall(r"tools/benchmark\.py (.*)", target)
-    assert len(commands) == 4
+    assert len(commands) == 5
     folders = set()
     for command in commands:
         args = tool.parse_arguments(shlex.split(command))
@@ -257,7 +257,7 @@ def test_commands_of_the_gpu_report(monkeypatch):
         assert plan.device.type == "cuda"
         assert plan.networks
         folders.add(args.output)
-    assert len(folders) == 4
+    assert len(folders) == 5
     assert "-m pytest -m gpu" in target
 
 

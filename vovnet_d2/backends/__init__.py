@@ -3,7 +3,7 @@
 """Detectors whose dense part runs in OpenVINO, ONNX Runtime or TensorRT, in float32 or INT8."""
 
 from .cache import CACHE, cache_folder
-from .programs import AUTO, BACKENDS, TORCH, check_backend
+from .programs import AUTO, BACKENDS, TORCH, check_backend, choose_precision
 from .use import rank_backends, use_backend
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TORCH",
     "cache_folder",
     "check_backend",
+    "choose_precision",
     "rank_backends",
     "use_backend",
 ]

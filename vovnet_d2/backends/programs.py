@@ -24,6 +24,14 @@ Precision = Literal["float32", "half", "int8"]
 INT8, layers that are not quantized compute in half precision where the backend has it."""
 
 
+def choose_precision(dtype: torch.dtype, *, int8: bool) -> Precision:
+    """Return the precision of a backend for an INT8 file, or for a file in float32 that it computes
+    in a dtype."""
+    if int8:
+        return "int8"
+    return "float32" if dtype == torch.float32 else "half"
+
+
 @dataclass(frozen=True)
 class Backend:
     """Describes a backend: what it needs, and how it loads a file.
@@ -33,13 +41,14 @@ class Backend:
         load: loads an ONNX file to run on a device, in a :data:`Precision` (default: float32).
         why_not: returns the reason why it cannot compute on a device, or "" if it can. It is called
             only if the packages are installed.
-        has_half: whether it computes in half precision.
+        has_half: returns whether it computes in half precision here. It is called only if the
+            packages are installed.
     """
 
     packages: tuple[str, ...]
     load: Callable[..., Program]
     why_not: Callable[[torch.device], str]
-    has_half: bool = True
+    has_half: Callable[[], bool]
 
 
 def check_backend(
@@ -69,30 +78,30 @@ def check_backend(
         )
     if name not in BACKENDS:
         return
-    if half and not int8 and not BACKENDS[name].has_half:
-        others = ", ".join((TORCH, *(n for n, b in BACKENDS.items() if b.has_half), AUTO))
-        raise UserValueError(
-            f"The backend {name} computes in float32 and not in half precision, which dtype or "
-            f"TEST.AMP.ENABLED True asks for: choose from {others}."
-        )
     if missing := _missing_packages(name):
         raise UserImportError(
             f"The backend {name} needs {', '.join(missing)}: pip install {' '.join(missing)}."
         )
     if reason := BACKENDS[name].why_not(device):
         raise UserValueError(f"The backend {name} cannot be used on {device}: {reason}.")
+    if half and not int8 and not BACKENDS[name].has_half():
+        raise UserValueError(
+            f"The backend {name} computes in float32 on this machine and not in half precision, "
+            f"which dtype or TEST.AMP.ENABLED True asks for: choose {TORCH} or {AUTO}."
+        )
 
 
 def find_backends(device: torch.device, *, half: bool = False) -> list[str]:
     """Return the names of the backends, except torch, that are installed and take this device. With
     ``half``, they must compute in half precision."""
-    names = [name for name, backend in BACKENDS.items() if backend.has_half or not half]
-    return [name for name in names if not _missing_packages(name) and _takes(name, device)]
+    installed = [name for name in BACKENDS if not _missing_packages(name)]
+    return [name for name in installed if _takes(name, device, half=half)]
 
 
-def _takes(name: str, device: torch.device) -> bool:
+def _takes(name: str, device: torch.device, *, half: bool) -> bool:
+    backend = BACKENDS[name]
     try:
-        return not BACKENDS[name].why_not(device)
+        return not backend.why_not(device) and (backend.has_half() or not half)
     except Exception as error:  # a package may be installed and fail to import
         warn_of_broken(name, error)
         return False
@@ -161,21 +170,26 @@ def _why_not_tensorrt(device: torch.device) -> str:
 def _load_openvino(path: Path, device: torch.device, precision: Precision = "float32") -> Program:
     import openvino
 
-    core = openvino.Core()
-    # Without bfloat16 instructions, OpenVINO would compute in bfloat16 by slow conversions.
-    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    in_bfloat16 = precision != "float32" and _has_bfloat16()
     settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if precision != "float32" and has_bfloat16 else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = core.compile_model(path, "CPU", settings)
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results = compiled([x.numpy() for x in inputs])
         return tuple(torch.from_numpy(results[output]) for output in compiled.outputs)
 
     return run
+
+
+def _has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16, as OpenVINO sees it."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _why_not_openvino(device: torch.device) -> str:
@@ -185,10 +199,10 @@ def _why_not_openvino(device: torch.device) -> str:
 _EXPORT = ("onnx", "onnxscript")
 
 BACKENDS = {
-    "openvino": Backend(("openvino", *_EXPORT), _load_openvino, _why_not_openvino),
+    "openvino": Backend(("openvino", *_EXPORT), _load_openvino, _why_not_openvino, _has_bfloat16),
     "onnxruntime": Backend(
-        ("onnxruntime", *_EXPORT), _load_onnxruntime, _why_not_onnxruntime, has_half=False
+        ("onnxruntime", *_EXPORT), _load_onnxruntime, _why_not_onnxruntime, lambda: False
     ),
-    "tensorrt": Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt),
+    "tensorrt": Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt, lambda: True),
 }
 """The backends by name, without torch itself."""

@@ -29,6 +29,7 @@ from .programs import (
     TORCH,
     Precision,
     check_backend,
+    choose_precision,
     find_backends,
     warn_of_broken,
 )
@@ -70,8 +71,8 @@ def use_backend(
             are not quantized compute in bfloat16 in OpenVINO, if the CPU has instructions for it,
             and in float16 in TensorRT. "" quantizes nothing.
         dtype: the dtype of the backbone, or of the dense part in a backend other than torch:
-            float32, bfloat16 or float16. The last two mean bfloat16 in OpenVINO, on a CPU with
-            instructions for it, and float16 in TensorRT.
+            float32, bfloat16 or float16. The last two mean bfloat16 in OpenVINO, which needs a CPU
+            with instructions for it, and float16 in TensorRT.
 
     Raises:
         FileNotFoundError: there is no such quantized file.
@@ -91,7 +92,9 @@ def use_backend(
             return optimize_for_inference(model, dtype=dtype)
         path, output_names = _find_file(model, int8)
         try:
-            program = BACKENDS[candidate].load(path, device, _precision(int8, dtype))
+            program = BACKENDS[candidate].load(
+                path, device, choose_precision(dtype, int8=bool(int8))
+            )
         except Exception as error:  # each program raises its own errors
             if candidate == names[-1]:
                 raise
@@ -99,12 +102,6 @@ def use_backend(
         else:
             return run_dense_part_elsewhere(model, program, output_names)
     raise AssertionError("There is no name.")
-
-
-def _precision(int8: str | os.PathLike[str], dtype: torch.dtype) -> Precision:
-    if int8:
-        return "int8"
-    return "float32" if dtype == torch.float32 else "half"
 
 
 def rank_backends(
@@ -117,7 +114,7 @@ def rank_backends(
     and the errors see :func:`use_backend`.
     """
     device = torch.device(model.device)
-    precision = _precision(int8, dtype)
+    precision = choose_precision(dtype, int8=bool(int8))
     names = find_backends(device, half=precision == "half")
     if not int8:
         names = [TORCH, *names]

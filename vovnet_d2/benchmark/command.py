@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ],
         "treatments": [
             *("plain", "optimized", "openvino", "onnxruntime"),
-            *("openvino-int8", "onnxruntime-int8"),
+            *("openvino-bf16", "openvino-int8", "onnxruntime-int8"),
         ],
         "deployment": True,
         "reference": [

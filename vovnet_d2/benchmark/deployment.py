@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, choose_precision
 from ..engine.quantization import evaluate
 from ..modeling.inference import compile_forward
 from .networks import Network
@@ -71,7 +71,7 @@ class Served:
         model = torch.load(self.model, weights_only=False)
         if self.program:
             load = BACKENDS[self.treatment.backend].load
-            precision = "int8" if self.treatment.int8 else "float32"
+            precision = choose_precision(self.treatment.dtype, int8=self.treatment.int8)
             model.backbone.program = load(self.program, _CPU, precision)
         if self.treatment.compile:
             compile_forward(getattr(model, "backbone", model))

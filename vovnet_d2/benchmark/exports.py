@@ -64,15 +64,19 @@ class Exports:
         with mock.patch.dict(os.environ, {CACHE: str(self._folder)}):
             path = _export(detector, images)
             if treatment.int8:
-                path = self._quantize(network, detector, path, images)
+                symmetric = treatment.backend == "tensorrt"
+                path = self._quantize(network, detector, path, images, symmetric=symmetric)
             int8 = path if treatment.int8 else ""
-            return use_backend(detector, treatment.backend, int8=int8), path
+            found = use_backend(detector, treatment.backend, int8=int8, dtype=treatment.dtype)
+            return found, path
 
-    def _quantize(self, network: Network, model: Any, path: Path, images: Tensor) -> Path:
-        to = path.with_suffix(".int8.onnx")
+    def _quantize(
+        self, network: Network, model: Any, path: Path, images: Tensor, *, symmetric: bool
+    ) -> Path:
+        to = path.with_suffix(".symmetric.onnx" if symmetric else ".int8.onnx")
         if not to.exists():
             quantizer = Quantizer(path, _calibration_images(network, model, images))
-            write_quantized(model, quantizer, quantizer.select(), to)
+            write_quantized(model, quantizer, quantizer.select(), to, symmetric=symmetric)
         return to
 
 

@@ -68,7 +68,8 @@ class Treatment:
         if training:
             return f"The backend {self.backend} only runs inference."
         try:
-            check_backend(self.backend, device, int8=self.int8)
+            half = self.dtype != torch.float32
+            check_backend(self.backend, device, int8=self.int8, half=half)
         except UserError as error:
             return str(error)
         return None
@@ -157,7 +158,15 @@ TREATMENTS = _by_name(
     Treatment("compiled-fp16", "as fp16, compiled", dtype=torch.float16, compile=True),
     Treatment("openvino", f"float32, {_ELSEWHERE}", backend="openvino"),
     Treatment("onnxruntime", "as openvino, in ONNX Runtime", backend="onnxruntime"),
+    Treatment(
+        "openvino-bf16",
+        "as openvino, in bfloat16, on a CPU with instructions for it",
+        backend="openvino",
+        dtype=torch.bfloat16,
+    ),
     Treatment("openvino-int8", f"as openvino, {_INT8}", backend="openvino", int8=True),
     Treatment("onnxruntime-int8", f"as onnxruntime, {_INT8}", backend="onnxruntime", int8=True),
     Treatment("tensorrt", "as openvino, in TensorRT, on a GPU", backend="tensorrt"),
+    Treatment("tensorrt-fp16", "as tensorrt, in float16", backend="tensorrt", dtype=torch.float16),
+    Treatment("tensorrt-int8", f"as tensorrt-fp16, {_INT8}", backend="tensorrt", int8=True),
 )
