@@ -39,7 +39,7 @@ from vovnet_d2.backends import (
     use,
     use_backend,
 )
-from vovnet_d2.backends.cache import export_dense_part, model_key
+from vovnet_d2.backends.cache import export_dense_part, file_digest, model_key
 from vovnet_d2.backends.detector import run_dense_part_elsewhere
 from vovnet_d2.backends.programs import find_backends
 from vovnet_d2.data.image_file import read_image
@@ -284,7 +284,7 @@ def test_times_are_kept_by_network_and_machine(
     def rank() -> None:
         rank_backends(SimpleNamespace(device="cpu"))
 
-    monkeypatch.setattr(use, "_find_file", lambda *_: (file, ()))
+    monkeypatch.setattr(use, "_find_file", lambda *_: (file, (), True))
     monkeypatch.setattr(use, "_measure", measure)
     file.write_bytes(b"one")
     rank()
@@ -317,7 +317,7 @@ def test_openvino_computes_in_float32_with_torchs_threads(
 
     monkeypatch.setattr(openvino, "Core", Core)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    BACKENDS["openvino"].load(export_dense_part(retinanet)[0], CPU)
+    BACKENDS["openvino"].load(export_dense_part(retinanet)[0], CPU, "float32")
     assert compiled[0].get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     assert compiled[0].get_property("INFERENCE_NUM_THREADS") == 1
 
@@ -491,6 +491,7 @@ def test_the_report_of_an_export_with_onnxruntime_gpu(monkeypatch: pytest.Monkey
 def test_tensorrt_is_asked_of_onnx_runtime(
     precision: str,
     retinanet: nn.Module,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -515,8 +516,14 @@ def test_tensorrt_is_asked_of_onnx_runtime(
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert threads == [2]
     assert options["device_id"] == 1
-    assert options["trt_engine_cache_path"] == str(path.parent)
-    assert options["trt_engine_cache_prefix"] == f"{path.stem}-{precision}"
+    # An engine with other weights has another name, in the cache of the user.
+    assert options["trt_engine_cache_path"] == str(cache_folder())
+    prefix = options["trt_engine_cache_prefix"]
+    assert prefix.startswith(f"{precision}-")
+    other = tmp_path / path.name
+    other.write_bytes(path.read_bytes() + b"\0")
+    assert file_digest(path) in prefix
+    assert file_digest(other) not in prefix
     assert options["trt_fp16_enable"] == (precision == "half")
     assert not options["trt_int8_enable"]
     with torch.no_grad():
@@ -564,14 +571,21 @@ def test_backends_that_cannot_be_used(
 
 
 def test_options_of_backends(mask_rcnn: CfgNode, precisions: list[str]) -> None:
-    Predictor(mask_rcnn, backend="openvino", dtype=torch.bfloat16)
-    assert precisions == ["half"]
+    # The dtype of the training on another machine does not matter.
+    trained = mask_rcnn.clone()
+    trained.SOLVER.AMP.DTYPE = "float16"
+    trained.TEST.AMP.ENABLED = True
+    for cfg in (mask_rcnn, trained):
+        Predictor(cfg, backend="openvino", dtype=torch.bfloat16)
+    assert precisions == ["half", "half"]
     with pytest.raises(ValueError, match="compile is torch's: leave it out with backend openvino"):
         Predictor(mask_rcnn, backend="openvino", compile=True)
     message = "onnxruntime computes in float32 on this machine.*: choose torch or auto"
     with pytest.raises(ValueError, match=message):
         Predictor(mask_rcnn, backend="onnxruntime", dtype=torch.bfloat16)
     check_backend("onnxruntime", CPU, int8=True, half=True)  # only the rest of a file is float
+    with pytest.raises(ValueError, match=r"Inference in torch.float64 is not supported"):
+        Predictor(mask_rcnn, backend="openvino", dtype=torch.float64)
 
 
 class Unknown(nn.Module):

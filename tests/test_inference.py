@@ -198,6 +198,33 @@ def test_compiled():
     assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 2 * convolutions
 
 
+def test_a_copy_of_a_compiled_network_has_its_own_weights(monkeypatch, tmp_path):
+    """Compare copies, in memory and in a file, whose weights are zero, with zero."""
+    compiled = []
+
+    def compile_function(forward, **_):
+        compiled.append(forward)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_function)
+    optimized = optimize_for_inference(build(short(NET)), compile=True)
+    x = torch.randn(1, 3, 64, 64)
+    expected = optimized(x)
+    torch.save(optimized, tmp_path / "model.pth")
+    for other in (
+        copy.deepcopy(optimized),
+        torch.load(tmp_path / "model.pth", weights_only=False),
+        optimize_for_inference(optimized),
+    ):
+        for name, value in other(x).items():
+            torch.testing.assert_close(value, expected[name])
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+        assert not any(value.any() for value in other(x).values())
+    assert len(compiled) == 1
+    assert all(value.any() for value in optimized(x).values())
+
+
 def test_graphs_of_a_gpu(monkeypatch):
     """Check, with a stand-in for the compiler, that a call does not change earlier feature maps."""
     asked, kept = [], {"stage2": torch.zeros(1)}

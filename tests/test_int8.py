@@ -5,6 +5,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from predictor_runs import PICTURES, save
 from torch import Tensor, nn
 
 from vovnet_d2 import Predictor
-from vovnet_d2.backends import BACKENDS, programs, use_backend
+from vovnet_d2.backends import BACKENDS, programs, use, use_backend
 from vovnet_d2.backends.cache import export_dense_part, model_key
 from vovnet_d2.backends.quantized import check_quantized, mark_quantized
 from vovnet_d2.engine.quantization import (
@@ -29,6 +30,7 @@ from vovnet_d2.engine.quantization import (
     find_images,
     quantize_detector,
     to_markdown,
+    write_quantized,
 )
 from vovnet_d2.export import int8
 from vovnet_d2.export.dense import DensePart
@@ -145,7 +147,10 @@ def test_the_form_for_tensorrt(
     model: nn.Module, quantizer: Quantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check the conditions of TensorRT in the graph, and run the file in other backends."""
-    quantized = quantizer.quantize(quantizer.select(), symmetric=True)
+    own = Quantizer(export_dense_part(model)[0], images(model), symmetric=True)
+    path = tmp_path / "symmetric.onnx"
+    write_quantized(model, own, own.select(), path)
+    quantized = onnx.load(path)
     values = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
     steps = [n for n in quantized.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
     for node in steps:
@@ -159,9 +164,6 @@ def test_the_form_for_tensorrt(
     biases = {n.input[2] for n in quantized.graph.node if n.op_type == "Conv" and n.input[2:]}
     assert biases
     assert biases <= values.keys()
-    path = tmp_path / "symmetric.onnx"
-    mark_quantized(quantized, model_key(model), symmetric=True)
-    onnx.save(quantized, path)
     image = next(images(model))
     with torch.no_grad():
         expected = list(DensePart(model)(image).values())
@@ -169,18 +171,25 @@ def test_the_form_for_tensorrt(
         found = BACKENDS[backend].load(path, CPU, "int8")(image)
         assert 1e-3 < relative_error(found, expected) < 0.2
     # TensorRT takes this file, and refuses the form for CPUs.
-    asked = []
+    asked: list[Any] = []
     monkeypatch.setattr(programs, "load_onnxruntime", lambda *args: asked.append(args[2]))
-    BACKENDS["tensorrt"].load(path, GPU, "int8")
+    monkeypatch.setattr(use, "check_backend", lambda *_, **__: None)
+    use_backend(model, "tensorrt", int8=path)
     (((name, options),),) = asked
     assert name == "TensorrtExecutionProvider"
     assert options["trt_int8_enable"]
     assert options["trt_fp16_enable"]
-    quantized = quantizer.quantize(["head.conv"])
-    mark_quantized(quantized, model_key(model))
-    onnx.save(quantized, path)
+    for_cpus = tmp_path / "for_cpus.onnx"
+    write_quantized(model, quantizer, ["head.conv"], for_cpus)
     with pytest.raises(ValueError, match=r"not quantized for TensorRT: .* with --for-tensorrt"):
-        BACKENDS["tensorrt"].load(path, GPU, "int8")
+        use_backend(model, "tensorrt", int8=for_cpus)
+    # The choice of auto is kept, because TensorRT is not tried in vain.
+    installed = lambda *_, **__: ["onnxruntime", "tensorrt"]  # noqa: E731
+    monkeypatch.setattr(use, "find_backends", installed)
+    measured = lambda model, path, device, names, *_: dict.fromkeys(names, 0.1)  # noqa: E731
+    monkeypatch.setattr(use, "_measure", measured)
+    assert use.rank_backends(model, int8=for_cpus) == ["onnxruntime"]
+    assert use.rank_backends(model, int8=path) == ["onnxruntime", "tensorrt"]
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -259,7 +268,7 @@ def test_files_of_other_models(model: nn.Module, quantizer: Quantizer, tmp_path:
     quantized = quantizer.quantize(["head.conv"])
     mark_quantized(quantized, model_key(model))
     onnx.save(quantized, tmp_path / "own.onnx")
-    assert check_quantized(tmp_path / "own.onnx", model_key(model)) == names
+    assert check_quantized(tmp_path / "own.onnx", model_key(model)) == (names, False)
     other = build_detector(small_config(MASK_RCNN))
     with pytest.raises(ValueError, match=r"own\.onnx was quantized from another model"):
         use_backend(other, "openvino", int8=tmp_path / "own.onnx")
@@ -268,8 +277,6 @@ def test_files_of_other_models(model: nn.Module, quantizer: Quantizer, tmp_path:
 def test_the_fastest_for_a_quantized_file(
     model: nn.Module, quantizer: Quantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vovnet_d2.backends import use
-
     monkeypatch.setattr(use, "SIZE", (64, 64))
     quantized = quantizer.quantize(["head.conv"])
     mark_quantized(quantized, model_key(model))

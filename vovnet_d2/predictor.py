@@ -14,7 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from PIL import Image, ImageOps
 
-from .backends import TORCH, use_backend
+from .backends import TORCH, check_backend, use_backend
 from .data.image_file import read_image
 from .data.mapper import build_augmentations
 from .engine.any_config import AnyConfig, as_cfg, load_any_config, load_network
@@ -109,10 +109,16 @@ class Predictor:
             raise UserValueError(
                 f"compile is torch's: leave it out with backend {cfg.TEST.BACKEND}."
             )
-        cfg.TEST.AMP.ENABLED = cfg.TEST.BACKEND != TORCH and dtype != torch.float32
+        cfg.TEST.AMP.ENABLED = False  # dtype decides
         if isinstance(config, CfgNode):
             check_network(cfg)
         check_run(cfg, training=False)
+        check_backend(
+            cfg.TEST.BACKEND,
+            torch.device(cfg.MODEL.DEVICE),
+            int8=bool(cfg.TEST.INT8),
+            half=dtype != torch.float32,
+        )
         self.cfg = cfg
         self.batch_size = batch_size
         self.output_device = torch.device(output_device)

@@ -65,6 +65,11 @@ def digest_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def file_digest(path: Path) -> str:
+    """Return a digest of the content of a file, 32 hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
 def model_key(model: Any) -> str:
     """Return a digest of the dense part of a detector: its modules, their settings and tensors."""
     digest = hashlib.sha256()

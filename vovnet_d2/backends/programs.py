@@ -13,11 +13,11 @@ import torch
 
 from ..errors import UserImportError, UserValueError, describe
 from ..export.formats import Program, load_onnxruntime
-from .quantized import check_symmetric
+from .cache import cache_folder, file_digest
 
 logger = logging.getLogger(__name__)
 
-TORCH, AUTO = "torch", "auto"
+TORCH, TENSORRT, AUTO = "torch", "tensorrt", "auto"
 
 Precision = Literal["float32", "half", "int8"]
 """The precision of a backend. Half precision is bfloat16 in OpenVINO and float16 in TensorRT. In
@@ -38,7 +38,7 @@ class Backend:
 
     Attributes:
         packages: the packages that it needs; the names are those of import and of pip.
-        load: loads an ONNX file to run on a device, in a :data:`Precision` (default: float32).
+        load: loads an ONNX file to run on a device, in a precision.
         why_not: returns the reason why it cannot compute on a device, or "" if it can. It is called
             only if the packages are installed.
         has_half: returns whether it computes in half precision here. It is called only if the
@@ -46,7 +46,7 @@ class Backend:
     """
 
     packages: tuple[str, ...]
-    load: Callable[..., Program]
+    load: Callable[[Path, torch.device, Precision], Program]
     why_not: Callable[[torch.device], str]
     has_half: Callable[[], bool]
 
@@ -121,9 +121,7 @@ def _missing_packages(name: str) -> list[str]:
 # ONNX Runtime ------------------------------------------------------------------------------------
 
 
-def _load_onnxruntime(
-    path: Path, device: torch.device, precision: Precision = "float32"
-) -> Program:
+def _load_onnxruntime(path: Path, device: torch.device, precision: Precision) -> Program:
     return load_onnxruntime(path, device)  # the file says which layers are in INT8
 
 
@@ -144,17 +142,18 @@ def _missing_provider(name: str) -> str:
 # TensorRT, run by ONNX Runtime -------------------------------------------------------------------
 
 
-def _load_tensorrt(path: Path, device: torch.device, precision: Precision = "float32") -> Program:
-    if precision == "int8":
-        check_symmetric(path)
-    # It takes minutes to build an engine, so it is kept in the folder of the ONNX file.
+def _load_tensorrt(path: Path, device: torch.device, precision: Precision) -> Program:
+    # It takes minutes to build an engine, so it is kept. ONNX Runtime does not look at the weights
+    # when it searches for an engine of an earlier file.
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     options = {
         "device_id": device.index or 0,
         "trt_fp16_enable": precision != "float32",
         "trt_int8_enable": precision == "int8",
         "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(path.parent),
-        "trt_engine_cache_prefix": f"{path.stem}-{precision}",
+        "trt_engine_cache_path": str(folder),
+        "trt_engine_cache_prefix": f"{precision}-{file_digest(path)}",
     }
     return load_onnxruntime(path, device, (("TensorrtExecutionProvider", options),))
 
@@ -167,7 +166,7 @@ def _why_not_tensorrt(device: torch.device) -> str:
 # OpenVINO ----------------------------------------------------------------------------------------
 
 
-def _load_openvino(path: Path, device: torch.device, precision: Precision = "float32") -> Program:
+def _load_openvino(path: Path, device: torch.device, precision: Precision) -> Program:
     import openvino
 
     in_bfloat16 = precision != "float32" and _has_bfloat16()
@@ -203,6 +202,6 @@ BACKENDS = {
     "onnxruntime": Backend(
         ("onnxruntime", *_EXPORT), _load_onnxruntime, _why_not_onnxruntime, lambda: False
     ),
-    "tensorrt": Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt, lambda: True),
+    TENSORRT: Backend(("onnxruntime", *_EXPORT), _load_tensorrt, _why_not_tensorrt, lambda: True),
 }
 """The backends by name, without torch itself."""

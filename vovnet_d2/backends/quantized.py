@@ -3,7 +3,7 @@
 """The notes in a quantized file: the model that it was made from, and its outputs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserFileNotFoundError, UserValueError
 
@@ -19,24 +19,20 @@ def mark_quantized(model: Any, key: str, *, symmetric: bool = False) -> None:
     model.metadata_props.add(key=_SYMMETRIC, value=str(symmetric))
 
 
-def check_symmetric(path: Path) -> None:
-    """Check that a quantized file is symmetric, as TensorRT needs it. Raise ValueError if not."""
-    import onnx
+class QuantizedFile(NamedTuple):
+    """Describes a quantized file.
 
-    if _metadata(onnx.load(path)).get(_SYMMETRIC) != "True":
-        raise UserValueError(
-            f"{path} was not quantized for TensorRT: run tools/export_model.py --int8 with "
-            "--for-tensorrt."
-        )
+    Attributes:
+        output_names: the names of its outputs.
+        symmetric: whether it has the form that TensorRT needs.
+    """
 
-
-def _metadata(model: Any) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
+    output_names: tuple[str, ...]
+    symmetric: bool
 
 
-def check_quantized(path: Path, key: str) -> tuple[str, ...]:
-    """Check that a quantized file was made from the model with a :func:`model_key`, and return the
-    names of its outputs.
+def check_quantized(path: Path, key: str) -> QuantizedFile:
+    """Check that a quantized file was made from the model with a :func:`model_key`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,14 +48,15 @@ def check_quantized(path: Path, key: str) -> tuple[str, ...]:
         raise UserValueError(
             f"{path} is no ONNX file: tools/export_model.py --int8 writes one."
         ) from error
-    found = _metadata(model).get(_KEY)
-    if found is None:
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    if _KEY not in notes:
         raise UserValueError(
             f"{path} was not written by tools/export_model.py --int8: make one with that command."
         )
-    if found != key:
+    if notes[_KEY] != key:
         raise UserValueError(
             f"{path} was quantized from another model (other weights or another config): run "
             "tools/export_model.py --int8 with these."
         )
-    return tuple(output.name for output in model.graph.output)
+    names = tuple(output.name for output in model.graph.output)
+    return QuantizedFile(names, notes.get(_SYMMETRIC) == "True")

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors whose dense part runs in a backend: a given one, or the fastest that is installed."""
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,14 @@ from ..atomic import write_text
 from ..errors import UserValueError
 from ..export.dense import DensePart
 from ..export.formats import Program
-from ..modeling.inference import optimize_for_inference
+from ..modeling.inference import check_dtype, optimize_for_inference
 from ..timing import describe_environment, package_version, time_interleaved
-from .cache import cache_folder, digest_of, export_dense_part, model_key
+from .cache import cache_folder, digest_of, export_dense_part, file_digest, model_key
 from .detector import run_dense_part_elsewhere
 from .programs import (
     AUTO,
     BACKENDS,
+    TENSORRT,
     TORCH,
     Precision,
     check_backend,
@@ -81,6 +81,7 @@ def use_backend(
         ValueError: the backend is unknown or cannot be used on this device or in this precision, an
             operator of the network cannot be exported, or the quantized file is from another model.
     """
+    check_dtype(dtype)
     device = torch.device(model.device)
     if isinstance(name, str):
         check_backend(name, device, int8=bool(int8), half=dtype != torch.float32)
@@ -90,17 +91,22 @@ def use_backend(
     for candidate in names:
         if candidate == TORCH:
             return optimize_for_inference(model, dtype=dtype)
-        path, output_names = _find_file(model, int8)
+        file = _find_file(model, int8)
+        if candidate == TENSORRT and not file.for_tensorrt:
+            raise UserValueError(
+                f"{file.path} was not quantized for TensorRT: run tools/export_model.py --int8 "
+                "with --for-tensorrt."
+            )
         try:
             program = BACKENDS[candidate].load(
-                path, device, choose_precision(dtype, int8=bool(int8))
+                file.path, device, choose_precision(dtype, int8=bool(int8))
             )
         except Exception as error:  # each program raises its own errors
             if candidate == names[-1]:
                 raise
             warn_of_broken(candidate, error)
         else:
-            return run_dense_part_elsewhere(model, program, output_names)
+            return run_dense_part_elsewhere(model, program, file.output_names)
     raise AssertionError("There is no name.")
 
 
@@ -120,10 +126,12 @@ def rank_backends(
         names = [TORCH, *names]
     if len(names) == 1:
         return names
-    path, _ = _find_file(model, int8)
+    path, _, for_tensorrt = _find_file(model, int8)
+    names = [name for name in names if name != TENSORRT or for_tensorrt]
     machine = _describe_machine(device, names)
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    kept = cache_folder() / f"fastest-{digest_of(content, *names, machine, precision)}.json"
+    kept = (
+        cache_folder() / f"fastest-{digest_of(file_digest(path), *names, machine, precision)}.json"
+    )
     seconds = _read_seconds(kept, names)
     where = f"Kept in {kept}"
     if not seconds:
@@ -146,11 +154,18 @@ def rank_backends(
     return ranked
 
 
-def _find_file(model: Any, int8: str | os.PathLike[str]) -> tuple[Path, tuple[str, ...]]:
-    """Return the ONNX file of the dense part of a model, and the names of its outputs."""
+class _File(NamedTuple):
+    """An ONNX file of the dense part of a model."""
+
+    path: Path
+    output_names: tuple[str, ...]
+    for_tensorrt: bool = True
+
+
+def _find_file(model: Any, int8: str | os.PathLike[str]) -> _File:
     if int8:
-        return Path(int8), check_quantized(Path(int8), model_key(model))
-    return export_dense_part(model)
+        return _File(Path(int8), *check_quantized(Path(int8), model_key(model)))
+    return _File(*export_dense_part(model))
 
 
 def _describe_machine(device: torch.device, names: list[str]) -> str:

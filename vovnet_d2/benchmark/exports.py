@@ -75,8 +75,9 @@ class Exports:
     ) -> Path:
         to = path.with_suffix(".symmetric.onnx" if symmetric else ".int8.onnx")
         if not to.exists():
-            quantizer = Quantizer(path, _calibration_images(network, model, images))
-            write_quantized(model, quantizer, quantizer.select(), to, symmetric=symmetric)
+            calibration = _calibration_images(network, model, images)
+            quantizer = Quantizer(path, calibration, symmetric=symmetric)
+            write_quantized(model, quantizer, quantizer.select(), to)
         return to
 
 

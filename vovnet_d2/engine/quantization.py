@@ -128,13 +128,15 @@ def quantize_detector(
     refuse_foreign([path, report_path, report_path.with_suffix(".md")])
     folder.mkdir(parents=True, exist_ok=True)
     float_path, _ = export_dense_part(model)
-    quantizer = Quantizer(float_path, preprocess(model, cfg, records))
+    images = preprocess(model, cfg, records)
+    quantizer = Quantizer(float_path, images, symmetric=symmetric)
     layers = quantizer.select(keep_float)
-    write_quantized(model, quantizer, layers, path, symmetric=symmetric)
+    write_quantized(model, quantizer, layers, path)
     report = {
         **(about or {}),
         "environment": describe_environment("cpu"),
         "file": path.name,
+        "form": "symmetric, for TensorRT" if symmetric else "for CPUs",
         "images": len(records),
         "megabytes": {
             "float32": round(float_path.stat().st_size / 1e6, 1),
@@ -154,18 +156,11 @@ def quantize_detector(
     return report
 
 
-def write_quantized(
-    model: Any,
-    quantizer: Quantizer,
-    layers: Collection[str],
-    path: Path,
-    *,
-    symmetric: bool = False,
-) -> None:
+def write_quantized(model: Any, quantizer: Quantizer, layers: Collection[str], path: Path) -> None:
     """Write a file for :func:`use_backend` with the dense part of a model, some layers of which are
-    quantized. ``symmetric`` is for TensorRT, see :class:`Quantizer`."""
-    quantized = quantizer.quantize(layers, symmetric=symmetric)
-    mark_quantized(quantized, model_key(model), symmetric=symmetric)
+    quantized."""
+    quantized = quantizer.quantize(layers)
+    mark_quantized(quantized, model_key(model), symmetric=quantizer.symmetric)
     with atomic_write(path) as partial:
         Path(partial).write_bytes(quantized.SerializeToString())
 

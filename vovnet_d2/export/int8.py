@@ -47,13 +47,15 @@ class Quantizer:
     Attributes:
         layers: the names of the nodes of each layer with a convolution, by the name of the layer,
             in the order of the graph.
+        symmetric: whether files get the form for TensorRT.
     """
 
-    def __init__(self, path: Path, images: Iterable[Tensor]):
+    def __init__(self, path: Path, images: Iterable[Tensor], *, symmetric: bool = False):
         """Read an ONNX file of :class:`.targets.BackboneTarget`, in float32. The images are as the
-        input of the file takes them, (N, C, H, W) each."""
+        input of the file takes them, (N, C, H, W) each. ``symmetric`` is the form for TensorRT."""
         import onnx
 
+        self.symmetric = symmetric
         self._model = onnx.load(path)
         self.layers: dict[str, list[str]] = {}
         for node in self._model.graph.node:
@@ -97,9 +99,9 @@ class Quantizer:
         plurals = [g for g in _PLURALS if any(_is_in(layer, g) for layer in self.layers)]
         return [name for name in named if name in parts] + plurals
 
-    def quantize(self, layers: Collection[str], *, symmetric: bool = False) -> Any:
-        """Return the ONNX model with some layers, keys of :attr:`layers`, quantized. ``symmetric``
-        is the form for TensorRT. Raise ValueError if there are no images to calibrate on."""
+    def quantize(self, layers: Collection[str]) -> Any:
+        """Return the ONNX model with some layers, keys of :attr:`layers`, quantized. Raise
+        ValueError if there are no images to calibrate on."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         excluded = [
@@ -110,14 +112,14 @@ class Quantizer:
         quantizer = QDQQuantizer(
             model,
             per_channel=True,
-            reduce_range=not symmetric,
+            reduce_range=not self.symmetric,
             weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            activation_qType=QuantType.QInt8 if self.symmetric else QuantType.QUInt8,
             tensors_range=self._ranges,
             nodes_to_quantize=[],
             nodes_to_exclude=excluded,
             op_types_to_quantize=_OPERATORS,
-            extra_options=_SYMMETRIC if symmetric else {},
+            extra_options=_SYMMETRIC if self.symmetric else {},
         )
         quantizer.quantize_model()
         return quantizer.model.model

@@ -3,7 +3,9 @@
 """Preparation of a backbone or a detector for inference."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,9 +46,10 @@ def optimize_for_inference(
             trained on handwritten digits, feature maps change by at most 0.7 % (bfloat16) or 0.09 %
             (float16) of their root mean square, and no predicted digit changes.
         memory_format: memory format of the weights, which feature maps take from them.
-        compile: let torch.compile compile the backbone once for each size of image, for up to eight
-            sizes, with its weights as constants, which needs calls without gradients. Further sizes
-            are not compiled. On a CPU the compiler takes up to a minute for a size, a
+        compile: let torch.compile compile the backbone once for each size of image, with its
+            weights as constants, which needs calls without gradients. After eight sizes, those of
+            other networks in the process included, further ones are not compiled. Later changes of
+            the weights have no effect. On a CPU the compiler takes up to a minute for a size, a
             V-19-slim-dw-eSE then takes an eighth less time, and larger networks 2 to 6 % less
             (benchmarks/inference_and_training_on_cpu). On a GPU the kernels of each size are
             recorded as a CUDA graph; the gain has not been measured.
@@ -54,9 +57,7 @@ def optimize_for_inference(
     Raises:
         ValueError: another ``dtype``.
     """
-    if dtype not in _DTYPES:
-        choices = ", ".join(map(str, _DTYPES))
-        raise UserValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
+    check_dtype(dtype)
     # Norms are fused in float32, and the result is cast.
     model = copy.deepcopy(model).eval().requires_grad_(False).float()
     fuse_norms(model)
@@ -78,19 +79,52 @@ def optimize_for_inference(
     return model
 
 
-def compile_forward(backbone: nn.Module) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError if networks do not compute in a dtype."""
+    if dtype not in _DTYPES:
+        choices = ", ".join(map(str, _DTYPES))
+        raise UserValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
+
+
+def compile_forward(backbone: Any) -> None:
     """Let torch.compile compile the forward pass for each size, with the weights as constants."""
-    on_gpu = any(tensor.is_cuda for tensor in backbone.parameters())
-    forward = torch.compile(backbone.forward, dynamic=False, options={"triton.cudagraphs": on_gpu})
+    backbone.forward = _CompiledForward(backbone)
 
-    def forward_frozen(*args: torch.Tensor) -> Any:
-        # As one of the options, this would come after the weights have become arguments.
-        with torch._inductor.config.patch(freezing=True):
-            maps = forward(*args)
+
+class _CompiledForward:
+    """Runs the compiled forward pass of a module.
+
+    A copy of the module, and the module in a file, have its plain forward pass, because the
+    compiled one has the weights of this module.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._on_gpu = any(tensor.is_cuda for tensor in module.parameters())
+        self._forward = torch.compile(
+            module.forward, dynamic=False, options={"triton.cudagraphs": self._on_gpu}
+        )
+
+    def __call__(self, *images: torch.Tensor) -> Any:
+        with _constant_weights():
+            maps = self._forward(*images)
         # The next call writes into the outputs of a CUDA graph.
-        return tree_map(_clone, maps) if on_gpu else maps
+        return tree_map(_clone, maps) if self._on_gpu else maps
 
-    backbone.forward = forward_frozen
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain_forward, (self._module,)
+
+
+def _plain_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
+
+
+def _constant_weights() -> AbstractContextManager[object]:
+    """Let the compiler treat weights as constants. As an option of ``torch.compile`` this setting
+    would come too late: the weights would be arguments already."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True) if hasattr(config, "freezing") else nullcontext()
 
 
 def _clone(value: Any) -> Any:
