@@ -4,15 +4,19 @@
 without a result.
 """
 
+import os
 import re
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from detectron2.config import CfgNode
 from engine_runs import FASTER_RCNN, launch, read_log
 
 from vovnet_d2.engine.output_folder import discard_on_mistake
 from vovnet_d2.errors import UserValueError
+from vovnet_d2.made import note_made, note_run
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -62,29 +66,100 @@ def test_a_run_after_a_failed_run_has_its_log(coco: Path, tmp_path: Path) -> Non
     assert sorted(out.rglob("*")) == before
 
 
-def test_a_mistake_before_the_folder_is_made_is_told(tmp_path: Path) -> None:
-    class Config:
-        OUTPUT_DIR = str(tmp_path / "out")
+def fail(folder: str | Path, act: Callable[[], object] = lambda: None) -> None:
+    """Let a run with this ``OUTPUT_DIR`` end with a mistake of the user, after ``act``."""
 
-    with pytest.raises(UserValueError), discard_on_mistake(Config()):  # type: ignore[arg-type]
+    @discard_on_mistake(CfgNode({"OUTPUT_DIR": str(folder)}))
+    def run() -> None:
+        act()
         raise UserValueError("A mistake.")
 
+    with pytest.raises(UserValueError, match=r"^A mistake\.$"):
+        run()
 
-@pytest.mark.parametrize("kept", ["notes.txt", "config.yaml", "inference/coco.json"])
+
+def begin(out: Path, **files: str) -> None:
+    """Write what a run begins with, and other files, whose names have "__" for a dot."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("a") as log:
+        log.write("a line\n")
+    note_run(out)
+    for name, content in files.items():
+        (out / name.replace("__", ".")).write_text(content)
+
+
+def test_a_mistake_before_the_folder_is_made_is_told(tmp_path: Path) -> None:
+    fail(tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["new/out", "runs/../out", "runs/../new/out"])
+@pytest.mark.parametrize("files", [{}, {"metrics__json": ""}, {"log__txt__rank1": "a line"}])
+def test_what_a_failed_run_begins_with_is_removed(
+    tmp_path: Path, name: str, files: dict[str, str]
+) -> None:
+    fail(tmp_path / name, lambda: begin(tmp_path / name, **files))
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["out", "runs/../out", "link/../out"])
+def test_a_folder_that_existed_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Fail in an empty folder and in the folder of a run. ``runs`` does not exist before, and
+    ``link`` leads to a folder elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("out"), Path("far/out"), Path("far/away")):
+        folder.mkdir(parents=True)
+    Path("link").symlink_to("far/away")
+    here = Path(name).resolve()
+    fail(name, lambda: os.makedirs(name, exist_ok=True))
+    assert here.is_dir()
+    begin(here)
+    fail(name, lambda: begin(Path(name)))
+    assert (here / "log.txt").read_text() == "a line\na line\n"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("notes.txt", "notes_without_a_line", "config.yaml", "inference/coco.json"),
+        *("log.txt.before", "log.txt.rank1.before", "metrics.json", "model_final.pth"),
+    ],
+)
 def test_a_folder_with_anything_else_stays(tmp_path: Path, kept: str) -> None:
     """Let a run write a log, and somebody else or an evaluation another file."""
+    out, content = tmp_path / "out", "" if kept == "notes_without_a_line" else "written by hand"
+
+    def act() -> None:
+        begin(out)
+        (out / kept).parent.mkdir(exist_ok=True)
+        (out / kept).write_text(content)
+
+    fail(out, act)
+    assert (out / "log.txt").read_text() == "a line\n"
+    assert (out / kept).read_text() == content
+
+
+def test_a_folder_where_another_run_has_begun_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    class Config:
-        OUTPUT_DIR = str(out)
+    def wait() -> None:  # as a run does that downloads weights
+        begin(out)
+        begin(out, config__yaml="SEED: 1\n")  # the other run
+        note_made(out / "config.yaml")
 
-    def fail() -> None:
-        (out / kept).parent.mkdir(parents=True)
-        (out / "log.txt").write_text("a line")
-        (out / kept).write_text("written by hand")
-        raise UserValueError("A mistake.")
+    fail(out, wait)
+    assert (out / "config.yaml").read_text() == "SEED: 1\n"
+    assert (out / "log.txt").read_text() == "a line\n" * 2
 
-    with pytest.raises(UserValueError), discard_on_mistake(Config()):  # type: ignore[arg-type]
-        fail()
-    assert (out / "log.txt").read_text() == "a line"
-    assert (out / kept).read_text() == "written by hand"
+
+def test_a_folder_that_cannot_be_removed_does_not_hide_the_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlink(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    fail(tmp_path / "out", lambda: begin(tmp_path / "out"))
+    assert (tmp_path / "out" / "log.txt").is_file()

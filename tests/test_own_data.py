@@ -707,7 +707,6 @@ def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
         (root / "train.csv").write_text(rows)
         cfg = setup(FASTER_RCNN, words, *options)
         (tmp_path / "out" / "config.yaml").write_text(cfg.dump())
-        (tmp_path / "out" / "metrics.json").touch()  # the run has begun
         files.append(Path(cfg.DATASETS.OWN[0]["json"]))
     assert [file.name for file in files] == [
         *("annotations_train.json", "annotations_train_2.json", "annotations_train.json")
@@ -719,13 +718,12 @@ def test_a_conversion_leaves_the_annotations_of_an_earlier_run(
 def test_a_conversion_replaces_the_annotations_of_a_failed_run(
     catalogs: None, converted: Path, tmp_path: Path
 ) -> None:
-    """Convert again after a change. The earlier run has failed after it has written its config."""
+    """Convert again after a change. The earlier run has failed before it has written its config."""
     root, out = tmp_path / "mine", tmp_path / "out"
     shutil.copytree(converted / "csv", root)
     words = ["--train-annotations", str(root / "train.csv")]
     words += ["--train-images", str(converted / "images")]
-    first = setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))
-    (out / "config.yaml").write_text(first.dump())
+    setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))
     rows = (root / "train.csv").read_text().splitlines(keepends=True)
     (root / "train.csv").write_text("".join(rows[:-1]))
     setup(FASTER_RCNN, words, "OUTPUT_DIR", str(out))

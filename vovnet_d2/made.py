@@ -53,11 +53,16 @@ def note_run(folder: str | os.PathLike[str]) -> None:
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
     """Return whether :func:`note_run` has noted this folder."""
+    return count_runs(folder) > 0
+
+
+def count_runs(folder: str | os.PathLike[str]) -> int:
+    """Return how often :func:`note_run` has noted this folder."""
     name, value = _RUN
     try:
-        return value in _read_list(Path(folder)).get(name, ())
+        return _read_list(Path(folder)).get(name, []).count(value)
     except OSError:
-        return False
+        return 0
 
 
 def refuse_foreign(paths: Iterable[str | os.PathLike[str]]) -> None:

@@ -4,9 +4,10 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from detectron2.utils import comm
 
 from ..errors import UserError, UserValueError
 from ..folders import list_missing, remove_empty
-from ..made import LIST_NAME, is_made_here, is_run, put_aside
+from ..made import LIST_NAME, count_runs, is_made_here, is_run, put_aside
 from .main_process import in_main_process
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ _BESIDES = (
     "events.out.tfevents.*",
 )
 _EARLIER = "earlier"
+
+# The files that a run begins with. The log and the list grow, the next files are in the list as
+# they are, and the last files are empty before the first iteration.
+_GROWING = re.compile(r"log\.txt(\.rank\d+)?|" + re.escape(LIST_NAME))
+_LISTED = re.compile(r"config\.yaml|fitted\.json|annotations_.*\.json")
+_EMPTY = re.compile(r"metrics\.json|events\.out\.tfevents\..*")
 
 
 def choose_folder(folder: str, *, training: bool, resume: bool) -> str:
@@ -121,26 +128,27 @@ def discard_on_mistake(cfg: CfgNode) -> Iterator[None]:
     except UserError as error:
         made = missing if folder == cfg.OUTPUT_DIR else [Path(cfg.OUTPUT_DIR)]
         if made and error.exit_status == 2 and comm.is_main_process():
-            _remove_begun(made[0])
+            with suppress(OSError):  # the mistake is what the user has to know
+                _remove_begun(made[0])
             remove_empty(made)
         raise
 
 
 def _remove_begun(folder: Path) -> None:
-    """Remove the files of a run, unless there are others than a run begins with."""
-    files = [*folder.iterdir()] if folder.is_dir() else []
-    logs = {*_find(folder, ("log.txt*", LIST_NAME))}
-    begun = {*_find(folder, ("config.yaml", "fitted.json", "annotations_*.json"))}
-    if all(
-        file.name in logs or (file.name in begun and is_made_here(file)) or _is_empty(file)
-        for file in files
-    ):
+    """Remove the files of a run, unless there are others than a run begins with, or another run
+    has begun in the same folder since."""
+    files = [*folder.iterdir()]
+    if count_runs(folder) <= 1 and all(map(_is_begun, files)):
         for file in files:
             file.unlink(missing_ok=True)
 
 
-def _is_empty(file: Path) -> bool:
-    return file.is_file() and not file.stat().st_size
+def _is_begun(file: Path) -> bool:
+    """Return whether a file is what a run leaves that has not come to its first iteration."""
+    if _LISTED.fullmatch(file.name):
+        return is_made_here(file)
+    is_empty = bool(_EMPTY.fullmatch(file.name)) and file.is_file() and not file.stat().st_size
+    return is_empty or bool(_GROWING.fullmatch(file.name))
 
 
 def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
@@ -154,7 +162,7 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
         the folder that holds the earlier run now; empty if there was no earlier run.
     """
     here = Path(folder)
-    if not has_run(here):
+    if not _has_run(here):
         return ""
     earlier = here / _EARLIER
     for number in count(2):
@@ -182,7 +190,7 @@ def keep_earlier_run(folder: str, inputs: Sequence[str] = ()) -> str:
     return str(earlier)
 
 
-def has_run(folder: Path) -> bool:
+def _has_run(folder: Path) -> bool:
     """Return whether a folder has files of a run. A ``config.yaml`` alone is no run, because that
     run had not begun."""
     return bool({*_find(folder, (*_REPORT, *_CHECKPOINTS))} - {"config.yaml"})

@@ -23,7 +23,6 @@ from ..made import is_made_here
 from ..words import counted, listed, suggest
 from .main_process import in_main_process
 from .num_classes import find_num_classes, instance_class_keys
-from .output_folder import has_run
 from .own_keypoints import KEYPOINT_KEY, find_keypoints, refuse_idle_flips
 
 logger = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ def _convert(split: str, path: Path, images: Path | None, folder: Path) -> tuple
 
 def _choose_file(folder: Path, split: str, content: dict[str, Any]) -> Path:
     """Choose the file for converted annotations. A file with other annotations stays as it is if
-    the config of an earlier run in this folder names the file."""
+    a config in this folder or in one below names the file."""
     for number in count(1):
         file = folder / f"annotations_{split}{f'_{number}' if number > 1 else ''}.json"
         if not os.path.lexists(file) or _holds(file, content) or _is_of_failed_run(file):
@@ -198,11 +197,11 @@ def _choose_file(folder: Path, split: str, content: dict[str, Any]) -> Path:
 
 
 def _is_of_failed_run(file: Path) -> bool:
-    """Return True if this package wrote a file of annotations, and no config of a run names it."""
+    """Return True if this package wrote a file of annotations, and no config names it. A config may
+    belong to a training whose other files are elsewhere."""
     configs = [*file.parent.glob("config.yaml"), *file.parent.glob("*/config.yaml")]
     return is_made_here(file) and not any(
-        has_run(config.parent) and file.name in config.read_text(encoding="utf-8", errors="replace")
-        for config in configs
+        file.name in config.read_text(encoding="utf-8", errors="replace") for config in configs
     )
 
 
