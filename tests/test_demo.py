@@ -31,7 +31,7 @@ from pycocotools.coco import COCO
 from vovnet_d2.demo import main
 from vovnet_d2.demo.command import _argument_parser
 from vovnet_d2.demo.inputs import Camera, Frame, Picture, Pictures, Video, _find_fps
-from vovnet_d2.demo.outputs import VideoFile, plan_pictures, refuse_overwriting
+from vovnet_d2.demo.outputs import PictureFiles, VideoFile, plan_pictures, refuse_overwriting
 from vovnet_d2.demo.selection import Selection
 from vovnet_d2.drawing.artist import Artist, Shown
 from vovnet_d2.predictor import Predictor
@@ -216,6 +216,21 @@ def test_a_missing_file_among_others(network: CfgNode, capsys: pytest.CaptureFix
     write_pictures(Path("pictures"), 1)
     assert demo(network, "--input", "pictures", "gone*.jpg", "--output", "out") == 1
     assert "There is no file gone*.jpg." in capsys.readouterr().err
+
+
+def test_a_slash_ends_a_folder_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sep", "\\")
+    for name in ("pics/", "pics\\"):
+        with pytest.raises(FileNotFoundError, match=r"^There is no folder pics.\.$"):
+            Pictures([name])
+
+
+@pytest.mark.parametrize("wrong", ["file/b/x.png", f"new/c/{'n' * 300}/x.png"])
+def test_no_folder_is_left_if_another_cannot_be_made(wrong: str) -> None:
+    Path("file").touch()
+    with pytest.raises(ValueError, match=r"^The folder .* cannot be made"):
+        PictureFiles([Path("new/a/x.png"), Path("new/b/x.png"), Path(wrong)])
+    assert [*Path().iterdir()] == [Path("file")]
 
 
 def test_names_of_results() -> None:
@@ -747,6 +762,11 @@ def test_inputs_are_never_overwritten(network: CfgNode, capsys: pytest.CaptureFi
         (["--input", "gone.jpg", "--output", "o"], "There is no file gone.jpg."),
         (["--input", "q/", "--output", "o"], "There is no folder q/."),
         (["--input", "fil", "--output", "o"], "no file or folder fil. Close to it: 'file'."),
+        (
+            ["--input", "fil", "filee", "--output", "o"],
+            "'file'. There is no file or folder filee.\n",
+        ),
+        (["--video", "empty", "--output", "o"], "There is no file empty. 'empty' is a folder.\n"),
         (["--video", "w.avi", "--output", "o"], "no file w.avi. Close to it: 'v.avi'."),
         (["--input", "empty", "--output", "o"], "There is no picture in the folder empty."),
         (["--video", "gone.mp4", "--output", "o"], "There is no file gone.mp4."),

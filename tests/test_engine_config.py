@@ -89,13 +89,20 @@ def test_a_missing_file_names_similar_files() -> None:
         (["SOLVER.MAX_ITER", "many"], r"many: the value must be a whole number, such as \d+\.$"),
         (["SOLVER.STEPS", "(1,"], r"Config option SOLVER.STEPS \(1,: .* in round brackets, such"),
         (["MODEL.MASK_ON", "yes"], r"MODEL.MASK_ON yes: the value must be True or False\.$"),
-        (["MODEL.DEVICE", "5"], r"MODEL.DEVICE 5: the value must be text, such as 'c"),
+        (["SOLVER.BASE_LR", "1"], r"1: .* a number with a decimal point, such as 0\.001\.$"),
+        (["MODEL.WEIGHTS", "5"], r"5: the value must be text\. Write \"'5'\" for the text 5\.$"),
+        (["MODEL.DEVICE", "['a']"], r"\['a'\]: the value must be text, such as 'c[a-z]+'\.$"),
         (["SEED", "1", "--resume"], "--resume stands among the config options"),
     ],
 )
 def test_wrong_options(options: list[str], message: str) -> None:
     with pytest.raises((KeyError, ValueError), match=message):
         load_config("", options)
+
+
+def test_the_options_that_messages_give_as_examples_are_taken() -> None:
+    cfg = load_config("", ["SOLVER.BASE_LR", "0.001", "MODEL.WEIGHTS", "'5'"])
+    assert (cfg.SOLVER.BASE_LR, cfg.MODEL.WEIGHTS) == (0.001, "5")
 
 
 def test_every_argument_is_explained() -> None:
@@ -131,5 +138,8 @@ def test_similar_names_to_a_missing_file_are_searched_in_its_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"Close to it: 'output/config\.yaml'"):
         find_config("output/confg.yaml")
+    (tmp_path / "output" / "link.yaml").symlink_to("gone.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no config file output/link\.yaml\.$"):
+        find_config("output/link.yaml")
     with pytest.raises(FileNotFoundError, match=r"mask_rcnn_V_39_eSE_FPN_3x\.yaml"):
         find_config("COCO-InstanceSegmentation/mask_rcnn_V_39_eSE_FPN_3.yaml")

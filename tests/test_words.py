@@ -44,3 +44,34 @@ def test_close_paths_are_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert suggest_path(missing) == f" Close to it: {close!r}."
     for missing in ("xyz", "data/images/labels.csv", "", "/xyz-is-not-there"):
         assert suggest_path(missing) == ""
+
+
+def test_a_path_of_another_kind_is_not_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ask for a file where a folder is, for a folder where a file is, and for a broken link."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.json").touch()
+    (tmp_path / "link").symlink_to("gone.json")
+    for path, sentence in {
+        "folder": "'folder' is a folder.",
+        "folder/": "'folder' is a folder.",
+        "file.json": "'file.json' is a file.",
+        "file.json/": "'file.json' is a file.",
+        "file.json/images": "'file.json' is a file.",
+        str(tmp_path / "file.json"): f"'{tmp_path / 'file.json'}' is a file.",
+        "link": "'link' is a link to 'gone.json', which does not exist.",
+        "link/images": "'link' is a link to 'gone.json', which does not exist.",
+    }.items():
+        assert suggest_path(path) == f" {sentence}"
+    for path in (".", "/"):  # no part of these paths is missing
+        assert suggest_path(path) == ""
+
+
+def test_names_in_very_large_folders_are_not_compared(tmp_path: Path) -> None:
+    for number in range(2000):
+        (tmp_path / f"{number:06d}.jpg").touch()
+    assert "'{}'".format(tmp_path / "000700.jpg") in suggest_path(tmp_path / "000700.jpeg")
+    (tmp_path / "one more").touch()
+    assert suggest_path(tmp_path / "000700.jpeg") == ""

@@ -16,7 +16,7 @@ def list_missing(folder: Path) -> list[Path]:
     So the paths are resolved.
     """
     paths = [Path(os.path.realpath(path)) for path in (folder, *folder.parents)]
-    return [] if paths[0].exists() else [path for path in paths if not path.exists()]
+    return [] if os.path.exists(paths[0]) else [path for path in paths if not os.path.exists(path)]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -84,7 +84,7 @@ class Pictures:
         self._missing: list[str] = []  # sentences
         for name in inputs:
             if not (pictures := _find_pictures(name, recursive)):
-                self._missing.append(_explain_missing(name))
+                self._missing.append(_explain_missing(name, hint=not self._missing))
             for picture in pictures:
                 found.setdefault(picture.path.resolve(), picture)
         self.pictures = list(found.values())
@@ -105,11 +105,14 @@ class Pictures:
                 yield Frame(number, str(path), pixels)
 
 
-def _explain_missing(name: str) -> str:
+def _explain_missing(name: str, *, hint: bool) -> str:
+    """Return a sentence on a missing input. With ``hint``, it names similar files: a search for
+    each of many inputs would take long."""
     if os.path.isdir(name):
         return f"There is no picture in the folder {name}."
-    kind = "folder" if name.endswith(os.sep) else "file" if Path(name).suffix else "file or folder"
-    return f"There is no {kind} {name}.{suggest_path(name)}"
+    is_folder = name.endswith(("/", os.sep))
+    kind = "folder" if is_folder else "file" if Path(name).suffix else "file or folder"
+    return f"There is no {kind} {name}.{suggest_path(name) if hint else ''}"
 
 
 def _find_pictures(name: str, recursive: bool) -> list[Picture]:

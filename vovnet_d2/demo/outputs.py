@@ -99,6 +99,7 @@ def _make_folder(path: Path) -> list[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        remove_empty(missing)
         raise UserValueError(f"The folder {path} cannot be made ({error.strerror}).") from error
     return missing
 
@@ -113,8 +114,12 @@ class PictureFiles(Sink):
         """Make the folders of the files, which are in the order of the inputs. Raise ValueError if
         a folder cannot be made."""
         self._targets, self._made = targets, list[Path]()
-        for folder in dict.fromkeys(target.parent for target in targets):
-            self._made = [*_make_folder(folder), *self._made]
+        try:
+            for folder in dict.fromkeys(target.parent for target in targets):
+                self._made = [*_make_folder(folder), *self._made]
+        except UserValueError:
+            remove_empty(self._made)
+            raise
 
     def __exit__(self, *error: object) -> None:
         """Remove the folders that got no file. The files are complete already."""

@@ -24,7 +24,7 @@ def find_config(name: str) -> str:
     try:
         return get_config_file(name)
     except FileNotFoundError as error:
-        beside = [str(path) for path in Path(name).parent.glob("*.*")]
+        beside = [str(path) for path in Path(name).parent.glob("*.*") if path.is_file()]
         if not (hint := suggest(str(Path(name)), beside, cutoff=0.8)):
             raise
         raise UserFileNotFoundError(f"There is no config file {name}.{hint}") from error
@@ -159,16 +159,18 @@ def _merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         try:
             cfg.merge_from_list([key, value])
         except (SyntaxError, ValueError) as error:
-            reason = _explain_type(get_value(cfg, key)) or one_line(error)
+            reason = _explain_type(get_value(cfg, key), value) or one_line(error)
             raise UserValueError(f"Config option {key} {value}: {reason}.") from error
 
 
-def _explain_type(present: Any) -> str:
+def _explain_type(present: Any, given: str) -> str:
     """Return which values a key takes, or an empty string, from the present value of the key."""
+    if isinstance(present, str) and not {"'", '"'} & set(given):
+        return f"""the value must be text. Write "'{given}'" for the text {given}"""
     words = {
         bool: "True or False",
         int: "a whole number",
-        float: "a number",
+        float: "a number with a decimal point",
         str: "text",
         list: "a list in square brackets",
         tuple: "a list in round brackets",
