@@ -149,6 +149,27 @@ def test_only_a_terminal_gets_colours(terminal: bool, monkeypatch: pytest.Monkey
     assert file.getvalue() == "SEED: 1\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_many_runs_in_a_process_leave_one_log(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start more logs than Python has levels of recursion. The last run names its own file."""
+    stream, file = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    logger = logging.getLogger("detectron2.engine.defaults")
+    handlers = [logging.StreamHandler(each) for each in (stream, file)]
+    monkeypatch.setattr(logger, "handlers", handlers)
+    for number in range(sys.getrecursionlimit()):
+        quiet.colour_terminals_only(logger.name)
+        quiet.shorten_long_messages(logger.name, f"{number}/log.txt")
+    text = "\x1b[31mModel:\x1b[0m" + "\nline" * 10
+    logger.warning(text)
+    first = text.splitlines()[0] if terminal else "Model:"
+    assert stream.getvalue() == f"{first} (10 lines in {number}/log.txt)\n"
+    assert file.getvalue() == "Model:" + "\nline" * 10 + "\n"
+
+
 def test_characters_that_an_encoding_lacks_are_escaped() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     quiet.escape_unwritable(stream, None)

@@ -81,7 +81,7 @@ def shorten_long_messages(logger_name: str, file: str) -> None:
     """Show the first line of a long message about the set-up in the terminal, and name the log file
     that has all of it."""
     for handler in terminal_handlers(logger_name):
-        handler.setFormatter(_FirstLine(handler.formatter or logging.Formatter(), file))
+        handler.setFormatter(_FirstLine(_unwrap(handler, _FirstLine), file))
 
 
 def colour_terminals_only(logger_name: str) -> None:
@@ -90,26 +90,39 @@ def colour_terminals_only(logger_name: str) -> None:
     coloured = terminal_handlers(logger_name) if sys.stdout.isatty() else []
     for handler in logging.getLogger(logger_name).handlers:
         if handler not in coloured:
-            handler.setFormatter(_Plain(handler.formatter or logging.Formatter()))
+            handler.setFormatter(_Plain(_unwrap(handler, _Plain, _FirstLine)))
 
 
-class _Plain(logging.Formatter):
+class _Wrapper(logging.Formatter):
+    """Changes the text of another formatter."""
+
     def __init__(self, formatter: logging.Formatter):
         super().__init__()
-        self._formatter = formatter
+        self.wrapped = formatter
 
+
+def _unwrap(handler: logging.Handler, *kinds: type[_Wrapper]) -> logging.Formatter:
+    """Return the formatter of a handler without the wrappers that an earlier run in this process
+    has put around it."""
+    formatter = handler.formatter or logging.Formatter()
+    while isinstance(formatter, kinds):
+        formatter = formatter.wrapped
+    return formatter
+
+
+class _Plain(_Wrapper):
     def format(self, record: logging.LogRecord) -> str:
-        return _COLOUR.sub("", self._formatter.format(record))
+        return _COLOUR.sub("", self.wrapped.format(record))
 
 
-class _FirstLine(logging.Formatter):
+class _FirstLine(_Wrapper):
     def __init__(self, formatter: logging.Formatter, file: str):
-        super().__init__()
-        self._formatter, self._file = formatter, file
+        super().__init__(formatter)
+        self._file = file
 
     def format(self, record: logging.LogRecord) -> str:
         is_of_set_up = record.name in _SET_UP  # Detectron2's formatter changes the name
-        text = self._formatter.format(record)
+        text = self.wrapped.format(record)
         first, *others = text.splitlines()
         if not is_of_set_up or len(others) < _MOST_LINES:
             return text
