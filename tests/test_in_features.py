@@ -4,6 +4,8 @@
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from engine_runs import FASTER_RCNN, RETINANET
 from torch import nn
 
@@ -35,6 +37,29 @@ def test_the_message_names_the_key_and_the_feature_maps(
         Trainer.build_model(cfg)
     with pytest.raises(KeyError, match=message):
         read_anchors(cfg)
+
+
+@pytest.mark.parametrize("architecture", _SEMANTIC)
+def test_a_semantic_head_of_the_user_takes_what_it_likes(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Build a head that has no use for ``IN_FEATURES``, then a head that raises an error."""
+
+    def build_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
+        if cfg.MODEL.SEM_SEG_HEAD.NORM == "wrong":
+            raise ValueError("The norm is wrong.")
+        return nn.Conv2d([*input_shape.values()][-1].channels, 3, 1)
+
+    monkeypatch.setitem(SEM_SEG_HEADS_REGISTRY._obj_map, "Mine", build_head)
+    names = ["MODEL.META_ARCHITECTURE", architecture, "MODEL.SEM_SEG_HEAD.NAME", "Mine"]
+    names += ["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['res4']"]
+    if architecture == "SemanticSegmentor":
+        names += ["MODEL.BACKBONE.NAME", "build_vovnet_backbone"]
+    cfg = load_config(FASTER_RCNN, [*THIN, *names])
+    assert type(build_explained(cfg).sem_seg_head) is nn.Conv2d
+    cfg.MODEL.SEM_SEG_HEAD.NORM = "wrong"
+    with pytest.raises(ValueError, match=r"^The norm is wrong\.$"):
+        build_explained(cfg)
 
 
 def test_other_key_errors_do_not_change() -> None:

@@ -20,7 +20,7 @@ _NODES = {
 
 _SEMANTIC = ("PanopticFPN", "SemanticSegmentor")
 """The meta-architectures with a semantic head. Detectron2's head leaves out feature maps that it
-does not find.
+does not find. A head of the user's may have no use for ``IN_FEATURES``.
 """
 
 
@@ -31,7 +31,9 @@ def build_explained(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_
         KeyError: a head asks for a feature map that the backbone does not return. The message names
             the config key and the feature maps.
     """
-    has_semantic_head = cfg.MODEL.META_ARCHITECTURE in _SEMANTIC
+    has_semantic_head = (
+        cfg.MODEL.META_ARCHITECTURE in _SEMANTIC and cfg.MODEL.SEM_SEG_HEAD.NAME == "SemSegFPNHead"
+    )
     try:
         network = build(cfg)
     except KeyError as error:  # Detectron2's heads raise it, with the name of a feature map alone
