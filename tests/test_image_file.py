@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from vovnet_d2.data.image_file import (
     ORIENTATION,
+    is_heic,
     read_header,
     read_image,
     read_labels,
@@ -184,9 +185,29 @@ def test_pictures_of_phones_are_told(tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match=r"it is HEIC, .*: convert it to JPEG or PNG"):
             read(file)
     assert why_unreadable(file).startswith("it is HEIC, which Pillow does not read")
-    file.write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42")  # a video
-    with pytest.raises(ValueError, match=r"\(of no known format\)"):
-        read_image(file)
+
+
+@pytest.mark.parametrize(
+    ("brands", "expected"),
+    [
+        ("heic mif1 MiHE miaf heic", True),  # of a phone
+        *(("hevx hevx", True), ("hevc", True), ("mif1 miaf heic", True), ("msf1 hevc msf1", True)),
+        *(("avif mif1 miaf MA1B", False), ("mif1 avif miaf MA1B", False), ("msf1 avis", False)),
+        *(("mif1", False), ("mp42 isom hvc1", False)),
+    ],
+)
+def test_heic_is_told_by_its_brands(tmp_path: Path, brands: str, expected: bool) -> None:
+    """Write the first box of a file: its size, "ftyp", the major brand, a version and the
+    compatible brands. The next box is damaged: it holds the name of a brand."""
+    major, *compatible = (brand.encode() for brand in brands.split())
+    content = b"ftyp" + major + bytes(4) + b"".join(compatible)
+    box = (len(content) + 4).to_bytes(4, "big") + content
+    file = tmp_path / "a.heic"
+    file.write_bytes(box + b"heicheic")
+    assert is_heic(file) == expected
+    for length in (0, 4, 9):
+        file.write_bytes(box[:length])
+        assert not is_heic(file)
 
 
 # The mapper

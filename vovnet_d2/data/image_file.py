@@ -36,8 +36,11 @@ TURNS = {
 }
 # Some versions of Pillow open 16-bit grey values of these formats as 32-bit numbers.
 _NEVER_32_BITS = ("PNG", "PPM", "JPEG2000")
-# What a HEIC file has in its bytes 4 to 11.
-_HEIC = tuple(b"ftyp" + kind for kind in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1"))
+# The brands of HEIC in the first box of a file (ISO/IEC 23008-12), and the brands of the container,
+# which AVIF has, too.
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+_CONTAINER = {b"mif1", b"msf1"}
+_MOST_BRANDS = 1000  # a limit for damaged files
 _LABEL_MODES = ("1", "L", "P", "PA", "LA", "I")
 
 
@@ -116,9 +119,14 @@ def is_heic(file: str | os.PathLike[str]) -> bool:
     read."""
     try:
         with PathManager.open(os.fspath(file), "rb") as stream:
-            return stream.read(12)[4:] in _HEIC
+            size, kind, major, _ = (stream.read(4) for _ in range(4))
+            others = min(int.from_bytes(size, "big") // 4 - 4, _MOST_BRANDS)
+            compatible = {stream.read(4) for _ in range(others)}
     except OSError:
         return False
+    return kind == b"ftyp" and (
+        major in _HEIC or (major in _CONTAINER and bool(_HEIC & compatible))
+    )
 
 
 def read_labels(file: str | os.PathLike[str]) -> NDArray[np.int64]:
