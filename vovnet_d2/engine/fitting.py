@@ -9,11 +9,11 @@ the same schedule and anchors, even if the data have changed or ``--epochs`` is 
 import argparse
 import json
 import logging
-import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,8 +223,12 @@ def _fit_anchors(anchors: Anchors, records: list[Record], data: TrainingData) ->
     """Fit anchors. All processes take those of the first process, as machines may round
     differently."""
     found = fit_anchors(anchors, collect_boxes(records, data.augment()))
-    kept = sum(map(operator.eq, found.anchors.sizes, anchors.sizes))
-    note = f"; coarse feature maps keep their sizes where that fits better: {kept} of them here"
+    levels = [*zip(found.anchors.sizes, anchors.sizes, strict=True)]
+    kept = len([*takewhile(lambda level: level[0] == level[1], reversed(levels))])
+    note = (
+        f"; the earlier sizes, which fit better, stay for the coarsest {kept} of {len(levels)} "
+        "feature maps"
+    )
     return comm.all_gather(
         {
             "sizes": found.anchors.sizes,
