@@ -17,7 +17,8 @@ _kept: list[np.ndarray] = []
 
 @dataclass(frozen=True)
 class Sleeping:
-    """Network whose call takes a known time. Each process notes its calls in a file of its own."""
+    """Network whose call takes a known time. Each process notes the start and the end of its calls
+    in a file of its own."""
 
     folder: Path
     seconds: float
@@ -29,15 +30,12 @@ class Sleeping:
         note.touch()
 
         def call() -> None:
-            with note.open("a") as file:
-                file.write(f"{time.monotonic()} {torch.get_num_threads()} {_cores()}\n")
+            start = time.monotonic()
             time.sleep(self.seconds)
+            with note.open("a") as file:
+                file.write(f"{start} {time.monotonic()} {torch.get_num_threads()}\n")
 
         return call
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 @dataclass(frozen=True)

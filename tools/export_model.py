@@ -35,7 +35,12 @@ from vovnet_d2.engine.arguments import add_options_argument, parse_options_last
 from vovnet_d2.engine.devices import parse_device
 from vovnet_d2.engine.initial_weights import check_all_loaded
 from vovnet_d2.engine.launch import run_or_exit
-from vovnet_d2.engine.quantization import find_images, quantize_detector
+from vovnet_d2.engine.quantization import (
+    CALIBRATION_IMAGES,
+    CALIBRATION_SEED,
+    find_images,
+    quantize_detector,
+)
 from vovnet_d2.engine.quantization import to_markdown as to_markdown_int8
 from vovnet_d2.errors import UserFileNotFoundError, UserValueError
 from vovnet_d2.export import (
@@ -54,7 +59,6 @@ from vovnet_d2.words import suggest_path
 SIZES = ("224x224", "257x191", "320x480")
 LEAST_SIDE = 32  # pixels, the stride of the last stage
 
-SEED = 0  # of the images that are drawn to calibrate on
 SENSITIVITY_IMAGES = 4
 
 
@@ -138,9 +142,9 @@ def _add_quantization(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration-images",
         type=int,
-        default=300,
+        default=CALIBRATION_IMAGES,
         metavar="N",
-        help="number of its images that are drawn by a fixed seed (default: 300)",
+        help=f"number of its images that are drawn by a fixed seed (default: {CALIBRATION_IMAGES})",
     )
     group.add_argument(
         "--keep-float",
@@ -226,7 +230,7 @@ def _quantize(args: argparse.Namespace) -> None:
         raise UserValueError(f"--calibration-images {args.calibration_images} is less than 1.")
     check_backend("onnxruntime", torch.device("cpu"))
     config, cfg = _load_config(args, "cpu")
-    records = find_images(cfg, args.calibration, args.calibration_images, SEED)
+    records = find_images(cfg, args.calibration, args.calibration_images, CALIBRATION_SEED)
     model = build_network(config, cfg).eval()
     _load_weights(model, cfg.MODEL.WEIGHTS, "dense", allow_partial=args.allow_partial)
     report = quantize_detector(

@@ -9,17 +9,19 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..backends import BACKENDS, choose_precision
 from ..engine.quantization import evaluate
+from ..errors import one_line
 from ..modeling.inference import compile_forward
 from .networks import Network
 from .processes import added_memory, calls_per_second
 from .treatments import Treatment
-from .workload import inference, network_inputs, random_images
+from .workload import inference
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,8 @@ CONVENTIONS = {
     "file": "the weights that torch holds, and the exported file of a backend",
     "process": "growth of the resident memory, at its peak, of a fresh process that loads the "
     "network and calls it, without the memory of imported packages; on a CPU",
-    "img/s, all cores": "throughput of one process for each core, each with one thread on its own "
-    "core, which all run the network at once; on a CPU",
+    "img/s, all cores": "throughput of one process for each core that the benchmark may use, each "
+    "with one thread on its own core, which all run the network at once; on a CPU",
     "box AP, mask AP": "on the first data set of DATASETS.TEST, with --weights",
 }
 """The rule for each of these columns."""
@@ -47,46 +49,40 @@ class Served:
     """Describes a network on a CPU that another process can load and call.
 
     Attributes:
-        model: a file with the network, written by :func:`save_network`.
+        file: the network with its inputs, written by :func:`save_network`.
         program: the file that the backend loads; None for torch.
-        last: see :func:`network_inputs`.
     """
 
-    model: Path
+    file: Path
     treatment: Treatment
     program: Path | None
-    is_detector: bool
-    batch: int
-    size: tuple[int, int]
-    last: bool
 
     def preload(self) -> None:
         """Import the packages of the network."""
         if self.program:
             importlib.import_module(BACKENDS[self.treatment.backend].packages[0])
-        torch.load(self.model, map_location="meta", weights_only=False)
+        torch.load(self.file, map_location="meta", weights_only=False)
 
     def load(self) -> Callable[[], object]:
         """Load the network, and return a function that runs it once."""
-        model = torch.load(self.model, weights_only=False)
+        model, inputs = torch.load(self.file, weights_only=False)
         if self.program:
             load = BACKENDS[self.treatment.backend].load
             precision = choose_precision(self.treatment.dtype, int8=self.treatment.int8)
             model.backbone.program = load(self.program, _CPU, precision)
         if self.treatment.compile:
             compile_forward(getattr(model, "backbone", model))
-        images = random_images(self.batch, self.size, _CPU)
-        inputs = network_inputs(model, images, is_detector=self.is_detector, last=self.last)
         return inference(model, inputs, self.treatment, _CPU)
 
 
-def save_network(model: nn.Module, path: Path) -> None:
-    """Write a network, without the program of its backend or a compiled function, to a file."""
+def save_network(model: nn.Module, inputs: Any, path: Path) -> None:
+    """Write a network, without the program of its backend or a compiled function, and its inputs to
+    a file."""
     attributes = vars(getattr(model, "backbone", model))
     not_picklable = {key: attributes.pop(key) for key in {"program", "forward"} & attributes.keys()}
     try:
         # Older protocols cannot pickle memory formats.
-        torch.save(model, path, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+        torch.save((model, inputs), path, pickle_protocol=pickle.HIGHEST_PROTOCOL)
     finally:
         attributes.update(not_picklable)
 
@@ -97,25 +93,28 @@ def file_bytes(model: nn.Module, program: Path | None) -> int:
     return tensors + (program.stat().st_size if program else 0)
 
 
-def measure_processes(name: str, model: nn.Module, served: Served) -> dict[str, float | None]:
+def measure_processes(
+    name: str, model: nn.Module, inputs: Any, served: Served, *, batch: int
+) -> dict[str, float | None]:
     """Return the memory of a process that runs a network on a CPU, in MB, and the images per second
     of all cores. A number that cannot be measured is None, with a warning.
 
     Args:
         name: the name for the warning.
-        model: the network, for which the file ``served.model`` is written.
+        model: the network, for which the file ``served.file`` is written.
+        inputs: the inputs of the network, with ``batch`` images.
     """
     found: dict[str, float | None] = {"process_mb": None, "images_per_second": None}
     try:
-        save_network(model, served.model)
-        if (added := added_memory(served.preload, served.load)) is not None:
-            found["process_mb"] = added / 1e6
-        rate = calls_per_second(served.load, seconds=SECONDS)
-        found["images_per_second"] = served.batch * rate
-    except RuntimeError as error:
-        logger.warning("%s cannot be measured in processes of its own: %s.", name, error)
+        save_network(model, inputs, served.file)
+        added = added_memory(served.preload, served.load)
+        found["process_mb"] = None if added is None else added / 1e6
+        rate = calls_per_second(served.load, seconds=SECONDS, memory=added)
+        found["images_per_second"] = batch * rate
+    except Exception as error:  # networks of others may raise any error, for example in pickling
+        logger.warning("%s cannot be measured in processes of its own: %s.", name, one_line(error))
     finally:
-        served.model.unlink(missing_ok=True)
+        served.file.unlink(missing_ok=True)
     return found
 
 

@@ -5,9 +5,9 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..backends import CACHE, use_backend
 from ..backends.cache import export_dense_part
 from ..engine.quantization import (
+    CALIBRATION_IMAGES,
+    CALIBRATION_SEED,
     check_evaluation,
     draw_images,
     find_images,
@@ -29,7 +31,6 @@ from .networks import Network
 from .treatments import Treatment
 from .workload import detector_inputs
 
-_IMAGES, _SEED = 300, 0  # as in tools/export_model.py
 _STRIDE = 32  # of the last feature map
 
 
@@ -61,7 +62,7 @@ class Exports:
         model = copy.deepcopy(model).eval().to(images.device)
         detector: Any = model if network.is_detector else _headless(model, images)
         # These files are of random weights, so they go neither to the user's cache nor stay.
-        with mock.patch.dict(os.environ, {CACHE: str(self._folder)}):
+        with _cache_in(self._folder):
             path = _export(detector, images)
             if treatment.int8:
                 symmetric = treatment.backend == "tensorrt"
@@ -81,6 +82,19 @@ class Exports:
         return to
 
 
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    """Set the folder of the cache in the context."""
+    before = os.environ.get(CACHE)
+    os.environ[CACHE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[CACHE]
+        if before is not None:
+            os.environ[CACHE] = before
+
+
 def is_evaluated(network: Network) -> bool:
     """Return whether a network has trained weights and a data set to evaluate it on."""
     cfg = network.cfg
@@ -92,7 +106,7 @@ def check_images(network: Network, *, int8: bool) -> None:
     the errors see :func:`find_images`."""
     cfg: Any = network.cfg
     if is_evaluated(network) and int8:
-        find_images(cfg, _training_images(cfg), _IMAGES, _SEED)
+        find_images(cfg, _training_images(cfg), CALIBRATION_IMAGES, CALIBRATION_SEED)
     elif is_evaluated(network):
         check_evaluation(cfg)
 
@@ -106,7 +120,8 @@ def _calibration_images(network: Network, model: Any, images: Tensor) -> Iterato
     """Yield images (1, 3, H, W) as the exported file takes them."""
     cfg: Any = network.cfg
     if is_evaluated(network):
-        yield from preprocess(model, cfg, draw_images(_training_images(cfg), _IMAGES, _SEED))
+        records = draw_images(_training_images(cfg), CALIBRATION_IMAGES, CALIBRATION_SEED)
+        yield from preprocess(model, cfg, records)
     elif network.is_detector:
         for record in detector_inputs(model, images):
             yield model.preprocess_image([record]).tensor

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import describe
 from ..modeling.allocation import keep_freed_memory
+from .limits import available_cores, available_memory
 
 Call = Callable[[], object]
 Loader = Callable[[], Call]
@@ -37,6 +38,7 @@ def run_together(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
 
     Raises:
         RuntimeError: a call failed, or its process ended. The others are stopped.
+        Exception: the function or an argument cannot be pickled.
     """
     context = get_context("spawn")  # a fork would have the memory of this process
     barrier = context.Barrier(len(arguments))
@@ -47,8 +49,9 @@ def run_together(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
         for place, values in enumerate(arguments):
             receiver, sender = context.Pipe(duplex=False)
             task = (sender, function, barrier, *values)
-            processes.append(context.Process(target=_answer, args=task, daemon=True))
-            processes[-1].start()
+            process = context.Process(target=_answer, args=task, daemon=True)
+            process.start()
+            processes.append(process)
             sender.close()  # so that the end of the process closes the pipe
             places[receiver] = place
         while waiting := [r for r, place in places.items() if place not in results]:
@@ -91,7 +94,7 @@ def added_memory(preload: Call, load: Loader) -> int | None:
             memory is not counted.
 
     Returns:
-        the bytes; None if the system does not tell them, which Linux does.
+        the bytes; None on systems other than Linux, and in a sandbox that hides them.
     """
     return run_together(_added_memory, [(preload, load, torch.get_num_threads())])[0]
 
@@ -128,21 +131,25 @@ def _peak() -> int:
 # Throughput --------------------------------------------------------------------------------------
 
 
-def calls_per_second(load: Loader, *, seconds: float) -> float:
+def calls_per_second(load: Loader, *, seconds: float, memory: int | None = None) -> float:
     """Return the calls per second of as many processes as there are cores for this process.
 
     Each process has one thread on its own core. All begin together, and run for at least
     ``seconds``.
+
+    Args:
+        memory: the bytes that each process needs, if they are known.
+
+    Raises:
+        RuntimeError: see :func:`run_together`; or the memory of all processes is not available.
     """
-    cores = available_cores()
+    cores, free = available_cores(), available_memory()
+    if memory is not None and len(cores) * memory > free:
+        raise RuntimeError(
+            f"{len(cores)} processes at once need {len(cores) * memory / 1e9:.1f} GB of memory, "
+            f"and {free / 1e9:.1f} GB are available"
+        )
     return sum(run_together(_calls_per_second, [(load, core, seconds) for core in cores]))
-
-
-def available_cores() -> list[int]:
-    """Return the numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _calls_per_second(barrier: Any, load: Loader, core: int, seconds: float) -> float:

@@ -29,6 +29,7 @@ from ..timing import describe_environment, interleaved_rounds, package_version, 
 from . import deployment
 from .energy import EnergyMeter, NoEnergyMeter, find_meter, joules_per_call
 from .exports import Exports, is_evaluated
+from .limits import available_cores
 from .memory import allocated, peak_memory
 from .networks import Network, calibrate_norms
 from .treatments import TREATMENTS, Treatment, compiled_or_failed
@@ -221,6 +222,8 @@ class Study:
             described["freed memory"] = (
                 "kept by the process" if keep_freed_memory() else "left to the C library"
             )
+            if plan.deployment:
+                described["img/s, all cores"] = f"{len(available_cores())} processes"
         return described | {
             "warm-up": f"{plan.warmup} calls",
             "repeats": f"{plan.repeats} rounds of all cases, in random order",
@@ -327,7 +330,7 @@ class Study:
             {},
         )
         if self.plan.deployment and not training:
-            case.deployed = self._deployed(cell, case, model, last, program)
+            case.deployed = self._deployed(case, model, inputs, program, cell.batch)
         return case
 
     def _treat(
@@ -349,25 +352,17 @@ class Study:
         return model.to(device), last and not treatment.plain, None
 
     def _deployed(
-        self, cell: _Cell, case: _Case, model: nn.Module, last: bool, program: Path | None
+        self, case: _Case, model: nn.Module, inputs: Any, program: Path | None, batch: int
     ) -> dict[str, float | None]:
-        network, treatment, device = case.network, case.treatment, self.plan.device
+        name, treatment, device = case.name, case.treatment, self.plan.device
         found: dict[str, float | None] = {"file_mb": deployment.file_bytes(model, program) / 1e6}
         if device.type == "cpu":
-            served = deployment.Served(
-                self._folder / "network.pt",
-                treatment,
-                program,
-                is_detector=network.is_detector,
-                batch=cell.batch,
-                size=cell.size_for(network),
-                last=last,
-            )
-            found |= deployment.measure_processes(case.name, model, served)
-        if is_evaluated(network):
-            if case.name not in self._ap:  # it is the same at each size and batch
-                self._ap[case.name] = deployment.measure_ap(network, model, treatment, device)
-            found |= self._ap[case.name]
+            served = deployment.Served(self._folder / "network.pt", treatment, program)
+            found |= deployment.measure_processes(name, model, inputs, served, batch=batch)
+        if is_evaluated(case.network):
+            if name not in self._ap:  # it is the same at each size and batch
+                self._ap[name] = deployment.measure_ap(case.network, model, treatment, device)
+            found |= self._ap[name]
         return found
 
     def _model(self, network: Network) -> nn.Module:

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 BACKEND = "onnxruntime"
 """The backend in which the float and the quantized detector are compared."""
 
+CALIBRATION_IMAGES, CALIBRATION_SEED = 300, 0
+"""The number of training images to calibrate on by default, and the seed that draws them."""
+
 MIN_SCORE, MIN_IOU = 0.5, 0.9
 """Float detections with at least this score should be found again by INT8 in the same category,
 with at least this IoU."""
