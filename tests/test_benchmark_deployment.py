@@ -8,6 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from predictor_runs import PICTURES, SMALL, save
 from process_stand_ins import Holding, Sleeping, end, fail_beside_one_that_waits
 
 from vovnet_d2 import Predictor
-from vovnet_d2.backends import programs
+from vovnet_d2.backends import CACHE, programs
+from vovnet_d2.backends.cache import cache_folder
 from vovnet_d2.benchmark import deployment, exports, limits, processes
 from vovnet_d2.benchmark.deployment import Served
 from vovnet_d2.benchmark.networks import Network, backbone, calibrate_norms, detector
@@ -382,6 +384,17 @@ def test_nothing_is_left_in_the_cache_of_the_user(measured: tuple[Study, Seen]) 
     for served in seen.served:
         assert not served.file.parent.exists()
         assert served.program is None or served.program.parent == served.file.parent
+
+
+@pytest.mark.parametrize("before", [None, "/somewhere"])
+def test_the_cache_of_the_user_comes_back(before: str | None, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv(CACHE)
+    if before:
+        monkeypatch.setenv(CACHE, before)
+    with suppress(KeyError), exports._cache_in(tmp_path):
+        assert cache_folder() == tmp_path
+        raise KeyError
+    assert os.environ.get(CACHE) == before
 
 
 def test_the_columns_are_in_the_table_and_the_files(
