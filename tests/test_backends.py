@@ -214,6 +214,16 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/scratch/vovnet_d2")
 
 
+def test_a_cache_folder_that_cannot_be_made(
+    retinanet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
+    for name in ("onnxruntime", "auto"):
+        with pytest.raises(OSError, match=r"cannot be made \(.*\): name another one in .*_CACHE"):
+            use_backend(retinanet, name)
+
+
 # The fastest
 
 
@@ -341,7 +351,7 @@ def test_openvino_computes_in_bfloat16_if_the_cpu_has_it(
     BACKENDS["openvino"].load(Path("dense.onnx"), CPU, precision)
     assert asked == ["bf16" if capable and precision != "float32" else "f32"]
     assert ("openvino" in find_backends(CPU, half=True)) == capable
-    message = "openvino computes in float32 on this machine and not in half precision"
+    message = "openvino computes in float32 on this machine: choose from torch, auto, or float32"
     with nullcontext() if capable else pytest.raises(ValueError, match=message):
         check_backend("openvino", CPU, half=True)
 
@@ -441,8 +451,12 @@ def test_the_next_backend_is_used_if_one_fails(
         chosen = use_backend(retinanet, ["openvino", "torch"])
     assert list(chosen.backbone.parameters())
     assert len(caplog.messages) == 1
-    with pytest.raises(RuntimeError, match="the driver"):
+    message = r"openvino is installed and fails \(RuntimeError: the driver is too old\): install"
+    with pytest.raises(ValueError, match=message):
         use_backend(retinanet, "openvino")
+    monkeypatch.setitem(BACKENDS, "openvino", replace(BACKENDS["openvino"], why_not=fail))
+    with pytest.raises(ValueError, match=message):
+        check_backend("openvino", CPU)
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -578,13 +592,13 @@ def test_options_of_backends(mask_rcnn: CfgNode, precisions: list[str]) -> None:
     for cfg in (mask_rcnn, trained):
         Predictor(cfg, backend="openvino", dtype=torch.bfloat16)
     assert precisions == ["half", "half"]
-    with pytest.raises(ValueError, match="compile is torch's: leave it out with backend openvino"):
+    with pytest.raises(ValueError, match="Only the backend torch can be compiled: leave out"):
         Predictor(mask_rcnn, backend="openvino", compile=True)
-    message = "onnxruntime computes in float32 on this machine.*: choose torch or auto"
+    message = "onnxruntime computes in float32 on this machine: choose from torch, openvino, auto"
     with pytest.raises(ValueError, match=message):
         Predictor(mask_rcnn, backend="onnxruntime", dtype=torch.bfloat16)
     check_backend("onnxruntime", CPU, int8=True, half=True)  # only the rest of a file is float
-    with pytest.raises(ValueError, match=r"Inference in torch.float64 is not supported"):
+    with pytest.raises(ValueError, match=r"dtype is torch.float64: choose from torch.float32,"):
         Predictor(mask_rcnn, backend="openvino", dtype=torch.float64)
 
 
@@ -633,11 +647,15 @@ def test_evaluation(
     half = ["TEST.BACKEND", "openvino", "TEST.AMP.ENABLED", "True"]
     launch(MINIATURE, tmp_path / "half", "--eval-only", *weights, *half)
     assert precisions == ["float32", "half"]
+    for name, backend in (("other", "openvino, float32"), ("half", "openvino, half precision")):
+        facts = json.loads((tmp_path / name / "results.json").read_text())["run"]
+        assert facts["backend"] == backend
     for words, message in (
         (["TEST.BACKEND", "openvine"], "Unknown backend 'openvine'"),
-        (["TEST.AMP.ENABLED", "True", "TEST.BACKEND", "onnxruntime"], "not in half precision"),
+        (["TEST.BACKEND", "auto", "TEST.INT8", "gone.onnx"], "There is no INT8 file gone.onnx"),
+        (["TEST.AMP.ENABLED", "True", "TEST.BACKEND", "onnxruntime"], "ime computes in float32"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             launch(MINIATURE, tmp_path / "wrong", "--eval-only", *words)
 
 

@@ -173,7 +173,7 @@ def test_backbones_that_do_not_return_dicts(dtype):
 
 
 def test_unknown_precision():
-    with pytest.raises(ValueError, match=r"torch.int8 is not supported: choose from torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype is torch.int8: choose from torch.float32"):
         optimize_for_inference(build(), dtype=torch.int8)
 
 

@@ -365,13 +365,19 @@ def test_the_tool(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "results" not in json.loads(Path("exported/dense.int8.json").read_text())
 
 
-def test_images_are_drawn_by_a_seed(coco: Path) -> None:
+def test_images_are_drawn_by_a_seed(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = small_config(MASK_RCNN, DATASETS__TEST="()")
     all_images = {r["file_name"] for r in DatasetCatalog.get("coco_2017_train")}
+    caplog.set_level("INFO", logger="vovnet_d2")
     drawn = [[r["file_name"] for r in find_images(cfg, "coco_2017_train", 3, s)] for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 3
+    assert "all are used" not in caplog.text
     assert {r["file_name"] for r in find_images(cfg, "coco_2017_train", 99, 0)} == all_images
+    assert f"coco_2017_train has {len(all_images)} images: all are used." in caplog.messages
+    cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("coco_2017_val",), 80
+    find_images(cfg, "coco_2017_val", 1, 0)
+    assert "calibrated on coco_2017_val, and evaluated on it, too" in caplog.text
 
 
 def test_mistakes_of_the_tool(
@@ -384,6 +390,11 @@ def test_mistakes_of_the_tool(
     for arguments, error, message in (
         (["--int8"], ValueError, "--int8 needs images: name a data set by --calibration"),
         (["--int8", "--calibration", "empty"], ValueError, "empty has no images to calibrate on"),
+        (
+            ["--int8", "--calibration", "coco_2017_test"],
+            FileNotFoundError,
+            "coco_2017_test",
+        ),
         (["--int8", "--calibration", "nowhere"], KeyError, "'nowhere' to calibrate on is not reg"),
         (
             ["--int8", "--calibration", "empty", "--calibration-images", "0"],
@@ -417,7 +428,9 @@ def test_predictor_takes_a_quantized_file(
     cfg.DATASETS.TEST = ()
     records = [{"file_name": str(file)} for file in PICTURES]
     quantize_detector(small, cfg, records, tmp_path / "out", sensitivity=0)
-    quantized = Predictor(cfg, backend="onnxruntime", int8=tmp_path / "out/dense.int8.onnx")
+    file = tmp_path / "out/dense.int8.onnx"
+    quantized = Predictor(cfg, backend="onnxruntime", int8=file)
+    assert Predictor(cfg, int8=file).cfg.TEST.BACKEND == "auto"
     a, b = (p(PICTURES[0])["instances"].scores for p in (predictor, quantized))
     assert len(a) == len(b)
     assert 0 < (a - b).abs().max() < 0.3

@@ -14,7 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from PIL import Image, ImageOps
 
-from .backends import TORCH, check_backend, use_backend
+from .backends import AUTO, TORCH, check_backend, use_backend
 from .data.image_file import read_image
 from .data.mapper import build_augmentations
 from .engine.any_config import AnyConfig, as_cfg, load_any_config, load_network
@@ -79,7 +79,8 @@ class Predictor:
             compile: see :func:`optimize_for_inference`. Only the backend torch compiles.
             backend: the program that runs backbone, FPN and dense head; by default
                 ``TEST.BACKEND``. See :func:`.backends.use_backend`.
-            int8: a quantized file for the backend; by default ``TEST.INT8``.
+            int8: a quantized file for the backend, which then is ``"auto"`` by default; by default
+                ``TEST.INT8``.
             tiles: height and width of tiles to detect on, in addition to the whole image; by
                 default ``TEST.TILES``. See :class:`.tiles.TiledDetector`.
             overlap: the overlap of the tiles; by default ``TEST.TILE_OVERLAP``, which is 0.2.
@@ -100,14 +101,19 @@ class Predictor:
         cfg = as_cfg(config)
         cfg.MODEL.WEIGHTS = os.fspath(weights) or cfg.MODEL.WEIGHTS
         cfg.MODEL.DEVICE = str(device) or cfg.MODEL.DEVICE
+        if int8 and TORCH == cfg.TEST.BACKEND:  # torch does not run INT8
+            cfg.TEST.BACKEND = AUTO
         cfg.TEST.BACKEND = backend or cfg.TEST.BACKEND
         cfg.TEST.INT8 = os.fspath(int8) or cfg.TEST.INT8
+        if tiles is not None and not isinstance(tiles, Iterable):
+            raise UserValueError(f"tiles is {tiles}: give (height, width), such as (640, 640).")
         cfg.TEST.TILES = cfg.TEST.TILES if tiles is None else tuple(tiles)
         cfg.TEST.TILE_OVERLAP = cfg.TEST.TILE_OVERLAP if overlap is None else overlap
         choose_device(cfg)
         if cfg.TEST.BACKEND != TORCH and compile:
             raise UserValueError(
-                f"compile is torch's: leave it out with backend {cfg.TEST.BACKEND}."
+                "Only the backend torch can be compiled: leave out compile, or the backend "
+                f"{cfg.TEST.BACKEND}."
             )
         cfg.TEST.AMP.ENABLED = False  # dtype decides
         if isinstance(config, CfgNode):

@@ -3,6 +3,7 @@
 """The cache of files for backends, named after the content of the network."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..atomic import atomic_write
+from ..atomic import FileNotWrittenError, atomic_write
 from ..errors import UserValueError
 from ..export.dense import DensePart
 from ..export.formats import OPSET, export
 from ..export.targets import ExportTarget, select_target
 from ..made import is_made_here
+
+logger = logging.getLogger(__name__)
 
 CACHE = "VOVNET_D2_CACHE"
 """The environment variable with the folder of the cache."""
@@ -29,6 +32,18 @@ def cache_folder() -> Path:
     if named := os.environ.get(CACHE):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vovnet_d2"
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the folder of the cache, and return it. Raise FileNotWrittenError if this fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileNotWrittenError(
+            f"The cache folder {folder} cannot be made ({error.strerror}): name another one in the "
+            f"environment variable {CACHE}."
+        ) from error
+    return folder
 
 
 def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
@@ -44,7 +59,8 @@ def export_dense_part(model: Any) -> tuple[Path, tuple[str, ...]]:
     digest = digest_of(model_key(model), __version__, str(OPSET), *packages)
     path = cache_folder() / f"dense-{digest}.onnx"
     if not is_made_here(path):  # a file that was changed or cut short is written again
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        logger.info("The network is exported to ONNX. This is done once, and takes some seconds.")
         with atomic_write(path) as partial:
             _write(target, Path(partial))
     return path, target.output_names

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserImportError, UserValueError, describe
 from ..export.formats import Program, load_onnxruntime
-from .cache import cache_folder, file_digest
+from .cache import cache_folder, file_digest, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def check_backend(
     if int8 and name == TORCH:
         raise UserValueError(
             f"The backend {name} cannot run an INT8 file: choose from "
-            f"{', '.join((*BACKENDS, AUTO))}."
+            f"{', '.join((*BACKENDS, AUTO))} (--backend, TEST.BACKEND)."
         )
     if name == AUTO and int8 and not find_backends(device):
         raise UserImportError(
@@ -82,12 +82,18 @@ def check_backend(
         raise UserImportError(
             f"The backend {name} needs {', '.join(missing)}: pip install {' '.join(missing)}."
         )
-    if reason := BACKENDS[name].why_not(device):
+    try:
+        reason = BACKENDS[name].why_not(device)
+        lacks_half = half and not int8 and not (reason or BACKENDS[name].has_half())
+    except Exception as error:  # a package may be installed and fail to import
+        raise broken(name, error) from error
+    if reason:
         raise UserValueError(f"The backend {name} cannot be used on {device}: {reason}.")
-    if half and not int8 and not BACKENDS[name].has_half():
+    if lacks_half:
+        others = ", ".join((TORCH, *find_backends(device, half=True), AUTO))
         raise UserValueError(
-            f"The backend {name} computes in float32 on this machine and not in half precision, "
-            f"which dtype or TEST.AMP.ENABLED True asks for: choose {TORCH} or {AUTO}."
+            f"The backend {name} computes in float32 on this machine: choose from {others}, or "
+            "float32 (for an evaluation TEST.AMP.ENABLED False)."
         )
 
 
@@ -105,6 +111,14 @@ def _takes(name: str, device: torch.device, *, half: bool) -> bool:
     except Exception as error:  # a package may be installed and fail to import
         warn_of_broken(name, error)
         return False
+
+
+def broken(name: str, error: Exception) -> UserValueError:
+    """Return the error for a backend that the user has named and that fails."""
+    return UserValueError(
+        f"The backend {name} is installed and fails ({describe(error)}): install it again, or "
+        f"choose {TORCH} or {AUTO}."
+    )
 
 
 def warn_of_broken(name: str, error: Exception) -> None:
@@ -145,8 +159,7 @@ def _missing_provider(name: str) -> str:
 def _load_tensorrt(path: Path, device: torch.device, precision: Precision) -> Program:
     # It takes minutes to build an engine, so it is kept. ONNX Runtime does not look at the weights
     # when it searches for an engine of an earlier file.
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(cache_folder())
     options = {
         "device_id": device.index or 0,
         "trt_fp16_enable": precision != "float32",

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import write_text
-from ..errors import UserValueError
+from ..errors import UserError, UserValueError
 from ..export.dense import DensePart
 from ..export.formats import Program
 from ..modeling.inference import check_dtype, optimize_for_inference
 from ..timing import describe_environment, package_version, time_interleaved
-from .cache import cache_folder, digest_of, export_dense_part, file_digest, model_key
+from .cache import cache_folder, digest_of, export_dense_part, file_digest, make_folder, model_key
 from .detector import run_dense_part_elsewhere
 from .programs import (
     AUTO,
@@ -28,6 +28,7 @@ from .programs import (
     TENSORRT,
     TORCH,
     Precision,
+    broken,
     check_backend,
     choose_precision,
     find_backends,
@@ -101,11 +102,14 @@ def use_backend(
             program = BACKENDS[candidate].load(
                 file.path, device, choose_precision(dtype, int8=bool(int8))
             )
+        except UserError:
+            raise
         except Exception as error:  # each program raises its own errors
             if candidate == names[-1]:
-                raise
+                raise broken(candidate, error) from error
             warn_of_broken(candidate, error)
         else:
+            logger.info("The backend %s computes the dense part of the network.", candidate)
             return run_dense_part_elsewhere(model, program, file.output_names)
     raise AssertionError("There is no name.")
 
@@ -129,15 +133,13 @@ def rank_backends(
     path, _, for_tensorrt = _find_file(model, int8)
     names = [name for name in names if name != TENSORRT or for_tensorrt]
     machine = _describe_machine(device, names)
-    kept = (
-        cache_folder() / f"fastest-{digest_of(file_digest(path), *names, machine, precision)}.json"
-    )
+    digest = digest_of(file_digest(path), *names, machine, precision)
+    kept = make_folder(cache_folder()) / f"fastest-{digest}.json"
     seconds = _read_seconds(kept, names)
     where = f"Kept in {kept}"
     if not seconds:
         seconds = _measure(model, path, device, names, dtype, precision)
         if len(seconds) == len(names):
-            kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, json.dumps(seconds) + "\n")
         else:
             where = "Not kept"

@@ -147,7 +147,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         choices=(TORCH, *BACKENDS, AUTO),
         default="",
         help="what runs the backbone, FPN and dense head; auto is the fastest that is installed "
-        "(default: the config's TEST.BACKEND, which is torch)",
+        "(default: the config's TEST.BACKEND, which is torch; with --int8 it is auto)",
     )
     group.add_argument(
         "--int8", default="", metavar="FILE", help="run this file of tools/export_model.py --int8"

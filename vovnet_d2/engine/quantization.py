@@ -28,9 +28,10 @@ from ..errors import UserKeyError, UserValueError
 from ..export.int8 import Quantizer
 from ..made import refuse_foreign
 from ..timing import describe_environment
+from ..words import counted
 from .data_checks import check_data
 from .evaluation import build_evaluator, check_evaluators
-from .registered_data import register_package_data
+from .registered_data import load_metadata, register_package_data
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,15 @@ def find_images(cfg: CfgNode, data_set: str, number: int, seed: int) -> list[Rec
     _register_data(cfg)
     if data_set not in DatasetCatalog:
         raise UserKeyError(
-            f"The data set {data_set!r} to calibrate on is not registered: give one of the "
-            "config's DATASETS, such as "
-            f"{', '.join((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)) or 'digits_train'}."
+            f"The data set {data_set!r} to calibrate on is not registered: give training data, "
+            f"such as {', '.join(cfg.DATASETS.TRAIN) or 'digits_train'}."
+        )
+    load_metadata(data_set, evaluated=False)
+    if data_set in cfg.DATASETS.TEST:
+        logger.warning(
+            "INT8 is calibrated on %s, and evaluated on it, too. Its AP on other images may be "
+            "lower: calibrate on training data.",
+            data_set,
         )
     if cfg.DATASETS.TEST:
         check_evaluation(cfg)
@@ -93,6 +100,8 @@ def draw_images(data_set: str, number: int, seed: int) -> list[Record]:
     records = DatasetCatalog.get(data_set)
     if not records:
         raise UserValueError(f"The data set {data_set} has no images to calibrate on.")
+    if len(records) < number:
+        logger.info("%s has %s: all are used.", data_set, counted(len(records), "images"))
     return random.Random(seed).sample(records, min(number, len(records)))
 
 
@@ -261,7 +270,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "# INT8",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        f"- in float32: {', '.join(report['float layers']) or 'nothing'}",
+        f"- not quantized: {', '.join(report['float layers']) or 'nothing'}",
         "",
         tabulate(rows, ["", "float32", "INT8"], tablefmt="github", disable_numparse=True),
         "",
@@ -273,7 +282,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += [
             f"INT8 finds {agreement['matched']:.1%} of the {agreement['detections']} float32 "
             f"detections (score at least {MIN_SCORE}) again, with an IoU of at least {MIN_IOU}. "
-            f"Their scores differ by {agreement['score difference']:.4f} on average.",
+            f"Their scores differ by {agreement['score difference']:.4f} on average. A box that "
+            "has moved by a few pixels may not count as found again, so look at the AP first.",
             "",
         ]
     if errors := report.get("sensitivity"):

@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..atomic import write_text
+from ..backends import TORCH
 from ..drawing.curves import draw_curves
 from ..words import counted
 from .detection_limit import explain_crowding
@@ -153,6 +154,7 @@ def _describe_run(
         "command": getattr(args, "command", ""),
         "kind": f"training, {length}" if length else "evaluation",
         "device": name,
+        "backend": "" if length else _describe_backend(cfg),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, detectron2 {detectron2.__version__}",
         "wall time": _format_time(earlier_seconds + seconds)
@@ -160,6 +162,15 @@ def _describe_run(
         "date": datetime.date.today().isoformat(),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _describe_backend(cfg: CfgNode) -> str:
+    if cfg.TEST.BACKEND == TORCH:
+        return ""
+    precision = f"INT8 ({cfg.TEST.INT8})" if cfg.TEST.INT8 else "float32"
+    if cfg.TEST.AMP.ENABLED and not cfg.TEST.INT8:
+        precision = "half precision"
+    return f"{cfg.TEST.BACKEND}, {precision}"
 
 
 def _format_time(seconds: float) -> str:

@@ -3,6 +3,7 @@
 """Checks of the config of a run: its parts fit each other, this machine and the processes."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +12,9 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 
 from ..backends import check_backend
-from ..errors import UserValueError
+from ..errors import UserFileNotFoundError, UserValueError
 from ..tiles import check_tiles
-from ..words import counted, suggest
+from ..words import counted, suggest, suggest_path
 from .compilation import check_compilation
 from .loggers import check_loggers
 from .other_projects import PARTS
@@ -91,6 +92,10 @@ def check_run(cfg: CfgNode, *, training: bool) -> None:
             int8=bool(cfg.TEST.INT8),
             half=cfg.TEST.AMP.ENABLED,
         )
+        if cfg.TEST.INT8 and not os.path.isfile(cfg.TEST.INT8):
+            raise UserFileNotFoundError(
+                f"There is no INT8 file {cfg.TEST.INT8}.{suggest_path(cfg.TEST.INT8)}"
+            )
     if cfg.TEST.TILES:
         _check_tiles(cfg)
     if cfg.TEST.AUG.ENABLED:

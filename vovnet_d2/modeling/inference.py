@@ -83,7 +83,7 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError if networks do not compute in a dtype."""
     if dtype not in _DTYPES:
         choices = ", ".join(map(str, _DTYPES))
-        raise UserValueError(f"Inference in {dtype} is not supported: choose from {choices}.")
+        raise UserValueError(f"dtype is {dtype!r}: choose from {choices}.")
 
 
 def compile_forward(backbone: Any) -> None:
