@@ -205,7 +205,7 @@ def start_lazy_run(folder: Path) -> None:
 def start_quantization(folder: Path) -> None:
     from vovnet_d2.engine.quantization import find_images  # this module imports ONNX
 
-    with pytest.raises(KeyError, match="'none' of --calibration is not registered"):
+    with pytest.raises(KeyError, match="'none' to calibrate on is not registered"):
         find_images(load_config(), "none", 1, 0)
 
 

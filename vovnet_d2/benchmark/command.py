@@ -35,7 +35,7 @@ round after round.
         COCO-Detection/retinanet_R_50_FPN_1x.yaml --modes inference training
     python tools/benchmark.py --preset deploy --output output/deploy    # backends, INT8; on a CPU
     python tools/benchmark.py --preset deploy --models --config-file output/config.yaml --weights \\
-        --opts MODEL.WEIGHTS output/model_final.pth                     # with AP
+        --output output/deploy_own --opts MODEL.WEIGHTS output/model_final.pth      # with AP
     python tools/benchmark.py --preset table2 --output output/table2    # the paper's DSOD300
     python tools/benchmark.py --preset table4 --output output/table4    # the paper's RefineDet320
 
