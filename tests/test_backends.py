@@ -309,6 +309,8 @@ def test_times_are_kept_by_network_and_machine(
         rank()
     assert measured == [b"one", b"one", b"one", b"another"]
     # Another precision and another machine are measured, too.
+    capable = replace(BACKENDS["openvino"], has_half=lambda: True)
+    monkeypatch.setitem(BACKENDS, "openvino", capable)
     rank_backends(SimpleNamespace(device="cpu"), dtype=torch.bfloat16)
     monkeypatch.setattr(use, "_describe_machine", lambda *_: "another machine")
     rank()

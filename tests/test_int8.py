@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -146,7 +147,7 @@ def test_ranges_come_from_the_images(model: nn.Module, quantizer: Quantizer) -> 
 def test_the_form_for_tensorrt(
     model: nn.Module, quantizer: Quantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check the conditions of TensorRT in the graph, and run the file in other backends."""
+    """Check the conditions of TensorRT in the graph, and run the file in ONNX Runtime."""
     own = Quantizer(export_dense_part(model)[0], images(model), symmetric=True)
     path = tmp_path / "symmetric.onnx"
     write_quantized(model, own, own.select(), path)
@@ -167,9 +168,13 @@ def test_the_form_for_tensorrt(
     image = next(images(model))
     with torch.no_grad():
         expected = list(DensePart(model)(image).values())
-    for backend in ("onnxruntime", "openvino"):
-        found = BACKENDS[backend].load(path, CPU, "int8")(image)
-        assert 1e-3 < relative_error(found, expected) < 0.2
+    # Without its optimizations, ONNX Runtime rounds as the file says and multiplies in float32.
+    # Otherwise sums of products of 8 bits overflow on a CPU without VNNI.
+    exactly = onnxruntime.SessionOptions()
+    exactly.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, exactly, ["CPUExecutionProvider"])
+    outputs = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    assert 1e-3 < relative_error([torch.from_numpy(y) for y in outputs], expected) < 0.2
     # TensorRT takes this file, and refuses the form for CPUs.
     asked: list[Any] = []
     monkeypatch.setattr(programs, "load_onnxruntime", lambda *args: asked.append(args[2]))

@@ -42,7 +42,7 @@ class Quantizer:
     16 bits of processors without VNNI.
 
     TensorRT needs a symmetric form: every zero point is 0, weights have 8 bits, and biases stay in
-    float. ONNX Runtime and OpenVINO run this form, too.
+    float. ONNX Runtime and OpenVINO run this form correctly on processors with VNNI only.
 
     Attributes:
         layers: the names of the nodes of each layer with a convolution, by the name of the layer,
