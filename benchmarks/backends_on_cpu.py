@@ -32,17 +32,15 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import numpy as np
-import onnx
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tabulate import tabulate
 
 from vovnet_d2.backends import BACKENDS, rank_backends, use_backend
-from vovnet_d2.backends.cache import model_key
-from vovnet_d2.backends.quantized import mark_quantized
 from vovnet_d2.benchmark.networks import calibrate_norms, detector
 from vovnet_d2.benchmark.workload import random_images
+from vovnet_d2.engine.quantization import write_quantized
 from vovnet_d2.export import export, select_target
 from vovnet_d2.export.int8 import Quantizer
 from vovnet_d2.modeling.inference import optimize_for_inference
@@ -241,10 +239,7 @@ def quantize(path: Path, to: Path, model: Any, keep_float: list[str] | None = No
     default of tools/export_model.py."""
     if not to.exists():
         quantizer = Quantizer(path, [preprocess(model, image) for image in photographs(SIZES[0])])
-        layers = quantizer.select() if keep_float is None else quantizer.select(keep_float)
-        quantized = quantizer.quantize(layers)
-        mark_quantized(quantized, model_key(model))
-        onnx.save(quantized, to)
+        write_quantized(model, quantizer, quantizer.select(keep_float), to)
     return to
 
 
