@@ -189,10 +189,8 @@ def test_the_form_for_tensorrt(
     with pytest.raises(ValueError, match=r"not quantized for TensorRT: .* with --for-tensorrt"):
         use_backend(model, "tensorrt", int8=for_cpus)
     # The choice of auto is kept, because TensorRT is not tried in vain.
-    installed = lambda *_, **__: ["onnxruntime", "tensorrt"]  # noqa: E731
-    monkeypatch.setattr(use, "find_backends", installed)
-    measured = lambda model, path, device, names, *_: dict.fromkeys(names, 0.1)  # noqa: E731
-    monkeypatch.setattr(use, "_measure", measured)
+    monkeypatch.setattr(use, "find_backends", lambda *_, **__: ["onnxruntime", "tensorrt"])
+    monkeypatch.setattr(use, "_measure", lambda *args: dict.fromkeys(args[3], 0.1))
     assert use.rank_backends(model, int8=for_cpus) == ["onnxruntime"]
     assert use.rank_backends(model, int8=path) == ["onnxruntime", "tensorrt"]
 

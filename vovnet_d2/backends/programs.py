@@ -184,6 +184,7 @@ def _load_openvino(path: Path, device: torch.device, precision: Precision) -> Pr
 
     in_bfloat16 = precision != "float32" and _has_bfloat16()
     settings = {
+        # By default, OpenVINO would take bfloat16 for all float layers if the CPU has it.
         "INFERENCE_PRECISION_HINT": "bf16" if in_bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",

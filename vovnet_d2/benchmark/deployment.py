@@ -76,10 +76,9 @@ class Served:
 
 
 def save_network(model: nn.Module, inputs: Any, path: Path) -> None:
-    """Write a network, without the program of its backend or a compiled function, and its inputs to
-    a file."""
+    """Write a network, without the program of its backend, and its inputs to a file."""
     attributes = vars(getattr(model, "backbone", model))
-    not_picklable = {key: attributes.pop(key) for key in {"program", "forward"} & attributes.keys()}
+    not_picklable = {key: attributes.pop(key) for key in {"program"} & attributes.keys()}
     try:
         # Older protocols cannot pickle memory formats.
         torch.save((model, inputs), path, pickle_protocol=pickle.HIGHEST_PROTOCOL)

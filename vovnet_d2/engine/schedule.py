@@ -127,7 +127,7 @@ def _put_steps(table: _Table) -> None:
         told = ", ".join(f"{float(share):.0%}" for share in shares)
         table.put(
             "SOLVER.STEPS",
-            # Of a very short training, some steps coincide, also with its end.
+            # In a very short training, some steps coincide with each other or with its end.
             tuple(sorted({round(share * solver.MAX_ITER) for share in shares} - {solver.MAX_ITER})),
             f"after {told} of the iterations, as in the config",
         )
